@@ -1,0 +1,1 @@
+"""Preference data, from any source to token batches. Imports no model and no engine (never ``diffdpo``)."""
