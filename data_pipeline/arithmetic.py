@@ -181,7 +181,7 @@ def cut_short(problem: Problem, rng: np.random.Generator) -> str:
 
 def vague(problem: Problem, rng: np.random.Generator) -> str:
     """Words about the working, a rounded guess, no answer."""
-    guess = max(10, int(round(problem.answer / 10)) * 10)
+    guess = max(10, round(problem.answer / 10) * 10)
     words = {"+": "add some", "-": "take some away", "*": "count them all", "/": "share them out"}
     plan = " and then ".join(words[step.op] for step in problem.steps)
     ending = (f"maybe about {guess} {problem.thing}", f"around {guess} or so", f"quite a few {problem.thing}")

@@ -1,4 +1,4 @@
-"""The embedded data: arithmetic-reasoning preference pairs, and the answers of mixed quality a model is first taught on.
+"""The embedded data: arithmetic preference pairs, and the answers of mixed quality a model is first taught on.
 
 Record i is a pure function of (seed, split, i). Which split a question belongs to is decided by a hash of the question
 itself, so no question of the ``eval`` split is ever met in ``train``, whatever the seeds.
@@ -19,7 +19,7 @@ from data_pipeline.errors import DataError
 
 SPLITS = ("train", "eval")
 EVAL_BUCKETS = 10  # one question in ten is held out
-# The share of each kind of answer in the corpus for supervised training: like text found in the wild, not all of it good.
+# The share of each kind of answer in the supervised corpus: like text found in the wild, not all of it is good.
 CORPUS_MIX = {"clear": 0.40, "wrong_step": 0.20, "cut_short": 0.15, "vague": 0.15, "long_winded": 0.10}
 
 
@@ -71,7 +71,7 @@ def generate_corpus(
     difficulties: Sequence[str] = ("easy", "medium"),
     mix: dict[str, float] | None = None,
 ) -> Iterator[dict]:
-    """``count`` records {id, prompt, completion, meta} for supervised training, of the qualities ``CORPUS_MIX`` says."""
+    """``count`` records {id, prompt, completion, meta} for supervised training, of mixed quality (``CORPUS_MIX``)."""
     shares = mix or CORPUS_MIX
     names, weights = list(shares), np.array(list(shares.values())) / sum(shares.values())
     for index in range(count):

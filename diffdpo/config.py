@@ -1,0 +1,280 @@
+"""Settings of a training run: one dataclass, filled from defaults, then a YAML recipe, then flags. No torch in here.
+
+Each field is a flag of the same name; its ``help`` is the flag's. ``None`` means "chosen for you": what was chosen is
+printed and written to ``config.yaml``.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffdpo.cli import Parser
+from diffdpo.errors import UserError
+
+
+def setting(default: Any, help: str, **metadata: Any) -> Any:
+    """A dataclass field with a flag's help and, if given, its ``choices``."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What ``launch/train.py`` and ``launch/sft.py`` share: model, data, optimisation, engine, output, tracking."""
+
+    model_name_or_path: str | None = setting(None, "policy to train: folder or hub name; default: the bundled model")
+    train_data: str | None = setting(
+        None, "shards (glob or URL), .jsonl(.gz), .json, .parquet, .csv, folder or data set"
+    )
+    eval_data: str | None = setting(
+        None, "the same for held-out data; default: a part of --train_data, split by prompt"
+    )
+    eval_fraction: float = setting(0.1, "share of the prompts held out when --eval_data is not given")
+    data_cache_dir: str | None = setting(None, "where unsharded data is sharded once; default: beside --output_dir")
+    max_length: int = setting(1024, "most tokens of prompt and answer together")
+    max_prompt_length: int = setting(512, "most tokens of the prompt")
+    dataset_num_workers: int = setting(0, "processes that read and tokenise; 0 reads in the training process")
+    output_dir: str | None = setting(None, "default: outputs/<run_name>")
+    run_name: str | None = setting(None, "default: the command and the time")
+    experiment_name: str = setting("diffdpo", "MLflow experiment")
+    tracking_uri: str | None = setting(
+        None, "MLflow store; default: sqlite in the folder above --output_dir; 'none': off"
+    )
+    seed: int = setting(0, "same seed, same data order, same noise, same numbers")
+    per_device_train_batch_size: int = setting(8, "records in a micro-batch of one process")
+    per_device_eval_batch_size: int = setting(16, "records in a batch of one process in evaluation")
+    gradient_accumulation_steps: int = setting(1, "micro-batches in a step")
+    max_steps: int = setting(-1, "optimizer steps; -1: --num_train_epochs decides")
+    num_train_epochs: float = setting(1.0, "passes over the training data")
+    learning_rate: float = setting(5e-7, "peak learning rate")
+    lr_scheduler_type: str = setting("cosine", "after the warm-up", choices=("cosine", "linear", "constant"))
+    warmup_steps: int = setting(10, "steps of linear warm-up")
+    weight_decay: float = setting(0.01, "AdamW's, on matrices only")
+    adam_beta1: float = setting(0.9, "AdamW's beta1")
+    adam_beta2: float = setting(0.95, "AdamW's beta2")
+    adam_epsilon: float = setting(1e-8, "AdamW's epsilon")
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm; 0: never")
+    bf16: bool | None = setting(None, "bfloat16 weights; default: on a GPU that has it")
+    gradient_checkpointing: bool = setting(False, "recompute each layer in the backward pass (saves memory)")
+    score_estimator: str = setting("mask_count_mirror", "how masks and weights are drawn; see docs/theory.md")
+    num_mc_samples: int = setting(4, "forwards a score (n)")
+    engine: str = setting("auto", "auto: deepspeed when --ds_config is given", choices=("auto", "deepspeed", "plain"))
+    ds_config: str | None = setting(
+        None, "DeepSpeed JSON: sharding and offload; the rest is filled in from these flags"
+    )
+    logging_steps: int = setting(1, "steps between lines of metrics.jsonl")
+    eval_steps: int = setting(0, "steps between evaluations; 0: before and after only")
+    save_steps: int = setting(0, "steps between checkpoints; 0: none but the final model")
+    save_total_limit: int = setting(2, "newest checkpoints to keep")
+    resume_from_checkpoint: str | None = setting(None, "a checkpoint folder, or 'latest' of --output_dir")
+    max_eval_pairs: int = setting(256, "held-out records scored in an evaluation; 0: all")
+    num_eval_problems: int = setting(200, "held-out problems answered by sampling, before and after; 0: none")
+    eval_task: str = setting("auto", "who judges sampled answers", choices=("auto", "arithmetic", "gsm8k", "none"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunConfig):
+    """Preference training (``launch/train.py``)."""
+
+    ref_model_name_or_path: str | None = setting(None, "frozen reference; default: the policy as it starts")
+    beta: float = setting(0.1, "strength of the pull towards the reference")
+    loss_type: str = setting("sigmoid", "one loss, or several with commas; see docs/losses.md")
+    loss_weights: str | None = setting(None, "one weight per loss, with commas; default: 1 each")
+    label_smoothing: float = setting(0.0, "share of pairs assumed to be labelled the wrong way round")
+    sft_weight: float = setting(0.0, "adds -sft_weight * score(chosen) / tokens(chosen)")
+    num_diffusion_steps: int | None = setting(None, "T of the `trajectory` estimator")
+    segmentation: str = setting("auto", "how rows share memory", choices=("auto", "none", "checkpoint", "two_pass"))
+    segment_rows: int = setting(0, "rows in one forward; 0: chosen for you")
+    reference: str = setting(
+        "auto", "where reference scores come from", choices=("auto", "copy", "adapter_off", "none")
+    )
+    use_peft: bool = setting(False, "train a LoRA adapter instead of all weights")
+    lora_r: int = setting(16, "rank of the adapter")
+    lora_alpha: int = setting(32, "scale of the adapter")
+    lora_target_modules: str | None = setting(None, "names with commas, or a regular expression; default: per family")
+    load_in_4bit: bool = setting(False, "hold the frozen weights in NF4 (needs --use_peft)")
+    num_generated_pairs: int = setting(4000, "training pairs generated when --train_data is not given")
+
+
+def build_parser(config_class: type[RunConfig], description: str, prog: str | None = None) -> Parser:
+    """A parser with one flag per field, ``--config`` for a recipe, and the ``--local_rank`` that launchers append."""
+    parser = Parser(description=description, prog=prog, argument_default=None)
+    parser.add_argument("--config", help="YAML recipe; flags override it")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help="given by launchers; the environment decides")
+    for item in dataclasses.fields(config_class):
+        kind = _flag_type(config_class, item.name)
+        text = f"{item.metadata['help']} (default: {item.default})"
+        options: dict[str, Any] = {"help": text.replace("%", "%%"), "default": _UNSET}
+        if kind is bool:
+            options |= {"nargs": "?", "const": True, "type": _boolean, "metavar": "true|false"}
+        else:
+            options |= {"type": kind, "choices": item.metadata.get("choices")}
+        parser.add_argument(f"--{item.name}", **options)
+    parser.formatter_class = _HelpFormatter
+    return parser
+
+
+def parse_config(config_class: type[RunConfig], argv: Sequence[str], description: str) -> Any:
+    """Defaults, then the recipe of ``--config``, then flags; checked. UserError for a recipe's mistake."""
+    namespace = vars(build_parser(config_class, description).parse_args(argv))
+    flags = {name: value for name, value in namespace.items() if value is not _UNSET}
+    recipe, _ = flags.pop("config"), flags.pop("local_rank")
+    return make_config(config_class, {**(read_recipe(config_class, Path(recipe)) if recipe else {}), **flags})
+
+
+def read_recipe(config_class: type[RunConfig], path: Path) -> dict[str, Any]:
+    """The settings of a YAML recipe; each key must be a flag's name and each value of its type."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"--config {path}: no such file") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path} is not YAML: {error}") from None
+    if not isinstance(content, Mapping):
+        raise UserError(f"--config {path} holds no settings; write lines such as 'learning_rate: 1e-5'")
+    allowed = {item.name for item in dataclasses.fields(config_class)}
+    unknown = sorted(map(str, set(content) - allowed))
+    if unknown:
+        raise UserError(f"--config {path} sets {', '.join(unknown)}, which is no flag of this command; see --help")
+    return {name: _convert(config_class, name, value, f"--config {path}") for name, value in content.items()}
+
+
+def make_config(config_class: type[RunConfig], values: Mapping[str, Any]) -> Any:
+    """The checked dataclass; what can be known wrong without opening a model ends here."""
+    config = config_class(**values)
+    _check_numbers(config)
+    _check_files(config)
+    if isinstance(config, TrainConfig):
+        _check_train(config)
+    return config
+
+
+def _check_numbers(config: RunConfig) -> None:
+    at_least = {
+        1: ("max_length", "max_prompt_length", "per_device_train_batch_size", "per_device_eval_batch_size"),
+        0: ("warmup_steps", "eval_steps", "save_steps", "seed", "max_eval_pairs", "num_eval_problems", "weight_decay"),
+    }
+    at_least[1] += ("gradient_accumulation_steps", "num_mc_samples", "logging_steps", "save_total_limit")
+    at_least[0] += ("max_grad_norm", "dataset_num_workers", "learning_rate")
+    for least, names in at_least.items():
+        for name in names:
+            if getattr(config, name) < least:
+                raise UserError(f"--{name} is {getattr(config, name)}; it must be at least {least}")
+    if config.max_steps == 0 or config.max_steps < -1:
+        raise UserError(f"--max_steps is {config.max_steps}; give 1 or more, or -1 to train --num_train_epochs")
+    if config.max_steps == -1 and config.num_train_epochs <= 0:
+        raise UserError(
+            f"--num_train_epochs is {config.num_train_epochs}; it must be above 0 when --max_steps is not set"
+        )
+    if not 0.0 <= config.eval_fraction < 1.0:
+        raise UserError(f"--eval_fraction is {config.eval_fraction}; it must be in [0, 1)")
+    if config.max_prompt_length >= config.max_length:
+        raise UserError(
+            f"--max_prompt_length {config.max_prompt_length} leaves no room for an answer in "
+            f"--max_length {config.max_length}; make it smaller"
+        )
+
+
+def _check_files(config: RunConfig) -> None:
+    if config.engine == "deepspeed" and not config.ds_config:
+        raise UserError("--engine deepspeed needs --ds_config, for instance --ds_config ds_configs/4080_offload.json")
+    if config.engine == "plain" and config.ds_config:
+        raise UserError("--engine plain does not read --ds_config; leave one of the two out")
+    if config.ds_config:
+        read_ds_config(Path(config.ds_config))
+    for name in ("train_data", "eval_data"):
+        source = getattr(config, name)
+        looks_local = source and "://" not in source and not any(c in source for c in "*?[{")
+        if looks_local and Path(source).suffix and not Path(source).exists():
+            raise UserError(f"--{name} {source}: no such file")
+    if config.resume_from_checkpoint == "latest" and not config.output_dir:
+        raise UserError("--resume_from_checkpoint latest needs --output_dir, the folder of the run to go on with")
+
+
+def _check_train(config: TrainConfig) -> None:
+    if config.beta <= 0:
+        raise UserError(f"--beta is {config.beta}; it must be above 0")
+    if not 0.0 <= config.label_smoothing < 0.5:
+        raise UserError(f"--label_smoothing is {config.label_smoothing}; it must be in [0, 0.5)")
+    if config.sft_weight < 0:
+        raise UserError(f"--sft_weight is {config.sft_weight}; it must be at least 0")
+    if config.load_in_4bit and not config.use_peft:
+        raise UserError("--load_in_4bit freezes the weights, so there is nothing to train; add --use_peft")
+    if config.reference == "adapter_off" and not config.use_peft:
+        raise UserError("--reference adapter_off needs --use_peft; without an adapter use --reference copy")
+    if config.ref_model_name_or_path and config.reference not in ("auto", "copy"):
+        raise UserError(f"--ref_model_name_or_path is not read under --reference {config.reference}; leave one out")
+    if config.segment_rows < 0:
+        raise UserError(f"--segment_rows is {config.segment_rows}; give 1 or more, or 0 to have it chosen")
+
+
+def read_ds_config(path: Path) -> dict[str, Any]:
+    """The DeepSpeed JSON of ``--ds_config``."""
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        shipped = ", ".join(sorted(str(p) for p in Path("ds_configs").glob("*.json"))) or "none in ./ds_configs"
+        raise UserError(f"--ds_config {path}: no such file; shipped: {shipped}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise UserError(f"--ds_config {path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"--ds_config {path} must hold a JSON object, found {type(content).__name__}")
+    return content
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The settings as a recipe that gives the same run."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+# ------------------------------------------------------------------------------------------ flags from fields
+
+_UNSET = object()  # tells a flag that was not given from one given with its default
+
+
+class _HelpFormatter(Parser().formatter_class):  # type: ignore[misc]
+    def _get_help_string(self, action):
+        return action.help
+
+
+def _flag_type(config_class: type, name: str) -> type:
+    hint = typing.get_type_hints(config_class)[name]
+    if isinstance(hint, types.UnionType):
+        hint = next(member for member in typing.get_args(hint) if member is not type(None))
+    return hint
+
+
+def _boolean(text: str) -> bool:
+    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in words:
+        raise ValueError(text)
+    return words[text.lower()]
+
+
+def _convert(config_class: type, name: str, value: Any, where: str) -> Any:
+    """A YAML value as the field's type. ``1e-5`` is text in YAML 1.1, so numbers may come as text."""
+    if value is None:
+        return None
+    kind = _flag_type(config_class, name)
+    try:
+        if kind is bool:
+            converted: Any = value if isinstance(value, bool) else _boolean(str(value))
+        elif isinstance(value, (bool, list, dict)):
+            raise ValueError(value)
+        else:
+            converted = kind(value)
+        if kind is int and float(value) != converted:
+            raise ValueError(value)
+    except (TypeError, ValueError):
+        raise UserError(f"{where}: {name} is {value!r}; it must be of type {kind.__name__}") from None
+    item = next(f for f in dataclasses.fields(config_class) if f.name == name)
+    choices = item.metadata.get("choices")
+    if choices and converted not in choices:
+        raise UserError(f"{where}: {name} is {value!r}; allowed: {', '.join(choices)}")
+    return converted
