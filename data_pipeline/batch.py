@@ -1,0 +1,88 @@
+"""What a training step eats: a micro-batch of pairs as right-padded token rows.
+
+Shape suffixes: B pairs of the micro-batch, 2 sides (0 chosen, 1 rejected), T longest row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from data_pipeline.encode import TokenPair
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A record that could not be used: kind, shard and key of the record, and what happened."""
+
+    kind: str
+    shard: str
+    key: str
+    error: str
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """One micro-batch.
+
+    ``input_ids_B2T`` prompt + answer + terminator; ``lengths_B2`` counts them (0: no such side) and
+    ``prompt_lengths_B2`` the prompt's share, so tokens prompt_length .. length are scored. ``weight_B2`` is (1, 1) for
+    a pair, (1, 0) / (0, 1) for an unpaired desirable / undesirable answer, (0, 0) for an empty slot, a fault or a
+    record dropped by the truncation policy. ``ids`` are record ids, '' where the weight is (0, 0).
+    """
+
+    input_ids_B2T: torch.Tensor
+    lengths_B2: torch.Tensor
+    prompt_lengths_B2: torch.Tensor
+    weight_B2: torch.Tensor
+    ids: tuple[str, ...]
+    epoch: int
+    step: int
+    micro: int
+    last_micro: bool
+    faults: tuple[Fault, ...] = ()
+    dropped: tuple[Fault, ...] = ()  # by policy (over-long, ...): counted apart, no fault of the data
+    truncated: int = 0  # pairs of which something was cut
+
+    @property
+    def pair_weight_B(self) -> torch.Tensor:
+        """1 for a whole pair, else 0."""
+        return self.weight_B2.prod(1)
+
+
+def collate(
+    pairs: Sequence[TokenPair | None],
+    *,
+    pad_id: int,
+    epoch: int,
+    step: int,
+    micro: int,
+    last_micro: bool,
+    faults: tuple[Fault, ...] = (),
+    dropped: tuple[Fault, ...] = (),
+) -> PairBatch:
+    """Pairs (None: a slot of weight 0) → PairBatch. T is at least 1, also when there is nothing in it."""
+    sides = [(pair.chosen, pair.rejected) if pair else (None, None) for pair in pairs]
+    longest = max((len(answer.ids) for both in sides for answer in both if answer), default=1)
+    shape = (len(pairs), 2)
+    ids = torch.full((*shape, max(1, longest)), pad_id, dtype=torch.long)
+    lengths, prompts = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    for b, both in enumerate(sides):
+        for side, answer in enumerate(both):
+            if answer:
+                ids[b, side, : len(answer.ids)] = torch.from_numpy(answer.ids)
+                lengths[b, side], prompts[b, side] = len(answer.ids), answer.prompt_length
+    return PairBatch(
+        ids,
+        lengths,
+        prompts,
+        (lengths > 0).float(),
+        tuple(pair.id if pair else "" for pair in pairs),
+        epoch,
+        step,
+        micro,
+        last_micro,
+        faults,
+        dropped,
+        sum(pair.truncated for pair in pairs if pair),
+    )

@@ -1,0 +1,341 @@
+"""``build``: any source → shards with an index. In two parallel passes over chunks, atomic and resumable.
+
+1. convert: rows → records, checked; a chunk of rows becomes a chunk file of stored records and an array of hashes.
+2. write: duplicates are dropped over the whole corpus, prompts are dealt to train and eval, records to shards.
+
+Everything happens in ``OUT.building``; OUT appears by one rename when all is done, so a reader never sees half of it. A
+chunk or shard that is complete in ``OUT.building`` is not made again when an interrupted build is repeated.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+from tqdm import tqdm
+
+from data_pipeline.convert import HASHES, ConvertJob, ConvertOptions, Dropped, convert_chunk
+from data_pipeline.errors import DataError
+from data_pipeline.index import MANIFEST, SCHEMA, merge_scans, save_index
+from data_pipeline.parallel import chunks, ordered_map
+from data_pipeline.records import RecordError, stable_hash
+from data_pipeline.remote import is_remote
+from data_pipeline.shards import ShardScan, scan_shard, to_json, write_shard
+from data_pipeline.sources.candidates import group_long_rows, is_long
+from data_pipeline.sources.files import Row, SourceOptions, local_path, open_rows, source_files
+
+log = logging.getLogger(__name__)
+
+ROWS_PER_CHUNK = 2000
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """Everything that decides what a build makes. ``workers`` and ``progress`` do not change the result.
+
+    ``shard_size``: records a shard. ``shuffle_seed``: order of the records on disk (None: as in the source).
+    ``on_error``: ``raise`` at the first malformed row, or ``skip`` and count. ``limit``: rows read (0: all).
+    """
+
+    shard_size: int = 10_000
+    shuffle_seed: int | None = None
+    eval_fraction: float = 0.0
+    on_error: str = "raise"
+    limit: int = 0
+    convert: ConvertOptions = field(default_factory=ConvertOptions)
+    source: SourceOptions = field(default_factory=SourceOptions)
+
+    def __post_init__(self):
+        if self.shard_size < 1:
+            raise DataError(f"shard_size is {self.shard_size}; it must be at least 1")
+        if not 0 <= self.eval_fraction < 1:
+            raise DataError(f"eval_fraction is {self.eval_fraction}; it must be at least 0 and below 1")
+        if self.on_error not in ("raise", "skip"):
+            raise DataError(f"on_error is {self.on_error!r}; allowed: raise, skip")
+        if self.limit < 0:
+            raise DataError(f"limit is {self.limit}; it must be at least 0 (0: no limit)")
+
+
+def build(
+    sources: Sequence[str], out: Path, options: BuildOptions, *, workers: int = 0, progress: bool = False
+) -> dict:
+    """Build ``out`` from ``sources`` and return its manifest (of the train split, when there are two).
+
+    Nothing happens when ``out`` was built from the same input with the same options. Raises DataError for anything
+    wrong with the input, naming file and line, and when ``out`` is something else.
+    """
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    signature = job_signature(sources, options)
+    with FileLock(f"{out}.lock"):
+        if (done := _built(out, signature)) is not None:
+            return done
+        work = out.with_name(out.name + ".building")
+        _prepare(work, signature)
+        dropped, rows = _convert(sources, work, options, workers, progress)
+        manifest = _write(work, options, dropped, rows, json.loads(signature), workers, progress)
+        (work / "result").rename(out)
+        shutil.rmtree(work)
+    return manifest
+
+
+def job_signature(sources: Sequence[str], options: BuildOptions) -> str:
+    """What a build is made from, as JSON: equal signatures give equal shards."""
+    files = []
+    for source in sources:
+        path = local_path(source, options.source)
+        for file in source_files(path) if path else []:
+            status = file.stat()
+            files.append([str(file.resolve()), status.st_size, status.st_mtime_ns])
+    chosen = asdict(options)
+    chosen["source"].pop("cache_dir")
+    return json.dumps({"schema": SCHEMA, "sources": list(sources), "files": files, "options": chosen}, sort_keys=True)
+
+
+def _built(out: Path, signature: str) -> dict | None:
+    if not out.exists():
+        return None
+    for folder in (out, out / "train"):
+        if (folder / MANIFEST).exists():
+            manifest = json.loads((folder / MANIFEST).read_bytes())
+            if manifest.get("provenance", {}).get("job") == json.loads(signature):
+                return manifest
+    raise DataError(
+        f"{out} exists and was not built from this input with these options; remove it or choose another --out"
+    )
+
+
+def _prepare(work: Path, signature: str) -> None:
+    """A work folder for this job: the one of an interrupted build of the same job, or a new one."""
+    mark = work / "job.json"
+    if work.exists() and (not mark.exists() or mark.read_text() != signature):
+        log.warning("%s is left from another build: starting over", work)
+        shutil.rmtree(work)
+    (work / "chunks").mkdir(parents=True, exist_ok=True)
+    mark.write_text(signature)
+
+
+# ---------------------------------------------------------------------------------------------------- first pass
+
+
+def _convert(
+    sources: Sequence[str], work: Path, options: BuildOptions, workers: int, progress: bool
+) -> tuple[Dropped, int]:
+    dropped, rows = Dropped(), 0
+    jobs = _convert_jobs(sources, work / "chunks", options, dropped)
+    with tqdm(desc="convert", unit=" rows", disable=not progress) as bar:
+        for result in ordered_map(convert_chunk, jobs, workers=workers):
+            dropped.merge(result.dropped)
+            if dropped.malformed and options.on_error == "raise":
+                raise DataError(f"{dropped.malformed}; mend it, or pass --on_error skip to drop and count such rows")
+            rows += result.rows
+            bar.update(result.rows)
+    return dropped, rows
+
+
+def _convert_jobs(
+    sources: Sequence[str], folder: Path, options: BuildOptions, dropped: Dropped
+) -> Iterator[ConvertJob]:
+    number = 0
+    for source in sources:
+        name = source if is_remote(source) else Path(source).name.split(".")[0]
+        rows = _until_torn(_rows(source, options), options.on_error, dropped)
+        for chunk in chunks(rows, ROWS_PER_CHUNK):
+            yield ConvertJob(number, chunk, name, folder, options.convert)
+            number += 1
+
+
+def _until_torn(rows: Iterator[Row], on_error: str, dropped: Dropped) -> Iterator[Row]:
+    """The rows up to where a compressed file is cut; the cut is an error or, with ``skip``, counted."""
+    try:
+        yield from rows
+    except RecordError as error:
+        if on_error == "raise":
+            raise DataError(f"{error}; get it again, or pass --on_error skip to use what is before") from error
+        dropped.add(error, "source")
+
+
+def _rows(source: str, options: BuildOptions) -> Iterator[Row]:
+    """The rows of a source; answers given one a row with their correctness are gathered by question first."""
+    rows = open_rows(source, options.source)
+    head = next(rows, None)
+    if head is None:
+        raise DataError(f"{source} has no rows")
+    rows = _chain(head, rows)
+    if options.convert.format in ("auto", "candidates") and _looks_long(head):
+        rows = (Row(f"{source}, question {i}", row) for i, row in enumerate(group_long_rows(_parsed(rows)), 1))
+    for i, row in enumerate(rows):
+        if options.limit and i >= options.limit:
+            return
+        yield row
+
+
+def _chain(head: Row, rows: Iterator[Row]) -> Iterator[Row]:
+    yield head
+    yield from rows
+
+
+def _looks_long(row: Row) -> bool:
+    try:
+        return is_long(row.parsed())
+    except RecordError:
+        return False  # the converter reports it with its place
+
+
+def _parsed(rows: Iterable[Row]) -> Iterator[dict]:
+    for row in rows:
+        try:
+            yield row.parsed()
+        except RecordError as error:
+            raise DataError(f"{row.where}: {error}") from error
+
+
+# --------------------------------------------------------------------------------------------------- second pass
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """One shard: where it goes, the stored records it takes, in order, as rows of HASHES, and new ids by position."""
+
+    path: Path
+    folder: Path
+    first: int  # number of its first record: keys are running numbers over the whole split
+    records: np.ndarray
+    renamed: dict[int, str]
+
+
+def _write(
+    work: Path, options: BuildOptions, dropped: Dropped, rows: int, job: dict, workers: int, progress: bool
+) -> dict:
+    """Deal the converted records to splits and shards, write them, and index what was written."""
+    hashes = np.concatenate(
+        [np.load(path) for path in sorted((work / "chunks").glob("*.npy"))] or [np.zeros(0, HASHES)]
+    )
+    kept = hashes[np.sort(np.unique(hashes["content"], return_index=True)[1])]
+    if len(kept) < len(hashes):
+        dropped.counts["duplicate"] += len(hashes) - len(kept)
+    if not len(kept):
+        raise DataError(f"no usable record in {rows} rows of {', '.join(job['sources'])}: {describe_drops(dropped)}")
+    result = work / "result"
+    result.mkdir(exist_ok=True)
+    report = {"rows": rows, "records": len(kept), "dropped": dropped.as_json()}
+    manifests = []
+    for folder, records in _splits(result, kept, options):
+        manifest = _write_split(folder, work / "chunks", records, options, workers, progress)
+        manifests.append(manifest | {"provenance": {"job": job, "report": report}})
+        _finish(folder, manifests[-1])
+    return manifests[0]
+
+
+def describe_drops(dropped: Dropped) -> str:
+    """One line of all that was dropped, with the first example."""
+    kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(dropped.counts.items()))
+    first = next((places[0] for places in dropped.examples.values() if places), "")
+    return kinds + (f" (first: {first})" if first else "")
+
+
+def _splits(result: Path, kept: np.ndarray, options: BuildOptions) -> list[tuple[Path, np.ndarray]]:
+    if not options.eval_fraction:
+        return [(result, _shuffled(kept, options.shuffle_seed))]
+    held_out = eval_mask(kept["prompt"], options.eval_fraction)
+    sides = (("train", kept[~held_out]), ("eval", kept[held_out]))
+    return [(result / name, _shuffled(records, options.shuffle_seed)) for name, records in sides]
+
+
+def eval_mask(prompts: np.ndarray, fraction: float, seed: int = 0) -> np.ndarray:
+    """Which records are held out: the given fraction of the *prompts* (at least one), by the hash of each.
+
+    A prompt's place depends on the prompt (and the seed), not on what other data stand beside it or in what order.
+    """
+    salted = prompts ^ np.uint64(stable_hash("split", str(seed)))
+    unique = np.unique(salted)
+    count = max(1, round(fraction * len(unique)))
+    if count >= len(unique):
+        raise DataError(f"eval_fraction {fraction} of {len(unique)} prompts leaves nothing to train on; lower it")
+    # the hashes are uniform, but their order under xor with a salt is not a fresh draw: mix the bits once more
+    return _mix(salted) <= np.sort(_mix(unique))[count - 1]
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64 (Steele et al. 2014): a bijection whose output bits depend on all input bits."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def _shuffled(records: np.ndarray, seed: int | None) -> np.ndarray:
+    if seed is None:
+        return records
+    return records[np.random.Generator(np.random.Philox(np.random.SeedSequence([seed]))).permutation(len(records))]
+
+
+def _write_split(
+    folder: Path, chunk_folder: Path, records: np.ndarray, options: BuildOptions, workers: int, progress: bool
+) -> dict:
+    folder.mkdir(exist_ok=True)
+    renamed = _renamed_ids(records)
+    jobs = [
+        ShardJob(
+            folder / f"shard-{number:05d}.tar",
+            chunk_folder,
+            first,
+            records[first : first + options.shard_size],
+            {i: suffix for i, suffix in renamed.items() if first <= i < first + options.shard_size},
+        )
+        for number, first in enumerate(range(0, len(records), options.shard_size))
+    ]
+    with tqdm(total=len(records), desc=f"write {folder.name}", unit=" records", disable=not progress) as bar:
+        scans = []
+        for scan in ordered_map(write_and_scan, jobs, workers=workers):
+            scans.append(scan)
+            bar.update(len(scan.entries))
+    manifest, entries, keys = merge_scans([job.path.name for job in jobs], scans)
+    if manifest["bad"] or len(entries) != len(records):
+        raise RuntimeError(f"{folder}: wrote {len(records)} records, read back {len(entries)}: {manifest['bad'][:3]}")
+    save_index(folder, manifest, entries, keys)
+    return manifest
+
+
+def _renamed_ids(records: np.ndarray) -> dict[int, str]:
+    """Position → suffix for records whose id was met before with another content: ids are unique in a corpus."""
+    first = np.zeros(len(records), bool)
+    first[np.unique(records["id"], return_index=True)[1]] = True
+    return {int(i): f"#{int(records['content'][i]):016x}" for i in np.flatnonzero(~first)}
+
+
+def write_and_scan(job: ShardJob) -> ShardScan:
+    """Write one shard, unless it is there from an interrupted build, and read it back for the index."""
+    if not job.path.exists():
+        write_shard(job.path, _members(job))
+    return scan_shard(job.path)
+
+
+def _members(job: ShardJob) -> Iterator[tuple[str, bytes]]:
+    files: dict[int, int] = {}
+    try:
+        for place, record in enumerate(job.records, job.first):
+            chunk = int(record["chunk"])
+            if chunk not in files:
+                files[chunk] = os.open(job.folder / f"chunk-{chunk:06d}.bin", os.O_RDONLY)
+            data = os.pread(files[chunk], int(record["size"]), int(record["offset"]))
+            yield f"{place:09d}", _with_suffix(data, job.renamed.get(place, ""))
+    finally:
+        for descriptor in files.values():
+            os.close(descriptor)
+
+
+def _with_suffix(data: bytes, suffix: str) -> bytes:
+    if not suffix:
+        return data
+    fields = json.loads(data)
+    fields["id"] += suffix
+    return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+
+
+def _finish(folder: Path, manifest: dict) -> None:
+    (folder / MANIFEST).write_bytes(to_json(manifest))

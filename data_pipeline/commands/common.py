@@ -1,0 +1,58 @@
+"""From parsed arguments to options, data sets and encoders; shared by the commands."""
+
+import argparse
+from dataclasses import replace
+
+from data_pipeline.build import BuildOptions
+from data_pipeline.convert import ConvertOptions
+from data_pipeline.dataset import ShardedDataset, open_dataset
+from data_pipeline.encode import Encoder
+from data_pipeline.errors import DataError
+from data_pipeline.sources.candidates import Pairing
+from data_pipeline.sources.files import SourceOptions
+
+
+def build_options(args: argparse.Namespace) -> BuildOptions:
+    """The options that ``--format`` and its companions stand for."""
+    pairing = Pairing(args.pairing, args.max_pairs, args.use_reference)
+    return BuildOptions(
+        convert=ConvertOptions(args.format, pairing),
+        source=SourceOptions(args.split, args.config, args.cache_dir),
+    )
+
+
+def dataset_of(args: argparse.Namespace) -> ShardedDataset:
+    """The data set named on the command line. Malformed rows are skipped with a warning."""
+    return open_dataset(
+        args.source,
+        cache_dir=args.cache_dir,
+        eval_fraction=args.eval_fraction,
+        split=args.side,
+        build_options=replace(build_options(args), on_error="skip"),
+        allow_damaged=True,
+    )
+
+
+def load_tokenizer(name: str):
+    """A tokenizer from a folder or the hub; DataError when there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"--tokenizer {name!r} cannot be loaded: {reason}") from error
+
+
+def encoder_of(args: argparse.Namespace) -> Encoder | None:
+    """The encoder of ``--tokenizer`` and the truncation options; None without a tokenizer."""
+    if not args.tokenizer:
+        return None
+    return Encoder(
+        load_tokenizer(args.tokenizer),
+        max_length=args.max_length,
+        max_prompt_length=args.max_prompt_length,
+        truncation=args.truncation,
+        answer_truncation=args.answer_truncation,
+        template=args.template,
+    )

@@ -1,0 +1,331 @@
+"""``open_dataset``: whatever the user names as data → indexed shards, checked before any model is loaded.
+
+A source is one of: a folder made by ``build`` (here or behind a URL), shards (glob, brace list or URLs of .tar), or
+anything ``sources.files`` reads, which is built into the cache once. Several processes may do this at the same time: a
+lock file lets one of them work while the others wait for its result, which appears by one rename.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from glob import glob, has_magic
+from pathlib import Path
+
+import numpy as np
+from braceexpand import braceexpand
+from filelock import FileLock
+
+from data_pipeline.build import BuildOptions, build, eval_mask, job_signature
+from data_pipeline.errors import DataError
+from data_pipeline.index import (
+    ENTRIES,
+    KEYS,
+    MANIFEST,
+    Index,
+    bad_summary,
+    load_index,
+    merge_scans,
+    plain_tar,
+    publish,
+    save_index,
+)
+from data_pipeline.parallel import ordered_map
+from data_pipeline.plan import PlanOptions, mixed_records, shuffled_records
+from data_pipeline.remote import cached_file, default_cache_dir, expand_remote, is_remote
+from data_pipeline.shards import Bad, ShardScan, scan_shard
+
+log = logging.getLogger(__name__)
+
+TAR = (".tar", ".tar.gz", ".tgz")
+SPLITS = ("train", "eval")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source: its index and the entries of it that are used (None: all)."""
+
+    name: str
+    index: Index
+    chosen: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.index) if self.chosen is None else len(self.chosen)
+
+    def entry(self, number: int) -> int:
+        """Entry of the part's record ``number``."""
+        return number if self.chosen is None else int(self.chosen[number])
+
+    def column(self, name: str) -> np.ndarray:
+        """A field of all used entries."""
+        column = self.index.entries[name]
+        return column if self.chosen is None else column[self.chosen]
+
+    def shard_counts(self) -> np.ndarray:
+        """Used records in each shard."""
+        if self.chosen is None:
+            return np.diff(self.index.starts)
+        return np.diff(np.searchsorted(self.chosen, self.index.starts))
+
+
+@dataclass(frozen=True)
+class ShardedDataset:
+    """Records numbered 0 .. num_records - 1 over all parts, end to end. ``weights`` mixes the parts (None: each whole).
+
+    With several parts record ids become ``part/id``, because ids are unique in a part only.
+    """
+
+    parts: tuple[Part, ...]
+    cache_dir: Path
+    weights: tuple[float, ...] | None = None
+
+    @property
+    def num_records(self) -> int:
+        """Records of an epoch (the same with and without weights)."""
+        return sum(map(len, self.parts))
+
+    def __len__(self) -> int:
+        return self.num_records
+
+    @property
+    def manifest(self) -> dict:
+        """The manifest of the first part."""
+        return self.parts[0].index.manifest
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits of ids, contents and order of all used records, and of the weights."""
+        digest = hashlib.blake2b(digest_size=8)
+        for part in self.parts:
+            digest.update(part.index.fingerprint.encode())
+            if part.chosen is not None:
+                digest.update(np.ascontiguousarray(part.chosen, np.int64).tobytes())
+        digest.update(json.dumps(self.weights).encode())
+        return digest.hexdigest()
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """uint32 [num_records]: bytes of the prompt and the longer answer, the stand-in for tokens."""
+        columns = [
+            part.column("prompt_bytes") + np.maximum(part.column("chosen_bytes"), part.column("rejected_bytes"))
+            for part in self.parts
+        ]
+        return np.concatenate(columns)
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        return np.cumsum([0, *map(len, self.parts)])
+
+    def locate(self, number: int) -> tuple[int, int]:
+        """(part, entry of its index) of a record number."""
+        part = int(np.searchsorted(self._starts, number, side="right")) - 1
+        return part, self.parts[part].entry(number - int(self._starts[part]))
+
+    def order(self, options: PlanOptions, epoch: int) -> np.ndarray:
+        """All record numbers of an epoch in their order."""
+        if self.weights is None:
+            counts = np.concatenate([part.shard_counts() for part in self.parts])
+            return shuffled_records(counts.tolist(), options, epoch)
+        return mixed_records([len(part) for part in self.parts], self.weights, options, epoch)
+
+    @property
+    def is_remote(self) -> bool:
+        """True when some shard has to be fetched."""
+        return any(is_remote(part.index.url(s)) for part in self.parts for s in range(len(part.index.starts) - 1))
+
+
+def open_dataset(
+    source: str | Sequence[str],
+    *,
+    cache_dir: str | Path | None = None,
+    seed: int = 0,
+    eval_fraction: float = 0.0,
+    split: str = "train",
+    weights: Sequence[float] | None = None,
+    build_options: BuildOptions | None = None,
+    max_records: int = 0,
+    allow_damaged: bool = False,
+    workers: int = 0,
+    progress: bool = False,
+) -> ShardedDataset:
+    """Open one or several sources as one data set. Raises DataError, in one line, for whatever is wrong with them.
+
+    ``eval_fraction`` of the prompts are held out for ``split="eval"``; ``seed`` chooses which (keep it when the
+    training seed changes, or prompts trained on become prompts evaluated on). A folder built with its own train/eval
+    split is used as it is. ``weights``: shares of the sources in an epoch. ``max_records``: the first of each source.
+    ``allow_damaged``: go on although local shards are not as long as the index says; what they lack become faults.
+    """
+    sources = [source] if isinstance(source, str) else list(source)
+    _check(sources, split, weights, eval_fraction, max_records)
+    cache = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+    options = build_options or BuildOptions()
+    options = replace(options, eval_fraction=0.0, source=replace(options.source, cache_dir=cache))
+    parts = []
+    for name in sources:
+        index, already_split = _open_index(name, cache, options, split, workers, progress)
+        _check_shards(index, allow_damaged)
+        chosen = None if already_split else _side(index, eval_fraction, split, seed)
+        if max_records:
+            chosen = np.arange(len(index))[:max_records] if chosen is None else chosen[:max_records]
+        parts.append(Part(name, index, chosen))
+    return ShardedDataset(tuple(parts), cache, None if weights is None else tuple(map(float, weights)))
+
+
+def _check(
+    sources: list[str], split: str, weights: Sequence[float] | None, eval_fraction: float, max_records: int
+) -> None:
+    if not sources or not all(sources):
+        raise DataError("no data source is named; give a file, a folder, shards or the name of a data set")
+    if split not in SPLITS:
+        raise DataError(f"split is {split!r}; allowed: {', '.join(SPLITS)}")
+    if not 0 <= eval_fraction < 1 or max_records < 0:
+        raise DataError(f"eval_fraction {eval_fraction} must be in [0, 1) and max_records {max_records} at least 0")
+    if weights is not None and (len(weights) != len(sources) or min(weights) < 0 or not sum(weights) > 0):
+        raise DataError(f"weights {list(weights)}: one number >= 0 for each of the {len(sources)} sources, not all 0")
+
+
+def _side(index: Index, eval_fraction: float, split: str, seed: int) -> np.ndarray | None:
+    if not eval_fraction:
+        if split == "eval":
+            raise DataError(
+                "split 'eval' of data that were not split; set eval_fraction, or build with --eval_fraction"
+            )
+        return None
+    held_out = eval_mask(np.asarray(index.entries["prompt"]), eval_fraction, seed)
+    return np.flatnonzero(held_out if split == "eval" else ~held_out)
+
+
+def _check_shards(index: Index, allow_damaged: bool) -> None:
+    """Local shards must have the length the index knows; a replaced shard of the same length shows when it is read."""
+    if not len(index):
+        raise DataError(f"{index.base} holds no usable record")
+    for number, known in enumerate(index.manifest["shards"]):
+        url = index.url(number)
+        if is_remote(url) or allow_damaged:
+            continue
+        path = Path(url)
+        found = path.stat().st_size if path.exists() else None
+        if found != known["bytes"] and not url.endswith(TAR[1:]):
+            what = "is missing" if found is None else f"has {found} bytes, the index says {known['bytes']}"
+            raise DataError(
+                f"shard {url} {what}; restore it, build again, see what is lost with `python -m data_pipeline verify "
+                f"{path.parent}`, or allow damaged shards"
+            )
+
+
+# ------------------------------------------------------------------------------------- from a name to an index
+
+
+def _open_index(
+    source: str, cache: Path, options: BuildOptions, split: str, workers: int, progress: bool
+) -> tuple[Index, bool]:
+    """(index, whether the source itself holds a train/eval split)."""
+    if source.endswith(TAR):
+        return _index_shards(expand_shards(source), cache, workers), False
+    path = Path(source).expanduser()
+    if is_remote(source):
+        if not path.suffix or source.endswith("/"):
+            return _remote_folder(source.rstrip("/"), cache, split)
+    elif path.is_dir():
+        if (path / MANIFEST).exists():
+            return load_index(path.resolve()), False
+        if (path / split / MANIFEST).exists():
+            return load_index((path / split).resolve()), True
+        shards = sorted(str(p.resolve()) for p in path.iterdir() if p.name.endswith(TAR))
+        if shards:
+            return _index_shards(shards, cache, workers), False
+    files = sorted(glob(source)) if has_magic(source) and not path.exists() else [source]
+    if not files:
+        raise DataError(f"{source} matches no file")
+    if files[0].endswith(TAR):
+        return _index_shards(files, cache, workers), False
+    return _build_cached(files, cache, options, workers, progress), False
+
+
+def expand_shards(pattern: str) -> list[str]:
+    """Paths (absolute) or URLs of a brace list with globs, in sorted order."""
+    found: list[str] = []
+    for name in braceexpand(pattern):
+        if is_remote(name):
+            found += expand_remote(name) if has_magic(name) else [name]
+        elif has_magic(name):
+            found += glob(str(Path(name).expanduser()))
+        else:
+            found.append(name)
+    urls = sorted({name if is_remote(name) else str(Path(name).expanduser().resolve()) for name in found})
+    missing = [name for name in urls if not is_remote(name) and not Path(name).exists()]
+    if not urls or missing:
+        raise DataError(f"{missing[0]} does not exist" if missing else f"{pattern} matches no shard")
+    return urls
+
+
+def _build_cached(files: list[str], cache: Path, options: BuildOptions, workers: int, progress: bool) -> Index:
+    digest = hashlib.blake2b(job_signature(files, options).encode(), digest_size=8).hexdigest()
+    name = "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(files[0]).name.split(".")[0])[:40]
+    folder = cache / "built" / f"{name}-{digest}"
+    if not (folder / MANIFEST).exists():
+        manifest = build(files, folder, options, workers=workers, progress=progress)
+        dropped = manifest["provenance"]["report"]["dropped"]
+        if dropped:
+            kinds = ", ".join(f"{kind} {item['count']}" for kind, item in dropped.items())
+            log.warning("%s: %d records; dropped: %s", ", ".join(files), manifest["num_records"], kinds)
+    return load_index(folder)
+
+
+def _index_shards(urls: list[str], cache: Path, workers: int) -> Index:
+    """The index of shards that have none of their own, made once and kept in the cache."""
+    stamps = []
+    for url in urls:
+        status = None if is_remote(url) else Path(url).stat()
+        stamps.append([url, status and status.st_size, status and status.st_mtime_ns])
+    digest = hashlib.blake2b(json.dumps(stamps).encode(), digest_size=8).hexdigest()
+    folder = cache / "index" / digest
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not (folder / MANIFEST).exists():
+            scans = list(ordered_map(_scan_url, [(url, cache) for url in urls], workers=workers))
+            manifest, entries, keys = merge_scans(urls, scans)
+            if not len(entries):
+                raise DataError(
+                    f"no usable record in {len(urls)} shards: {bad_summary(manifest['bad']) or 'all empty'}"
+                )
+            publish(folder, lambda partial: save_index(partial, manifest, entries, keys))
+    index = load_index(folder)
+    if index.manifest["bad"]:
+        log.warning("%s", bad_summary(index.manifest["bad"]))
+    return index
+
+
+def _scan_url(job: tuple[str, Path]) -> ShardScan:
+    path, fault = plain_tar(job[0], job[1])
+    scan = scan_shard(path)
+    if fault:
+        scan.bad.insert(0, Bad("damaged_gzip", "", fault))
+    if is_remote(job[0]) and path.name.endswith(TAR[1:]):
+        scan.size = path.stat().st_size
+    return scan
+
+
+def _remote_folder(url: str, cache: Path, split: str) -> tuple[Index, bool]:
+    """The index files of a folder behind a URL; shards are fetched when they are read. The manifest is always fresh."""
+    error: DataError | None = None
+    for base, own_split in ((url, False), (f"{url}/{split}", True)):
+        try:
+            manifest = cached_file(f"{base}/{MANIFEST}", cache, fresh=True)
+        except DataError as failure:
+            error = error or failure
+            continue
+        digest = hashlib.blake2b(manifest.read_bytes() + base.encode(), digest_size=8).hexdigest()
+        folder = cache / "index" / digest
+        if not (folder / MANIFEST).exists():
+            fetched = [cached_file(f"{base}/{name}", cache, fresh=True) for name in (ENTRIES, KEYS)]
+
+            def copy(partial: Path, files: tuple[Path, ...] = (*fetched, manifest)) -> None:
+                for file in files:
+                    (partial / file.name).write_bytes(file.read_bytes())
+
+            publish(folder, copy)
+        return load_index(folder, base=base), own_split
+    raise DataError(f"{url} is no folder made by `python -m data_pipeline build`: {error}")

@@ -1,0 +1,171 @@
+"""Text → tokens: prompt, answer and one terminator, by the rules of the model's tokenizer.
+
+The prompt's tokens are exactly those a model is given when it generates; the answer is tokenised on its own and put
+behind them. So the prompt is a token prefix of both sides whatever the text is, and no merge of the tokenizer ever
+reaches over the boundary, as it can when the boundary is looked up by characters in the joint text.
+
+The chat template renders the prompt only, with the header of the assistant's turn. Templates that append such a header
+always (LLaDA's does) would add a phantom turn behind a rendered answer; here no answer is rendered by the template.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.errors import DataError
+from data_pipeline.records import AnswerRecord, Record, Text, answers_of
+
+TEMPLATES = ("auto", "chat", "plain")
+PROMPT_TRUNCATION = ("keep_end", "keep_start", "drop")
+ANSWER_TRUNCATION = ("cut", "drop")
+PLAIN_ROLES = {"user": "Human", "assistant": "Assistant", "system": "System"}
+
+
+@dataclass(frozen=True)
+class TokenAnswer:
+    """``ids`` int32: prompt, answer and terminator (none when the answer was cut); scored are ids[prompt_length:]."""
+
+    ids: np.ndarray
+    prompt_length: int
+
+
+@dataclass(frozen=True)
+class TokenPair:
+    """A record in tokens. An unpaired record has None on one side: an undesirable answer stands under ``rejected``."""
+
+    id: str
+    chosen: TokenAnswer | None
+    rejected: TokenAnswer | None
+    truncated: bool = False
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Why a record is left out: over_long_prompt, over_long_answer, equal_after_cut or special_token."""
+
+    reason: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """``encoder(record)`` → TokenPair or Drop.
+
+    ``max_length`` counts prompt, answer and terminator; ``max_prompt_length`` the prompt alone (None: no limit of its
+    own). A prompt is cut when it is longer than its limit, or when prompt and longer answer do not fit; then to what
+    the answer leaves, but not below half of ``max_length``. ``truncation`` says which end of a prompt stays, or drops
+    the record. An answer that still does not fit is cut and has no terminator (``answer_truncation="cut"``: a model
+    must not learn that answers end there), or the record is dropped.
+
+    ``template``: ``chat`` (strings become a user's turn), ``plain`` (messages become ``\\n\\nHuman: ...`` turns), or
+    ``auto``: chat for messages when the tokenizer has a template, plain otherwise. ``terminator`` is the id after an
+    answer (None: the tokenizer's eos). ``forbidden_ids``: a record that contains one is dropped; by default the mask.
+    """
+
+    tokenizer: Any
+    max_length: int = 1024
+    max_prompt_length: int | None = None
+    truncation: str = "keep_end"
+    answer_truncation: str = "cut"
+    template: str = "auto"
+    terminator: int | None = None
+    forbidden_ids: Sequence[int] | None = None
+    _prefix: tuple[int, ...] = field(init=False, default=())
+
+    def __post_init__(self):
+        self._check_options()
+        tokenizer = self.tokenizer
+        if self.terminator is None:
+            if tokenizer.eos_token_id is None:
+                raise DataError("the tokenizer has no eos token; name the id that ends an answer (terminator)")
+            object.__setattr__(self, "terminator", int(tokenizer.eos_token_id))
+        if self.forbidden_ids is None:
+            mask = getattr(tokenizer, "mask_token_id", None)
+            object.__setattr__(self, "forbidden_ids", () if mask is None else (int(mask),))
+        if getattr(tokenizer, "add_bos_token", False) and tokenizer.bos_token_id is not None:
+            object.__setattr__(self, "_prefix", (int(tokenizer.bos_token_id),))
+        if self.template == "chat" and not getattr(tokenizer, "chat_template", None):
+            raise DataError("template is 'chat' but the tokenizer has no chat template; use --template plain")
+
+    def _check_options(self) -> None:
+        for name, allowed in (
+            ("template", TEMPLATES),
+            ("truncation", PROMPT_TRUNCATION),
+            ("answer_truncation", ANSWER_TRUNCATION),
+        ):
+            if getattr(self, name) not in allowed:
+                raise DataError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
+        if self.max_length < 3:
+            raise DataError(f"max_length is {self.max_length}; a prompt, an answer and a terminator need at least 3")
+        if self.max_prompt_length is not None and not 0 < self.max_prompt_length < self.max_length:
+            raise DataError(
+                f"max_prompt_length is {self.max_prompt_length}; allowed: 1 to max_length - 1 = {self.max_length - 1}"
+            )
+
+    def __call__(self, record: Record) -> TokenPair | Drop:
+        """The record in tokens, or why it is left out."""
+        sides = answers_of(record)
+        chat = self._uses_chat(record.prompt)
+        prompt, *answers = self._token_lists(record.prompt, sides, chat)
+        bad = [token for token in self.forbidden_ids or () if any(token in ids for ids in (prompt, *answers))]
+        if bad:
+            return Drop("special_token", f"the text contains token {bad[0]}, which the model reserves")
+        fitted = self._fit(prompt, answers)
+        if isinstance(fitted, Drop):
+            return fitted
+        tokens, truncated = fitted
+        if isinstance(record, AnswerRecord):
+            chosen, rejected = (tokens[0], None) if record.label else (None, tokens[0])
+            return TokenPair(record.id, chosen, rejected, truncated)
+        if np.array_equal(tokens[0].ids, tokens[1].ids):
+            return Drop("equal_after_cut", "both answers are the same in tokens after cutting")
+        return TokenPair(record.id, tokens[0], tokens[1], truncated)
+
+    def _uses_chat(self, prompt: Text) -> bool:
+        if self.template == "auto":
+            return not isinstance(prompt, str) and bool(getattr(self.tokenizer, "chat_template", None))
+        return self.template == "chat"
+
+    def _token_lists(self, prompt: Text, answers: Sequence[Text], chat: bool) -> list[list[int]]:
+        texts = [self.prompt_text(prompt, chat), *(answer_text(answer, spaced=not chat) for answer in answers)]
+        ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return [ids[0] if chat else [*self._prefix, *ids[0]], *ids[1:]]
+
+    def prompt_text(self, prompt: Text, chat: bool) -> str:
+        """The prompt as the model meets it, up to where the answer begins."""
+        if chat:
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        if isinstance(prompt, str):
+            return prompt
+        turns = [f"\n\n{PLAIN_ROLES.get(turn['role'], turn['role'])}: {turn['content']}" for turn in prompt]
+        return "".join(turns) + "\n\nAssistant:"
+
+    def _fit(self, prompt: list[int], answers: list[list[int]]) -> tuple[list[TokenAnswer], bool] | Drop:
+        longest = max(len(answer) for answer in answers) + 1  # and the terminator
+        limit = max(self.max_length // 2, self.max_length - longest)
+        limit = min(limit, self.max_prompt_length or limit)
+        cut_prompt = len(prompt) > limit
+        if cut_prompt:
+            if self.truncation == "drop":
+                return Drop("over_long_prompt", f"{len(prompt)} tokens, {limit} fit")
+            prompt = prompt[-limit:] if self.truncation == "keep_end" else prompt[:limit]
+        room = self.max_length - len(prompt)
+        if longest > room and self.answer_truncation == "drop":
+            return Drop("over_long_answer", f"{longest} tokens, {room} fit")
+        tokens = []
+        for answer in answers:
+            ending = [self.terminator] if len(answer) < room else []
+            ids = np.array([*prompt, *answer[: room - len(ending)], *ending], dtype=np.int32)
+            tokens.append(TokenAnswer(ids, len(prompt)))
+        return tokens, cut_prompt or longest > room
+
+
+def answer_text(answer: Text, *, spaced: bool) -> str:
+    """The text of an answer: as it is, or of a message its content (in plain transcripts with the space before it)."""
+    if isinstance(answer, str):
+        return answer
+    content = answer[-1]["content"]
+    return f" {content}" if spaced else content

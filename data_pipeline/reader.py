@@ -1,0 +1,233 @@
+"""``PairLoader``: batches for one rank, in an order that depends on the data, the seed and the global batch size only.
+
+State is the number of consumed steps, a few hundred bytes, the same on all ranks. Resuming reads nothing again.
+"""
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import webdataset as wds
+
+from data_pipeline.batch import Fault, PairBatch
+from data_pipeline.dataset import ShardedDataset, open_dataset
+from data_pipeline.encode import Encoder
+from data_pipeline.errors import DataError
+from data_pipeline.plan import PlanOptions, num_steps
+from data_pipeline.stream import PlanSource, Share, encode_batches, read_records
+
+__all__ = ["PairLoader", "open_dataset"]
+
+log = logging.getLogger(__name__)
+
+STATE_VERSION = 1
+FAULT_KINDS = ("missing_shard", "truncated_shard", "changed_record", "invalid_record")
+REMOTE_SHUFFLE_SHARDS = 8
+FAULTS_LOGGED = 20
+BATCHING = ("equal", "balanced")
+
+
+class PairLoader:
+    """Micro-batches of pairs for one rank.
+
+    ``for batch in loader`` gives the rest of the current epoch; ``steps()`` gives steps without end, each the list of
+    this rank's micro-batches. Global step t of an epoch holds the same records for any number of ranks and workers and
+    for any micro-batch size. ``epoch`` and ``step`` count what was consumed: when the last micro-batch of step t is
+    handed out, ``step`` is t + 1, which is what a checkpoint written after that step must hold.
+
+    ``tail``, ``shuffle_shards`` (None: 8 for remote shards, else the whole corpus) and ``bucket_steps`` are those of
+    ``plan.PlanOptions``. ``batching="balanced"`` evens out the tokens of the micro-batches of a step (their sizes
+    differ, alike on all ranks; their number does not). A record that cannot be read is an empty slot and a fault,
+    counted and logged; ``strict`` raises instead, and so does a share of faults above ``max_fault_fraction``.
+    """
+
+    def __init__(
+        self,
+        dataset: ShardedDataset,
+        encoder: Encoder,
+        *,
+        seed: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        tail: str = "pad",
+        batching: str = "equal",
+        shuffle_shards: int | None = None,
+        bucket_steps: int = 0,
+        strict: bool = False,
+        max_fault_fraction: float = 0.01,
+        prefetch: int = 4,
+    ):
+        if min(micro_batch_size, world_size) < 1 or global_batch_size % max(1, world_size * micro_batch_size):
+            raise DataError(
+                f"global_batch_size {global_batch_size} is not a multiple of world_size {world_size} x "
+                f"micro_batch_size {micro_batch_size}; change one of them"
+            )
+        if not 0 <= rank < world_size or num_workers < 0 or prefetch < 1 or not 0 <= max_fault_fraction <= 1:
+            raise DataError(
+                f"rank {rank} of {world_size}, num_workers {num_workers}, prefetch {prefetch}, max_fault_fraction "
+                f"{max_fault_fraction}: ranks count from 0, workers >= 0, prefetch >= 1, the fraction is in [0, 1]"
+            )
+        if batching not in BATCHING:
+            raise DataError(f"batching is {batching!r}; allowed: {', '.join(BATCHING)}")
+        if shuffle_shards is None:
+            shuffle_shards = REMOTE_SHUFFLE_SHARDS if dataset.is_remote and dataset.weights is None else 0
+        self.dataset, self.encoder = dataset, encoder
+        self.options = PlanOptions(seed, global_batch_size, tail, shuffle_shards, bucket_steps)
+        self.share = Share(rank, world_size, micro_batch_size, batching == "balanced")
+        self.num_workers, self.prefetch = num_workers, prefetch
+        self.strict, self.max_fault_fraction = strict, max_fault_fraction
+        if not len(self):
+            raise DataError(f"{len(dataset)} records do not fill a step of {global_batch_size} and tail is 'drop'")
+        self.epoch, self.step = 0, 0
+        self.seen, self.faults, self.dropped = (
+            0,
+            Counter[str](),
+            Counter[str](),
+        )  # of this rank, since the start or load
+        self.truncated = 0
+        self._seen_before, self._faults_before = 0, Counter[str]()  # of all ranks, before
+        self._stream: Iterator[PairBatch] | None = None
+        self._next = (0, 0, 0)  # (epoch, step, micro) that the stream gives next
+
+    def __len__(self) -> int:
+        """Steps of an epoch, the same on all ranks."""
+        return num_steps(self.dataset.num_records, self.options)
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of this rank in a step: the gradient accumulation."""
+        return self.options.global_batch_size // self.share.world_size // self.share.micro_batch_size
+
+    def __iter__(self) -> Iterator[PairBatch]:
+        """The rest of the current epoch; then ``epoch`` is one more and ``step`` 0."""
+        self._roll_over()
+        self._align()
+        while self.step < len(self):
+            yield self._advance()
+        self._roll_over()
+
+    def steps(self) -> Iterator[list[PairBatch]]:
+        """This rank's micro-batches of one global step after the other, without end."""
+        self._align()
+        while True:
+            self._roll_over()
+            yield [self._advance() for _ in range(self.micro_batches)]
+
+    def _roll_over(self) -> None:
+        if self.step >= len(self):
+            self.epoch, self.step = self.epoch + 1, 0
+
+    def _align(self) -> None:
+        """Start the stream, anew if it stands elsewhere: after a load, or when a step was left half way."""
+        if self._stream is None or self._next != (self.epoch, self.step, 0):
+            self.close()
+            self._stream, self._next = self._start(), (self.epoch, self.step, 0)
+
+    def _start(self) -> Iterator[PairBatch]:
+        pad = self.encoder.tokenizer.pad_token_id
+        pad_id = self.encoder.terminator if pad is None else pad  # never scored, so any id will do
+        pipeline = wds.DataPipeline(
+            PlanSource(self.dataset, self.options, self.share, self.epoch, self.step),
+            partial(read_records, dataset=self.dataset),
+            partial(encode_batches, encoder=self.encoder, pad_id=int(pad_id or 0)),
+        )
+        if not self.num_workers:
+            return iter(pipeline)
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork of the workers
+        return iter(
+            wds.WebLoader(pipeline, batch_size=None, num_workers=self.num_workers, prefetch_factor=self.prefetch)
+        )
+
+    def _advance(self) -> PairBatch:
+        assert self._stream is not None
+        batch = next(self._stream)
+        last = batch.last_micro
+        self._count(batch)
+        if last:
+            self.step = batch.step + 1
+        ended = last and self.step == len(self)
+        self._next = (
+            (batch.epoch + 1, 0, 0) if ended else (batch.epoch, batch.step + last, 0 if last else batch.micro + 1)
+        )
+        return batch
+
+    def close(self) -> None:
+        """Stop the workers. The loader can be used again; it goes on at the first step not consumed."""
+        self._stream = None
+
+    # ------------------------------------------------------------------------------------------------- faults
+
+    def _count(self, batch: PairBatch) -> None:
+        self.seen += len(batch.ids)
+        self.truncated += batch.truncated
+        self.dropped.update(item.kind for item in batch.dropped)
+        for fault in batch.faults:
+            if self.strict:
+                raise DataError(describe(fault) + "; without --strict it would be skipped and counted")
+            if sum(self.faults.values()) < FAULTS_LOGGED:
+                log.warning("skipped: %s", describe(fault))
+            self.faults[fault.kind] += 1
+        allowed = self.max_fault_fraction * max(self.seen, min(1000, self.dataset.num_records))
+        if batch.faults and sum(self.faults.values()) > allowed:
+            raise DataError(
+                f"{sum(self.faults.values())} of {self.seen} records read here are faulty, more than "
+                f"max_fault_fraction {self.max_fault_fraction:g} allows; last: {describe(batch.faults[-1])}; "
+                "check the shards with `python -m data_pipeline verify`"
+            )
+
+    def totals(self, reduce: Callable[[Sequence[int]], Sequence[int]] | None = None) -> dict:
+        """{seen, faults by kind} since the start of the run. ``reduce`` sums a list of numbers over all ranks."""
+        local = [self.seen, *(self.faults[kind] for kind in FAULT_KINDS)]
+        seen, *faults = reduce(local) if reduce else local
+        counts = {kind: self._faults_before[kind] + int(count) for kind, count in zip(FAULT_KINDS, faults, strict=True)}
+        return {"seen": self._seen_before + int(seen), "faults": {k: n for k, n in counts.items() if n}}
+
+    # -------------------------------------------------------------------------------------------------- state
+
+    def _identity(self) -> dict:
+        options = self.options
+        return {
+            "version": STATE_VERSION,
+            "fingerprint": self.dataset.fingerprint,
+            "seed": options.seed,
+            "global_batch_size": options.global_batch_size,
+            "tail": options.tail,
+            "shuffle_shards": options.shuffle_shards,
+            "bucket_steps": options.bucket_steps,
+        }
+
+    def state_dict(self, reduce: Callable[[Sequence[int]], Sequence[int]] | None = None) -> dict:
+        """What was consumed. With several ranks, ``reduce`` (a sum over ranks) makes the counts those of all."""
+        ended = self.step >= len(self)
+        place = {"epoch": self.epoch + ended, "step": 0 if ended else self.step}
+        return self._identity() | place | self.totals(reduce)
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on where ``state`` was taken, under any world size, micro-batch size and number of workers.
+
+        Raises DataError when data, seed, global batch size or order options are not those of the state.
+        """
+        missing = sorted(({"epoch", "step", "seen", "faults"} | self._identity().keys()) - state.keys())
+        if missing:
+            raise DataError(f"the loader state has no {', '.join(missing)}: not a state of this loader")
+        for name, value in self._identity().items():
+            if state[name] != value:
+                what = "the data are not those of the checkpoint: " if name == "fingerprint" else ""
+                raise DataError(
+                    f"resume: {what}{name} was {state[name]!r} and is {value!r}; give what it was, or start anew"
+                )
+        self.close()
+        self.epoch, self.step = int(state["epoch"]), int(state["step"])
+        self.seen, self.truncated = 0, 0
+        self.faults, self.dropped = Counter(), Counter()
+        self._seen_before, self._faults_before = int(state["seen"]), Counter(state["faults"])
+
+
+def describe(fault: Fault) -> str:
+    """A fault in one line."""
+    return f"{fault.shard}, record {fault.key}: {fault.kind}: {fault.error}"

@@ -1,0 +1,223 @@
+"""The two records of the corpus: a preference pair and a single labelled answer. Text only; tokens come later.
+
+A record is stored as one JSON object. Text is kept as it is (strings, or chat messages): the chat template belongs
+to the model and is applied when the record is read for training.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
+
+from data_pipeline.errors import DataError
+
+
+class Message(TypedDict):
+    """One turn of a conversation. ``role`` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+Text = str | tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class PreferenceRecord:
+    """``chosen`` is preferred to ``rejected`` as an answer to ``prompt``."""
+
+    id: str
+    prompt: Text
+    chosen: Text
+    rejected: Text
+    meta: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AnswerRecord:
+    """A single answer, desirable (``label``) or not: unpaired preference data (KTO), or SFT data (all desirable)."""
+
+    id: str
+    prompt: Text
+    answer: Text
+    label: bool = True
+    meta: dict = field(default_factory=dict)
+
+
+Record = PreferenceRecord | AnswerRecord
+
+
+class RecordError(DataError):
+    """A record that cannot be used. ``kind`` is a short name, the same for all records with the fault, for counting.
+
+    ``malformed`` tells a broken file (invalid JSON, missing fields, wrong types) from poor data (empty or equal
+    answers): the first stops a build unless asked otherwise, the second is dropped and counted.
+    """
+
+    def __init__(self, kind: str, message: str, *, malformed: bool = False):
+        super().__init__(message)
+        self.kind = kind
+        self.malformed = malformed
+
+
+def missing_field(name: str, row: dict) -> RecordError:
+    """The error for an absent field, naming what is there."""
+    there = ", ".join(repr(key) for key in row) or "none"
+    return RecordError("missing_field", f"missing field {name!r} (fields found: {there})", malformed=True)
+
+
+def require(row: dict, name: str) -> Any:
+    """``row[name]``, or the error that names the missing field. An explicit null counts as missing."""
+    if row.get(name) is None:
+        raise missing_field(name, row)
+    return row[name]
+
+
+def as_text(value: Any, name: str) -> Text:
+    """A string, or a tuple of messages, from parsed JSON; raises on any other type."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list | tuple):
+        return tuple(_as_message(item, name) for item in value)
+    found = type(value).__name__
+    raise RecordError("wrong_type", f"field {name!r} is {found}, not a string or a list of messages", malformed=True)
+
+
+def _as_message(item: Any, name: str) -> Message:
+    if not isinstance(item, dict) or not isinstance(item.get("role"), str) or not isinstance(item.get("content"), str):
+        raise RecordError(
+            "wrong_type", f"field {name!r} has a message that is not {{'role': str, 'content': str}}", malformed=True
+        )
+    return {"role": item["role"], "content": item["content"]}
+
+
+def assistant_turn(text: str) -> tuple[Message, ...]:
+    """An answer's text as a conversation of one turn."""
+    return ({"role": "assistant", "content": text},)
+
+
+def user_turn(text: str) -> tuple[Message, ...]:
+    """A question's text as a conversation of one turn."""
+    return ({"role": "user", "content": text},)
+
+
+def text_key(text: Text) -> str:
+    """A canonical string of a text: equal for equal texts only."""
+    return json.dumps(text, ensure_ascii=False, sort_keys=True)
+
+
+def is_empty(text: Text) -> bool:
+    """True when nothing but white space would be read (of messages: when the last one is empty)."""
+    content = text if isinstance(text, str) else text[-1]["content"] if text else ""
+    return not content.strip()
+
+
+def text_bytes(text: Text) -> int:
+    """Length in UTF-8 bytes (of messages: of their contents): the cheap stand-in for a number of tokens."""
+    parts = (text,) if isinstance(text, str) else (message["content"] for message in text)
+    return sum(len(part.encode("utf-8", "surrogatepass")) for part in parts)
+
+
+def stable_hash(*parts: str) -> int:
+    """64 bits of blake2b over the parts: the same on every machine and in every run."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        data = part.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return int.from_bytes(digest.digest(), "little")
+
+
+def answers_of(record: Record) -> tuple[Text, ...]:
+    """(chosen, rejected) of a pair; the one answer of an unpaired record."""
+    return (record.chosen, record.rejected) if isinstance(record, PreferenceRecord) else (record.answer,)
+
+
+def content_hash(record: Record) -> int:
+    """Hash of what is learned from: prompt, answers and label, neither id nor meta."""
+    sides = [text_key(text) for text in (record.prompt, *answers_of(record))]
+    return stable_hash(*sides, "" if isinstance(record, PreferenceRecord) else str(record.label))
+
+
+def prompt_hash(record: Record) -> int:
+    """Hash of the prompt: records of one prompt stay on one side of a train/eval split."""
+    return stable_hash(text_key(record.prompt))
+
+
+def check(record: Record) -> Record:
+    """The record itself, or RecordError when nothing can be learned from it."""
+    if is_empty(record.prompt):
+        raise RecordError("empty_prompt", "the prompt is empty")
+    sides = ("chosen", "rejected") if isinstance(record, PreferenceRecord) else ("answer",)
+    for name in sides:
+        if is_empty(getattr(record, name)):
+            raise RecordError(f"empty_{name}", f"{name} is empty")
+    if isinstance(record, PreferenceRecord) and _plain(record.chosen) == _plain(record.rejected):
+        raise RecordError("chosen_equals_rejected", "chosen equals rejected")
+    return record
+
+
+def _plain(text: Text) -> str:
+    return text.strip() if isinstance(text, str) else text_key(text)
+
+
+def encode_record(record: Record) -> bytes:
+    """The stored form: one JSON object in UTF-8, the same bytes for the same record."""
+    fields: dict[str, Any] = {"id": record.id, "prompt": record.prompt}
+    if isinstance(record, PreferenceRecord):
+        fields |= {"chosen": record.chosen, "rejected": record.rejected}
+    else:
+        fields |= {"answer": record.answer, "label": record.label}
+    data = json.dumps(fields | {"meta": record.meta}, ensure_ascii=False, separators=(",", ":"), default=str)
+    return data.encode("utf-8", "surrogatepass")
+
+
+def parse_json(raw: bytes | str) -> dict:
+    """A JSON object, or RecordError (kinds ``invalid_json``, ``wrong_type``)."""
+    try:
+        row = json.loads(raw)
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise RecordError("invalid_json", f"invalid JSON: {error}", malformed=True) from error
+    if not isinstance(row, dict):
+        raise RecordError("wrong_type", f"a JSON object is needed, found {type(row).__name__}", malformed=True)
+    return row
+
+
+def decode_record(raw: bytes) -> Record:
+    """The record stored as ``raw``; also shards of other makers, with ``completion`` for ``answer`` and without id.
+
+    Raises RecordError for anything that is not a usable record.
+    """
+    return record_from_fields(parse_json(raw))
+
+
+def record_from_fields(row: dict) -> Record:
+    """A record from explicit fields {prompt, chosen, rejected} or {prompt, answer | completion [, label]}."""
+    prompt = as_text(require(row, "prompt"), "prompt")
+    meta = row.get("meta") or {}
+    if not isinstance(meta, dict):
+        raise RecordError("wrong_type", f"field 'meta' is {type(meta).__name__}, not an object", malformed=True)
+    if "chosen" in row or "rejected" in row:
+        chosen, rejected = (as_text(require(row, name), name) for name in ("chosen", "rejected"))
+        return with_id(PreferenceRecord("", prompt, chosen, rejected, meta), row.get("id"))
+    name = "answer" if "answer" in row else "completion"
+    if name not in row:
+        raise missing_field("chosen", row)
+    label = as_label(row.get("label", True))
+    return with_id(AnswerRecord("", prompt, as_text(require(row, name), name), label, meta), row.get("id"))
+
+
+def as_label(value: Any) -> bool:
+    """True or False from a boolean, 0/1 or their usual spellings; RecordError otherwise."""
+    if isinstance(value, str) and value.strip().lower() in ("true", "false", "1", "0", "yes", "no"):
+        return value.strip().lower() in ("true", "1", "yes")
+    if value in (0, 1):  # bool is an int; numpy booleans compare equal too
+        return bool(value)
+    raise RecordError("wrong_type", f"label {value!r} is not true or false", malformed=True)
+
+
+def with_id(record: Record, given: Any) -> Record:
+    """The checked record under its given id, or under a hash of its content when it has none."""
+    if given is not None and not isinstance(given, str | int):
+        raise RecordError("wrong_type", f"field 'id' is {type(given).__name__}, not a string", malformed=True)
+    name = str(given) if given not in (None, "") else f"{content_hash(record):016x}"
+    return check(type(record)(**{**vars(record), "id": name}))

@@ -1,0 +1,108 @@
+"""Files behind URLs (http(s), s3, hf, anything fsspec knows): fetched whole into a local cache, once, with retries.
+
+A fetched file appears under its final name only when it is complete, so several processes may ask for it at once.
+"""
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from urllib.parse import urlparse
+
+from data_pipeline.errors import DataError
+
+log = logging.getLogger(__name__)
+
+RETRIES = 5
+BACKOFF_SECONDS = 0.5  # doubled after each failure: 0.5, 1, 2, 4
+CHUNK = 1 << 20
+
+
+def is_remote(source: str) -> bool:
+    """True for URLs of another scheme than file."""
+    return "://" in source and not source.startswith("file://")
+
+
+def default_cache_dir() -> Path:
+    """``$DIFFDPO_CACHE``, or ``~/.cache/diffdpo``."""
+    return Path(os.environ.get("DIFFDPO_CACHE") or Path.home() / ".cache" / "diffdpo")
+
+
+def cache_path(url: str, cache_dir: Path | None) -> Path:
+    """Where the cached copy of a URL lies: the whole URL decides, the name is kept readable."""
+    digest = hashlib.blake2b(url.encode(), digest_size=8).hexdigest()
+    name = Path(urlparse(url).path).name or "file"
+    return (cache_dir or default_cache_dir()) / "files" / digest / name
+
+
+def cached_file(
+    url: str,
+    cache_dir: Path | None = None,
+    *,
+    size: int | None = None,
+    fresh: bool = False,
+    retries: int = RETRIES,
+    backoff: float = BACKOFF_SECONDS,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Path:
+    """The local copy of ``url``, fetched if it is not there (or anyway, ``fresh``).
+
+    With ``size``, a copy of another length is an error.
+
+    Raises DataError when the URL stays unreachable after ``retries`` attempts with doubling pauses.
+    """
+    target = cache_path(url, cache_dir)
+    if target.exists() and not fresh and size in (None, target.stat().st_size):
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    for attempt in range(1, retries + 1):
+        try:
+            _fetch(url, partial)
+            if size not in (None, partial.stat().st_size):
+                raise OSError(f"{partial.stat().st_size} bytes came, {size} expected")
+            partial.replace(target)
+            return target
+        except FileNotFoundError as error:
+            raise DataError(f"{url} does not exist: {error}") from error
+        except ImportError as error:
+            raise DataError(f"{url}: {error}; for s3:// install the extra: pip install 'diffdpo[s3]'") from error
+        except Exception as error:  # each protocol has its own family of network errors
+            if attempt == retries:
+                raise DataError(f"{url} is unreachable after {retries} attempts: {_reason(error)}") from error
+            pause = backoff * 2 ** (attempt - 1)
+            log.warning("%s: %s; attempt %d of %d, next in %.1f s", url, _reason(error), attempt, retries, pause)
+            sleep(pause)
+        finally:
+            partial.unlink(missing_ok=True)
+    raise DataError(f"{url}: retries must be at least 1, found {retries}")
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+def _fetch(url: str, target: Path) -> None:
+    import fsspec
+
+    with fsspec.open(url, "rb") as source, target.open("wb") as file:
+        while chunk := source.read(CHUNK):
+            file.write(chunk)
+
+
+def expand_remote(pattern: str) -> Sequence[str]:
+    """The URLs a pattern with * or ? stands for, sorted. Protocols that cannot list raise DataError."""
+    import fsspec
+
+    try:
+        fs, path = fsspec.core.url_to_fs(pattern)
+        found = sorted(fs.unstrip_protocol(name) for name in fs.glob(path))
+    except Exception as error:  # as above
+        raise DataError(
+            f"{pattern} cannot be listed ({_reason(error)}); name the shards: shard-{{00000..00009}}.tar"
+        ) from error
+    if not found:
+        raise DataError(f"{pattern} matches nothing")
+    return found

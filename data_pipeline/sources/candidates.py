@@ -1,0 +1,148 @@
+"""A question with several answers, each right or wrong → right-against-wrong pairs.
+
+Layouts of a row (the question is ``question`` or ``prompt``):
+- lists: ``candidates`` (or answers, responses, completions, solutions) beside ``correct`` (or is_correct, labels);
+- objects: ``candidates`` a list of ``{"text" | "solution" | "answer": str, "is_correct" | "correct": bool}``;
+- grade-school-math: one column per model, each ``{"solution": str, "is_correct": bool}``;
+- long: one row per answer, ``{question, answer | solution | completion, is_correct | correct}`` (``group_long_rows``).
+A human solution in ``ground_truth`` (or ``reference``) counts as one more right answer, if asked for.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from data_pipeline.records import PreferenceRecord, RecordError, as_label, missing_field, require, with_id
+
+POLICIES = ("matched", "all", "one")
+LISTS = ("candidates", "answers", "responses", "completions", "solutions")
+FLAGS = ("correct", "is_correct", "labels")
+TEXTS = ("text", "solution", "answer", "completion", "content")
+REFERENCES = ("ground_truth", "reference", "reference_answer")
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """How right and wrong answers are paired.
+
+    ``all``: every right with every wrong answer. ``matched``: each answer at most once, closest lengths first, so that
+    length tells little about which is right. ``one``: the one pair closest in length.
+    ``max_pairs`` limits the pairs of one question (0: no limit). ``use_reference``: the human solution is paired too.
+    """
+
+    policy: str = "matched"
+    max_pairs: int = 0
+    use_reference: bool = False
+
+    def __post_init__(self):
+        if self.policy not in POLICIES or self.max_pairs < 0:
+            raise RecordError(
+                "pairing", f"pairing {self.policy!r}, {self.max_pairs}: one of {', '.join(POLICIES)}; >= 0"
+            )
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One answer, whether it is right, and who gave it."""
+
+    text: str
+    correct: bool
+    author: str = ""
+
+
+def _first(row: dict, names: Iterable[str]) -> str | None:
+    return next((name for name in names if row.get(name) is not None), None)
+
+
+def _model_columns(row: dict) -> list[str]:
+    return [name for name, value in row.items() if isinstance(value, dict) and {"solution", "is_correct"} <= set(value)]
+
+
+def has_candidates(row: dict) -> bool:
+    """True for the layouts of the module's docstring, the long one excepted."""
+    name = _first(row, LISTS)
+    listed = name is not None and isinstance(row[name], list)
+    objects = listed and bool(row[name]) and isinstance(row[name][0], dict) and _first(row[name][0], FLAGS) is not None
+    return bool(_model_columns(row)) or objects or (listed and _first(row, FLAGS) is not None)
+
+
+def is_long(row: dict) -> bool:
+    """True for the long layout: one answer and whether it is right."""
+    return _first(row, FLAGS[:2]) is not None and _first(row, TEXTS) is not None and not has_candidates(row)
+
+
+def _candidates(row: dict) -> list[Candidate]:
+    name = _first(row, LISTS)
+    if name is None or not isinstance(row[name], list):
+        found = [Candidate(str(row[c]["solution"]), as_label(row[c]["is_correct"]), c) for c in _model_columns(row)]
+        if not found:
+            raise missing_field("candidates", row)
+        return found
+    if row[name] and isinstance(row[name][0], dict):
+        return [_from_object(item) for item in row[name]]
+    flags = row[_first(row, FLAGS) or "correct"] if _first(row, FLAGS) else require(row, "correct")
+    if not isinstance(flags, list) or len(flags) != len(row[name]):
+        raise RecordError("wrong_type", f"{name!r} and its correctness are not lists of one length", malformed=True)
+    return [Candidate(str(text), as_label(flag)) for text, flag in zip(row[name], flags, strict=True)]
+
+
+def _from_object(item: Any) -> Candidate:
+    if not isinstance(item, dict):
+        raise RecordError("wrong_type", "a candidate is not an object like the first one", malformed=True)
+    text, flag = _first(item, TEXTS), _first(item, FLAGS)
+    if text is None or flag is None:
+        raise missing_field("text" if text is None else "is_correct", item)
+    return Candidate(str(item[text]), as_label(item[flag]), str(item.get("model", "")))
+
+
+def make_pairs(candidates: list[Candidate], pairing: Pairing) -> list[tuple[Candidate, Candidate]]:
+    """(right, wrong) pairs under the policy, in an order set by the candidates alone. Equal texts count once."""
+    unique = list({(c.text.strip(), c.correct): c for c in reversed(candidates) if c.text.strip()}.values())[::-1]
+    right, wrong = ([c for c in unique if c.correct is side] for side in (True, False))
+    pairs = [(a, b) for a, b in product(right, wrong) if a.text.strip() != b.text.strip()]
+    if pairing.policy != "all":
+        pairs.sort(key=lambda pair: abs(len(pair[0].text) - len(pair[1].text)))  # stable: ties keep the order given
+        pairs = _each_once(pairs)[: 1 if pairing.policy == "one" else None]
+    return pairs[: pairing.max_pairs or None]
+
+
+def _each_once(pairs: list[tuple[Candidate, Candidate]]) -> list[tuple[Candidate, Candidate]]:
+    used: set[int] = set()
+    kept = []
+    for pair in pairs:
+        if not used & {id(side) for side in pair}:
+            used |= {id(side) for side in pair}
+            kept.append(pair)
+    return kept
+
+
+def candidate_records(row: dict, pairing: Pairing) -> Iterator[PreferenceRecord]:
+    """The pairs of one question. Raises RecordError, kind ``no_contrast``, when all answers are right or all wrong."""
+    question = str(require(row, "question" if "question" in row else "prompt"))
+    candidates = _candidates(row)
+    reference = _first(row, REFERENCES)
+    if pairing.use_reference and reference:
+        candidates = [*candidates, Candidate(str(row[reference]), True, reference)]
+    pairs = make_pairs(candidates, pairing)
+    if not pairs:
+        raise RecordError("no_contrast", "no right answer stands against a wrong one")
+    source = {"source": row["source"]} if row.get("source") else {}
+    for right, wrong in pairs:
+        authors = {"chosen_by": right.author, "rejected_by": wrong.author} if right.author else {}
+        record = PreferenceRecord("", question, right.text, wrong.text, source | authors)
+        yield with_id(record, None)  # type: ignore[misc]
+
+
+def group_long_rows(rows: Iterable[dict]) -> Iterator[dict]:
+    """Rows of the long layout → one row per question, in order of first appearance."""
+    groups: dict[str, dict] = {}
+    for row in rows:
+        text, flag = _first(row, TEXTS), _first(row, FLAGS)
+        if text is None or flag is None:
+            raise missing_field("answer" if text is None else "is_correct", row)
+        question = str(require(row, "question" if "question" in row else "prompt"))
+        group = groups.setdefault(question, {"question": question, "candidates": []})
+        group["candidates"].append({"text": row[text], "is_correct": row[flag], "model": row.get("model", "")})
+        group |= {name: row[name] for name in (*REFERENCES, "source") if row.get(name) is not None}
+    yield from groups.values()

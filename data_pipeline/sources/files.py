@@ -1,0 +1,212 @@
+"""Reading rows: .jsonl(.gz), .json, .csv/.tsv, .parquet, saved ``datasets`` folders and names of data sets on the hub.
+
+Rows stream: nothing but a .json file and a data set on the hub is held in memory. JSON lines are handed out unparsed,
+so that parsing happens in the workers of a build.
+"""
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple, cast
+
+from data_pipeline.errors import DataError
+from data_pipeline.records import RecordError, parse_json
+from data_pipeline.remote import cached_file, is_remote
+
+csv.field_size_limit(1 << 27)
+
+
+class Row(NamedTuple):
+    """One row and where it stands, ``file:line``. ``data`` is a dict, or bytes of JSON not parsed yet."""
+
+    where: str
+    data: dict | bytes
+
+    def parsed(self) -> dict:
+        """The row as a dict. Raises RecordError."""
+        return parse_json(self.data) if isinstance(self.data, bytes) else self.data
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """How a source is found: the split and configuration of a hub data set, and where remote files are cached."""
+
+    split: str = "train"
+    config: str | None = None
+    cache_dir: Path | None = None
+
+
+def open_rows(source: str, options: SourceOptions) -> Iterator[Row]:
+    """The rows of one source, in its order. Raises DataError in one line when it cannot be opened."""
+    path = local_path(source, options)
+    if path is None:
+        return _hub_rows(source, options)
+    if path.is_dir():
+        return _folder_rows(path, options)
+    return _reader_of(path)(path, source if is_remote(source) else path.name)
+
+
+def local_path(source: str, options: SourceOptions) -> Path | None:
+    """Where the source lies here (fetched if it is remote); None for the name of a data set on the hub."""
+    if is_remote(source):
+        return cached_file(source, options.cache_dir)
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if _suffix(path) in READERS or source.count("/") > 1 or source.startswith((".", "/", "~")) or not source.strip():
+        raise DataError(f"{source!r} does not exist; give a file, a folder, a URL or the name of a data set on the hub")
+    return None
+
+
+def source_files(path: Path) -> list[Path]:
+    """The data files of a folder, sorted; a file stands for itself."""
+    if not path.is_dir():
+        return [path]
+    return sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+
+
+def _suffix(path: Path) -> str:
+    return "".join(path.suffixes[-2:]).lower() if path.suffix == ".gz" else path.suffix.lower()
+
+
+def _reader_of(path: Path) -> Callable[[Path, str], Iterator[Row]]:
+    reader = READERS.get(_suffix(path))
+    if reader is None:
+        raise DataError(
+            f"{path}: files ending in {_suffix(path)!r} are not read; allowed: {', '.join(sorted(READERS))}"
+        )
+    return reader
+
+
+def _open(path: Path) -> IO[bytes]:
+    return cast(IO[bytes], gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
+
+
+def _json_line_rows(path: Path, name: str) -> Iterator[Row]:
+    number = 0
+    try:
+        with _open(path) as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield Row(f"{name}:{number}", line)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        torn = RecordError(
+            "torn_file", f"{name}: after line {number}: {error}: the file is cut or damaged", malformed=True
+        )
+        raise torn from error
+
+
+def _json_rows(path: Path, name: str) -> Iterator[Row]:
+    """A list of objects, an object whose one list is the data, or JSON lines under the wrong name."""
+    try:
+        data = json.loads(path.read_bytes())
+    except ValueError as error:
+        if "Extra data" in str(error):
+            yield from _json_line_rows(path, name)
+            return
+        raise DataError(f"{name}: invalid JSON: {error}") from error
+    if isinstance(data, dict):
+        lists = [value for value in data.values() if isinstance(value, list)]
+        data = lists[0] if len(lists) == 1 else [data]
+    if not isinstance(data, list):
+        raise DataError(f"{name}: a list of objects is needed, found {type(data).__name__}")
+    for number, item in enumerate(data, 1):
+        yield Row(f"{name}, item {number}", _object(item, f"{name}, item {number}"))
+
+
+def _object(item: Any, where: str) -> dict:
+    if not isinstance(item, dict):
+        raise DataError(f"{where}: an object is needed, found {type(item).__name__}")
+    return item
+
+
+def _csv_rows(path: Path, name: str) -> Iterator[Row]:
+    """Cells are text, except those that hold a JSON list or object (messages, candidates). An empty cell is absent."""
+    delimiter = "\t" if ".tsv" in path.name else ","
+    with _open(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, delimiter=delimiter)
+        for cells in reader:
+            where = f"{name}:{reader.line_num}"
+            if None in cells:
+                raise DataError(f"{where}: more cells than the header has columns ({len(reader.fieldnames or [])})")
+            yield Row(where, {column: _cell(value) for column, value in cells.items() if value})
+
+
+def _cell(value: str) -> Any:
+    if value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value  # text that happens to begin with a bracket
+    return value
+
+
+def _parquet_rows(path: Path, name: str) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{name}: not a readable parquet file: {error}") from error
+    number = 0
+    with file:
+        for batch in file.iter_batches(batch_size=1024):
+            for item in batch.to_pylist():
+                number += 1
+                yield Row(f"{name}, row {number}", item)
+
+
+READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
+    ".jsonl": _json_line_rows,
+    ".jsonl.gz": _json_line_rows,
+    ".ndjson": _json_line_rows,
+    ".json": _json_rows,
+    ".csv": _csv_rows,
+    ".csv.gz": _csv_rows,
+    ".tsv": _csv_rows,
+    ".parquet": _parquet_rows,
+}
+
+
+def _folder_rows(path: Path, options: SourceOptions) -> Iterator[Row]:
+    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+        yield from _saved_dataset_rows(path, options)
+        return
+    files = [p for p in source_files(path) if _suffix(p) in READERS]
+    if not files:
+        raise DataError(f"{path}: the folder has no data file; allowed: {', '.join(sorted(READERS))}, or shards (.tar)")
+    for file in files:
+        yield from READERS[_suffix(file)](file, str(file.relative_to(path)))
+
+
+def _saved_dataset_rows(path: Path, options: SourceOptions) -> Iterator[Row]:
+    import datasets
+
+    data = datasets.load_from_disk(str(path))
+    if isinstance(data, datasets.DatasetDict):
+        if options.split not in data:
+            raise DataError(f"{path} has no split {options.split!r}; allowed: {', '.join(data)}")
+        data = data[options.split]
+    for number, item in enumerate(data, 1):
+        yield Row(f"{path.name}, row {number}", item)
+
+
+def _hub_rows(source: str, options: SourceOptions) -> Iterator[Row]:
+    import datasets
+
+    try:
+        data = datasets.load_dataset(source, options.config, split=options.split)
+    except Exception as error:  # many kinds, of several libraries: all mean that the source cannot be had
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise DataError(
+            f"{source!r} is no file or folder here, and as a data set on the hub (split {options.split!r}) "
+            f"it cannot be loaded: {reason}"
+        ) from error
+    for number, item in enumerate(data, 1):
+        yield Row(f"{source}[{options.split}], row {number}", item)

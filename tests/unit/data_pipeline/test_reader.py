@@ -1,0 +1,199 @@
+"""Every pair once, the same steps for any ranks, workers, micro-batches and interruptions."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.encode import Encoder
+from data_pipeline.errors import DataError
+from data_pipeline.reader import PairLoader, open_dataset
+
+SIZES = (1, 2, 7, 23, 60, 97)
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory, tokenizer):
+    """Number of records → data set."""
+    folder = tmp_path_factory.mktemp("corpora")
+    made = {}
+    for count in SIZES:
+        rows = [
+            {"id": f"r{i}", "prompt": f"q{i}", "chosen": "a" * (i % 13 + 1), "rejected": "b" * (i % 7 + 1)}
+            for i in range(count)
+        ]
+        path = folder / f"n{count}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        made[count] = open_dataset(str(path), cache_dir=folder / "cache")
+    return made
+
+
+def loaders(dataset, encoder, world_size, **options):
+    return [PairLoader(dataset, encoder, rank=r, world_size=world_size, **options) for r in range(world_size)]
+
+
+def take_steps(ranks, count):
+    """{(epoch, step): sorted ids} of ``count`` global steps taken by all ranks together."""
+    streams = [loader.steps() for loader in ranks]
+    taken = {}
+    for _ in range(count):
+        parts = [next(stream) for stream in streams]
+        places = {(batch.epoch, batch.step) for batches in parts for batch in batches}
+        assert len(places) == 1, "ranks disagree on the step"
+        assert [len(batches) for batches in parts] == [ranks[0].micro_batches] * len(ranks)
+        for micro in zip(*parts, strict=True):
+            assert len({len(batch.ids) for batch in micro}) == 1, "ranks disagree on the size of a micro-batch"
+        taken[places.pop()] = sorted(i for batches in parts for batch in batches for i in batch.ids)
+    return taken
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    records=st.sampled_from(SIZES),
+    world_size=st.integers(1, 8),
+    micro=st.integers(1, 3),
+    accumulation=st.integers(1, 3),
+    tail=st.sampled_from(["pad", "drop"]),
+    batching=st.sampled_from(["equal", "balanced"]),
+    bucket_steps=st.sampled_from([0, 3]),
+    seed=st.integers(0, 2**31),
+    data=st.data(),
+)
+def test_any_interruption_and_world_size_gives_the_uninterrupted_order(
+    corpora, tokenizer, records, world_size, micro, accumulation, tail, batching, bucket_steps, seed, data
+):
+    dataset, encoder, size = corpora[records], Encoder(tokenizer), world_size * micro * accumulation
+    order = {"seed": seed, "global_batch_size": size, "tail": tail, "bucket_steps": bucket_steps}
+    if tail == "drop" and records < size:
+        with pytest.raises(DataError, match="do not fill a step"):
+            PairLoader(dataset, encoder, micro_batch_size=micro, **order)
+        return
+    whole = loaders(dataset, encoder, 1, micro_batch_size=size, **order)
+    epoch = len(whole[0])
+    expected = take_steps(whole, 2 * epoch)
+
+    first = data.draw(st.integers(0, 2 * epoch))
+    ranks = loaders(dataset, encoder, world_size, micro_batch_size=micro, batching=batching, **order)
+    taken = take_steps(ranks, first)
+    state = json.loads(json.dumps(ranks[-1].state_dict()))
+    divisors = [w for w in range(1, 9) if size % w == 0]
+    other = loaders(dataset, encoder, data.draw(st.sampled_from(divisors)), micro_batch_size=1, **order)
+    for loader in other:
+        loader.load_state_dict(state)
+    taken |= take_steps(other, 2 * epoch - first)
+
+    assert taken == expected
+    for number in (0, 1):
+        ids = [i for (e, _), step in taken.items() if e == number for i in step if i]
+        assert len(ids) == len(set(ids))
+        assert len(ids) == (records if tail == "pad" else epoch * size)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_workers_change_nothing(corpora, tokenizer, workers, world_size):
+    options = {"seed": 5, "global_batch_size": 16, "micro_batch_size": 2, "world_size": world_size, "rank": 0}
+    plain, worked = (
+        PairLoader(corpora[97], Encoder(tokenizer), num_workers=n, prefetch=2, **options) for n in (0, workers)
+    )
+    pairs = list(zip(plain, worked, strict=True))
+    assert len(pairs) == 7 * 8 // world_size
+    for a, b in pairs:
+        assert (a.ids, a.step, a.micro, a.last_micro) == (b.ids, b.step, b.micro, b.last_micro)
+        assert torch.equal(a.input_ids_B2T, b.input_ids_B2T)
+    assert worked.state_dict() == plain.state_dict()
+    worked.close()
+
+
+def test_epoch_loop_and_state(corpora, tokenizer):
+    loader = PairLoader(corpora[23], Encoder(tokenizer), seed=1, global_batch_size=4, micro_batch_size=2)
+    assert len(loader) == 6
+    first = [batch.ids for batch in loader]
+    assert (loader.epoch, loader.step) == (1, 0)
+    second = [batch.ids for batch in loader]
+    assert sorted(sum(first, ())) == sorted(sum(second, ()))
+    assert first != second
+    assert len(json.dumps(loader.state_dict())) < 400
+
+
+def test_a_step_left_half_way_is_given_again(corpora, tokenizer):
+    loader = PairLoader(corpora[23], Encoder(tokenizer), seed=1, global_batch_size=4, micro_batch_size=2)
+    for batch in loader:
+        if batch.step == 2 and not batch.last_micro:
+            break
+    assert loader.state_dict()["step"] == 2
+    again = next(iter(loader))
+    assert (again.step, again.micro, again.ids) == (2, 0, batch.ids)
+
+
+def test_state_at_the_end_of_an_epoch_is_the_start_of_the_next(corpora, tokenizer):
+    options = {"seed": 1, "global_batch_size": 4, "micro_batch_size": 4}
+    loader = PairLoader(corpora[7], Encoder(tokenizer), **options)
+    for batch in loader:
+        if batch.step == len(loader) - 1:
+            state = loader.state_dict()
+    assert (state["epoch"], state["step"]) == (1, 0)
+    resumed = PairLoader(corpora[7], Encoder(tokenizer), **options)
+    resumed.load_state_dict(state)
+    assert [b.ids for b in resumed] == [b.ids for b in loader]
+
+
+@pytest.mark.parametrize("change", [{"seed": 2}, {"global_batch_size": 8}, {"tail": "drop"}, {"bucket_steps": 2}])
+def test_a_state_of_another_order_is_refused(corpora, tokenizer, change):
+    options = {"seed": 1, "global_batch_size": 4, "micro_batch_size": 2}
+    state = PairLoader(corpora[23], Encoder(tokenizer), **options).state_dict()
+    with pytest.raises(DataError, match=next(iter(change))):
+        PairLoader(corpora[23], Encoder(tokenizer), **(options | change)).load_state_dict(state)
+    with pytest.raises(DataError, match="the data are not those"):
+        PairLoader(corpora[60], Encoder(tokenizer), **options).load_state_dict(state)
+    with pytest.raises(DataError, match="has no"):
+        PairLoader(corpora[23], Encoder(tokenizer), **options).load_state_dict({"step": 3})
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"micro_batch_size": 3},
+        {"world_size": 3, "rank": 0},
+        {"rank": 1},
+        {"num_workers": -1},
+        {"batching": "tokens"},
+        {"tail": "keep"},
+        {"max_fault_fraction": 2.0},
+        {"seed": -1},
+        {"micro_batch_size": 0},
+        {"global_batch_size": 0},
+    ],
+)
+def test_wrong_options_are_named(corpora, tokenizer, wrong):
+    with pytest.raises(DataError, match=next(iter(wrong))):
+        PairLoader(
+            corpora[23], Encoder(tokenizer), **({"seed": 1, "global_batch_size": 4, "micro_batch_size": 2} | wrong)
+        )
+
+
+def test_counts_are_summed_over_ranks_once(corpora, tokenizer):
+    """The counts before a resume are those of all ranks: they must not be summed again."""
+    options = {"seed": 1, "global_batch_size": 4, "micro_batch_size": 2}
+    ranks = loaders(corpora[23], Encoder(tokenizer), 2, **options)
+    take_steps(ranks, 3)
+    for number, loader in enumerate(ranks):
+        loader.faults["changed_record"] += number + 1
+
+    def total(name, ranks):
+        parts = []
+        for loader in ranks:
+            loader.totals(lambda numbers: parts.append(numbers) or numbers)
+        summed = [sum(column) for column in zip(*parts, strict=True)]
+        return ranks[0].state_dict(lambda _: summed)[name]
+
+    assert total("faults", ranks) == {"changed_record": 3}
+    assert total("seen", ranks) == 12
+    resumed = loaders(corpora[23], Encoder(tokenizer), 2, **options)
+    for loader in resumed:
+        loader.load_state_dict(ranks[0].state_dict(lambda _: [12, 0, 0, 3, 0]))
+    assert total("faults", resumed) == {"changed_record": 3}
+    take_steps(resumed, 1)
+    assert total("seen", resumed) == 16
