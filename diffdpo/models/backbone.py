@@ -1,0 +1,75 @@
+"""What the scorer and the sampler need of a model, whatever its family.
+
+A family's `PreTrainedModel` mixes in `MaskedLM` and gives four things: `embed`, `blocks`, `final_norm`, `head`
+(modules, called only through `__call__` so that sharding engines can gather their weights) and `rotary`.
+A block is called as `block(x_NK, rope, layout, keep_M)`; see `MaskedLM.hidden_states`.
+
+Shapes: R rows, T padded length, N tokens in the stream, M kept tokens, K hidden size, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from diffdpo.models.layers import RotaryTable, VocabularyHead
+from diffdpo.models.layout import Layout
+
+RunBlock = Callable[..., Tensor]
+
+
+@dataclass
+class MaskedLMOutput(ModelOutput):
+    """`logits` [R, T, V] for the *output positions*: a shifted family's row i predicts token i + 1."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+
+
+def call_block(block: nn.Module, *args) -> Tensor:
+    return block(*args)
+
+
+class MaskedLM:
+    """Mixin: the bidirectional forward over a token stream, and the padded `forward` users of transformers expect."""
+
+    embed: nn.Embedding
+    blocks: Iterable[nn.Module]
+    final_norm: nn.Module
+    head: VocabularyHead
+    rotary: RotaryTable
+    rope_full_precision: bool
+
+    def hidden_states(
+        self, ids_N: Tensor, layout: Layout, *, keep_M: Tensor | None = None, run_block: RunBlock = call_block
+    ) -> Tensor:
+        """Normed last hidden states [N, K], or [M, K] at the stream positions `keep_M`.
+
+        Only attention of the last block needs every token, so its MLP, the norm and the head run on the kept tokens.
+        `run_block(block, *args)` is how the caller puts an activation checkpoint round each block.
+        """
+        x_NK = self.embed(ids_N)
+        rope = self.rotary(layout.positions_N, layout.max_length, x_NK.dtype)
+        *earlier, last = self.blocks
+        for block in earlier:
+            x_NK = run_block(block, x_NK, rope, layout, None)
+        return self.final_norm(run_block(last, x_NK, rope, layout, keep_M))
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **unused
+    ) -> MaskedLMOutput:
+        """Logits of a right padded batch. `attention_mask` [R, T]: 1 for real tokens, a prefix of each row."""
+        rows, length = input_ids.shape
+        if labels is not None:
+            raise NotImplementedError("a masked diffusion loss needs noise: score with diffdpo.scores.MaskedLogProbs")
+        lengths = [length] * rows
+        if attention_mask is not None:
+            lengths = attention_mask.sum(-1).tolist()
+            prefix = torch.arange(length, device=input_ids.device) < attention_mask.sum(-1, keepdim=True)
+            if not torch.equal(prefix, attention_mask.bool()):
+                raise ValueError("attention_mask must mark a prefix of every row (right padding)")
+        layout = Layout.padded(lengths, length, device=input_ids.device)
+        hidden = self.hidden_states(input_ids.flatten(), layout)
+        return MaskedLMOutput(logits=self.head(hidden).unflatten(0, (rows, length)))

@@ -1,0 +1,141 @@
+"""How rows of tokens lie in one flat stream, and the bidirectional attention over them.
+
+Linear layers and norms see a stream [N, hidden] with no notion of rows; only attention needs to know which tokens
+belong together. A `Layout` says so: the stream is a sequence of *buckets*, each `rows x width` tokens of rows of
+(nearly) equal length. Exact buckets compute no padding at all and are block-diagonal attention by construction; one
+bucket of full width is the ordinary padded batch. Equal buckets need no mask, which is what makes them fast.
+
+Shapes: R rows, T padded length, N tokens in the stream, H heads, G key/value heads, D head size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:  # block-diagonal flash attention; used on GPUs of compute capability >= 8.0 only
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch < 2.10
+    varlen_attn = None
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """`rows` rows of `width` stream tokens starting at `start`; `lengths` are their real lengths (<= width)."""
+
+    start: int
+    rows: int
+    width: int
+    lengths: tuple[int, ...]
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.rows * self.width
+
+    @property
+    def padded(self) -> bool:
+        return min(self.lengths) < self.width
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of R rows lie in the stream.
+
+    `index_N` are indices into the flattened [R, T] batch (padding inside a bucket included); `offset_R[r]` is the
+    stream position of row r's first token; `positions_N` are the rotary positions, restarting in every row.
+    """
+
+    buckets: tuple[Bucket, ...]
+    index_N: Tensor
+    positions_N: Tensor
+    offset_R: Tensor
+    mask_per_bucket: tuple[Tensor | None, ...]
+
+    def __len__(self) -> int:
+        return self.index_N.shape[0]
+
+    @cached_property
+    def max_length(self) -> int:
+        return max(bucket.width for bucket in self.buckets)
+
+    @cached_property
+    def cumulative_lengths(self) -> Tensor:
+        """int32 [R+1] boundaries of the rows, for varlen kernels (exact buckets only)."""
+        widths = [bucket.width for bucket in self.buckets for _ in range(bucket.rows)]
+        return F.pad(torch.tensor(widths).cumsum(0), (1, 0)).to(self.index_N.device, torch.int32)
+
+    @classmethod
+    def packed(cls, lengths: Sequence[int], padded_length: int, *, device="cpu", max_waste: float = 0.0) -> "Layout":
+        """Rows of a right padded [R, T] batch, sorted by length into buckets that waste at most `max_waste` tokens.
+
+        `max_waste` is the share of padding allowed inside a bucket: 0 gives exact buckets, 1 one padded batch.
+        """
+        order = sorted(range(len(lengths)), key=lambda r: (lengths[r], r))
+        buckets, members, start = [], [], 0
+        while order:
+            size = _bucket_size([lengths[r] for r in order], max_waste)
+            rows, order = order[-size:], order[:-size]
+            bucket = Bucket(start, size, lengths[rows[-1]], tuple(lengths[r] for r in rows))
+            buckets.append(bucket)
+            members.append(rows)
+            start = bucket.stop
+        return cls._build(tuple(buckets), members, padded_length, device)
+
+    @classmethod
+    def padded(cls, lengths: Sequence[int], padded_length: int, *, device="cpu") -> "Layout":
+        """The whole [R, T] batch as one bucket, padding computed and hidden by a mask (the shape HF users expect)."""
+        bucket = Bucket(0, len(lengths), padded_length, tuple(lengths))
+        return cls._build((bucket,), [list(range(len(lengths)))], padded_length, device)
+
+    @classmethod
+    def _build(cls, buckets, members, padded_length: int, device) -> "Layout":
+        index, positions, offset, masks = [], [], torch.zeros(sum(b.rows for b in buckets), dtype=torch.long), []
+        for bucket, rows in zip(buckets, members, strict=True):
+            columns = torch.arange(bucket.width)
+            row = torch.tensor(rows)
+            index.append((row[:, None] * padded_length + columns).flatten())
+            positions.append(columns.repeat(bucket.rows))
+            offset[row] = bucket.start + bucket.width * torch.arange(bucket.rows)
+            visible = columns < torch.tensor(bucket.lengths)[:, None]
+            masks.append(visible[:, None, None, :].to(device) if bucket.padded else None)
+        on_device = (t.to(device, non_blocking=True) for t in (torch.cat(index), torch.cat(positions), offset))
+        return cls(buckets, *on_device, tuple(masks))
+
+
+def _bucket_size(ascending: Sequence[int], max_waste: float) -> int:
+    """How many of the longest rows form the next bucket. The longest row sets the width."""
+    width, tokens = ascending[-1], 0
+    for size, length in enumerate(reversed(ascending), start=1):
+        tokens += length
+        if size * width - tokens > max_waste * size * width:
+            return size - 1
+    return len(ascending)
+
+
+def attend(q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, layout: Layout) -> Tensor:
+    """Full (never causal) attention inside each row of `layout`; grouped-query when G < H. Returns [N, H*D]."""
+    exact = not any(bucket.padded for bucket in layout.buckets)
+    if exact and len(layout.buckets) > 1 and _varlen_usable(q_NHD):
+        cuts, longest = layout.cumulative_lengths, layout.max_length
+        repeat = q_NHD.shape[1] // k_NGD.shape[1]
+        k_NHD, v_NHD = (t.repeat_interleave(repeat, dim=1) if repeat > 1 else t for t in (k_NGD, v_NGD))
+        return varlen_attn(q_NHD, k_NHD, v_NHD, cuts, cuts, longest, longest).flatten(1)
+    grouped = k_NGD.shape[1] != q_NHD.shape[1]
+    outputs = []
+    for bucket, mask in zip(layout.buckets, layout.mask_per_bucket, strict=True):
+        q, k, v = (
+            t[bucket.start : bucket.stop].unflatten(0, (bucket.rows, bucket.width)).transpose(1, 2)
+            for t in (q_NHD, k_NGD, v_NGD)
+        )
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+        outputs.append(out.transpose(1, 2).flatten(0, 1).flatten(1))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _varlen_usable(q: Tensor) -> bool:
+    """The varlen kernel is flash attention: half precision on an Ampere or newer GPU."""
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    return varlen_attn is not None and q.is_cuda and half and torch.cuda.get_device_capability(q.device) >= (8, 0)

@@ -1,0 +1,32 @@
+"""What distinguishes one family of masked diffusion models from another, as a small value.
+
+No torch here: the noise, the encoder and the launch scripts read a spec without loading a model.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class FamilySpec:
+    """One family.
+
+    `mask_token_id` replaces masked tokens; `terminator_id` ends an answer and is scored; `pad_token_id` fills.
+    `logit_shift`: token i is predicted by the output at position i - logit_shift (1 for models made from
+    autoregressive ones). `block_class`: the transformer block, for engines that shard per block.
+    `template`: "chat" when the tokenizer's chat template is what the model was trained with, else "plain".
+    `lora_targets`: regular expression of the linear modules LoRA adapts by default (never the LM head).
+    """
+
+    name: str
+    mask_token_id: int
+    terminator_id: int
+    pad_token_id: int
+    block_class: str
+    lora_targets: str
+    logit_shift: int = 0
+    template: str = "plain"
+    vocab_size: int | None = None
+
+
+LLADA_LORA_TARGETS = r".*\.blocks\.\d+\.(q_proj|k_proj|v_proj|attn_out|ff_proj|up_proj|ff_out)"
+DECODER_LORA_TARGETS = r".*\.layers\.\d+\.(self_attn\.(q_proj|k_proj|v_proj|o_proj)|mlp\.(gate_proj|up_proj|down_proj))"

@@ -1,0 +1,82 @@
+"""log p(target) of a softmax over the vocabulary, without ever holding a [tokens, vocabulary] matrix above a budget.
+
+For one token with hidden state h, head W and target y:   logp = W_y h - logsumexp(W h),
+    d logp / dh = W_y - p W          (p the softmax; known in the forward)
+    d logp / dW = (onehot_y - p) h^T (recomputed chunk by chunk in the backward)
+
+So with a frozen head (LoRA) the forward already yields the whole Jacobian, an [M, hidden] matrix, and the backward
+is one multiplication: the cost of the plain way with none of its memory. With a trainable head, logits that fit the
+budget are kept as probabilities; others are recomputed.
+
+Shapes: M tokens, C tokens of one chunk, K hidden size, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+DEFAULT_LOGITS_BUDGET = 256 * 2**20
+"""Bytes of the largest logits chunk, fp32."""
+
+
+def token_log_probs(hidden_MK: Tensor, weight_VK: Tensor, target_M: Tensor, *, logits_budget: int | None) -> Tensor:
+    """log softmax(hidden W^T)[target] in nats, float32 (float64 for fp64 weights), shape [M].
+
+    `logits_budget`: bytes; a chunk of logits holds at least one token. None is DEFAULT_LOGITS_BUDGET.
+    """
+    budget = DEFAULT_LOGITS_BUDGET if logits_budget is None else logits_budget
+    return _TokenLogProbs.apply(hidden_MK, weight_VK, target_M, budget, torch.is_grad_enabled())
+
+
+def _chunks(hidden: Tensor, weight: Tensor, budget: int) -> list[slice]:
+    rows = max(1, budget // (weight.shape[0] * _wide(hidden.dtype).itemsize))
+    return [slice(start, start + rows) for start in range(0, max(1, hidden.shape[0]), rows)]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _probabilities(hidden_CK: Tensor, weight_VK: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor]:
+    """(softmax [C, V], logp of the targets [C]); one [C, V] matrix, worked on in place."""
+    logits = (hidden_CK @ weight_VK.T).to(_wide(hidden_CK.dtype))
+    logits -= logits.amax(dim=-1, keepdim=True)
+    target_logit = logits.gather(-1, target_C[:, None]).squeeze(-1)
+    total = logits.exp_().sum(-1, keepdim=True)
+    return logits.div_(total), target_logit - total.squeeze(-1).log()
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, target, budget, needs_grad):
+        chunks = _chunks(hidden, weight, budget)
+        need_hidden, need_weight = (needs_grad and need for need in ctx.needs_input_grad[:2])
+        fits = len(chunks) == 1
+        logp, jacobian, p = [], [], None
+        for chunk in chunks:
+            p, logp_C = _probabilities(hidden[chunk], weight, target[chunk])
+            logp.append(logp_C)
+            if need_hidden and not need_weight:
+                jacobian.append(weight[target[chunk]] - p.to(weight.dtype) @ weight)
+        ctx.chunks, ctx.frozen_head = chunks, bool(jacobian)
+        if jacobian:
+            ctx.save_for_backward(torch.cat(jacobian))
+        elif need_weight:
+            ctx.save_for_backward(hidden, weight, target, *([p] if fits else []))
+        return torch.cat(logp)
+
+    @staticmethod
+    def backward(ctx, grad_M):
+        if ctx.frozen_head:
+            (jacobian,) = ctx.saved_tensors
+            return (jacobian * grad_M[:, None]).to(jacobian.dtype), None, None, None, None
+        hidden, weight, target, *kept = ctx.saved_tensors
+        grad_hidden, grad_weight = [], None
+        for chunk in ctx.chunks:
+            p = kept[0] if kept else _probabilities(hidden[chunk], weight, target[chunk])[0]
+            grad_logits = p * -grad_M[chunk, None] if kept else p.mul_(-grad_M[chunk, None])
+            grad_logits.scatter_add_(-1, target[chunk, None], grad_M[chunk, None])
+            grad_logits = grad_logits.to(weight.dtype)
+            grad_hidden.append(grad_logits @ weight)
+            part = grad_logits.T @ hidden[chunk]
+            grad_weight = part if grad_weight is None else grad_weight.add_(part)
+        return torch.cat(grad_hidden), grad_weight, None, None, None

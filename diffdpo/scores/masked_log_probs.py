@@ -1,0 +1,82 @@
+"""log p(target) at masked positions: the one forward that every score is made of, and the module engines wrap.
+
+One call is one forward of the backbone. Rows are laid out without padding (see `models.layout`), the hidden states of
+the scored positions alone reach the head (position - 1 for families with shifted logits), and the head never makes
+a logits matrix above its budget. The module knows nothing of devices, ranks or sharding; whatever shards it sees
+ordinary submodule calls.
+
+Shapes: R rows, T padded length, N tokens in the stream, M scored positions.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from diffdpo.models.backbone import MaskedLM, call_block
+from diffdpo.models.layout import Layout
+from diffdpo.models.spec import FamilySpec
+
+MAX_WASTE = 0.05
+"""Share of padding a bucket of rows may hold before it is split: below it, fewer and larger attention calls win."""
+
+
+class MaskedLogProbs(nn.Module):
+    """Wraps a native model (or a peft model round one).
+
+    `layer_checkpointing` recomputes each block in the backward (non-reentrant). `logits_budget`: bytes of the largest
+    logits chunk (default `token_log_probs.DEFAULT_LOGITS_BUDGET`). `max_waste`: padding allowed inside a length
+    bucket; 1.0 is one padded batch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: FamilySpec,
+        *,
+        layer_checkpointing: bool = False,
+        logits_budget: int | None = None,
+        max_waste: float = MAX_WASTE,
+    ):
+        super().__init__()
+        self.model = model
+        self.spec = spec
+        self.layer_checkpointing = layer_checkpointing
+        self.logits_budget = logits_budget
+        self.max_waste = max_waste
+
+    @property
+    def base(self) -> MaskedLM:
+        """The native model inside a peft wrapper, if there is one."""
+        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+
+    def forward(
+        self, input_ids_RT: Tensor, lengths_R: Tensor, row_M: Tensor, position_M: Tensor, target_M: Tensor
+    ) -> Tensor:
+        """Natural-log probabilities [M], fp32 (fp64 for an fp64 model), of `target_M` at (`row_M`, `position_M`).
+
+        Tokens at or beyond a row's length are padding: never computed with, never attended to. With M = 0 the result
+        is empty but part of the graph, so that collectives of a sharding engine run on every rank.
+        """
+        base, device = self.base, input_ids_RT.device
+        layout = Layout.packed(
+            lengths_R.tolist(), input_ids_RT.shape[1], device=device, max_waste=self._max_waste(device)
+        )
+        output_M = position_M - self.spec.logit_shift
+        keep_M = layout.offset_R[row_M] + output_M
+        run_block = self._checkpointed if self.layer_checkpointing and torch.is_grad_enabled() else call_block
+        hidden_MK = base.hidden_states(
+            input_ids_RT.flatten()[layout.index_N], layout, keep_M=keep_M, run_block=run_block
+        )
+        return base.head(hidden_MK, target_M, logits_budget=self.logits_budget)
+
+    def _max_waste(self, device: torch.device) -> float:
+        return 0.0 if device.type == "cuda" else self.max_waste  # varlen attention needs exact buckets
+
+    def _checkpointed(self, block: nn.Module, *args) -> Tensor:
+        # ZeRO-3 releases frozen weights between forward and recomputation, which the default check takes for a
+        # changed graph; blocks here are deterministic (no dropout), so nothing else needs checking.
+        frozen = any(not p.requires_grad for p in block.parameters())
+        check = "none" if frozen else "default"
+        return checkpoint(partial(block, *args), use_reentrant=False, preserve_rng_state=False, determinism_check=check)
