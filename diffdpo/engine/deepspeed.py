@@ -1,0 +1,189 @@
+"""DeepSpeed ZeRO 0-3, with or without offload. The JSON says how to shard; batch, clipping and optimizer are ours.
+
+Traps this file knows of (DeepSpeed 0.19): ``gradient_clipping`` is 1.0 unless written; ``"auto"`` is resolved by nobody
+but the transformers Trainer; the engine averages over ranks where we add; bf16 under stage 0 takes a wrong first step.
+"""
+
+import copy
+import logging
+import os
+import shutil
+import sys
+import sysconfig
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffdpo.engine.base import OptimizerOptions, parameter_groups
+from diffdpo.engine.world import World
+from diffdpo.errors import UserError
+
+OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+
+
+class DeepSpeedEngine:
+    """A module under ``deepspeed.initialize``."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        world: World,
+        options: OptimizerOptions,
+        *,
+        ds_config: Mapping[str, Any],
+        micro_batch_size: int,
+        accumulation_steps: int,
+        bf16: bool,
+    ):
+        deepspeed = import_deepspeed()
+        self.world = world
+        self.config = complete_ds_config(
+            ds_config,
+            options,
+            micro_batch_size=micro_batch_size,
+            accumulation_steps=accumulation_steps,
+            world_size=world.size,
+            bf16=bf16,
+            cuda=world.device.type == "cuda",
+        )
+        self.keeps_gradients_sharded = zero_stage(self.config) == 3
+        deepspeed.init_distributed(verbose=False)
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=module.to(world.device),
+            model_parameters=parameter_groups(module, options.weight_decay),
+            config=self.config,
+        )
+        self.module = module
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return self.engine(*inputs)
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss * self.world.size, scale_wrt_gas=False)  # it averages over ranks: undo that
+
+    def step(self, learning_rate: float) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    def freeze(self, module: nn.Module) -> Callable[..., torch.Tensor]:
+        module = module.eval().requires_grad_(False)
+        if zero_stage(self.config) < 3:
+            return module.to(self.world.device)
+        config = {k: v for k, v in self.config.items() if k not in ("optimizer", "gradient_clipping")}
+        config["zero_optimization"] = {
+            k: v for k, v in self.config["zero_optimization"].items() if k != "offload_optimizer"
+        }
+        return import_deepspeed().initialize(model=module, config=config)[0]
+
+    def save(self, folder: Path) -> None:
+        self.engine.save_checkpoint(str(folder), tag="engine")
+
+    def load(self, folder: Path) -> None:
+        found, _ = self.engine.load_checkpoint(str(folder), tag="engine")
+        if found is None:
+            raise UserError(f"{folder} holds no DeepSpeed checkpoint; give a folder under checkpoints/")
+
+    def full_state_dict(self) -> Mapping[str, Any] | None:
+        if zero_stage(self.config) < 3:
+            return self.engine.module.state_dict() if self.world.is_main else None
+        return self.engine._zero3_consolidated_16bit_state_dict()
+
+
+def zero_stage(config: Mapping[str, Any]) -> int:
+    """The ZeRO stage of a DeepSpeed configuration."""
+    return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def complete_ds_config(
+    ds_config: Mapping[str, Any],
+    options: OptimizerOptions,
+    *,
+    micro_batch_size: int,
+    accumulation_steps: int,
+    world_size: int,
+    bf16: bool,
+    cuda: bool,
+) -> dict[str, Any]:
+    """The user's sharding and offload with batch sizes, clipping, precision and AdamW filled in.
+
+    A value that is there and contradicts ours is a UserError; ``"auto"`` means ours.
+    """
+    config = copy.deepcopy(dict(ds_config))
+    ours: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation_steps,
+        "train_batch_size": micro_batch_size * accumulation_steps * world_size,
+        "gradient_clipping": options.max_grad_norm,
+    }
+    for key, value in ours.items():
+        if config.get(key, "auto") not in ("auto", value):
+            raise UserError(f"--ds_config sets {key} to {config[key]}, the flags to {value}; leave it out of the JSON")
+        config[key] = value
+    if config.get("fp16", {}).get("enabled") is True:
+        raise UserError("--ds_config enables fp16, whose loss scaling is not supported; use --bf16 or fp32")
+    if bf16 and zero_stage(config) == 0:
+        raise UserError("--bf16 needs ZeRO stage 1 or more (under stage 0 DeepSpeed's first step is wrong)")
+    config["bf16"] = {"enabled": bf16}
+    zero = config.setdefault("zero_optimization", {"stage": 0})
+    for part in ("offload_optimizer", "offload_param"):
+        if not cuda and "pin_memory" in zero.get(part, {}):
+            zero[part]["pin_memory"] = False  # page-locked memory is a GPU's matter
+    if zero_stage(config) == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    given = config.get("optimizer", {})
+    if given.get("type", "AdamW") not in ("AdamW", "Adam"):
+        raise UserError(f"--ds_config asks for the optimizer {given['type']}; supported: AdamW")
+    config["optimizer"] = {
+        "type": "AdamW",
+        "params": {
+            **{k: v for k, v in given.get("params", {}).items() if v != "auto"},
+            "lr": options.learning_rate,
+            "betas": list(options.betas),
+            "eps": options.epsilon,
+            "weight_decay": options.weight_decay,
+        },
+    }
+    config.setdefault("steps_per_print", 10**9)  # the run's own progress bar says it
+    config.setdefault("zero_allow_untested_optimizer", True)
+    return config
+
+
+def import_deepspeed() -> Any:
+    """``import deepspeed`` with its chatter turned down, and ninja found even when the environment is not activated."""
+    scripts = str(Path(sys.executable).parent)
+    if scripts not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = scripts + os.pathsep + os.environ.get("PATH", "")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed
+
+
+def missing_operators(ds_config: Mapping[str, Any]) -> list[str]:
+    """DeepSpeed's compiled operators this run needs on a CPU that are not in torch's extension cache yet.
+
+    UserError when they cannot be compiled here (no C++ compiler, no Python headers).
+    """
+    if torch.cuda.is_available():
+        return []
+    from torch.utils.cpp_extension import get_default_build_root
+
+    needed = ["deepspeed_shm_comm"]
+    zero, params = ds_config.get("zero_optimization", {}), ds_config.get("optimizer", {}).get("params", {})
+    if not params.get("torch_adam"):
+        needed.append("cpu_adam" if zero.get("offload_optimizer", {}).get("device") == "cpu" else "fused_adam")
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    missing = [name for name in needed if not any(root.glob(f"**/{name}/{name}.so"))]
+    if missing and not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "c++", "g++") if name):
+        raise UserError("DeepSpeed compiles its CPU operators once and finds no C++ compiler; install g++")
+    if missing and not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        raise UserError("DeepSpeed compiles its CPU operators once and finds no Python.h; install python3-dev")
+    return missing

@@ -1,0 +1,221 @@
+"""MLflow, fed from ``metrics.jsonl`` by a thread of its own, so that no server can slow a step down or lose a point.
+
+The thread creates the run, sends parameters, then ships new lines in batches. What was sent is noted in ``mlflow.json``
+beside the journal, so that a resumed or repeated shipping sends each point once. When the server is away it tries again
+with growing pauses; what is left at the end stays in the journal, and ``python -m diffdpo.tracking RUN_DIR`` ships it.
+"""
+
+import json
+import logging
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diffdpo.errors import UserError
+from diffdpo.tracking.journal import FILE, read_journal
+
+STATE_FILE = "mlflow.json"
+BATCH = 900  # the server takes at most 1000 metrics a call
+LARGEST_LINE = 100  # metrics in one line of the journal
+INTERVAL = 2.0  # seconds between shipments
+LONGEST_PAUSE = 60.0
+SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Shipped:
+    """What MLflow has: the run, and the newest step of every metric. ``mlflow.json``."""
+
+    tracking_uri: str
+    experiment: str
+    run_name: str
+    run_id: str | None = None
+    experiment_id: str | None = None
+    described: bool = False  # parameters and tags are there
+    last_step: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, output_dir: Path) -> "Shipped":
+        try:
+            return cls(**json.loads((output_dir / STATE_FILE).read_text()))
+        except FileNotFoundError:
+            raise UserError(f"{output_dir} has no {STATE_FILE}; give the output folder of a run") from None
+
+    def write(self, output_dir: Path) -> None:
+        partial = output_dir / (STATE_FILE + ".partial")
+        partial.write_text(json.dumps(asdict(self), indent=1))
+        partial.replace(output_dir / STATE_FILE)
+
+
+def check_tracking_uri(uri: str) -> None:
+    """UserError for a store MLflow cannot use."""
+    scheme = uri.partition(":")[0].partition("+")[0]
+    if scheme not in SCHEMES:
+        raise UserError(
+            f"--tracking_uri {uri} is no MLflow store; allowed: none, sqlite:////abs/path/mlflow.db, http(s)://host:port"
+        )
+
+
+class MlflowRun:
+    """One run in MLflow. Made on rank 0 only; every method but ``close`` returns at once."""
+
+    def __init__(self, output_dir: Path, shipped: Shipped, *, params: Mapping[str, Any], tags: Mapping[str, str]):
+        self.output_dir, self.shipped = output_dir, shipped
+        self.params, self.tags = dict(params), dict(tags)
+        self.error: Exception | None = None  # of the newest failed attempt
+        self._client: Any = None
+        self._monitor: Any = None
+        self._position = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._ship_until_stopped, name="mlflow", daemon=True)
+
+    def start(self) -> None:
+        """Begin shipping in the background."""
+        self._thread.start()
+
+    def close(self, status: str, artifacts: Mapping[str, Path] | None = None, *, patience: float = 20.0) -> bool:
+        """Ship what is left, then files and folders (by their place in the run) and the final status.
+
+        ``status``: FINISHED, FAILED or KILLED. Waits ``patience`` seconds for an absent server. Returns whether all
+        of it arrived.
+        """
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        if self._monitor is not None:
+            self._monitor.finish()
+        waited = threading.Event()
+        for pause in (0.5, 1.0, 2.0, 4.0, 8.0, 16.0):
+            try:
+                self.ship()
+                for place, path in (artifacts or {}).items():
+                    self._send_file(place, path)
+                self._client.set_terminated(self.shipped.run_id, status)
+                return True
+            except Exception as error:  # whatever the server does, the run's own files are safe
+                self.error = error
+                patience -= pause
+                if patience < 0:
+                    return False
+                waited.wait(pause)
+        return False
+
+    def ship(self) -> None:
+        """Send everything that is in the journal and not in MLflow yet. Raises what MLflow raises."""
+        self._connect()
+        self._describe()
+        journal = self.output_dir / FILE
+        while journal.exists():
+            metrics, end = self._next_batch(journal)
+            if not metrics:
+                self._position = end
+                return
+            self._client.log_batch(self.shipped.run_id, metrics=metrics)
+            for metric in metrics:
+                self.shipped.last_step[metric.key] = metric.step
+            self.shipped.write(self.output_dir)
+            self._position = end
+
+    def _ship_until_stopped(self) -> None:
+        pause = 0.0
+        while not self._stop.wait(pause):
+            try:
+                self.ship()
+                self._watch_system()
+                pause = INTERVAL
+            except Exception as error:
+                if self.error is None:
+                    log.warning("MLflow does not answer (%s); training goes on, metrics are kept in %s", error, FILE)
+                self.error = error
+                pause = min(LONGEST_PAUSE, max(INTERVAL, 2 * pause))
+
+    def _connect(self) -> None:
+        if self._client is None:
+            _quiet_mlflow()
+            import mlflow
+
+            self._client = mlflow.MlflowClient(self.shipped.tracking_uri)
+        if self.shipped.run_id is None:
+            self.shipped.experiment_id = self._experiment()
+            run = self._client.create_run(self.shipped.experiment_id, run_name=self.shipped.run_name, tags=self.tags)
+            self.shipped.run_id = run.info.run_id
+            self.shipped.write(self.output_dir)
+
+    def _experiment(self) -> str:
+        found = self._client.get_experiment_by_name(self.shipped.experiment)
+        if found is not None:
+            return found.experiment_id
+        return self._client.create_experiment(self.shipped.experiment, artifact_location=self._artifact_location())
+
+    def _artifact_location(self) -> str | None:
+        """Absolute, beside an sqlite file; a server decides for itself."""
+        uri = self.shipped.tracking_uri
+        if not uri.startswith("sqlite:///"):
+            return None
+        return (Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts").as_uri()
+
+    def _describe(self) -> None:
+        if self.shipped.described:
+            return
+        from mlflow.entities import Param
+
+        params = [Param(key, str(value)[:6000]) for key, value in self.params.items()]
+        for start in range(0, len(params), 100):
+            self._client.log_batch(self.shipped.run_id, params=params[start : start + 100])
+        self.shipped.described = True
+        self.shipped.write(self.output_dir)
+
+    def _next_batch(self, journal: Path) -> tuple[list[Any], int]:
+        """Metrics of the next lines, a call's worth, and the byte where they end."""
+        from mlflow.entities import Metric
+
+        metrics: list[Any] = []
+        end = self._position
+        with journal.open("rb") as file:
+            file.seek(end)
+            for raw in file:
+                if not raw.endswith(b"\n") or len(metrics) > BATCH - LARGEST_LINE:
+                    break
+                line = json.loads(raw)
+                step, when = line.pop("step"), int(1000 * line.pop("time"))
+                new = {k: v for k, v in line.items() if v is not None and step > self.shipped.last_step.get(k, -1)}
+                metrics += [Metric(key, value, when, step) for key, value in new.items()]
+                end += len(raw)
+        return metrics, end
+
+    def _send_file(self, place: str, path: Path) -> None:
+        if path.is_dir():
+            self._client.log_artifacts(self.shipped.run_id, str(path), place or None)
+        elif path.exists():
+            self._client.log_artifact(self.shipped.run_id, str(path), place or None)
+
+    def _watch_system(self) -> None:
+        if self._monitor is not None:
+            return
+        import mlflow
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        mlflow.set_tracking_uri(self.shipped.tracking_uri)  # the monitor has no client of its own
+        self._monitor = SystemMetricsMonitor(self.shipped.run_id, resume_logging=True)
+        self._monitor.start()
+
+
+def _quiet_mlflow() -> None:
+    """Our own loop does the retrying; MLflow's would hold a call for minutes."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    logging.getLogger("alembic").setLevel(logging.ERROR)
+
+
+def ship_later(output_dir: Path) -> int:
+    """Send what a run could not send while it ran. Returns the number of steps in the journal."""
+    run = MlflowRun(output_dir, Shipped.read(output_dir), params={}, tags={})
+    run.ship()
+    return sum(1 for _ in read_journal(output_dir / FILE))
