@@ -1,0 +1,112 @@
+"""Diagnostics of preference training. docs/losses.md says in a line each what they mean.
+
+They are kept as one vector of sums, which adds up over micro-batches, segments of a run and ranks (one all-reduce), and
+become means and a correlation only at log time: ``pair_sums`` → add → ``means``.
+
+Shape suffixes: B pairs, 2 sides (0 chosen, 1 rejected).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+SUMS = (
+    *("answers", "chosen", "rejected", "pairs"),
+    *("reward_chosen", "reward_rejected", "margin", "correct"),
+    *("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected"),
+    *("ratio", "ratio_per_token", "displaced"),
+    *("score_variance", "ratio_variance", "known_variances", "known_ratio_variances"),
+    *("length", "length_squared", "reward", "reward_squared", "length_reward"),
+)
+"""What the entries of the vector add up."""
+
+
+def pair_sums(
+    policy_B2: Tensor,
+    reference_B2: Tensor | None,
+    *,
+    tokens_B2: Tensor,
+    weight_B2: Tensor,
+    beta: float,
+    stderr_B2: Tensor | None = None,
+    ratio_stderr_B2: Tensor | None = None,
+) -> Tensor:
+    """The sums of one micro-batch, float64 [len(SUMS)], in the order of ``SUMS``; detached.
+
+    ``stderr_B2`` is the standard error of the policy's score, ``ratio_stderr_B2`` that of the log-ratio (both as
+    ``fold`` gives them). NaN entries (a single row) are left out of the means.
+    """
+    reference_B2 = torch.zeros_like(policy_B2) if reference_B2 is None else reference_B2
+    policy_B2, reference_B2 = policy_B2.detach().double(), reference_B2.detach().double()
+    present_B2, pair_B = weight_B2.double(), weight_B2.double().prod(1)
+    ratio_B2, tokens_B2 = policy_B2 - reference_B2, tokens_B2.double()
+    reward_B2 = beta * ratio_B2
+
+    def side(value_B2: Tensor, index: int) -> Tensor:
+        return (present_B2 * value_B2)[:, index].sum()
+
+    def all_of(value_B2: Tensor) -> Tensor:
+        return (present_B2 * value_B2).sum()
+
+    variance, known = _known_squares(stderr_B2, present_B2)
+    ratio_variance, ratio_known = _known_squares(ratio_stderr_B2, present_B2)
+    margin_B = reward_B2[:, 0] - reward_B2[:, 1]
+    return torch.stack(
+        [
+            *(present_B2.sum(), present_B2[:, 0].sum(), present_B2[:, 1].sum(), pair_B.sum()),
+            *(side(reward_B2, 0), side(reward_B2, 1), (pair_B * margin_B).sum(), (pair_B * (margin_B > 0)).sum()),
+            *(side(policy_B2, 0), side(policy_B2, 1), side(reference_B2, 0), side(reference_B2, 1)),
+            *(all_of(ratio_B2), all_of(ratio_B2 / tokens_B2.clamp(min=1)), side((ratio_B2 < 0).double(), 0)),
+            *(variance, ratio_variance, known, ratio_known),
+            *(all_of(tokens_B2), all_of(tokens_B2**2), all_of(reward_B2), all_of(reward_B2**2)),
+            all_of(tokens_B2 * reward_B2),
+        ]
+    )
+
+
+def means(sums: Tensor) -> dict[str, float]:
+    """The diagnostics from (added, reduced) sums. A mean over nothing is left out."""
+    total = dict(zip(SUMS, sums.tolist(), strict=True))
+    quotients = {
+        "rewards/chosen": ("reward_chosen", "chosen"),
+        "rewards/rejected": ("reward_rejected", "rejected"),
+        "rewards/margins": ("margin", "pairs"),
+        "rewards/accuracies": ("correct", "pairs"),
+        "scores/chosen": ("policy_chosen", "chosen"),
+        "scores/rejected": ("policy_rejected", "rejected"),
+        "scores/reference_chosen": ("reference_chosen", "chosen"),
+        "scores/reference_rejected": ("reference_rejected", "rejected"),
+        "scores/displacement": ("displaced", "chosen"),
+        "kl/answers": ("ratio", "answers"),
+        "kl/per_token": ("ratio_per_token", "answers"),
+        "noise/score_variance": ("score_variance", "known_variances"),
+        "noise/ratio_variance": ("ratio_variance", "known_ratio_variances"),
+    }
+    found = {name: total[a] / total[b] for name, (a, b) in quotients.items() if total[b] > 0}
+    for name in ("score", "ratio"):
+        if f"noise/{name}_variance" in found:
+            found[f"noise/{name}_stderr"] = math.sqrt(found[f"noise/{name}_variance"])
+    correlation = _correlation(total)
+    return found if correlation is None else found | {"rewards/length_correlation": correlation}
+
+
+def _known_squares(stderr_B2: Tensor | None, present_B2: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the squares that are known, and how many they are."""
+    if stderr_B2 is None:
+        return present_B2.new_zeros(()), present_B2.new_zeros(())
+    known_B2 = present_B2 * ~stderr_B2.isnan()
+    return (known_B2 * stderr_B2.detach().double().nan_to_num() ** 2).sum(), known_B2.sum()
+
+
+def _correlation(total: dict[str, float]) -> float | None:
+    """Pearson's, between an answer's length and its reward; None where one of them does not vary."""
+    n = total["answers"]
+    if n < 2:
+        return None
+    covariance = total["length_reward"] / n - total["length"] * total["reward"] / n**2
+    variance_length = total["length_squared"] / n - (total["length"] / n) ** 2
+    variance_reward = total["reward_squared"] / n - (total["reward"] / n) ** 2
+    if variance_length <= 1e-12 * total["length_squared"] / n or variance_reward <= 1e-12 * total["reward_squared"] / n:
+        return None
+    return covariance / math.sqrt(variance_length * variance_reward)

@@ -1,0 +1,177 @@
+"""The estimators of the diffusion score: each a way to draw N (mask, weight) rows for an answer of L tokens.
+
+With m the masked positions and f(m) the summed log-probability of the masked tokens, the score is the any-order ELBO
+
+    B = E_{t~U(0,1)} E_{m~Bern(t)} [f(m) / t] = E_{k~U{1..L}} E_{|m|=k} [(L/k) f(m)]
+
+or, for ``trajectory``, its T-step version B^(T). docs/theory.md derives both and each estimator's unbiasedness.
+Every function takes (length, num_samples, rng) and returns a NoisePlan.
+
+Shape suffixes: N rows, L tokens.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from diffdpo.errors import UserError
+from diffdpo.noise.balanced import balanced_rows
+from diffdpo.noise.plan import NoiseKey, NoisePlan
+
+EPSILON = 1e-3  # smallest t of the estimators that weigh by 1/t: their variance would be infinite at 0 (LLaDA, VRPO)
+MAX_EXACT_LENGTH = 12  # 4095 masks
+
+
+def draw_plan(
+    estimator: str, *, length: int, num_samples: int, key: NoiseKey, num_diffusion_steps: int | None = None
+) -> NoisePlan:
+    """The rows of one answer of ``length`` ≥ 1 scored tokens.
+
+    ``num_samples`` rows, except for ``exact``, which has 2^length - 1. ``num_diffusion_steps`` is T of ``trajectory``
+    (default: ``num_samples``). Raises UserError for an unknown estimator or one that cannot serve.
+    """
+    check_estimator(estimator, num_samples=num_samples, num_diffusion_steps=num_diffusion_steps)
+    if length < 1:
+        raise ValueError(f"an answer of {length} tokens has nothing to score")
+    rng = key.generator()
+    if estimator == "trajectory":
+        return trajectory(length, num_samples, rng, num_diffusion_steps or num_samples)
+    return ESTIMATORS[estimator](length, num_samples, rng)
+
+
+def check_estimator(estimator: str, *, num_samples: int, num_diffusion_steps: int | None = None) -> None:
+    """UserError if these settings contradict; needs no data, so commands call it before a model is loaded."""
+    if estimator not in ESTIMATORS:
+        raise UserError(f"--score_estimator {estimator}: unknown; choose one of {', '.join(ESTIMATORS)}")
+    if num_samples < 1:
+        raise UserError(f"--num_mc_samples is {num_samples}; it must be at least 1")
+    if num_diffusion_steps is not None and estimator != "trajectory":
+        raise UserError(f"--num_diffusion_steps belongs to --score_estimator trajectory, not to {estimator}")
+    if num_diffusion_steps is not None and num_diffusion_steps < 1:
+        raise UserError(f"--num_diffusion_steps is {num_diffusion_steps}; it must be at least 1")
+
+
+def num_rows(estimator: str, *, length: int, num_samples: int) -> int:
+    """Rows (forwards) that ``draw_plan`` gives an answer."""
+    return 2**length - 1 if estimator == "exact" else num_samples
+
+
+def uniform_t(length: int, num_samples: int, rng: np.random.Generator) -> NoisePlan:
+    """t ~ U(ε, 1), Bernoulli(t) masks, weight 1/(n t): LLaDA's and VRPO's (arXiv 2505.19223, n_t = n, n_y = 1).
+
+    Masks may be empty and then contribute 0. The bound ε = 1e-3 on t costs a bias below ε (B - f-term at t=0).
+    """
+    return _bernoulli(length, EPSILON + (1 - EPSILON) * rng.random(num_samples), rng)
+
+
+def stratified_t(length: int, num_samples: int, rng: np.random.Generator) -> NoisePlan:
+    """``uniform_t`` with t on a lattice of n points under one random shift (Kingma et al., VDM, appendix I.1)."""
+    lattice_N = (rng.random() + np.arange(num_samples) / num_samples) % 1.0
+    return _bernoulli(length, EPSILON + (1 - EPSILON) * lattice_N, rng)
+
+
+def mask_count(length: int, num_samples: int, rng: np.random.Generator) -> NoisePlan:
+    """k ~ U{1..L}, exactly k tokens masked, weight L/(n k): never empty, and no 1/t tail."""
+    return _counted(rng.integers(1, length + 1, num_samples), _ranks(num_samples, length, rng))
+
+
+def mask_count_mirror(length: int, num_samples: int, rng: np.random.Generator) -> NoisePlan:
+    """Pairs of rows (k, order) and (L+1-k, reversed order); k stratified over the pairs.
+
+    Between them the rows of a pair mask every token, and k and L+1-k are both uniform on 1..L over the strata.
+    With odd n the last row is a ``mask_count`` row of its own.
+    """
+    pairs, single = divmod(num_samples, 2)
+    lower_P = (np.arange(pairs) + rng.random(pairs)) / (2 * max(1, pairs))  # in (0, 1/2); the mirror is in (1/2, 1)
+    k_P = (lower_P * length).astype(np.int64) + 1
+    ranks_PL = _ranks(pairs, length, rng)
+    k_N = np.stack([k_P, length + 1 - k_P], 1).reshape(-1)
+    ranks_NL = np.stack([ranks_PL, length - 1 - ranks_PL], 1).reshape(-1, length)
+    if single:
+        k_N = np.append(k_N, rng.integers(1, length + 1))
+        ranks_NL = np.concatenate([ranks_NL, _ranks(1, length, rng)])
+    return _counted(k_N, ranks_NL)
+
+
+def balanced(length: int, num_samples: int, rng: np.random.Generator) -> NoisePlan:
+    """Counts stratified finely where masks are small, masks laid out so that every token counts about once in all.
+
+    ``balanced.py`` has the construction. Unbiased for B like ``mask_count``; the lowest variance we know.
+    """
+    masked_SL, scale_SL, share_N = balanced_rows(length, num_samples, rng)
+    order_L = rng.permutation(length)
+    masked_NL, scale_NL = masked_SL[:, order_L], scale_SL[:, order_L]
+    return NoisePlan(masked_NL, masked_NL, np.ones(num_samples), share_N, scale_NL)
+
+
+def quadrature(length: int, num_samples: int, rng: np.random.Generator) -> NoisePlan:
+    """t on the n Gauss-Legendre nodes of (0, 1) with weights ω, one random mask each (after GDPO, arXiv 2510.08554).
+
+    At a node, k = 1 + Binomial(L-1, t) masked tokens with weight ω L/k have the mean of Bernoulli(t) masks with weight
+    ω/t (size-biased counts), without empty masks. Exact if the integrand is a polynomial in t of degree < 2n, hence
+    whenever L ≤ 2n; else it has a bias, which falls as O(1/n^4) for a smooth integrand.
+    """
+    node_N, omega_N = np.polynomial.legendre.leggauss(num_samples)
+    k_N = 1 + rng.binomial(length - 1, (node_N + 1) / 2)
+    plan = _counted(k_N, _ranks(num_samples, length, rng))
+    return NoisePlan(plan.masked_NL, plan.scored_NL, omega_N / 2 * length / k_N, omega_N / 2 * length)
+
+
+def trajectory(length: int, num_samples: int, rng: np.random.Generator, num_steps: int) -> NoisePlan:
+    """The source concept: reveal token i at step τ_i ~ U{1..T}; row t masks {τ_i ≤ t} and scores {τ_i = t}.
+
+    n = T visits a whole trajectory; n < T visits a uniform subset of its steps, each with weight T/n; n > T goes on
+    with further trajectories. Unbiased for B^(T).
+    """
+    tau_NL, step_N = np.empty((num_samples, length), np.int64), np.empty(num_samples, np.int64)
+    for start in range(0, num_samples, num_steps):
+        stop = min(start + num_steps, num_samples)
+        tau_NL[start:stop] = rng.integers(1, num_steps + 1, length)
+        step_N[start:stop] = 1 + rng.permutation(num_steps)[: stop - start]
+    weight_N = np.full(num_samples, num_steps / num_samples)
+    step_N1 = step_N[:, None]
+    return NoisePlan(tau_NL <= step_N1, tau_NL == step_N1, weight_N, np.full(num_samples, length / num_samples))
+
+
+def exact(length: int, num_samples: int, rng: np.random.Generator) -> NoisePlan:
+    """All 2^L - 1 masks, weight 1/(k C(L, k)): B itself. The empty mask has nothing to say and is left out."""
+    if length > MAX_EXACT_LENGTH:
+        raise UserError(
+            f"--score_estimator exact enumerates every mask, for answers of at most {MAX_EXACT_LENGTH} tokens; "
+            f"this one has {length} (use mask_count_mirror with a large --num_mc_samples)"
+        )
+    codes_N = np.arange(1, 2**length)
+    masked_NL = (codes_N[:, None] >> np.arange(length)) & 1 == 1
+    k_N = masked_NL.sum(1)
+    count_K = np.bincount(k_N, minlength=length + 1)  # C(L, k)
+    return NoisePlan(masked_NL, masked_NL, 1.0 / (k_N * count_K[k_N]), np.zeros(len(k_N)))
+
+
+def _bernoulli(length: int, t_N: np.ndarray, rng: np.random.Generator) -> NoisePlan:
+    masked_NL = rng.random((len(t_N), length)) < t_N[:, None]
+    return NoisePlan(masked_NL, masked_NL, 1.0 / (len(t_N) * t_N), np.full(len(t_N), length / len(t_N)))
+
+
+def _counted(k_N: np.ndarray, ranks_NL: np.ndarray) -> NoisePlan:
+    """Row n masks the k_n tokens of lowest rank; weight L/(n k)."""
+    num_samples, length = ranks_NL.shape
+    masked_NL = ranks_NL < k_N[:, None]
+    share_N = np.full(num_samples, length / num_samples)
+    return NoisePlan(masked_NL, masked_NL, share_N / k_N, share_N)
+
+
+def _ranks(rows: int, length: int, rng: np.random.Generator) -> np.ndarray:
+    """Independent uniform permutations of 0..L-1, one a row."""
+    return rng.permuted(np.tile(np.arange(length), (rows, 1)), axis=1)
+
+
+ESTIMATORS: dict[str, Callable[..., NoisePlan]] = {
+    "trajectory": trajectory,
+    "uniform_t": uniform_t,
+    "stratified_t": stratified_t,
+    "mask_count": mask_count,
+    "mask_count_mirror": mask_count_mirror,
+    "balanced": balanced,
+    "quadrature": quadrature,
+    "exact": exact,
+}
