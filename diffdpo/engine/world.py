@@ -37,6 +37,14 @@ class World:
         dist.all_reduce(total)
         return total
 
+    def cat(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensors of all ranks (of one shape), end to end in rank order, on every rank."""
+        if self.size == 1:
+            return tensor
+        pieces = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(pieces, tensor.contiguous())
+        return torch.cat(pieces)
+
     def same_for_all(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
         if self.size == 1:

@@ -1,0 +1,40 @@
+"""The frozen reference: where its row scores come from. Dropout is off in every model here."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from diffdpo.engine.base import Engine
+from diffdpo.noise.rows import NoisyRows
+from diffdpo.step.backward import score_rows
+
+Reference = Callable[[NoisyRows], torch.Tensor]
+"""Rows → f_R of the reference, without a graph. The rows carry the noise, so policy and reference share it."""
+
+
+def frozen_copy(module: nn.Module) -> nn.Module:
+    """A copy that is never trained; to be taken before an engine wraps ``module``."""
+    return copy.deepcopy(module).eval().requires_grad_(False)
+
+
+def copy_reference(engine: Engine, module: nn.Module, *, segment_rows: int) -> Reference:
+    """A second model in memory, held by the engine as it holds the policy."""
+    forward = engine.freeze(module)
+    return lambda rows: score_rows(forward, rows, segment_rows=segment_rows)
+
+
+def adapter_off_reference(engine: Engine, peft_model: nn.Module, *, segment_rows: int) -> Reference:
+    """The policy with its adapter switched off: no second model."""
+
+    def score(rows: NoisyRows) -> torch.Tensor:
+        with peft_model.disable_adapter():  # type: ignore[operator]
+            return score_rows(engine, rows, segment_rows=segment_rows)
+
+    return score
+
+
+def no_reference(rows: NoisyRows) -> torch.Tensor:
+    """Scores of 0: what a reference-free loss is compared with."""
+    return torch.zeros(len(rows), device=rows.lengths_R.device)

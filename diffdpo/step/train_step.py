@@ -1,0 +1,219 @@
+"""One optimizer step of preference training, in the order of the data flow.
+
+micro-batches → noisy rows → reference scores → policy scores and gradients by segments → optimizer → StepReport
+
+Losses are sums over pairs divided by the real pairs of the global step, counted over all ranks beforehand.
+
+Shape suffixes: B pairs, 2 sides, R rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from data_pipeline.batch import PairBatch
+from diffdpo.engine.base import Engine
+from diffdpo.losses.metrics import SUMS, pair_sums
+from diffdpo.losses.preference import LOSSES, check_names, kl_estimate, loss_count, preference_loss
+from diffdpo.noise.rows import NoisyRows, noisy_rows
+from diffdpo.scores.fold import PairScores, fold
+from diffdpo.step.backward import STRATEGIES, LossOf, gradient_of, replay, score_rows
+from diffdpo.step.reference import Reference
+
+
+@dataclass(frozen=True)
+class NoiseOptions:
+    """Which rows are drawn for an answer: a function of these, the epoch, the record and the side."""
+
+    estimator: str
+    num_samples: int
+    seed: int
+    mask_token_id: int
+    num_diffusion_steps: int | None = None
+
+    def rows(self, batch: PairBatch, device: torch.device) -> NoisyRows:
+        """The noisy rows of a micro-batch."""
+        return noisy_rows(
+            batch,
+            estimator=self.estimator,
+            num_samples=self.num_samples,
+            seed=self.seed,
+            mask_token_id=self.mask_token_id,
+            num_diffusion_steps=self.num_diffusion_steps,
+        ).to(device)
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """``--loss_type`` and what goes with it."""
+
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+    beta: float
+    label_smoothing: float = 0.0
+
+    @property
+    def whole_batch(self) -> bool:
+        """Whether the scores of all pairs of the global step must be known before any loss."""
+        return any(LOSSES[name].scope == "batch" or LOSSES[name].needs_kl for name in self.names)
+
+    def __call__(
+        self, policy: PairScores, reference: PairScores, weight_B2: torch.Tensor, *, kl: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """loss_B."""
+        return preference_loss(
+            self.names,
+            policy_B2=policy.score_B2,
+            reference_B2=reference.score_B2,
+            tokens_B2=policy.tokens_B2,
+            weight_B2=weight_B2,
+            weights=list(self.weights),
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
+            kl=kl,
+        )
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step says of itself, over all ranks. ``sums`` add up over steps; see ``losses.metrics``."""
+
+    loss: float
+    grad_norm: float
+    sums: torch.Tensor
+    tokens: int  # run through the policy, padding not counted
+    largest_logit: float  # max |h| / β over pairs, of this rank
+
+
+@dataclass(frozen=True)
+class MicroScores:
+    """A micro-batch after scoring; all without a graph."""
+
+    batch: PairBatch
+    rows: NoisyRows
+    reference_R: torch.Tensor
+    policy_R: torch.Tensor
+    loss: torch.Tensor
+
+
+class PreferenceStep:
+    """``step(micro_batches, learning_rate)`` → StepReport."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        reference: Reference,
+        noise: NoiseOptions,
+        loss: LossOptions,
+        *,
+        strategy: str,
+        segment_rows: int,
+    ):
+        self.engine, self.reference, self.noise, self.loss = engine, reference, noise, loss
+        self.strategy, self.segment_rows = strategy, segment_rows
+
+    def __call__(self, micro_batches: Sequence[PairBatch], learning_rate: float) -> StepReport:
+        world = self.engine.world
+        count = sum(loss_count(self.loss.names, batch.weight_B2) for batch in micro_batches)
+        total = world.sum(torch.as_tensor(count, device=world.device).double()).clamp(min=1).float()
+        run = self._coupled if self.loss.whole_batch else self._independent
+        scored = run(micro_batches, total)
+        norm = self.engine.step(learning_rate)
+        return self._report(scored, norm)
+
+    def _independent(self, micro_batches: Sequence[PairBatch], total: torch.Tensor) -> list[MicroScores]:
+        """The loss of a pair depends on that pair alone: one micro-batch after the other."""
+        scored = []
+        for index, batch in enumerate(micro_batches):
+            rows = self.noise.rows(batch, self.engine.world.device)
+            reference_R = self.reference(rows)
+            loss_of = self._loss_of(rows, batch, reference_R, total)
+            policy_R = STRATEGIES[self.strategy](
+                self.engine,
+                rows,
+                loss_of,
+                segment_rows=self.segment_rows,
+                last=index == len(micro_batches) - 1,
+            )
+            scored.append(MicroScores(batch, rows, reference_R, policy_R, loss_of(policy_R)))
+        return scored
+
+    def _loss_of(self, rows: NoisyRows, batch: PairBatch, reference_R: torch.Tensor, total: torch.Tensor) -> LossOf:
+        reference, weight_B2 = fold(reference_R, rows), batch.weight_B2.to(reference_R.device)
+        return lambda f_R: self.loss(fold(f_R, rows), reference, weight_B2).sum() / total
+
+    def _coupled(self, micro_batches: Sequence[PairBatch], total: torch.Tensor) -> list[MicroScores]:
+        """The loss needs all pairs of the step: scores of all ranks first, then every rank replays its own rows."""
+        device = self.engine.world.device
+        rows = [self.noise.rows(batch, device) for batch in micro_batches]
+        reference = [self.reference(each) for each in rows]
+        policy = [score_rows(self.engine, each, segment_rows=self.segment_rows) for each in rows]
+        loss_of = _GlobalLoss(self.loss, self.engine, micro_batches, rows, reference, total)
+        gradients = gradient_of(loss_of, torch.cat(policy)).split([len(each) for each in rows])
+        for index, (each, gradient_R) in enumerate(zip(rows, gradients, strict=True)):
+            replay(self.engine, each, gradient_R, segment_rows=self.segment_rows, last=index == len(rows) - 1)
+        share = loss_of(torch.cat(policy)) / (len(rows) * self.engine.world.size)  # _report adds up what is whole here
+        return [MicroScores(*each, share) for each in zip(micro_batches, rows, reference, policy, strict=True)]
+
+    def _report(self, scored: Sequence[MicroScores], norm: float) -> StepReport:
+        world, sums, largest = self.engine.world, torch.zeros(len(SUMS), dtype=torch.float64), 0.0
+        for micro in scored:
+            policy, reference = fold(micro.policy_R, micro.rows), fold(micro.reference_R, micro.rows)
+            ratio = fold(micro.policy_R - micro.reference_R, micro.rows)
+            sums += pair_sums(
+                policy.score_B2,
+                reference.score_B2,
+                tokens_B2=policy.tokens_B2,
+                weight_B2=micro.batch.weight_B2.to(world.device),
+                beta=self.loss.beta,
+                stderr_B2=policy.stderr_B2,
+                ratio_stderr_B2=ratio.stderr_B2,
+            ).cpu()
+            logit_B = (ratio.score_B2[:, 0] - ratio.score_B2[:, 1]).abs()
+            largest = max(largest, float(logit_B.max()))
+        extra = torch.tensor(
+            [sum(float(m.loss) for m in scored), sum(int(m.rows.lengths_R.sum()) for m in scored)], dtype=torch.float64
+        )
+        whole = world.sum(torch.cat([sums, extra]).to(world.device)).cpu()
+        return StepReport(float(whole[-2]), norm, whole[:-2], int(whole[-1]), largest)
+
+
+class _GlobalLoss:
+    """Row scores of this rank's whole step → the loss of the global step (the same value on every rank)."""
+
+    def __init__(
+        self,
+        loss: LossOptions,
+        engine: Engine,
+        micro_batches: Sequence[PairBatch],
+        rows: Sequence[NoisyRows],
+        reference: Sequence[torch.Tensor],
+        total: torch.Tensor,
+    ):
+        self.loss, self.world, self.rows, self.total = loss, engine.world, rows, total
+        weight_B2 = torch.cat([batch.weight_B2 for batch in micro_batches]).to(engine.world.device)
+        self.local = len(weight_B2)
+        self.weight_B2 = self.world.cat(weight_B2)
+        self.reference = self._all(self._fold(torch.cat(list(reference))))
+
+    def _fold(self, f_R: torch.Tensor) -> PairScores:
+        pieces = [
+            fold(piece_R, each)
+            for piece_R, each in zip(f_R.split([len(each) for each in self.rows]), self.rows, strict=True)
+        ]
+        return PairScores(*(torch.cat([getattr(p, name) for p in pieces]) for name in PairScores.__annotations__))
+
+    def _all(self, own: PairScores) -> PairScores:
+        """Every rank's scores, with a graph to this rank's own."""
+        everything = PairScores(*(self.world.cat(getattr(own, name).detach()) for name in PairScores.__annotations__))
+        start = self.world.rank * self.local
+        score_B2 = everything.score_B2.clone()
+        score_B2[start : start + self.local] = own.score_B2
+        return PairScores(score_B2, everything.stderr_B2, everything.tokens_B2)
+
+    def __call__(self, f_R: torch.Tensor) -> torch.Tensor:
+        policy = self._all(self._fold(f_R))
+        needs_kl = any(LOSSES[name].needs_kl for name in check_names(self.loss.names))
+        kl = kl_estimate(policy.score_B2, self.reference.score_B2, self.weight_B2) if needs_kl else None
+        return self.loss(policy, self.reference, self.weight_B2, kl=kl).sum() / self.total
