@@ -86,10 +86,9 @@ def test_a_plan_depends_on_its_key_and_on_every_field_of_it():
     base = draw_plan("mask_count", length=64, num_samples=4, key=KEY)
     again = draw_plan("mask_count", length=64, num_samples=4, key=NoiseKey(1, 2, "a", 0, 0))
     np.testing.assert_array_equal(base.masked_NL, again.masked_NL)
-    for other in [NoiseKey(9, 2, "a", 0), NoiseKey(1, 9, "a", 0), NoiseKey(1, 2, "b", 0), NoiseKey(1, 2, "a", 1)] + [
-        NoiseKey(1, 2, "a", 0, 1)
-    ]:
-        changed = draw_plan("mask_count", length=64, num_samples=4, key=other)
+    others = [(9, 2, "a", 0, 0), (1, 9, "a", 0, 0), (1, 2, "b", 0, 0), (1, 2, "a", 1, 0), (1, 2, "a", 0, 1)]
+    for other in others:
+        changed = draw_plan("mask_count", length=64, num_samples=4, key=NoiseKey(*other))
         assert (changed.masked_NL != base.masked_NL).any()
 
 

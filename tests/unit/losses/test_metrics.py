@@ -1,0 +1,58 @@
+"""Diagnostics: values by hand, additivity over micro-batches, and what an empty slot counts (nothing)."""
+
+import math
+
+import pytest
+import torch
+
+from diffdpo.losses.metrics import means, pair_sums
+
+POLICY = torch.tensor([[-10.0, -12.0], [-20.0, -9.0], [0.0, 0.0]])
+REFERENCE = torch.tensor([[-11.0, -10.0], [-18.0, -9.5], [0.0, 0.0]])  # ratios (1, -2), (-2, 0.5)
+TOKENS = torch.tensor([[5, 4], [10, 2], [0, 0]])
+WEIGHT = torch.tensor([[1.0, 1.0], [1.0, 1.0], [0.0, 0.0]])
+
+
+def sums(rows=slice(None), **options):
+    common = {"tokens_B2": TOKENS[rows], "weight_B2": WEIGHT[rows], "beta": 0.1}
+    return pair_sums(POLICY[rows], REFERENCE[rows], **common, **options)
+
+
+def test_values_by_hand():
+    found = means(sums())
+    assert found["rewards/chosen"] == pytest.approx((0.1 - 0.2) / 2)
+    assert found["rewards/rejected"] == pytest.approx((-0.2 + 0.05) / 2)
+    assert found["rewards/margins"] == pytest.approx((0.3 - 0.25) / 2)
+    assert found["rewards/accuracies"] == 0.5
+    assert found["scores/chosen"] == -15.0 and found["scores/reference_rejected"] == -9.75
+    assert found["scores/displacement"] == 0.5
+    assert found["kl/answers"] == pytest.approx((1 - 2 - 2 + 0.5) / 4)
+    assert found["kl/per_token"] == pytest.approx((1 / 5 - 2 / 4 - 2 / 10 + 0.5 / 2) / 4)
+    lengths, rewards = torch.tensor([[5.0, 4, 10, 2], [0.1, -0.2, -0.2, 0.05]])
+    expected = torch.corrcoef(torch.stack([lengths, rewards]))[0, 1].item()
+    assert found["rewards/length_correlation"] == pytest.approx(expected, rel=1e-6)
+    assert "noise/score_variance" not in found
+
+
+def test_sums_add_over_micro_batches():
+    parts = sums(slice(0, 1)) + sums(slice(1, 3))
+    torch.testing.assert_close(parts, sums())
+
+
+def test_noise_is_the_mean_of_what_is_known():
+    stderr = torch.tensor([[3.0, float("nan")], [1.0, 1.0], [7.0, 7.0]])
+    found = means(sums(stderr_B2=stderr, ratio_stderr_B2=stderr / 2))
+    assert found["noise/score_variance"] == pytest.approx(11 / 3)
+    assert found["noise/score_stderr"] == pytest.approx(math.sqrt(11 / 3))
+    assert found["noise/ratio_variance"] == pytest.approx(11 / 12)
+
+
+def test_unpaired_answers_have_rewards_but_no_margin():
+    weight = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
+    found = means(pair_sums(POLICY, REFERENCE, tokens_B2=TOKENS, weight_B2=weight, beta=0.1))
+    assert "rewards/margins" not in found and "rewards/rejected" not in found
+    assert found["rewards/chosen"] == pytest.approx(-0.05)
+
+
+def test_nothing_gives_no_means():
+    assert means(sums(slice(2, 3))) == {}
