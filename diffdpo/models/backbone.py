@@ -28,6 +28,11 @@ class MaskedLMOutput(ModelOutput):
     logits: Tensor | None = None
 
 
+def native(model: nn.Module) -> "MaskedLM":
+    """The native model itself, or the one inside a peft wrapper (its adapters are in place and stay active)."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
 def call_block(block: nn.Module, *args) -> Tensor:
     return block(*args)
 

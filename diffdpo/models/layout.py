@@ -61,11 +61,35 @@ class Layout:
     def max_length(self) -> int:
         return max(bucket.width for bucket in self.buckets)
 
+    @property
+    def exact(self) -> bool:
+        return not any(bucket.padded for bucket in self.buckets)
+
     @cached_property
     def cumulative_lengths(self) -> Tensor:
         """int32 [R+1] boundaries of the rows, for varlen kernels (exact buckets only)."""
         widths = [bucket.width for bucket in self.buckets for _ in range(bucket.rows)]
         return F.pad(torch.tensor(widths).cumsum(0), (1, 0)).to(self.index_N.device, torch.int32)
+
+    def attend(self, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
+        """Full (never causal) attention inside each row; grouped-query when G < H. Returns [N, H*D]."""
+        if len(self.buckets) > 1 and self.exact and _varlen_usable(q_NHD):
+            return self._attend_varlen(q_NHD, k_NGD, v_NGD)
+        grouped = k_NGD.shape[1] != q_NHD.shape[1]
+        sizes = [bucket.rows * bucket.width for bucket in self.buckets]
+        parts = zip(*(t.split(sizes) for t in (q_NHD, k_NGD, v_NGD)), strict=True)
+        outputs = []
+        for bucket, mask, qkv in zip(self.buckets, self.mask_per_bucket, parts, strict=True):
+            q, k, v = (t.unflatten(0, (bucket.rows, bucket.width)).transpose(1, 2) for t in qkv)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+            outputs.append(out.transpose(1, 2).flatten(0, 1).flatten(1))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _attend_varlen(self, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
+        repeat = q_NHD.shape[1] // k_NGD.shape[1]
+        k_NHD, v_NHD = (t.repeat_interleave(repeat, dim=1) if repeat > 1 else t for t in (k_NGD, v_NGD))
+        cuts, longest = self.cumulative_lengths, self.max_length
+        return varlen_attn(q_NHD, k_NHD, v_NHD, cuts, cuts, longest, longest).flatten(1)
 
     @classmethod
     def packed(cls, lengths: Sequence[int], padded_length: int, *, device="cpu", max_waste: float = 0.0) -> "Layout":
@@ -73,21 +97,21 @@ class Layout:
 
         `max_waste` is the share of padding allowed inside a bucket: 0 gives exact buckets, 1 one padded batch.
         """
+        lengths = [max(1, length) for length in lengths]  # an empty row would attend to nothing and give NaN
         order = sorted(range(len(lengths)), key=lambda r: (lengths[r], r))
         buckets, members, start = [], [], 0
         while order:
             size = _bucket_size([lengths[r] for r in order], max_waste)
             rows, order = order[-size:], order[:-size]
-            bucket = Bucket(start, size, lengths[rows[-1]], tuple(lengths[r] for r in rows))
-            buckets.append(bucket)
+            buckets.append(Bucket(start, size, lengths[rows[-1]], tuple(lengths[r] for r in rows)))
             members.append(rows)
-            start = bucket.stop
+            start = buckets[-1].stop
         return cls._build(tuple(buckets), members, padded_length, device)
 
     @classmethod
     def padded(cls, lengths: Sequence[int], padded_length: int, *, device="cpu") -> "Layout":
         """The whole [R, T] batch as one bucket, padding computed and hidden by a mask (the shape HF users expect)."""
-        bucket = Bucket(0, len(lengths), padded_length, tuple(lengths))
+        bucket = Bucket(0, len(lengths), padded_length, tuple(max(1, length) for length in lengths))
         return cls._build((bucket,), [list(range(len(lengths)))], padded_length, device)
 
     @classmethod
@@ -113,26 +137,6 @@ def _bucket_size(ascending: Sequence[int], max_waste: float) -> int:
         if size * width - tokens > max_waste * size * width:
             return size - 1
     return len(ascending)
-
-
-def attend(q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor, layout: Layout) -> Tensor:
-    """Full (never causal) attention inside each row of `layout`; grouped-query when G < H. Returns [N, H*D]."""
-    exact = not any(bucket.padded for bucket in layout.buckets)
-    if exact and len(layout.buckets) > 1 and _varlen_usable(q_NHD):
-        cuts, longest = layout.cumulative_lengths, layout.max_length
-        repeat = q_NHD.shape[1] // k_NGD.shape[1]
-        k_NHD, v_NHD = (t.repeat_interleave(repeat, dim=1) if repeat > 1 else t for t in (k_NGD, v_NGD))
-        return varlen_attn(q_NHD, k_NHD, v_NHD, cuts, cuts, longest, longest).flatten(1)
-    grouped = k_NGD.shape[1] != q_NHD.shape[1]
-    outputs = []
-    for bucket, mask in zip(layout.buckets, layout.mask_per_bucket, strict=True):
-        q, k, v = (
-            t[bucket.start : bucket.stop].unflatten(0, (bucket.rows, bucket.width)).transpose(1, 2)
-            for t in (q_NHD, k_NGD, v_NGD)
-        )
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
-        outputs.append(out.transpose(1, 2).flatten(0, 1).flatten(1))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def _varlen_usable(q: Tensor) -> bool:

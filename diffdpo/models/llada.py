@@ -18,7 +18,7 @@ from transformers import initialization as init
 from diffdpo.errors import UserError
 from diffdpo.models.backbone import MaskedLM
 from diffdpo.models.layers import RMSNorm, RotaryTable, VocabularyHead, rotate
-from diffdpo.models.layout import Layout, attend
+from diffdpo.models.layout import Layout
 
 SHAPE = ("d_model", "n_layers", "n_heads", "mlp_hidden_size", "vocab_size", "rope_theta", "rms_norm_eps")
 REQUIRED = (*SHAPE, "weight_tying", "rope", "layer_norm_type", "activation_type", "block_type", "mask_token_id")
@@ -187,7 +187,7 @@ class LLaDABlock(nn.Module):
             proj(h_NK).unflatten(-1, (-1, self.head_size)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         q_NHD, k_NGD = (rotate(t, *rope, full_precision=self.rope_full_precision) for t in (q_NHD, k_NGD))
-        mixed_NK = attend(q_NHD, k_NGD, v_NGD, layout)
+        mixed_NK = layout.attend(q_NHD, k_NGD, v_NGD)
         if keep_M is not None:
             x_NK, mixed_NK = x_NK[keep_M], mixed_NK[keep_M]
         x_NK = x_NK + self.attn_out(mixed_NK)

@@ -14,6 +14,7 @@ class FamilySpec:
     `logit_shift`: token i is predicted by the output at position i - logit_shift (1 for models made from
     autoregressive ones). `block_class`: the transformer block, for engines that shard per block.
     `template`: "chat" when the tokenizer's chat template is what the model was trained with, else "plain".
+    `stop_token_ids` end an answer too when a model writes them (end-of-turn tokens); they are not the scored one.
     `lora_targets`: regular expression of the linear modules LoRA adapts by default (never the LM head).
     """
 
@@ -25,7 +26,12 @@ class FamilySpec:
     lora_targets: str
     logit_shift: int = 0
     template: str = "plain"
-    vocab_size: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+
+    @property
+    def terminators(self) -> frozenset[int]:
+        """Every token that ends an answer when sampling."""
+        return frozenset({self.terminator_id, *self.stop_token_ids})
 
 
 LLADA_LORA_TARGETS = r".*\.blocks\.\d+\.(q_proj|k_proj|v_proj|attn_out|ff_proj|up_proj|ff_out)"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from diffdpo.models.backbone import MaskedLM, call_block
+from diffdpo.models.backbone import call_block, native
 from diffdpo.models.layout import Layout
 from diffdpo.models.spec import FamilySpec
 
@@ -46,11 +46,6 @@ class MaskedLogProbs(nn.Module):
         self.logits_budget = logits_budget
         self.max_waste = max_waste
 
-    @property
-    def base(self) -> MaskedLM:
-        """The native model inside a peft wrapper, if there is one."""
-        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
-
     def forward(
         self, input_ids_RT: Tensor, lengths_R: Tensor, row_M: Tensor, position_M: Tensor, target_M: Tensor
     ) -> Tensor:
@@ -59,7 +54,7 @@ class MaskedLogProbs(nn.Module):
         Tokens at or beyond a row's length are padding: never computed with, never attended to. With M = 0 the result
         is empty but part of the graph, so that collectives of a sharding engine run on every rank.
         """
-        base, device = self.base, input_ids_RT.device
+        base, device = native(self.model), input_ids_RT.device
         layout = Layout.packed(
             lengths_R.tolist(), input_ids_RT.shape[1], device=device, max_waste=self._max_waste(device)
         )

@@ -1,0 +1,169 @@
+"""Sampling from a masked diffusion model: start from all masks, reveal the surest tokens step by step.
+
+LLaDA's semi-autoregressive procedure (2502.09992): blocks from left to right, inside a block the most confident
+predictions stay and the rest are masked again. Options are Dream's orders, classifier-free guidance, a confidence
+threshold (as many tokens a step as are sure) and the block cache. The order of steps is that of the published
+samplers; what differs is that only masked positions of the current block reach the head, padding is not computed, and
+a prompt whose answer has ended leaves the batch. None of the three changes an answer.
+
+Shapes: R rows, T padded length, B block length, M masked positions, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from diffdpo.errors import UserError
+from diffdpo.models.backbone import MaskedLM, native
+from diffdpo.models.spec import FamilySpec
+from diffdpo.sampling.canvas import Canvas
+from diffdpo.sampling.confidence import ORDERS, gumbel_argmax, uniform_noise
+from diffdpo.sampling.predict import BlockPredictor
+
+ON_EOS = ("allow", "last", "forbid")
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How to sample. `steps` are over the whole answer and divide evenly over its blocks.
+
+    `remasking`: low_confidence | top_margin | entropy | random. `threshold`: reveal every token of the block whose
+    confidence (its probability) exceeds it, at least one a step; `steps` is then only an upper bound.
+    `on_eos`: "last" gives the terminator confidence 0 (LLaDA 1.5's HumanEval setting), "forbid" never writes it.
+    `block_cache`: reuse keys and values outside the block (approximate).
+    """
+
+    gen_length: int = 128
+    steps: int = 128
+    block_length: int = 32
+    temperature: float = 0.0
+    cfg_scale: float = 0.0
+    remasking: str = "low_confidence"
+    threshold: float | None = None
+    on_eos: str = "allow"
+    block_cache: bool = False
+
+    def __post_init__(self):
+        orders = (*ORDERS, "random")
+        rules = [
+            (self.gen_length < 1, f"gen_length is {self.gen_length}; it must be at least 1"),
+            (
+                self.block_length < 1 or self.gen_length % max(1, self.block_length),
+                f"block_length {self.block_length} must divide gen_length {self.gen_length}",
+            ),
+            (
+                self.steps < 1 or self.steps % self.num_blocks,
+                f"steps {self.steps} must be a positive multiple of the {self.num_blocks} blocks",
+            ),
+            (self.temperature < 0, f"temperature is {self.temperature}; it must be 0 or more"),
+            (self.cfg_scale < 0, f"cfg_scale is {self.cfg_scale}; it must be 0 or more"),
+            (self.remasking not in orders, f"remasking {self.remasking!r} is unknown; use one of {', '.join(orders)}"),
+            (
+                self.threshold is not None and not 0 < self.threshold < 1,
+                f"threshold is {self.threshold}; it must lie between 0 and 1",
+            ),
+            (
+                self.threshold is not None and self.remasking != "low_confidence",
+                "a threshold needs remasking low_confidence",
+            ),
+            (self.on_eos not in ON_EOS, f"on_eos {self.on_eos!r} is unknown; use one of {', '.join(ON_EOS)}"),
+        ]
+        for wrong, message in rules:
+            if wrong:
+                raise UserError(message)
+
+    @property
+    def num_blocks(self) -> int:
+        return max(1, self.gen_length // max(1, self.block_length))
+
+    def reveal_counts(self) -> list[int]:
+        """Tokens revealed at each step of one block: even, the remainder first."""
+        steps = self.steps // self.num_blocks
+        base, extra = divmod(self.block_length, steps)
+        return [base + (step < extra) for step in range(steps)]
+
+
+OnStep = Callable[[int, list[int]], None]
+
+
+def sample(
+    model: nn.Module,
+    spec: FamilySpec,
+    prompts: Sequence[Sequence[int]],
+    *,
+    seed: int | Sequence[int] = 0,
+    batch_size: int | None = None,
+    on_step: OnStep | None = None,
+    **options,
+) -> list[list[int]]:
+    """Answers, one per prompt, up to and excluding the terminator. `options` are the fields of `Decoding`.
+
+    Prompts differ in length; each answer follows its own prompt. Noise is a function of (`seed`, index of the
+    prompt), or of `seed[i]` when one is given per prompt, so `batch_size` changes only speed. `on_step(i, tokens)` is
+    called after each step with the answer region of prompt i, masks included.
+    """
+    decoding = Decoding(**options)
+    if spec.logit_shift and not all(prompts):
+        raise UserError(f"{spec.name} cannot answer an empty prompt: its first token is never predicted; add one")
+    seeds = [(seed, i) for i in range(len(prompts))] if isinstance(seed, int) else [(s,) for s in seed]
+    if len(seeds) != len(prompts):
+        raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one seed, or one per prompt")
+    size, answers = batch_size or max(1, len(prompts)), []
+    training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(prompts), size):
+            part = slice(start, start + size)
+            canvas = Canvas(prompts[part], seeds[part], spec=spec, gen_length=decoding.gen_length)
+            for _ in fill(native(model), spec, canvas, decoding):
+                for row in range(len(canvas)) if on_step else ():
+                    on_step(start + row, canvas.region(row))
+            answers += [canvas.answer(row) for row in range(len(canvas))]
+    finally:
+        model.train(training)
+    return answers
+
+
+@torch.no_grad()
+def fill(model: MaskedLM, spec: FamilySpec, canvas: Canvas, decoding: Decoding) -> Iterator[None]:
+    """Reveal the whole canvas in place, block by block; yields after every step."""
+    for block in range(decoding.num_blocks):
+        window_RB = canvas.window(block * decoding.block_length, decoding.block_length)
+        rows = [row for row in range(len(canvas)) if not canvas.ended(row)]
+        predictor = BlockPredictor(
+            model, spec, canvas, window_RB, cfg_scale=decoding.cfg_scale, cached=decoding.block_cache
+        )
+        for count in decoding.reveal_counts():
+            rows = [row for row in rows if canvas.masked(window_RB)[row].any() and not canvas.ended(row)]
+            if not rows:
+                break
+            _step(predictor, canvas, window_RB, rows, count, decoding)
+            yield
+
+
+def _step(predictor, canvas: Canvas, window_RB: Tensor, rows: list[int], count: int, decoding: Decoding) -> None:
+    """Reveal at least `count` tokens of the window in each of `rows`."""
+    row_M, column_M = canvas.masked(window_RB)[rows].nonzero(as_tuple=True)
+    row_M = torch.tensor(rows)[row_M]
+    logits_MV = predictor(row_M, column_M)
+    logits_MV[:, canvas.mask_token_id] = -torch.inf
+    if decoding.on_eos == "forbid":
+        logits_MV[:, canvas.terminators.to(logits_MV.device)] = -torch.inf
+    token_M = gumbel_argmax(logits_MV, decoding.temperature, lambda: uniform_noise(row_M, canvas.generators, logits_MV))
+    if decoding.remasking == "random":
+        confidence_M = uniform_noise(row_M, canvas.generators, logits_MV[:, :1]).squeeze(-1).cpu()
+    else:
+        confidence_M = ORDERS[decoding.remasking](logits_MV.double().softmax(-1), token_M).cpu()
+    token_M = token_M.cpu()
+    if decoding.on_eos == "last":
+        confidence_M[torch.isin(token_M, canvas.terminators)] = -1e30
+    confidence_RB = torch.full(window_RB.shape, -torch.inf, dtype=torch.float64)
+    confidence_RB[row_M, column_M] = confidence_M
+    surest_RC = confidence_RB.topk(count, dim=-1).indices
+    reveal_RB = torch.zeros_like(window_RB, dtype=torch.bool).scatter_(1, surest_RC, True)
+    if decoding.threshold is not None:
+        reveal_RB |= confidence_RB > decoding.threshold
+    chosen_M = reveal_RB[row_M, column_M]
+    canvas.reveal(row_M[chosen_M], window_RB[row_M, column_M][chosen_M], token_M[chosen_M])

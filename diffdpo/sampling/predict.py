@@ -1,0 +1,64 @@
+"""Logits at masked positions of one block, with classifier-free guidance and optionally the block cache.
+
+Shapes: R rows, B block length, W window (block plus the shift), M masked positions, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from diffdpo.models.backbone import MaskedLM
+from diffdpo.models.layout import Layout
+from diffdpo.models.spec import FamilySpec
+from diffdpo.sampling.block_cache import RecordingLayout, WindowLayout
+from diffdpo.sampling.canvas import Canvas
+
+MAX_WASTE = 0.1
+
+
+class BlockPredictor:
+    """`predictor(row_M, column_M)` -> logits [M, V] for window positions of canvas rows.
+
+    Guidance (2502.09992, eq. 16): logits = unconditional + (1 + scale) (conditional - unconditional), the
+    unconditional input being the row with its prompt masked.
+    """
+
+    def __init__(
+        self, model: MaskedLM, spec: FamilySpec, canvas: Canvas, window_RB: Tensor, *, cfg_scale: float, cached: bool
+    ):
+        self.model, self.canvas, self.window_RB = model, canvas, window_RB
+        self.shift, self.cfg_scale, self.cached = spec.logit_shift, cfg_scale, cached
+        self.device = model.embed.weight.device
+        self.recorded: RecordingLayout | None = None
+        self.recorded_rows: Tensor = torch.empty(0, dtype=torch.long)
+
+    def __call__(self, row_M: Tensor, column_M: Tensor) -> Tensor:
+        rows = self.recorded_rows if self.recorded else row_M.unique()
+        local_M = torch.searchsorted(rows, row_M)
+        ids = self.canvas.ids_RT[rows]
+        if self.cfg_scale:
+            ids = torch.cat((ids, self.canvas.without_prompts()[rows]))
+            local_M, column_M = torch.cat((local_M, local_M + len(rows))), column_M.repeat(2)
+            rows = rows.repeat(2)
+        logits = self._forward(ids, rows, local_M.to(self.device), column_M.to(self.device))
+        if not self.cfg_scale:
+            return logits
+        conditional, unconditional = logits.chunk(2)
+        return unconditional + (1 + self.cfg_scale) * (conditional - unconditional)
+
+    def _forward(self, ids_RT: Tensor, rows: Tensor, local_M: Tensor, column_M: Tensor) -> Tensor:
+        ids_RT, window_RB = ids_RT.to(self.device), self.window_RB[rows].to(self.device)
+        if self.recorded:
+            first_R = window_RB[:, :1] - self.shift
+            window_RW = first_R + torch.arange(window_RB.shape[1] + self.shift, device=self.device)
+            layout = WindowLayout(self.recorded, window_RW)
+            ids_N = ids_RT.gather(1, window_RW)[layout.order_R].flatten()
+            keep_M = layout.offset_R[local_M] + column_M  # output of position - shift: the window starts shift early
+        else:
+            lengths = [self.canvas.lengths[row] for row in rows.tolist()]
+            layout = Layout.packed(lengths, ids_RT.shape[1], device=self.device, max_waste=MAX_WASTE)
+            ids_N = ids_RT.flatten()[layout.index_N]
+            keep_M = layout.offset_R[local_M] + window_RB[local_M, column_M] - self.shift
+            if self.cached:
+                layout = self.recorded = RecordingLayout(layout)
+                self.recorded_rows = rows[: len(rows) // 2] if self.cfg_scale else rows
+        return self.model.head(self.model.hidden_states(ids_N, layout, keep_M=keep_M))
