@@ -1,0 +1,94 @@
+"""Exact match: sample an answer to each held-out problem and let a verifier compare it with the right one."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from data_pipeline.arithmetic import read_answer
+from data_pipeline.batch import PairBatch
+from diffdpo.engine.world import World
+from diffdpo.models.spec import FamilySpec
+from diffdpo.sampling.decode import sample
+
+BLOCK_LENGTH = 16
+BATCH_SIZE = 100  # prompts sampled together
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A prompt in tokens and the answer a verifier reads from the right solution."""
+
+    prompt: tuple[int, ...]
+    truth: str
+
+
+def read_arithmetic(text: str) -> str | None:
+    """The number after the last ``The answer is``."""
+    number = read_answer(text)
+    return None if number is None else str(number)
+
+
+def read_gsm8k(text: str) -> str | None:
+    """The number after the last ``####``, without commas and currency."""
+    found = re.findall(r"####\s*\$?\s*(-?[\d,]*\.?\d+)", text)
+    return found[-1].replace(",", "") if found else None
+
+
+VERIFIERS: dict[str, Callable[[str], str | None]] = {"arithmetic": read_arithmetic, "gsm8k": read_gsm8k}
+
+
+def problems_of(batches: Sequence[PairBatch], tokenizer, task: str, *, limit: int) -> list[Problem]:
+    """The distinct prompts of held-out pairs whose chosen answer holds an answer the verifier can read."""
+    problems: dict[tuple[int, ...], Problem] = {}
+    for batch in batches:
+        for b in range(len(batch.ids)):
+            start, stop = int(batch.prompt_lengths_B2[b, 0]), int(batch.lengths_B2[b, 0])
+            ids = batch.input_ids_B2T[b, 0, :stop].tolist()
+            truth = VERIFIERS[task](tokenizer.decode(ids[start:], skip_special_tokens=True))
+            if truth is not None:
+                problems.setdefault(tuple(ids[:start]), Problem(tuple(ids[:start]), truth))
+    return list(problems.values())[:limit]
+
+
+def answer_length(batches: Sequence[PairBatch]) -> int:
+    """A length for sampled answers: the longest of the pairs', rounded up to whole blocks."""
+    longest = max(int((batch.lengths_B2 - batch.prompt_lengths_B2).max()) for batch in batches)
+    return BLOCK_LENGTH * -(-longest // BLOCK_LENGTH)
+
+
+def exact_match(
+    model: nn.Module,
+    spec: FamilySpec,
+    tokenizer,
+    problems: Sequence[Problem],
+    task: str,
+    *,
+    world: World,
+    gen_length: int,
+    temperature: float,
+    seed: int,
+) -> tuple[np.ndarray, list[str]]:
+    """(1 or 0 for each problem, the sampled texts). The problems are dealt over the ranks; the noise of a problem
+    depends on the seed and the problem's number alone."""
+    mine = list(range(world.rank, len(problems), world.size))
+    answers = sample(
+        model,
+        spec,
+        [problems[i].prompt for i in mine],
+        gen_length=gen_length,
+        steps=gen_length,
+        block_length=BLOCK_LENGTH,
+        temperature=temperature,
+        seed=[seed * 1_000_003 + i for i in mine],
+        batch_size=BATCH_SIZE,
+    )
+    texts = dict(zip(mine, (tokenizer.decode(ids, skip_special_tokens=True) for ids in answers), strict=True))
+    everyone: dict[int, str] = {}
+    for part in world.gather(texts):
+        everyone.update(part)
+    ordered = [everyone[i] for i in range(len(problems))]
+    right = [VERIFIERS[task](text) == problem.truth for text, problem in zip(ordered, problems, strict=True)]
+    return np.array(right, dtype=np.float64), ordered
