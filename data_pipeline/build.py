@@ -72,7 +72,7 @@ def build(
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     signature = job_signature(sources, options)
-    with FileLock(f"{out}.lock"):
+    with FileLock(out.parent / f".{out.name}.lock"):
         if (done := _built(out, signature)) is not None:
             return done
         work = out.with_name(out.name + ".building")
@@ -128,7 +128,7 @@ def _convert(
 ) -> tuple[Dropped, int]:
     dropped, rows = Dropped(), 0
     jobs = _convert_jobs(sources, work / "chunks", options, dropped)
-    with tqdm(desc="convert", unit=" rows", disable=not progress) as bar:
+    with tqdm(desc="convert", unit=" rows", disable=None if progress else True) as bar:
         for result in ordered_map(convert_chunk, jobs, workers=workers):
             dropped.merge(result.dropped)
             if dropped.malformed and options.on_error == "raise":
@@ -162,7 +162,7 @@ def _until_torn(rows: Iterator[Row], on_error: str, dropped: Dropped) -> Iterato
 
 def _rows(source: str, options: BuildOptions) -> Iterator[Row]:
     """The rows of a source; answers given one a row with their correctness are gathered by question first."""
-    rows = open_rows(source, options.source)
+    rows = _readable(open_rows(source, options.source), source)
     head = next(rows, None)
     if head is None:
         raise DataError(f"{source} has no rows")
@@ -173,6 +173,13 @@ def _rows(source: str, options: BuildOptions) -> Iterator[Row]:
         if options.limit and i >= options.limit:
             return
         yield row
+
+
+def _readable(rows: Iterator[Row], source: str) -> Iterator[Row]:
+    try:
+        yield from rows
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{source} cannot be read: {error}") from error
 
 
 def _chain(head: Row, rows: Iterator[Row]) -> Iterator[Row]:
@@ -289,7 +296,9 @@ def _write_split(
         )
         for number, first in enumerate(range(0, len(records), options.shard_size))
     ]
-    with tqdm(total=len(records), desc=f"write {folder.name}", unit=" records", disable=not progress) as bar:
+    with tqdm(
+        total=len(records), desc=f"write {folder.name}", unit=" records", disable=None if progress else True
+    ) as bar:
         scans = []
         for scan in ordered_map(write_and_scan, jobs, workers=workers):
             scans.append(scan)

@@ -31,3 +31,6 @@ def exit_code(main: Callable[[list[str]], int | None], argv: list[str], user_err
     except BrokenPipeError:  # `inspect ... | head`: the reader has seen enough
         sys.stderr.close()
         return 0
+    except OSError as error:  # disk full, no permission: the message names the file
+        print(f"error: {error}", file=sys.stderr)
+        return 1

@@ -8,7 +8,8 @@ lock file lets one of them work while the others wait for its result, which appe
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from glob import glob, has_magic
@@ -22,6 +23,7 @@ from data_pipeline.build import BuildOptions, build, eval_mask, job_signature
 from data_pipeline.errors import DataError
 from data_pipeline.index import (
     ENTRIES,
+    GZIP,
     KEYS,
     MANIFEST,
     Index,
@@ -41,6 +43,7 @@ log = logging.getLogger(__name__)
 
 TAR = (".tar", ".tar.gz", ".tgz")
 SPLITS = ("train", "eval")
+LARGE = 32 << 20  # bytes of input from which several processes pay
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,7 @@ def open_dataset(
     build_options: BuildOptions | None = None,
     max_records: int = 0,
     allow_damaged: bool = False,
-    workers: int = 0,
+    workers: int | None = None,
     progress: bool = False,
 ) -> ShardedDataset:
     """Open one or several sources as one data set. Raises DataError, in one line, for whatever is wrong with them.
@@ -156,17 +159,20 @@ def open_dataset(
     training seed changes, or prompts trained on become prompts evaluated on). A folder built with its own train/eval
     split is used as it is. ``weights``: shares of the sources in an epoch. ``max_records``: the first of each source.
     ``allow_damaged``: go on although local shards are not as long as the index says; what they lack become faults.
+    ``workers``: processes that build or index (None: one a core for large files, this one for small).
     """
     sources = [source] if isinstance(source, str) else list(source)
     _check(sources, split, weights, eval_fraction, max_records)
     cache = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
     options = build_options or BuildOptions()
     options = replace(options, eval_fraction=0.0, source=replace(options.source, cache_dir=cache))
-    parts = []
-    for name in sources:
-        index, already_split = _open_index(name, cache, options, split, workers, progress)
+    opened = [_open_index(name, cache, options, split, workers, progress) for name in sources]
+    for index, _ in opened:
         _check_shards(index, allow_damaged)
-        chosen = None if already_split else _side(index, eval_fraction, split, seed)
+    sides = _sides([index for index, already_split in opened if not already_split], eval_fraction, split, seed)
+    parts = []
+    for name, (index, already_split) in zip(sources, opened, strict=True):
+        chosen = None if already_split else next(sides)
         if max_records:
             chosen = np.arange(len(index))[:max_records] if chosen is None else chosen[:max_records]
         parts.append(Part(name, index, chosen))
@@ -186,15 +192,15 @@ def _check(
         raise DataError(f"weights {list(weights)}: one number >= 0 for each of the {len(sources)} sources, not all 0")
 
 
-def _side(index: Index, eval_fraction: float, split: str, seed: int) -> np.ndarray | None:
-    if not eval_fraction:
-        if split == "eval":
-            raise DataError(
-                "split 'eval' of data that were not split; set eval_fraction, or build with --eval_fraction"
-            )
-        return None
-    held_out = eval_mask(np.asarray(index.entries["prompt"]), eval_fraction, seed)
-    return np.flatnonzero(held_out if split == "eval" else ~held_out)
+def _sides(indices: list[Index], eval_fraction: float, split: str, seed: int) -> Iterator[np.ndarray | None]:
+    """The entries of each index on the wanted side. Decided over all of them: a prompt may stand in several."""
+    if not eval_fraction or not indices:
+        if indices and split == "eval":
+            raise DataError("these data were not split; set eval_fraction, or build them with --eval_fraction")
+        return iter([None] * len(indices))
+    held_out = eval_mask(np.concatenate([index.entries["prompt"] for index in indices]), eval_fraction, seed)
+    ends = np.cumsum([len(index) for index in indices])[:-1]
+    return (np.flatnonzero(side if split == "eval" else ~side) for side in np.split(held_out, ends))
 
 
 def _check_shards(index: Index, allow_damaged: bool) -> None:
@@ -207,7 +213,7 @@ def _check_shards(index: Index, allow_damaged: bool) -> None:
             continue
         path = Path(url)
         found = path.stat().st_size if path.exists() else None
-        if found != known["bytes"] and not url.endswith(TAR[1:]):
+        if found != known["bytes"] and not url.endswith(GZIP):
             what = "is missing" if found is None else f"has {found} bytes, the index says {known['bytes']}"
             raise DataError(
                 f"shard {url} {what}; restore it, build again, see what is lost with `python -m data_pipeline verify "
@@ -219,7 +225,7 @@ def _check_shards(index: Index, allow_damaged: bool) -> None:
 
 
 def _open_index(
-    source: str, cache: Path, options: BuildOptions, split: str, workers: int, progress: bool
+    source: str, cache: Path, options: BuildOptions, split: str, workers: int | None, progress: bool
 ) -> tuple[Index, bool]:
     """(index, whether the source itself holds a train/eval split)."""
     if source.endswith(TAR):
@@ -261,12 +267,12 @@ def expand_shards(pattern: str) -> list[str]:
     return urls
 
 
-def _build_cached(files: list[str], cache: Path, options: BuildOptions, workers: int, progress: bool) -> Index:
+def _build_cached(files: list[str], cache: Path, options: BuildOptions, workers: int | None, progress: bool) -> Index:
     digest = hashlib.blake2b(job_signature(files, options).encode(), digest_size=8).hexdigest()
     name = "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(files[0]).name.split(".")[0])[:40]
     folder = cache / "built" / f"{name}-{digest}"
     if not (folder / MANIFEST).exists():
-        manifest = build(files, folder, options, workers=workers, progress=progress)
+        manifest = build(files, folder, options, workers=_workers(files, workers), progress=progress)
         dropped = manifest["provenance"]["report"]["dropped"]
         if dropped:
             kinds = ", ".join(f"{kind} {item['count']}" for kind, item in dropped.items())
@@ -274,7 +280,15 @@ def _build_cached(files: list[str], cache: Path, options: BuildOptions, workers:
     return load_index(folder)
 
 
-def _index_shards(urls: list[str], cache: Path, workers: int) -> Index:
+def _workers(files: list[str], asked: int | None) -> int:
+    """Processes for a job: starting them takes longer than a small job itself."""
+    if asked is not None:
+        return asked
+    size = sum(Path(file).stat().st_size for file in files if Path(file).is_file())
+    return len(os.sched_getaffinity(0)) if size > LARGE else 0
+
+
+def _index_shards(urls: list[str], cache: Path, workers: int | None) -> Index:
     """The index of shards that have none of their own, made once and kept in the cache."""
     stamps = []
     for url in urls:
@@ -285,7 +299,7 @@ def _index_shards(urls: list[str], cache: Path, workers: int) -> Index:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not (folder / MANIFEST).exists():
-            scans = list(ordered_map(_scan_url, [(url, cache) for url in urls], workers=workers))
+            scans = list(ordered_map(_scan_url, [(url, cache) for url in urls], workers=_workers(urls, workers)))
             manifest, entries, keys = merge_scans(urls, scans)
             if not len(entries):
                 raise DataError(
@@ -303,8 +317,6 @@ def _scan_url(job: tuple[str, Path]) -> ShardScan:
     scan = scan_shard(path)
     if fault:
         scan.bad.insert(0, Bad("damaged_gzip", "", fault))
-    if is_remote(job[0]) and path.name.endswith(TAR[1:]):
-        scan.size = path.stat().st_size
     return scan
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 
 from data_pipeline.errors import DataError
 from data_pipeline.records import AnswerRecord, Record, Text, answers_of
@@ -43,7 +44,8 @@ class TokenPair:
 
 @dataclass(frozen=True)
 class Drop:
-    """Why a record is left out: over_long_prompt, over_long_answer, equal_after_cut or special_token."""
+    """Why a record is left out: over_long_prompt, over_long_answer, equal_after_cut, special_token or
+    refused_by_template (a chat template may raise, for roles that do not alternate for instance)."""
 
     reason: str
     detail: str = ""
@@ -108,7 +110,10 @@ class Encoder:
         """The record in tokens, or why it is left out."""
         sides = answers_of(record)
         chat = self._uses_chat(record.prompt)
-        prompt, *answers = self._token_lists(record.prompt, sides, chat)
+        try:
+            prompt, *answers = self._token_lists(record.prompt, sides, chat)
+        except TemplateError as error:
+            return Drop("refused_by_template", f"the chat template: {error}")
         bad = [token for token in self.forbidden_ids or () if any(token in ids for ids in (prompt, *answers))]
         if bad:
             return Drop("special_token", f"the text contains token {bad[0]}, which the model reserves")

@@ -21,6 +21,7 @@ from data_pipeline.remote import cached_file, default_cache_dir, is_remote
 from data_pipeline.shards import ENTRY, Bad, ShardScan, pack_bad, to_json, unpack_gzip
 
 SCHEMA = 1
+GZIP = (".gz", ".tgz")
 MANIFEST, ENTRIES, KEYS = "manifest.json", "entries.npy", "keys.npy"
 
 
@@ -46,7 +47,7 @@ class Index:
         """The key of a record: its member's name without ``.json``."""
         entry = self.entries[record]
         start = int(entry["key_start"])
-        return self.key_bytes[start : start + int(entry["key_size"])].tobytes().decode()
+        return self.key_bytes[start : start + int(entry["key_size"])].tobytes().decode("utf-8", "surrogateescape")
 
     def shard_of(self, record: int) -> int:
         """The shard in which a record lies."""
@@ -59,14 +60,14 @@ class Index:
 
     def local_shard(self, shard: int, cache_dir: Path | None) -> Path:
         """A shard as a plain tar on this machine: fetched and unpacked into the cache where need be."""
-        known = self.manifest["shards"][shard]
-        return plain_tar(self.url(shard), cache_dir, size=known["bytes"])[0]
+        size = None if self.url(shard).endswith(GZIP) else self.manifest["shards"][shard]["bytes"]  # bytes are unpacked
+        return plain_tar(self.url(shard), cache_dir, size=size)[0]
 
 
 def plain_tar(url: str, cache_dir: Path | None, *, size: int | None = None) -> tuple[Path, str]:
     """(path of the uncompressed tar on this machine, what is wrong with its compression or '')."""
     path = cached_file(url, cache_dir, size=size) if is_remote(url) else Path(url)
-    if not path.name.endswith((".gz", ".tgz")):
+    if not path.name.endswith(GZIP):
         return path, ""
     status = path.stat()
     key = hashlib.blake2b(f"{url} {status.st_size} {status.st_mtime_ns}".encode(), digest_size=8).hexdigest()
@@ -107,18 +108,19 @@ def merge_scans(names: Sequence[str], scans: Iterable[ShardScan]) -> tuple[dict,
     """(manifest, entries, key bytes) of scanned shards. A record id that stands in two shards counts once."""
     scans = list(scans)
     sources: list[str] = []
-    parts, bad, key_base = [], [], 0
+    parts, keys, bad, key_base = [], [], [], 0
     for name, scan in zip(names, scans, strict=True):
         entries = scan.entries.copy()
         entries["key_start"] += key_base
-        key_base += sum(len(key.encode()) for key in scan.keys)
+        keys.append("".join(scan.keys).encode("utf-8", "surrogateescape"))
+        key_base += len(keys[-1])
         sources += [source for source in scan.sources if source not in sources]
         numbers = np.array([sources.index(source) for source in scan.sources] or [0], np.uint32)
         entries["source"] = numbers[entries["source"]]
         parts.append(entries)
         bad += pack_bad(scan.bad, name)
     entries = np.concatenate(parts) if parts else np.zeros(0, ENTRY)
-    key_bytes = np.frombuffer("".join(key for scan in scans for key in scan.keys).encode(), np.uint8)
+    key_bytes = np.frombuffer(b"".join(keys), np.uint8)
     counts = np.array([len(part) for part in parts], np.int64)
     entries, counts, repeated = _unique_ids(entries, counts)
     for shard, place in repeated:

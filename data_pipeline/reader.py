@@ -15,6 +15,7 @@ from data_pipeline.batch import Fault, PairBatch
 from data_pipeline.dataset import ShardedDataset, open_dataset
 from data_pipeline.encode import Encoder
 from data_pipeline.errors import DataError
+from data_pipeline.index import bad_summary
 from data_pipeline.plan import PlanOptions, num_steps
 from data_pipeline.stream import PlanSource, Share, encode_batches, read_records
 
@@ -26,6 +27,7 @@ STATE_VERSION = 1
 FAULT_KINDS = ("missing_shard", "truncated_shard", "changed_record", "invalid_record")
 REMOTE_SHUFFLE_SHARDS = 8
 FAULTS_LOGGED = 20
+MAX_DROPPED = 0.9  # of the records seen
 BATCHING = ("equal", "balanced")
 
 
@@ -74,6 +76,10 @@ class PairLoader:
             )
         if batching not in BATCHING:
             raise DataError(f"batching is {batching!r}; allowed: {', '.join(BATCHING)}")
+        if strict and (bad := [item for part in dataset.parts for item in part.index.manifest["bad"]]):
+            raise DataError(f"{bad_summary(bad)}; without --strict they would be left out")
+        if shuffle_shards and dataset.weights is not None:
+            raise DataError("shuffle_shards cannot be combined with weights: sources are mixed over the whole corpus")
         if shuffle_shards is None:
             shuffle_shards = REMOTE_SHUFFLE_SHARDS if dataset.is_remote and dataset.weights is None else 0
         self.dataset, self.encoder = dataset, encoder
@@ -172,12 +178,24 @@ class PairLoader:
             if sum(self.faults.values()) < FAULTS_LOGGED:
                 log.warning("skipped: %s", describe(fault))
             self.faults[fault.kind] += 1
+        if batch.dropped:
+            self._refuse_empty_training()
         allowed = self.max_fault_fraction * max(self.seen, min(1000, self.dataset.num_records))
         if batch.faults and sum(self.faults.values()) > allowed:
             raise DataError(
                 f"{sum(self.faults.values())} of {self.seen} records read here are faulty, more than "
                 f"max_fault_fraction {self.max_fault_fraction:g} allows; last: {describe(batch.faults[-1])}; "
                 "check the shards with `python -m data_pipeline verify`"
+            )
+
+    def _refuse_empty_training(self) -> None:
+        """A run in which next to nothing is learned from looks healthy from outside: stop it."""
+        dropped = sum(self.dropped.values())
+        if self.seen >= min(1000, self.dataset.num_records) and dropped > MAX_DROPPED * self.seen:
+            kinds = ", ".join(f"{kind} {count}" for kind, count in self.dropped.most_common())
+            raise DataError(
+                f"{dropped} of {self.seen} records were dropped when encoded ({kinds}); raise max_length, cut instead "
+                "of dropping, or choose another template; `python -m data_pipeline stats --tokenizer` shows what fits"
             )
 
     def totals(self, reduce: Callable[[Sequence[int]], Sequence[int]] | None = None) -> dict:

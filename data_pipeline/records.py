@@ -112,10 +112,10 @@ def is_empty(text: Text) -> bool:
     return not content.strip()
 
 
-def text_bytes(text: Text) -> int:
+def text_bytes(text: Text, errors: str = "surrogatepass") -> int:
     """Length in UTF-8 bytes (of messages: of their contents): the cheap stand-in for a number of tokens."""
     parts = (text,) if isinstance(text, str) else (message["content"] for message in text)
-    return sum(len(part.encode("utf-8", "surrogatepass")) for part in parts)
+    return sum(len(part.encode("utf-8", errors)) for part in parts)
 
 
 def stable_hash(*parts: str) -> int:
@@ -139,12 +139,21 @@ def content_hash(record: Record) -> int:
 
 
 def prompt_hash(record: Record) -> int:
-    """Hash of the prompt: records of one prompt stay on one side of a train/eval split."""
-    return stable_hash(text_key(record.prompt))
+    """Hash of the prompt: records of one prompt stay on one side of a train/eval split.
+
+    A question has the same hash as text and as a user's turn, and with or without white space around it.
+    """
+    turns = user_turn(record.prompt) if isinstance(record.prompt, str) else record.prompt
+    return stable_hash(*(part.strip() for turn in turns for part in (turn["role"], turn["content"])))
 
 
 def check(record: Record) -> Record:
     """The record itself, or RecordError when nothing can be learned from it."""
+    try:
+        for text in (record.prompt, *answers_of(record)):
+            text_bytes(text, "strict")
+    except UnicodeEncodeError as error:
+        raise RecordError("invalid_unicode", f"the text holds half of a surrogate pair: {error}") from error
     if is_empty(record.prompt):
         raise RecordError("empty_prompt", "the prompt is empty")
     sides = ("chosen", "rejected") if isinstance(record, PreferenceRecord) else ("answer",)

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import urlparse
 
+from filelock import FileLock
+
 from data_pipeline.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -54,9 +56,16 @@ def cached_file(
     Raises DataError when the URL stays unreachable after ``retries`` attempts with doubling pauses.
     """
     target = cache_path(url, cache_dir)
-    if target.exists() and not fresh and size in (None, target.stat().st_size):
-        return target
     target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):  # one process of a machine fetches, the others find it
+        if fresh or not target.exists() or size not in (None, target.stat().st_size):
+            _fetch_with_retries(url, target, size, retries, backoff, sleep)
+    return target
+
+
+def _fetch_with_retries(
+    url: str, target: Path, size: int | None, retries: int, backoff: float, sleep: Callable[[float], None]
+) -> None:
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     for attempt in range(1, retries + 1):
         try:
@@ -64,7 +73,7 @@ def cached_file(
             if size not in (None, partial.stat().st_size):
                 raise OSError(f"{partial.stat().st_size} bytes came, {size} expected")
             partial.replace(target)
-            return target
+            return
         except FileNotFoundError as error:
             raise DataError(f"{url} does not exist: {error}") from error
         except ImportError as error:

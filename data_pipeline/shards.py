@@ -150,7 +150,7 @@ def _scan_member(info: tarfile.TarInfo, raw: bytes, scan: ShardScan, rows: list[
     seen["id"].add(record.id)
     scan.keys.append(key)
     start = rows[-1][3] + rows[-1][4] if rows else 0
-    place = (info.offset_data, len(raw), zlib.crc32(raw), start, len(key.encode()))
+    place = (info.offset_data, len(raw), zlib.crc32(raw), start, len(key.encode("utf-8", "surrogateescape")))
     rows.append((*place, *describe(record, scan.sources)))
 
 

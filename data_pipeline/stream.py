@@ -92,6 +92,7 @@ class RecordReader:
     def __init__(self, dataset: ShardedDataset):
         self.dataset = dataset
         self.files: OrderedDict[tuple[int, int], int] = OrderedDict()
+        self.unreachable: dict[tuple[int, int], str] = {}  # shards that were tried long enough
 
     def __call__(self, number: int) -> Record | Fault:
         """The record, or the Fault: ``missing_shard``, ``truncated_shard``, ``changed_record``, ``invalid_record``."""
@@ -118,8 +119,14 @@ class RecordReader:
 
     def _file(self, part: int, shard: int) -> int:
         key = (part, shard)
+        if key in self.unreachable:
+            raise DataError(self.unreachable[key])
         if key not in self.files:
-            path = self.dataset.parts[part].index.local_shard(shard, self.dataset.cache_dir)
+            try:
+                path = self.dataset.parts[part].index.local_shard(shard, self.dataset.cache_dir)
+            except DataError as error:
+                self.unreachable[key] = str(error)
+                raise
             if len(self.files) >= OPEN_SHARDS:
                 os.close(self.files.popitem(last=False)[1])
             self.files[key] = os.open(path, os.O_RDONLY)

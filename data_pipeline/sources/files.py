@@ -130,11 +130,18 @@ def _csv_rows(path: Path, name: str) -> Iterator[Row]:
     delimiter = "\t" if ".tsv" in path.name else ","
     with _open(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter=delimiter)
-        for cells in reader:
+        for cells in _csv_cells(reader, name):
             where = f"{name}:{reader.line_num}"
             if None in cells:
                 raise DataError(f"{where}: more cells than the header has columns ({len(reader.fieldnames or [])})")
             yield Row(where, {column: _cell(value) for column, value in cells.items() if value})
+
+
+def _csv_cells(reader: csv.DictReader, name: str) -> Iterator[dict]:
+    try:
+        yield from reader
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{name}: after line {reader.line_num}: {error}; save the table as UTF-8") from error
 
 
 def _cell(value: str) -> Any:

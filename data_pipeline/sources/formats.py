@@ -104,6 +104,8 @@ def _implicit(row: dict) -> Record:
     elif isinstance(chosen, str) and isinstance(rejected, str):
         cut = _common_words(chosen, rejected)
         prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
+        if not prompt.strip():
+            raise RecordError("no_prompt", "there is no field 'prompt', and chosen and rejected share no first words")
     else:
         raise RecordError("wrong_type", "one of chosen and rejected is text, the other messages", malformed=True)
     return with_id(PreferenceRecord("", prompt, chosen, rejected, _meta(row)), row.get("id"))

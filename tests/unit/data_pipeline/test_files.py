@@ -1,0 +1,198 @@
+"""Every file type gives the same rows; what cannot be read is said in one line with its place."""
+
+import csv
+import gzip
+import json
+
+import pytest
+
+from data_pipeline.build import BuildOptions, build
+from data_pipeline.dataset import open_dataset
+from data_pipeline.errors import DataError
+from data_pipeline.sources.files import SourceOptions, open_rows
+from data_pipeline.stream import RecordReader
+
+
+def records(source, cache, **options):
+    dataset = open_dataset(str(source), cache_dir=cache, **options)
+    reader = RecordReader(dataset)
+    return [(r.id, r.prompt, r.chosen, r.rejected) for r in map(reader, range(len(dataset)))]
+
+
+def conversational(rows):
+    return [
+        {
+            "id": row["id"],
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "chosen": [{"role": "assistant", "content": row["chosen"]}],
+            "rejected": [{"role": "assistant", "content": row["rejected"]}],
+        }
+        for row in rows
+    ]
+
+
+def write_jsonl_gz(folder, rows):
+    path = folder / "x.jsonl.gz"
+    with gzip.open(path, "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return path
+
+
+def write_json(folder, rows):
+    path = folder / "x.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def write_json_object(folder, rows):
+    path = folder / "x.json"
+    path.write_text(json.dumps({"version": 1, "data": rows}))
+    return path
+
+
+def write_lines_named_json(folder, rows):
+    path = folder / "x.json"
+    path.write_text("\ufeff" + "\n\n".join(map(json.dumps, rows)))
+    return path
+
+
+def write_csv(folder, rows):
+    path = folder / "x.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        cells = [{k: v if isinstance(v, str) else json.dumps(v) for k, v in row.items()} for row in rows]
+        writer.writerows(cells)
+    return path
+
+
+def write_parquet(folder, rows):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.Table.from_pylist(rows), folder / "x.parquet")
+    return folder / "x.parquet"
+
+
+def write_saved_dataset(folder, rows):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list(rows).save_to_disk(folder / "saved")
+    return folder / "saved"
+
+
+def write_saved_splits(folder, rows):
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_list(rows)
+    datasets.DatasetDict(train=data, test=data.select(range(2))).save_to_disk(folder / "saved")
+    return folder / "saved"
+
+
+def write_folder(folder, rows):
+    made = folder / "many"
+    made.mkdir()
+    (made / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:5]))
+    (made / "b.json").write_text(json.dumps(rows[5:]))
+    (made / "README.md").write_text("words")
+    return made
+
+
+WRITERS = [
+    write_jsonl_gz,
+    write_json,
+    write_json_object,
+    write_lines_named_json,
+    write_csv,
+    write_parquet,
+    write_saved_dataset,
+    write_saved_splits,
+    write_folder,
+]
+
+
+@pytest.mark.parametrize("shape", [list, conversational])
+@pytest.mark.parametrize("write", WRITERS)
+def test_every_file_type(tmp_path, make_rows, jsonl, cache, write, shape):
+    rows = shape(make_rows(12))
+    expected = records(jsonl(tmp_path / "plain.jsonl", rows), cache)
+    assert len(expected) == 12
+    assert records(write(tmp_path, rows), cache) == expected
+
+
+def test_a_glob_of_files(tmp_path, make_rows, jsonl, cache):
+    jsonl(tmp_path / "a.jsonl", make_rows(3))
+    jsonl(tmp_path / "b.jsonl", make_rows(3, start=3))
+    assert [r[0] for r in records(tmp_path / "*.jsonl", cache)] == [f"r{i}" for i in range(6)]
+    assert len(records(tmp_path / "*.jsonl", cache, max_records=4)) == 4
+
+
+def test_another_split_of_a_saved_dataset(tmp_path, make_rows):
+    saved = write_saved_splits(tmp_path, make_rows(5))
+    assert len(list(open_rows(str(saved), SourceOptions(split="test")))) == 2
+    with pytest.raises(DataError, match="no split 'dev'; allowed: train, test"):
+        list(open_rows(str(saved), SourceOptions(split="dev")))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.csv", b"prompt,chosen,rejected\nq,a\n", "x.csv:2: missing field 'rejected'"),
+        ("x.csv", b"prompt,chosen\nq,a,b\n", "x.csv:2: more cells"),
+        ("x.csv", b"prompt,chosen,rejected\nq,\xe9,b\n", "save the table as UTF-8"),
+        ("x.json", b"{", "x.json: invalid JSON"),
+        ("x.json", b"[3]", "x.json, item 1: an object is needed"),
+        ("x.json", b"3", "a list of objects is needed"),
+        ("x.parquet", b"PAR1", "x.parquet: not a readable parquet file"),
+        ("x.txt", b"words", "files ending in '.txt' are not read; allowed: .csv"),
+        ("x.jsonl", b"", "has no rows"),
+        ("x.jsonl.gz", b"words", "x.jsonl.gz: after line 0"),
+    ],
+)
+def test_unreadable_files(tmp_path, cache, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message.replace("(", r"\(")):
+        open_dataset(str(tmp_path / name), cache_dir=cache)
+
+
+def test_a_cut_gzip(tmp_path, make_rows, cache):
+    path = write_jsonl_gz(tmp_path, [row | {"chosen": str(i * 7919**5)} for i, row in enumerate(make_rows(3000))])
+    path.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(DataError, match=r"x\.jsonl\.gz: after line \d+: .*cut or damaged.*--on_error skip"):
+        open_dataset(str(path), cache_dir=cache)
+    manifest = build([str(path)], tmp_path / "out", BuildOptions(on_error="skip"))
+    assert 100 < manifest["num_records"] < 3000
+    assert manifest["provenance"]["report"]["dropped"]["torn_file"]["count"] == 1
+
+
+@pytest.mark.parametrize(
+    "source", ["nowhere.jsonl", "/nowhere/at/all", "./x", "a/b/c/d", "no*where.tar", "x-{0..2}.tar", ""]
+)
+def test_sources_that_do_not_exist(cache, source):
+    with pytest.raises(DataError, match="does not exist|matches no|no data source"):
+        open_dataset(source, cache_dir=cache)
+
+
+def test_an_unknown_name_is_one_line(cache, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def refuse(*_, **__):
+        raise ConnectionError("no\nroute")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(DataError, match="'some/name' is no file or folder here.*no route"):
+        open_dataset("some/name", cache_dir=cache)
+
+
+def test_a_name_on_the_hub(cache, monkeypatch, make_rows):
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_list(make_rows(4))
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: asked.append((args, kwargs)) or data)
+    assert len(open_dataset("some/name", cache_dir=cache)) == 4
+    assert asked == [(("some/name", None), {"split": "train"})]
+    open_dataset("some/name", cache_dir=cache)
+    assert len(asked) == 1, "it is in the cache"
+
+
+def test_long_rows_in_a_file(tmp_path, jsonl, cache):
+    rows = [{"question": f"q{i // 2}", "answer": f"answer {i}", "is_correct": i % 2 == 0} for i in range(6)]
+    assert [r[1:] for r in records(jsonl(tmp_path / "a.jsonl", rows), cache)] == [
+        (f"q{i}", f"answer {2 * i}", f"answer {2 * i + 1}") for i in range(3)
+    ]

@@ -1,0 +1,154 @@
+"""Data behind URLs: fetched once, retried, resumed from, and counted when they stay away."""
+
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import fsspec
+import pytest
+
+import data_pipeline.remote as remote
+from data_pipeline.build import BuildOptions, build
+from data_pipeline.dataset import open_dataset
+from data_pipeline.encode import Encoder
+from data_pipeline.errors import DataError
+from data_pipeline.reader import PairLoader
+from data_pipeline.remote import cached_file
+
+
+class Handler(SimpleHTTPRequestHandler):
+    """Serves a folder; ``failures`` requests fail first, and ``log`` counts the rest."""
+
+    def do_GET(self):
+        self.server.log.append(self.path)
+        if self.server.failures > 0:
+            self.server.failures -= 1
+            self.send_error(503)
+            return
+        super().do_GET()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def served(tmp_path):
+    """(folder, base URL, server)."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
+    server.failures, server.log = 0, []
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield folder, f"http://127.0.0.1:{server.server_port}", server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(remote, "BACKOFF_SECONDS", 0.0)
+    monkeypatch.setattr(cached_file, "__kwdefaults__", {**cached_file.__kwdefaults__, "sleep": lambda _: None})
+
+
+@pytest.fixture
+def shards(tmp_path, served, jsonl, make_rows):
+    build(
+        [str(jsonl(tmp_path / "a.jsonl", make_rows(40)))],
+        served[0] / "pairs",
+        BuildOptions(shard_size=10, shuffle_seed=1),
+    )
+    return served[0] / "pairs"
+
+
+def ids(dataset, tokenizer, **options):
+    loader = PairLoader(
+        dataset, Encoder(tokenizer), **({"seed": 3, "global_batch_size": 8, "micro_batch_size": 4} | options)
+    )
+    return [batch.ids for batch in loader], loader
+
+
+def test_a_built_folder_behind_a_url(served, shards, cache, tokenizer):
+    _, base, server = served
+    dataset = open_dataset(f"{base}/pairs", cache_dir=cache)
+    assert dataset.fingerprint == open_dataset(str(shards)).fingerprint
+    assert not [path for path in server.log if path.endswith(".tar")], "shards are fetched when they are read"
+    far, loader = ids(dataset, tokenizer, shuffle_shards=0)
+    near, _ = ids(open_dataset(str(shards)), tokenizer)
+    assert far == near
+    assert not loader.faults
+    fetched = len(server.log)
+    assert ids(open_dataset(f"{base}/pairs/", cache_dir=cache), tokenizer, shuffle_shards=0)[0] == near
+    assert not [path for path in server.log[fetched:] if path.endswith(".tar")], "shards come from the cache"
+
+
+def test_remote_shards_are_shuffled_in_groups_by_default(served, shards, cache, tokenizer):
+    dataset = open_dataset(f"{served[1]}/pairs", cache_dir=cache)
+    loader = PairLoader(dataset, Encoder(tokenizer), seed=0, global_batch_size=8, micro_batch_size=8)
+    assert loader.options.shuffle_shards == 8
+    one = PairLoader(dataset, Encoder(tokenizer), seed=0, global_batch_size=5, micro_batch_size=5, shuffle_shards=1)
+    next(iter(one))
+    assert len([path for path in served[2].log if path.endswith(".tar")]) == 1
+
+
+def test_shards_without_index_and_files(served, shards, cache, tokenizer, jsonl, make_rows):
+    folder, base, _ = served
+    by_list = open_dataset(f"{base}/pairs/shard-{{00000..00003}}.tar", cache_dir=cache)
+    by_glob = open_dataset(f"{base}/pairs/*.tar", cache_dir=cache)
+    assert by_list.fingerprint == by_glob.fingerprint == open_dataset(str(shards)).fingerprint
+    jsonl(folder / "more.jsonl", make_rows(5))
+    assert len(open_dataset(f"{base}/more.jsonl", cache_dir=cache)) == 5
+    with pytest.raises(DataError, match="matches nothing"):
+        open_dataset(f"{base}/pairs/none*.tar", cache_dir=cache)
+    with pytest.raises(DataError, match=r"is no folder made by.*manifest\.json does not exist"):
+        open_dataset(f"{base}/nowhere", cache_dir=cache)
+
+
+def test_failures_are_retried_with_growing_pauses(served, shards, cache):
+    _, base, server = served
+    server.failures, pauses = 3, []
+    path = cached_file(f"{base}/pairs/shard-00000.tar", cache, backoff=0.5, sleep=pauses.append)
+    assert path.read_bytes() == (shards / "shard-00000.tar").read_bytes()
+    assert pauses == [0.5, 1.0, 2.0]
+    server.failures = 99
+    with pytest.raises(DataError, match="unreachable after 2 attempts"):
+        cached_file(f"{base}/pairs/shard-00001.tar", cache, retries=2, sleep=pauses.append)
+    assert not list(cache.rglob("*.partial"))
+
+
+def test_a_copy_of_the_wrong_length_is_fetched_again(served, shards, cache):
+    url = f"{served[1]}/pairs/shard-00000.tar"
+    path = cached_file(url, cache)
+    size = path.stat().st_size
+    path.write_bytes(b"half")
+    assert cached_file(url, cache, size=size).stat().st_size == size
+    with pytest.raises(DataError, match=f"{size} bytes came, 5 expected"):
+        cached_file(url, cache, size=5, fresh=True, retries=1)
+
+
+def test_a_shard_that_stays_away_is_faults_and_tried_once(served, shards, cache, tokenizer):
+    _, base, server = served
+    dataset = open_dataset(f"{base}/pairs", cache_dir=cache)
+    (shards / "shard-00002.tar").unlink()
+    _, loader = ids(dataset, tokenizer, max_fault_fraction=1.0)
+    assert loader.faults == {"missing_shard": 10}
+    assert sum(path.endswith("shard-00002.tar") for path in server.log) <= 2  # fsspec asks for the size first
+
+
+def test_any_protocol_of_fsspec(shards, cache, tokenizer):
+    memory = fsspec.filesystem("memory")
+    for path in shards.iterdir():
+        memory.pipe(f"/bucket/pairs/{path.name}", path.read_bytes())
+    far, _ = ids(open_dataset("memory://bucket/pairs", cache_dir=cache), tokenizer, shuffle_shards=0)
+    assert far == ids(open_dataset(str(shards)), tokenizer)[0]
+    assert len(open_dataset("memory://bucket/pairs/shard-0000?.tar", cache_dir=cache)) == 40
+
+
+def test_a_missing_protocol_package_is_named(cache, monkeypatch):
+    def no_package(*_, **__):
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(fsspec, "open", no_package)
+    with pytest.raises(DataError, match=r"Install s3fs.*diffdpo\[s3\]"):
+        open_dataset("s3://bucket/pairs.jsonl", cache_dir=cache)
