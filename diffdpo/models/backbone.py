@@ -7,14 +7,16 @@ A block is called as `block(x_NK, rope, layout, keep_M)`; see `MaskedLM.hidden_s
 Shapes: R rows, T padded length, N tokens in the stream, M kept tokens, K hidden size, V vocabulary.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization
 from transformers.utils import ModelOutput
 
-from diffdpo.models.layers import RotaryTable, VocabularyHead
+from diffdpo.models.layers import RMSNorm, RotaryTable, VocabularyHead
 from diffdpo.models.layout import Layout
 
 RunBlock = Callable[..., Tensor]
@@ -37,6 +39,22 @@ def call_block(block: nn.Module, *args) -> Tensor:
     return block(*args)
 
 
+def initialise(module: nn.Module, *, num_layers: int) -> None:
+    """Random init: normal(0.02), the projections that write to the residual stream scaled by 1/sqrt(2 layers).
+
+    `initialization` leaves alone what `from_pretrained` has already loaded.
+    """
+    if isinstance(module, nn.Linear):
+        depth = 2 * num_layers if getattr(module, "writes_residual", False) else 1
+        initialization.normal_(module.weight, std=0.02 / math.sqrt(depth))
+        if module.bias is not None:
+            initialization.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        initialization.normal_(module.weight, std=0.02)
+    elif isinstance(module, RMSNorm):
+        initialization.ones_(module.weight)
+
+
 class MaskedLM:
     """Mixin: the bidirectional forward over a token stream, and the padded `forward` users of transformers expect."""
 
@@ -45,7 +63,20 @@ class MaskedLM:
     final_norm: nn.Module
     head: VocabularyHead
     rotary: RotaryTable
-    rope_full_precision: bool
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embed
+
+    def get_output_embeddings(self) -> VocabularyHead:
+        return self.head
+
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+        """As in transformers, but `architectures` in config.json stays what the checkpoint said."""
+        published = self.config.architectures
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if published and kwargs.get("is_main_process", True):
+            self.config.architectures = published
+            self.config.save_pretrained(save_directory)
 
     def hidden_states(
         self, ids_N: Tensor, layout: Layout, *, keep_M: Tensor | None = None, run_block: RunBlock = call_block

@@ -110,6 +110,16 @@ class VocabularyHead(nn.Linear):
         super().__init__(hidden_size, vocab_size, bias=False)
         self.scale = scale
 
+    @classmethod
+    def of(cls, linear: nn.Linear, *, scale: float = 1.0) -> "VocabularyHead":
+        """The same weights as a head (transformers builds a plain Linear when it resizes the vocabulary)."""
+        if isinstance(linear, cls):
+            return linear
+        with torch.device("meta"):
+            head = cls(linear.in_features, linear.out_features, scale=scale)
+        head.weight = linear.weight
+        return head
+
     def forward(self, hidden: Tensor, target_M: Tensor | None = None, *, logits_budget: int | None = None) -> Tensor:
         hidden = hidden if self.scale == 1.0 else hidden * self.scale
         if target_M is None:

@@ -12,11 +12,17 @@ from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers import initialization as init
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from diffdpo.errors import UserError
-from diffdpo.models.backbone import MaskedLM
+from diffdpo.models.backbone import MaskedLM, initialise
 from diffdpo.models.layers import RMSNorm, RotaryTable, VocabularyHead, rotate
 from diffdpo.models.layout import Layout
 
@@ -245,25 +251,21 @@ class LLaDAModelLM(MaskedLM, PreTrainedModel):
     def head(self) -> VocabularyHead:
         return self.model.transformer["ff_out"]
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embed
-
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.model.transformer["wte"] = value
 
-    def get_output_embeddings(self) -> VocabularyHead:
-        return self.head
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.model.transformer["ff_out"] = VocabularyHead.of(new_embeddings, scale=self.head.scale)
 
-    def set_output_embeddings(self, new_embeddings: VocabularyHead) -> None:
-        self.model.transformer["ff_out"] = new_embeddings
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
+        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        self.config.embedding_size = embeddings.num_embeddings
+        return embeddings
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
-            depth = 2 * self.config.n_layers if getattr(module, "writes_residual", False) else 1
-            init.normal_(module.weight, std=0.02 / math.sqrt(depth))
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, std=0.02)
-        elif isinstance(module, RMSNorm):
-            init.ones_(module.weight)
+        initialise(module, num_layers=self.config.n_layers)
+
+
+for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM):  # the first two as in the published auto_map
+    auto_class.register(LLaDAConfig, LLaDAModelLM)
+AutoConfig.register("llada", LLaDAConfig)

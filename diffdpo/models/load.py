@@ -1,0 +1,210 @@
+"""From a checkpoint directory or hub id to a native model, its tokenizer and its family's spec; and back.
+
+transformers maps the safetensors shards and copies one tensor at a time into an empty model, so that beside the
+weights no more than a shard's pages are resident. Remote code is never run: the family is chosen by `model_type`.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Tokenizer
+from transformers.utils import logging as hf_logging
+
+from diffdpo.errors import UserError
+from diffdpo.models.dream import (
+    DreamConfig,
+    DreamModel,
+    LlamaDiffusionConfig,
+    Qwen2DiffusionConfig,
+    Qwen3DiffusionConfig,
+)
+from diffdpo.models.llada import LLaDAConfig, LLaDAModelLM
+from diffdpo.models.quantize import nf4_config
+from diffdpo.models.spec import DECODER_LORA_TARGETS, LLADA_LORA_TARGETS, FamilySpec
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+STOP_TOKENS = ("<|eot_id|>", "<|im_end|>")
+"""End-of-turn tokens of the chat templates in use; they end an answer when sampling, beside the terminator."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What reading a checkpoint of one `model_type` takes."""
+
+    config_class: type[PreTrainedConfig]
+    model_class: type[PreTrainedModel]
+    lora_targets: str
+    logit_shift: int
+
+
+FAMILIES = {
+    "llada": Family(LLaDAConfig, LLaDAModelLM, LLADA_LORA_TARGETS, 0),
+    "Dream": Family(DreamConfig, DreamModel, DECODER_LORA_TARGETS, 1),
+    "qwen2": Family(Qwen2DiffusionConfig, DreamModel, DECODER_LORA_TARGETS, 1),
+    "qwen3": Family(Qwen3DiffusionConfig, DreamModel, DECODER_LORA_TARGETS, 1),
+    "llama": Family(LlamaDiffusionConfig, DreamModel, DECODER_LORA_TARGETS, 1),
+}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to score or sample, with what belongs to it."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    spec: FamilySpec
+
+
+def load_model(
+    name_or_path: str,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    load_in_4bit: bool = False,
+) -> LoadedModel:
+    """Load a published checkpoint, a directory written by `save_model`, or a peft adapter directory with its base.
+
+    `load_in_4bit`: NF4 with double quantisation for the blocks; embedding, norms and head stay in `dtype`.
+    Raises UserError for anything a user can mend: an unknown family or dtype, missing keys or tensors, a tokenizer
+    that does not fit.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+    adapter = Path(name_or_path) / "adapter_config.json"
+    if adapter.is_file():
+        return _load_adapter(adapter, dtype=dtype, device=device, load_in_4bit=load_in_4bit)
+    family, config = read_config(name_or_path)
+    tokenizer = load_tokenizer(name_or_path)
+    spec = make_spec(config, family, tokenizer)
+    model = _load_weights(name_or_path, family, config, dtype=dtype, device=device, load_in_4bit=load_in_4bit)
+    return LoadedModel(model.eval(), tokenizer, spec)
+
+
+def read_config(name_or_path: str) -> tuple[Family, PreTrainedConfig]:
+    """The family and checked config of a checkpoint; no weights are read."""
+    try:
+        raw, _ = PreTrainedConfig.get_config_dict(name_or_path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no model config at {name_or_path!r}: {_first_line(error)}") from error
+    if not raw:
+        raise UserError(f"no model config at {name_or_path!r}: give a directory with config.json or a hub id")
+    kind = raw.get("model_type")
+    if kind not in FAMILIES:
+        raise UserError(
+            f"{name_or_path!r} has model_type {kind!r}; supported: {', '.join(FAMILIES)} (docs/models.md adds a family)"
+        )
+    family = FAMILIES[kind]
+    return family, family.config_class.from_dict(raw).check()
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer without remote code. Dream's own class is a Qwen2 tokenizer with added tokens."""
+    try:
+        settings = _tokenizer_class(name_or_path)
+        loader = Qwen2Tokenizer if settings == "DreamTokenizer" else AutoTokenizer
+        return loader.from_pretrained(name_or_path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no tokenizer at {name_or_path!r}: {_first_line(error)}") from error
+
+
+def _tokenizer_class(name_or_path: str) -> str | None:
+    from transformers.utils import cached_file
+
+    path = cached_file(name_or_path, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False)
+    return json.loads(Path(path).read_text()).get("tokenizer_class") if path else None
+
+
+def make_spec(config: PreTrainedConfig, family: Family, tokenizer: PreTrainedTokenizerBase) -> FamilySpec:
+    """The spec of one checkpoint: ids from its config, else from its tokenizer, which then learns the mask's name.
+
+    `logit_shift` in config.json overrides the family's (a model made from an autoregressive one and trained unshifted).
+    """
+    mask = _first_id(config.mask_token_id, tokenizer.mask_token_id)
+    terminator = _first_id(config.eos_token_id, tokenizer.eos_token_id)
+    rows = getattr(config, "table_size", config.vocab_size)
+    if mask is None:
+        raise UserError("neither config.json nor the tokenizer has a mask token: add mask_token_id to config.json")
+    if terminator is None:
+        raise UserError("neither config.json nor the tokenizer has an end token: add eos_token_id to config.json")
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens but the embedding {rows} rows: "
+            "call model.resize_token_embeddings and save the model first"
+        )
+    if mask == terminator:
+        raise UserError(f"mask_token_id and eos_token_id are both {mask}: they must differ")
+    register_mask_token(tokenizer, mask)
+    vocabulary = tokenizer.get_vocab()
+    stops = tuple(vocabulary[token] for token in STOP_TOKENS if token in vocabulary)
+    pad = _first_id(config.pad_token_id, tokenizer.pad_token_id, terminator)
+    return FamilySpec(
+        name=config.model_type,
+        mask_token_id=mask,
+        terminator_id=terminator,
+        pad_token_id=pad,
+        block_class=family.model_class._no_split_modules[0],
+        lora_targets=family.lora_targets,
+        logit_shift=getattr(config, "logit_shift", family.logit_shift),
+        template="chat" if tokenizer.chat_template else "plain",
+        stop_token_ids=tuple(stop for stop in stops if stop != terminator),
+    )
+
+
+def register_mask_token(tokenizer: PreTrainedTokenizerBase, mask_token_id: int) -> None:
+    """Give the tokenizer its mask token (LLaDA's names none). A mask id in the vocabulary's padding gets no name."""
+    if tokenizer.mask_token_id != mask_token_id and mask_token_id < len(tokenizer):
+        tokenizer.add_special_tokens({"mask_token": tokenizer.convert_ids_to_tokens(mask_token_id)})
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path) -> None:
+    """Write config, safetensors and tokenizer in the published layout. For a peft model: adapter and tokenizer."""
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def _load_weights(name_or_path, family: Family, config, *, dtype: str, device: str, load_in_4bit: bool):
+    quantization = nf4_config(DTYPES[dtype], family.model_class, config) if load_in_4bit else None
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()  # what it would warn of is an error here, by name
+    try:
+        model, report = family.model_class.from_pretrained(
+            name_or_path,
+            config=config,
+            dtype=DTYPES[dtype],
+            device_map={"": device},
+            quantization_config=quantization,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"cannot load the weights of {name_or_path!r}: {_first_line(error)}") from error
+    finally:
+        hf_logging.set_verbosity(verbosity)
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[what]:
+            names = sorted(str(key) for key in report[what])
+            raise UserError(f"{name_or_path!r}: {len(names)} {what.replace('_', ' ')}, first {names[0]}")
+    return model
+
+
+def _load_adapter(adapter: Path, **options) -> LoadedModel:
+    from peft import PeftModel
+
+    base_name = json.loads(adapter.read_text()).get("base_model_name_or_path")
+    if not base_name:
+        raise UserError(f"{adapter} names no base_model_name_or_path: add the directory or hub id of the base model")
+    base = load_model(base_name, **options)
+    return LoadedModel(PeftModel.from_pretrained(base.model, adapter.parent).eval(), base.tokenizer, base.spec)
+
+
+def _first_id(*candidates: int | list[int] | None) -> int | None:
+    for candidate in candidates:
+        if candidate is not None:
+            return candidate[0] if isinstance(candidate, list) else candidate
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]
