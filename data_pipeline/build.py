@@ -59,6 +59,8 @@ class BuildOptions:
             raise DataError(f"on_error is {self.on_error!r}; allowed: raise, skip")
         if self.limit < 0:
             raise DataError(f"limit is {self.limit}; it must be at least 0 (0: no limit)")
+        if self.shuffle_seed is not None and self.shuffle_seed < 0:
+            raise DataError(f"shuffle_seed is {self.shuffle_seed}; it must be at least 0")
 
 
 def build(

@@ -30,6 +30,7 @@ from data_pipeline.records import (
 )
 
 BLOCK = 512
+MAX_SOURCES = 256  # told apart in a corpus; what comes later is counted as one
 END_OF_ARCHIVE = 2 * BLOCK  # zero bytes that must follow the last member
 
 # What the index knows of a record. Lengths are UTF-8 bytes of text; an unpaired record has its answer on one side.
@@ -154,14 +155,21 @@ def _scan_member(info: tarfile.TarInfo, raw: bytes, scan: ShardScan, rows: list[
     rows.append((*place, *describe(record, scan.sources)))
 
 
+def source_family(record: Record) -> str:
+    """What the source mix is counted by: ``meta.source`` up to its first colon (behind it may stand the single item)."""
+    return str(record.meta.get("source", "")).split(":")[0]
+
+
 def describe(record: Record, sources: list[str]) -> tuple:
     """The entry fields from ``id`` on. ``sources`` is the list of source names met so far, appended to."""
     answers = [text_bytes(answer) for answer in answers_of(record)]
     if isinstance(record, AnswerRecord):
         answers = [answers[0], 0] if record.label else [0, answers[0]]
-    name = str(record.meta.get("source", ""))
-    if name not in sources:
+    name = source_family(record)
+    if name not in sources and len(sources) < MAX_SOURCES:
         sources.append(name)
+    elif name not in sources:
+        name = sources[-1] = "(other)"
     hashes = (stable_hash(record.id), content_hash(record), prompt_hash(record))
     return (*hashes, text_bytes(record.prompt), *answers, sources.index(name))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.dataset import open_dataset
+from data_pipeline.dataset import TAR, open_dataset
 from data_pipeline.errors import DataError
 from data_pipeline.index import MANIFEST, Index
 from data_pipeline.shards import file_sha256, scan_shard, to_json
@@ -35,6 +35,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _sources(source: str) -> list[str]:
     path = Path(source)
+    if path.is_file() and not source.endswith(TAR):
+        raise DataError(f"{source} is no shard; verify takes a folder made by build, or shards ({', '.join(TAR)})")
     sides = [str(path / side) for side in ("train", "eval") if (path / side / MANIFEST).exists()]
     return [source] if (path / MANIFEST).exists() or not sides else sides
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from data_pipeline.errors import DataError
 from data_pipeline.records import PreferenceRecord, RecordError, as_label, missing_field, require, with_id
 
 POLICIES = ("matched", "all", "one")
@@ -36,10 +37,10 @@ class Pairing:
     use_reference: bool = False
 
     def __post_init__(self):
-        if self.policy not in POLICIES or self.max_pairs < 0:
-            raise RecordError(
-                "pairing", f"pairing {self.policy!r}, {self.max_pairs}: one of {', '.join(POLICIES)}; >= 0"
-            )
+        if self.policy not in POLICIES:
+            raise DataError(f"pairing is {self.policy!r}; allowed: {', '.join(POLICIES)}")
+        if self.max_pairs < 0:
+            raise DataError(f"max_pairs is {self.max_pairs}; it must be at least 0 (0: no limit)")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Building: the same bytes for the same input, whole or not at all, nothing done twice, prompts on one side."""
 
-import multiprocessing
 import signal
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -142,26 +143,37 @@ def test_an_interrupted_build_is_invisible_and_goes_on(tmp_path, jsonl, make_row
         assert shard_bytes(out / side) == shard_bytes(tmp_path / "whole" / side)
 
 
-def _build_and_die(source, out, after):
-    count = [0]
+DIE_WHILE_BUILDING = """
+import signal, sys
+import data_pipeline.build as module
+from data_pipeline.shards import write_shard
+written = []
+def dying(path, members):
+    write_shard(path, members)
+    written.append(path)
+    if len(written) == int(sys.argv[3]):
+        signal.raise_signal(signal.SIGKILL)
+module.write_shard = dying
+module.build([sys.argv[1]], sys.argv[2], module.BuildOptions(shard_size=10))
+"""
+OPEN = """
+import sys
+from data_pipeline.dataset import open_dataset
+print(open_dataset(sys.argv[1], cache_dir=sys.argv[2]).fingerprint)
+"""
 
-    def dying(path, members):
-        write_shard(path, members)
-        count[0] += 1
-        if count[0] == after:
-            signal.raise_signal(signal.SIGKILL)
 
-    build_module.write_shard = dying
-    build([source], out, BuildOptions(shard_size=10))
+def start(script, *arguments):
+    """A Python process of its own; quick, as nothing here imports torch."""
+    return subprocess.Popen([sys.executable, "-c", script, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize("after", [1, 4])
 def test_kill_9(tmp_path, jsonl, make_rows, after):
     source, out = str(jsonl(tmp_path / "a.jsonl", make_rows(45))), tmp_path / "out"
-    child = multiprocessing.get_context("spawn").Process(target=_build_and_die, args=(source, out, after))
-    child.start()
-    child.join(60)
-    assert child.exitcode == -signal.SIGKILL
+    child = start(DIE_WHILE_BUILDING, source, out, after)
+    child.communicate(timeout=60)
+    assert child.returncode == -signal.SIGKILL
     assert not out.exists()
     build([source], out, BuildOptions(shard_size=10))
     build([source], tmp_path / "whole", BuildOptions(shard_size=10))
@@ -180,22 +192,15 @@ def test_another_job_starts_over_and_a_finished_one_is_kept(tmp_path, jsonl, mak
         build([source], out, BuildOptions(shuffle_seed=1))
 
 
-def _open(source, cache, queue):
-    queue.put(open_dataset(source, cache_dir=cache).fingerprint)
-
-
-@pytest.mark.timeout(120)
 def test_several_processes_open_the_same_source_at_once(tmp_path, jsonl, make_rows, cache):
-    source = str(jsonl(tmp_path / "a.jsonl", make_rows(500)))
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    children = [context.Process(target=_open, args=(source, cache, queue), daemon=True) for _ in range(3)]
-    for child in children:
-        child.start()
-    prints = {queue.get(timeout=100) for _ in children}
-    for child in children:
-        child.join(30)
-    assert len(prints) == 1
+    source = jsonl(tmp_path / "a.jsonl", make_rows(500))
+    children = [start(OPEN, source, cache) for _ in range(4)]
+    try:
+        prints = {child.communicate(timeout=60)[0] for child in children}
+    finally:
+        for child in children:
+            child.kill()
+    assert len(prints) == 1 and prints != {""}
     assert len(list(cache.rglob(MANIFEST))) == 1
 
 

@@ -156,7 +156,7 @@ def test_a_shard_replaced_by_one_of_the_same_length(built, tokenizer, cache, mak
     shard = built / "shard-00001.tar"
     data = shard.read_bytes()
     shard.write_bytes(data.replace(b"good", b"evil"))
-    loader, batches = consume(built, tokenizer, cache)
+    loader, _ = consume(built, tokenizer, cache)
     assert loader.faults == {"changed_record": 10}
     loader, _ = consume(built, tokenizer, cache, max_fault_fraction=0.4)
     with pytest.raises(DataError, match=r"faulty, more than max_fault_fraction 0\.1 allows.*changed_record"):
@@ -204,7 +204,7 @@ def test_bad_records_in_shards_of_others(tmp_path, cache, make_rows, tokenizer):
     options = {"seed": 0, "global_batch_size": 7, "micro_batch_size": 7}
     (batch,) = PairLoader(dataset, Encoder(tokenizer), **options)
     assert sorted(batch.ids) == ["r0", "r1", "r2", "r3", "r4", "r5", "r50"]
-    with pytest.raises(DataError, match="8 unusable: duplicate_id 2.*without --strict"):
+    with pytest.raises(DataError, match=r"8 unusable: duplicate_id 2.*without --strict"):
         PairLoader(dataset, Encoder(tokenizer), strict=True, **options)
 
 
@@ -215,7 +215,7 @@ def test_compressed_shards(built, cache, tokenizer, tmp_path):
         (folder / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
     whole = open_dataset(str(folder / "*.tar.gz"), cache_dir=cache)
     assert whole.fingerprint == open_dataset(str(foreign(built)), cache_dir=cache).fingerprint
-    loader, batches = consume(folder, tokenizer, cache)
+    loader, _ = consume(folder, tokenizer, cache)
     assert not loader.faults
     first = folder / "shard-00000.tar.gz"
     first.write_bytes(first.read_bytes()[:-200])

@@ -165,7 +165,7 @@ def test_a_cut_gzip(tmp_path, make_rows, cache):
     "source", ["nowhere.jsonl", "/nowhere/at/all", "./x", "a/b/c/d", "no*where.tar", "x-{0..2}.tar", ""]
 )
 def test_sources_that_do_not_exist(cache, source):
-    with pytest.raises(DataError, match="does not exist|matches no|no data source"):
+    with pytest.raises(DataError, match=r"does not exist|matches no|no data source"):
         open_dataset(source, cache_dir=cache)
 
 
@@ -176,7 +176,7 @@ def test_an_unknown_name_is_one_line(cache, monkeypatch):
         raise ConnectionError("no\nroute")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(DataError, match="'some/name' is no file or folder here.*no route"):
+    with pytest.raises(DataError, match=r"'some/name' is no file or folder here.*no route"):
         open_dataset("some/name", cache_dir=cache)
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from data_pipeline.errors import DataError
 from data_pipeline.records import AnswerRecord, RecordError
 from data_pipeline.sources.candidates import Candidate, Pairing, group_long_rows, make_pairs
 from data_pipeline.sources.formats import convert, detect_format, parse_transcript
@@ -24,6 +25,7 @@ def sides(record):
     return record.prompt, record.chosen, record.rejected
 
 
+HH = "\n\nHuman: a\n\nAssistant:"
 CONVERSATION = ((user("q"),), (assistant("a"),), (assistant("b"),))
 
 
@@ -94,7 +96,7 @@ def test_hh_answers_that_begin_alike_keep_their_beginning():
             "not_one_answer",
         ),
         ({"chosen": "\n\nAssistant: b", "rejected": "\n\nAssistant: c"}, "prompt_without_question"),
-        ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "words"}, "not_a_transcript"),
+        ({"chosen": HH + " b", "rejected": "words"}, "not_a_transcript"),
         ({"chosen": [user("q"), assistant("a")], "rejected": [user("p"), assistant("b")]}, "not_one_answer"),
         ({"chosen": "blue", "rejected": "green"}, "no_prompt"),
         ({"prompt": "q", "chosen": "a", "rejected": [assistant("b")]}, "wrong_type"),
@@ -161,7 +163,7 @@ def test_pairing_policies():
     assert len(make_pairs([*right, *wrong], Pairing("all", max_pairs=4))) == 4
     assert len(make_pairs([*right, *wrong], Pairing("one"))) == 1
     assert make_pairs([*right, *right, *wrong], Pairing("all")) == make_pairs([*right, *wrong], Pairing("all"))
-    with pytest.raises(RecordError, match="matched, all, one"):
+    with pytest.raises(DataError, match="matched, all, one"):
         Pairing("best")
 
 

@@ -1,0 +1,167 @@
+"""The commands: what they print, and one line with exit code 2 for whatever a user gets wrong."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from data_pipeline.__main__ import main
+from data_pipeline.cli import exit_code
+
+
+@pytest.fixture
+def source(tmp_path, jsonl, make_rows):
+    return str(jsonl(tmp_path / "pairs.jsonl", make_rows(30)))
+
+
+@pytest.fixture
+def tokenizer_folder(tmp_path, chat_tokenizer):
+    chat_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    return str(tmp_path / "tokenizer")
+
+
+def run(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+def test_build(source, tmp_path, capsys, tokenizer_folder):
+    out = tmp_path / "out"
+    options = ("--shard_size", 8, "--shuffle_seed", 1, "--eval_fraction", 0.2, "--workers", 0)
+    assert run("build", source, "--out", out, *options, "--tokenizer", tokenizer_folder, "--max_length", 28) == 0
+    printed = capsys.readouterr().out
+    assert "train: 24 records in 3 shards" in printed
+    assert "eval: 6 records in 1 shards" in printed
+    tokens = json.loads((out / "train" / "manifest.json").read_text())["tokens"]
+    assert tokens["prompt"]["max"] == len("question 29 ")
+    assert 0 < tokens["truncation"]["kept_whole"] < 24
+
+
+def test_inspect_shows_the_boundaries(source, capsys, tokenizer_folder, cache):
+    assert run("inspect", source, "--cache_dir", cache, "--id", "r7", "--tokenizer", tokenizer_folder) == 0
+    printed = capsys.readouterr().out
+    assert "-- prompt\nquestion 7 \n-- chosen\ngood 7 aaaaaaa\n-- rejected\nbad 7 " in printed
+    assert "PROMPT 11 |q|u|e|s|t|i|o|n| |7| | ANSWER 14 |g|o|o|d| |7| |a|a|a|a|a|a|a| TERMINATOR <eos>" in printed
+    short = ("--max_length", 14, "--max_prompt_length", 3)
+    assert run("inspect", source, "--cache_dir", cache, "--id", "r7", "--tokenizer", tokenizer_folder, *short) == 0
+    assert "PROMPT 3 | |7| | ANSWER 11 |g|o|o|d| |7| |a|a|a|a| CUT, no terminator" in capsys.readouterr().out
+
+
+def test_inspect_filters_and_samples(source, capsys, cache):
+    assert run("inspect", source, "--cache_dir", cache, "--filter", "question 2[0-3] ", "--count", 9) == 0
+    printed = capsys.readouterr().out
+    assert [f"id r{i}" in printed for i in (19, 20, 23, 24)] == [False, True, True, False]
+    shown = []
+    for seed in (1, 1, 2):
+        run("inspect", source, "--cache_dir", cache, "--sample_seed", seed)
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] != shown[2]
+    assert run("inspect", source, "--cache_dir", cache, "--id", "none") == 1
+
+
+def test_inspect_messages_and_labels(tmp_path, jsonl, capsys, cache):
+    rows = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}]
+    rows.append({"prompt": "q", "completion": "a", "label": False})
+    run("inspect", jsonl(tmp_path / "a.jsonl", rows), "--cache_dir", cache)
+    printed = capsys.readouterr().out
+    assert "[user] hi\n-- answer (desirable)\n[assistant] yo" in printed
+    assert "-- answer (undesirable)\na" in printed
+
+
+def test_stats(source, tmp_path, capsys, cache, tokenizer_folder):
+    plot, report = tmp_path / "plots" / "s.png", tmp_path / "s.json"
+    options = ("--tokenizer", tokenizer_folder, "--max_length", 28, "--plot", plot, "--json", report)
+    assert run("stats", source, "--cache_dir", cache, *options) == 0
+    printed = capsys.readouterr().out
+    assert "records: 30" in printed
+    assert "source pairs: 30 (100.0%)" in printed
+    figures = json.loads(report.read_text())
+    cut = figures["tokens"]["truncation"]
+    assert cut["kept_whole"] + max(cut["chosen_cut"], cut["rejected_cut"]) == 30
+    assert figures["bytes"]["prompt"]["max"] == 12
+    assert figures["duplicate_records"] == 0
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_stats_of_unpaired_and_mixed(tmp_path, jsonl, source, cache, capsys):
+    rows = [{"prompt": "q", "completion": f"a{i}", "label": i > 2} for i in range(5)]
+    assert run("stats", jsonl(tmp_path / "kto.jsonl", rows), source, "--cache_dir", cache) == 0
+    printed = capsys.readouterr().out
+    assert "pairs: 30\nunpaired: 5\nprompts: 31" in printed
+    assert "source kto: 5 (14.3%)" in printed
+
+
+WRONG = [
+    (["build"], "--out"),
+    (["build", "SOURCE"], "--out"),
+    (["build", "nowhere.jsonl", "--out", "OUT"], "does not exist"),
+    (["build", "SOURCE", "--out", "OUT", "--shard_size", "0"], "shard_size is 0"),
+    (["build", "SOURCE", "--out", "OUT", "--shard_size", "x"], "invalid int value"),
+    (["build", "SOURCE", "--out", "OUT", "--eval_fraction", "1"], "eval_fraction is 1.0"),
+    (["build", "SOURCE", "--out", "OUT", "--shuffle_seed", "-1"], "shuffle_seed"),
+    (["build", "SOURCE", "--out", "OUT", "--format", "kto"], "invalid choice: 'kto'"),
+    (["build", "SOURCE", "--out", "OUT", "--max_pairs", "-1"], "max_pairs"),
+    (["build", "SOURCE", "--out", "OUT", "--workers", "-1"], "--workers"),
+    (["build", "SOURCE", "--out", "OUT", "--tokenizer", "./none"], "cannot be loaded"),
+    (["build", "SOURCE", "--out", "OUT", "--shard", "3"], "unrecognized arguments"),
+    (["build", "SOURCE", "--out", "TMP"], "exists and was not built"),
+    (["build", "SOURCE", "--out", "OUT", "--format", "hh"], "no usable record in 30 rows"),
+    (["inspect", "SOURCE", "--count", "0"], "--count is 0"),
+    (["inspect", "SOURCE", "--filter", "("], "not a regular expression"),
+    (["inspect", "SOURCE", "--sample_seed", "-2"], "--sample_seed is -2"),
+    (["inspect", "SOURCE", "--side", "eval"], "not split"),
+    (["stats", "SOURCE", "--plot", "x.jpg"], "must end in .png"),
+    (["stats", "SOURCE", "--tokenizer", "TOKENIZER", "--max_length", "1"], "max_length is 1"),
+    (["stats", "SOURCE", "--tokenizer", "TOKENIZER", "--max_prompt_length", "5000"], "max_prompt_length is 5000"),
+    (["verify", "TMP"], "no data file|is not"),
+    (["verify", "SOURCE"], "shards"),
+    (["look", "SOURCE"], "invalid choice: 'look'"),
+    ([], "COMMAND"),
+    (["generate", "--count", "0"], "--count 0"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG)
+def test_wrong_input_is_one_line_and_exit_code_2(
+    arguments, message, source, tmp_path, tokenizer_folder, cache, capsys, monkeypatch
+):
+    monkeypatch.setenv("DIFFDPO_CACHE", str(cache))
+    empty = tmp_path / "folder"
+    empty.mkdir()
+    names = {"SOURCE": source, "OUT": str(tmp_path / "out"), "TMP": str(empty), "TOKENIZER": tokenizer_folder}
+    try:
+        code = exit_code(main, [names.get(argument, argument) for argument in arguments])
+    except SystemExit as stop:
+        code = stop.code
+    stderr = capsys.readouterr().err
+    last = [line for line in stderr.splitlines() if "error: " in line]
+    assert code == 2, stderr
+    assert len(last) == 1 and "Traceback" not in stderr
+    assert re.search(message, last[0]), last[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_and_imports_are_light():
+    script = (
+        "import sys, data_pipeline, data_pipeline.errors, data_pipeline.__main__\n"
+        "heavy = {'torch', 'numpy', 'transformers', 'datasets', 'webdataset', 'diffdpo'} & set(sys.modules)\n"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    helped = subprocess.run(
+        [sys.executable, "-m", "data_pipeline", "--help"], check=True, timeout=60, capture_output=True, text=True
+    )
+    assert all(word in helped.stdout for word in ("build", "inspect", "stats", "verify", "generate"))
+
+
+def test_interrupts_and_full_disks(capsys):
+    def raising(error):
+        def fail(_):
+            raise error
+
+        return fail
+
+    assert exit_code(raising(KeyboardInterrupt()), []) == 130
+    assert exit_code(raising(OSError(28, "No space left on device", "/x")), []) == 1
+    assert "No space left on device: '/x'" in capsys.readouterr().err
