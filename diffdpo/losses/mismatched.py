@@ -29,5 +29,7 @@ def mismatched(batch: PairBatch) -> PairBatch:
         TokenPair(f"{name}/mismatched", cells.get((b, 0)), cells.get((b, 1))) if name else None
         for b, name in enumerate(batch.ids)
     ]
-    fields = {"epoch": batch.epoch, "step": batch.step, "micro": batch.micro, "last_micro": batch.last_micro}
-    return replace(collate(pairs, pad_id=0, **fields), weight_B2=batch.weight_B2)
+    joined_batch = collate(
+        pairs, pad_id=0, epoch=batch.epoch, step=batch.step, micro=batch.micro, last_micro=batch.last_micro
+    )
+    return replace(joined_batch, weight_B2=batch.weight_B2)

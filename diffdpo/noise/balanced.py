@@ -8,7 +8,8 @@ Three freedoms that leave the mean of a score alone, spent against its variance 
 2. *Layout.* Masks of different rows may depend on each other. Slots least covered so far are masked next, so the rows
    together cover all tokens as evenly as their sizes allow.
 3. *Slot weights.* A row's weight c_j may be spread unevenly over its k_j tokens, as tokens are assigned to slots at
-   random. It is spread to bring every slot's total over all rows towards 1: then easy and hard tokens count alike.
+   random. It is poured where the total over the rows so far is lowest, until all slots' totals are level: then easy
+   and hard tokens count alike, and what differs between tokens, most of a score's variance, cancels.
 
 Shape suffixes: N rows, S slots (= L).
 """
@@ -19,7 +20,7 @@ STRATA_POWER = 2.0
 
 
 def balanced_rows(length: int, num_rows: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Masks [N, S] bool, slot weights [N, S] (0 outside the mask; row j sums to c_j), and widths c_N (Σ = length)."""
+    """Masks [N, S] bool, slot weights [N, S] (row j sums to c_j; 0 outside the mask), and widths c_N (Σ = length)."""
     bound = length * (np.arange(num_rows + 1) / num_rows) ** STRATA_POWER
     width_N = np.diff(bound)
     k_N = np.minimum((bound[:-1] + rng.random(num_rows) * width_N).astype(np.int64) + 1, length)
@@ -28,7 +29,15 @@ def balanced_rows(length: int, num_rows: int, rng: np.random.Generator) -> tuple
     total_S = np.zeros(length)
     for row in range(num_rows):  # from the smallest masks, which have the least choice, to the largest
         slots = np.argsort(total_S, kind="stable")[: k_N[row]]
+        poured = pour(total_S[slots], width_N[row])
         masked_NS[row, slots] = True
-        weight_NS[row, slots] = width_N[row] / k_N[row]
-        total_S += weight_NS[row]
+        weight_NS[row, slots] = poured
+        total_S[slots] += poured
     return masked_NS, weight_NS, width_N
+
+
+def pour(level_K: np.ndarray, amount: float) -> np.ndarray:
+    """How much each of K vessels gets when ``amount`` is poured over them; their levels ascend."""
+    surface_K = (amount + np.cumsum(level_K)) / np.arange(1, len(level_K) + 1)  # if only the first 1, 2, ... take part
+    surface = surface_K[np.flatnonzero(surface_K >= level_K)[-1]]
+    return np.maximum(surface - level_K, 0.0)

@@ -1,0 +1,118 @@
+"""Scoring outside training: batches of pairs under one model, or under two with shared noise. No gradients.
+
+Shape suffixes: R rows, B pairs, 2 sides.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+
+from data_pipeline.batch import collate
+from data_pipeline.encode import Drop, Encoder, TokenPair
+from data_pipeline.records import Record
+from diffdpo.errors import UserError
+from diffdpo.noise.estimators import MAX_EXACT_LENGTH
+from diffdpo.noise.rows import NoisyRows, noisy_rows
+from diffdpo.scores.fold import PairScores, fold, row_scores
+from diffdpo.scores.masked_log_probs import MaskedLogProbs
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """What a score depends on besides model and record."""
+
+    estimator: str
+    num_samples: int
+    seed: int
+    mask_token_id: int
+    num_diffusion_steps: int | None = None
+    segment_rows: int = 64
+
+
+@torch.no_grad()
+def forward_rows(model: MaskedLogProbs, rows: NoisyRows, segment_rows: int) -> torch.Tensor:
+    """f_R of all rows on the CPU, ``segment_rows`` in one forward, on the device of the model."""
+    device = next(model.parameters()).device
+    scores = []
+    for start in range(0, len(rows), segment_rows):
+        part = rows.segment(start, start + segment_rows).to(device)
+        logp_M = model(part.input_ids_RT, part.lengths_R, part.row_M, part.position_M, part.target_M)
+        scores.append(row_scores(logp_M, part).cpu())
+    return torch.cat(scores)
+
+
+def score_pairs(
+    pairs: Sequence[TokenPair], models: Sequence[MaskedLogProbs], settings: ScoreSettings
+) -> tuple[list[PairScores], PairScores | None]:
+    """Each model's scores of a batch, and with two models the scores' difference first - second (log-ratios).
+
+    The models read the same rows. Epoch 0 of ``settings.seed`` is the noise. UserError for ``exact`` on long answers.
+    """
+    if settings.estimator == "exact":
+        _check_exact(pairs)
+    batch = collate(list(pairs), pad_id=settings.mask_token_id, epoch=0, step=0, micro=0, last_micro=True)
+    rows = noisy_rows(
+        batch,
+        estimator=settings.estimator,
+        num_samples=settings.num_samples,
+        seed=settings.seed,
+        mask_token_id=settings.mask_token_id,
+        num_diffusion_steps=settings.num_diffusion_steps,
+    )
+    f = [forward_rows(model, rows, settings.segment_rows) for model in models]
+    ratio = fold(f[0] - f[1], rows) if len(f) == 2 else None
+    return [fold(f_R, rows) for f_R in f], ratio
+
+
+def encoded(records: Iterable[Record], encoder: Encoder, dropped: list[tuple[str, Drop]]) -> Iterator[TokenPair]:
+    """Records in tokens; those the encoder leaves out are appended to ``dropped`` with their id."""
+    for record in records:
+        pair = encoder(record)
+        if isinstance(pair, Drop):
+            dropped.append((record.id, pair))
+        else:
+            yield pair
+
+
+def batches(pairs: Iterable[TokenPair], size: int) -> Iterator[list[TokenPair]]:
+    """Lists of ``size`` pairs, the last one shorter."""
+    iterator = iter(pairs)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def as_line(pair: TokenPair, index: int, scores: Sequence[PairScores], ratio: PairScores | None) -> dict:
+    """One record's scores as a JSON object; null for an unknown standard error, no key for an absent side."""
+    line: dict = {"id": pair.id}
+    for side, (name, answer) in enumerate((("chosen", pair.chosen), ("rejected", pair.rejected))):
+        if answer is None:
+            continue
+        first = scores[0]
+        line[name] = {
+            "score": first.score_B2[index, side].item(),
+            "stderr": _known(first.stderr_B2[index, side]),
+            "tokens": int(first.tokens_B2[index, side]),
+        }
+        if ratio is not None:
+            line[name] |= {
+                "reference_score": scores[1].score_B2[index, side].item(),
+                "log_ratio": ratio.score_B2[index, side].item(),
+                "log_ratio_stderr": _known(ratio.stderr_B2[index, side]),
+            }
+    return line
+
+
+def _known(stderr: torch.Tensor) -> float | None:
+    return None if stderr.isnan() else stderr.item()
+
+
+def _check_exact(pairs: Sequence[TokenPair]) -> None:
+    for pair in pairs:
+        tokens = max(len(a.ids) - a.prompt_length for a in (pair.chosen, pair.rejected) if a is not None)
+        if tokens > MAX_EXACT_LENGTH:
+            raise UserError(
+                f"record {pair.id!r} has an answer of {tokens} tokens; --score_estimator exact takes at most "
+                f"{MAX_EXACT_LENGTH}: leave it out, or use mask_count_mirror with a large --num_mc_samples"
+            )

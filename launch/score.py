@@ -1,0 +1,167 @@
+"""Diffusion scores of pairs under a model, as JSON lines; with a reference, log-ratios (implicit rewards) too.
+
+    python launch/score.py --model_name_or_path DIR --pairs pairs.jsonl --num_mc_samples 64 > scores.jsonl
+
+A line is {"id", "chosen": {"score", "stderr", "tokens"}, "rejected": {...}}: the ELBO's estimate in nats, summed over
+the answer's tokens and its terminator, its standard error (null with one sample), and how many tokens were scored.
+With --output a broken-off run goes on where it stopped.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from diffdpo.cli import Parser, run
+from diffdpo.errors import UserError
+
+
+def build_parser() -> Parser:
+    """The flags."""
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pairs", required=True, help=".jsonl(.gz), .json, .csv, .parquet, folder or data set")
+    parser.add_argument("--model_name_or_path", help="folder or hub name; None: the bundled model")
+    parser.add_argument("--ref_model_name_or_path", help="a second model to compare with, under the same noise")
+    parser.add_argument("--output", help="file to append to; ids already in it are skipped; None: standard output")
+    parser.add_argument("--score_estimator", default="mask_count_mirror", help="see docs/theory.md")
+    parser.add_argument("--num_mc_samples", type=int, default=32, help="forwards a score")
+    parser.add_argument("--num_diffusion_steps", type=int, help="T of --score_estimator trajectory")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--max_length", type=int, default=1024, help="most tokens of prompt and answer")
+    parser.add_argument("--max_prompt_length", type=int, help="most tokens of the prompt")
+    parser.add_argument("--batch_size", type=int, default=8, help="records scored at a time")
+    parser.add_argument("--segment_rows", type=int, default=64, help="rows in one forward")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the weights")
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    """Score every record of --pairs that --output does not hold yet."""
+    args = build_parser().parse_args(argv)
+    check(args)
+    records = read_records(args.pairs)
+    done, mode = set(), None
+    if args.output:
+        done = finished_ids(Path(args.output), identity(args))
+        mode = open(args.output, "a", encoding="utf-8")  # noqa: SIM115 - closed below, or standard output
+    out: IO[str] = mode or sys.stdout
+    try:
+        count, dropped = score_all(args, (record for record in records if record.id not in done), out)
+    finally:
+        if mode:
+            mode.close()
+    for name, drop in dropped[:5]:
+        print(f"left out {name}: {drop.reason} {drop.detail}".rstrip(), file=sys.stderr)
+    print(f"scored {count}, left out {len(dropped)}, already there {len(done)}", file=sys.stderr)
+
+
+def check(args) -> None:
+    """UserError for what can be known wrong before data or model are opened."""
+    from diffdpo.noise.estimators import check_estimator
+
+    check_estimator(args.score_estimator, num_samples=args.num_mc_samples, num_diffusion_steps=args.num_diffusion_steps)
+    for name in ("batch_size", "segment_rows"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    if args.output and not Path(args.output).absolute().parent.is_dir():
+        raise UserError(f"--output {args.output}: there is no folder {Path(args.output).parent}; make it first")
+
+
+def identity(args) -> dict:
+    """The settings that scores in one file must share."""
+    names = ("model_name_or_path", "ref_model_name_or_path", "score_estimator", "num_mc_samples")
+    names += ("num_diffusion_steps", "seed", "max_length", "max_prompt_length", "dtype")
+    return {name: getattr(args, name) for name in names}
+
+
+def read_records(source: str) -> Iterator:
+    """Records of --pairs, the first checked now. DataError names the place of a row that cannot be used."""
+    from itertools import chain
+
+    from data_pipeline.errors import DataError
+    from data_pipeline.records import RecordError
+    from data_pipeline.sources.files import SourceOptions, open_rows
+    from data_pipeline.sources.formats import convert
+
+    def records() -> Iterator:
+        for row in open_rows(source, SourceOptions()):
+            try:
+                yield from convert(row.parsed())
+            except RecordError as error:
+                raise DataError(f"--pairs {row.where}: {error}") from None
+
+    found = records()
+    first = next(found, None)
+    if first is None:
+        raise DataError(f"--pairs {source}: no records in it")
+    return chain([first], found)
+
+
+def finished_ids(path: Path, settings: dict) -> set[str]:
+    """Ids in an output file; an unfinished last line is cut off. UserError if it was made with other settings."""
+    side = path.with_name(path.name + ".settings.json")
+    if not path.exists() or path.stat().st_size == 0:
+        side.write_text(json.dumps(settings, indent=1) + "\n")
+        return set()
+    if not side.exists():
+        raise UserError(f"--output {path} exists but {side.name} does not, so it may hold anything; name another file")
+    before = json.loads(side.read_text())
+    changed = [name for name in settings if before.get(name) != settings[name]]
+    if changed:
+        found = ", ".join(f"--{name} {before.get(name)}" for name in changed)
+        raise UserError(f"--output {path} was written with {found}; use the same, or another file")
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    return {json.loads(line)["id"] for line in whole.decode().splitlines()}
+
+
+def score_all(args, records: Iterator, out: IO[str]) -> tuple[int, list]:
+    """Write a line a record; (how many, what the encoder left out)."""
+    from data_pipeline.encode import Drop, Encoder
+    from diffdpo.scores.offline import ScoreSettings, as_line, batches, encoded, score_pairs
+
+    models, spec, tokenizer = load_models(args)
+    limits = {"max_length": args.max_length, "max_prompt_length": args.max_prompt_length}
+    encoder = Encoder(tokenizer, **limits, terminator=spec.terminator_id, forbidden_ids=(spec.mask_token_id,))
+    settings = ScoreSettings(
+        args.score_estimator,
+        args.num_mc_samples,
+        args.seed,
+        spec.mask_token_id,
+        args.num_diffusion_steps,
+        args.segment_rows,
+    )
+    count, dropped = 0, list[tuple[str, Drop]]()
+    for pairs in batches(encoded(records, encoder, dropped), args.batch_size):
+        scores, ratio = score_pairs(pairs, models, settings)
+        for index, pair in enumerate(pairs):
+            out.write(json.dumps(as_line(pair, index, scores, ratio), ensure_ascii=False) + "\n")
+        out.flush()
+        count += len(pairs)
+    return count, dropped
+
+
+def load_models(args) -> tuple[list, object, object]:
+    """The model, and the reference if one is named, ready to score."""
+    import torch
+
+    from diffdpo.models.load import load_model
+    from diffdpo.scores.masked_log_probs import MaskedLogProbs
+
+    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: no GPU is to be found here; use --device cpu")
+    names = [args.model_name_or_path] + ([args.ref_model_name_or_path] if args.ref_model_name_or_path else [])
+    loaded = [load_model(name, dtype=args.dtype, device=device) for name in names]
+    if len(loaded) == 2 and loaded[0].tokenizer.get_vocab() != loaded[1].tokenizer.get_vocab():
+        raise UserError("--ref_model_name_or_path has another vocabulary than the model; their scores do not compare")
+    return [MaskedLogProbs(one.model.eval(), one.spec) for one in loaded], loaded[0].spec, loaded[0].tokenizer
+
+
+if __name__ == "__main__":
+    run(main)
