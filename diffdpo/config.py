@@ -102,6 +102,26 @@ class TrainConfig(RunConfig):
     num_generated_pairs: int = setting(4000, "training pairs generated when --train_data is not given")
 
 
+@dataclass(frozen=True, kw_only=True)
+class SftConfig(RunConfig):
+    """Supervised training with the masked-diffusion loss (``launch/sft.py``)."""
+
+    model_name_or_path: str | None = setting(None, "model to go on from; default: a new one of the size below")
+    learning_rate: float = setting(2e-3, "peak learning rate")
+    per_device_train_batch_size: int = setting(64, "records in a micro-batch of one process")
+    per_device_eval_batch_size: int = setting(64, "records in a batch of one process in evaluation")
+    warmup_steps: int = setting(100, "steps of linear warm-up")
+    weight_decay: float = setting(0.05, "AdamW's, on matrices only")
+    score_estimator: str = setting("mask_count", "how masks and weights are drawn; see docs/theory.md")
+    num_mc_samples: int = setting(1, "masks drawn for an answer in a step (n)")
+    eval_steps: int = setting(500, "steps between evaluations; 0: before and after only")
+    width: int = setting(128, "of a new model")
+    layers: int = setting(4, "of a new model")
+    heads: int = setting(4, "of a new model")
+    vocab_size: int = setting(512, "most tokens of a new model's tokenizer, at least 259")
+    num_generated_answers: int = setting(200_000, "training answers generated when --train_data is not given")
+
+
 def build_parser(config_class: type[RunConfig], description: str, prog: str | None = None) -> Parser:
     """A parser with one flag per field, ``--config`` for a recipe, and the ``--local_rank`` that launchers append."""
     parser = Parser(description=description, prog=prog, argument_default=None)

@@ -37,6 +37,10 @@ class Engine(Protocol):
         """The module's forward."""
         ...
 
+    def describe(self) -> str:
+        """In a few words, for the user."""
+        ...
+
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Add the loss's gradients. ``last`` marks the last backward before ``step``; every rank calls as often."""
         ...

@@ -61,6 +61,12 @@ class DeepSpeedEngine:
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         return self.engine(*inputs)
 
+    def describe(self) -> str:
+        zero = self.config["zero_optimization"]
+        parts = {"offload_optimizer": "optimizer", "offload_param": "parameters"}
+        moved = [f"{what} on {zero[key]['device']}" for key, what in parts.items() if key in zero]
+        return ", ".join([f"DeepSpeed ZeRO-{zero_stage(self.config)}", *moved])
+
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * self.world.size, scale_wrt_gas=False)  # it averages over ranks: undo that

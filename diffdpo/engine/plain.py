@@ -30,6 +30,9 @@ class PlainEngine:
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         return self.module(*inputs)
 
+    def describe(self) -> str:
+        return "plain torch"
+
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         loss.backward()
 

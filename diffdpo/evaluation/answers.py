@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from torch import nn
+from tqdm import tqdm
 
 from data_pipeline.arithmetic import read_answer
 from data_pipeline.batch import PairBatch
@@ -14,7 +15,7 @@ from diffdpo.models.spec import FamilySpec
 from diffdpo.sampling.decode import sample
 
 BLOCK_LENGTH = 16
-BATCH_SIZE = 100  # prompts sampled together
+BATCH_SIZE = 50  # prompts sampled together
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def read_gsm8k(text: str) -> str | None:
 VERIFIERS: dict[str, Callable[[str], str | None]] = {"arithmetic": read_arithmetic, "gsm8k": read_gsm8k}
 
 
-def problems_of(batches: Sequence[PairBatch], tokenizer, task: str, *, limit: int) -> list[Problem]:
+def problems_of(batches: Sequence[PairBatch], tokenizer, task: str) -> list[Problem]:
     """The distinct prompts of held-out pairs whose chosen answer holds an answer the verifier can read."""
     problems: dict[tuple[int, ...], Problem] = {}
     for batch in batches:
@@ -50,7 +51,7 @@ def problems_of(batches: Sequence[PairBatch], tokenizer, task: str, *, limit: in
             truth = VERIFIERS[task](tokenizer.decode(ids[start:], skip_special_tokens=True))
             if truth is not None:
                 problems.setdefault(tuple(ids[:start]), Problem(tuple(ids[:start]), truth))
-    return list(problems.values())[:limit]
+    return list(problems.values())
 
 
 def answer_length(batches: Sequence[PairBatch]) -> int:
@@ -67,25 +68,34 @@ def exact_match(
     task: str,
     *,
     world: World,
+    shared_forwards: bool,
     gen_length: int,
     temperature: float,
     seed: int,
+    title: str,
 ) -> tuple[np.ndarray, list[str]]:
-    """(1 or 0 for each problem, the sampled texts). The problems are dealt over the ranks; the noise of a problem
-    depends on the seed and the problem's number alone."""
-    mine = list(range(world.rank, len(problems), world.size))
-    answers = sample(
-        model,
-        spec,
-        [problems[i].prompt for i in mine],
-        gen_length=gen_length,
-        steps=gen_length,
-        block_length=BLOCK_LENGTH,
-        temperature=temperature,
-        seed=[seed * 1_000_003 + i for i in mine],
-        batch_size=BATCH_SIZE,
-    )
-    texts = dict(zip(mine, (tokenizer.decode(ids, skip_special_tokens=True) for ids in answers), strict=True))
+    """(1 or 0 for each problem, the sampled texts).
+
+    The noise of a problem depends on the seed and the problem's number alone. Problems are dealt over the ranks, except
+    with ``shared_forwards``: where weights are sharded every forward takes all ranks, so all do the same ones.
+    """
+    mine = list(range(len(problems))) if shared_forwards else list(range(world.rank, len(problems), world.size))
+    texts: dict[int, str] = {}
+    with tqdm(total=len(mine), desc=title, unit="problem", disable=not world.is_main, dynamic_ncols=True) as bar:
+        for start in range(0, len(mine), BATCH_SIZE):
+            part = mine[start : start + BATCH_SIZE]
+            answers = sample(
+                model,
+                spec,
+                [problems[i].prompt for i in part],
+                gen_length=gen_length,
+                steps=gen_length,
+                block_length=BLOCK_LENGTH,
+                temperature=temperature,
+                seed=[seed * 1_000_003 + i for i in part],
+            )
+            texts.update(zip(part, (tokenizer.decode(ids, skip_special_tokens=True) for ids in answers), strict=True))
+            bar.update(len(part))
     everyone: dict[int, str] = {}
     for part in world.gather(texts):
         everyone.update(part)

@@ -15,7 +15,6 @@ from torch.nn.functional import logsigmoid
 
 from data_pipeline.batch import PairBatch
 from diffdpo.engine.base import Engine
-from diffdpo.evaluation.estimate import Estimate
 from diffdpo.scores.fold import fold
 from diffdpo.step.backward import score_rows
 from diffdpo.step.reference import Reference
@@ -38,14 +37,13 @@ class PreferenceReport:
         """1 where the margin is positive, 1/2 where it is 0 (policy and reference agree), else 0."""
         return np.sign(self.margin_P) / 2 + 0.5
 
-    def estimates(self) -> dict[str, Estimate]:
-        """By the names of the training metrics. ``loss`` is -log σ(margin)."""
-        loss_P = -logsigmoid(torch.from_numpy(self.margin_P)).numpy()
+    def values(self) -> dict[str, list[float]]:
+        """Per pair, by the names of the training metrics. ``loss`` is -log σ(margin)."""
         return {
-            "loss": Estimate.of(loss_P),
-            "rewards/accuracies": Estimate.of(self.correct_P),
-            "rewards/margins": Estimate.of(self.margin_P),
-            "scores/accuracies": Estimate.of(self.likelier_P),
+            "loss": (-logsigmoid(torch.from_numpy(self.margin_P))).tolist(),
+            "rewards/accuracies": self.correct_P.tolist(),
+            "rewards/margins": self.margin_P.tolist(),
+            "scores/accuracies": self.likelier_P.tolist(),
         }
 
 
@@ -72,3 +70,18 @@ def evaluate_preferences(
     table_P3 = engine.world.cat(torch.cat(pieces).to(engine.world.device)).cpu().double().numpy()
     table_P3 = table_P3[table_P3[:, 2] > 0]
     return PreferenceReport(table_P3[:, 0], table_P3[:, 1])
+
+
+@torch.no_grad()
+def answer_losses(
+    engine: Engine, batches: Sequence[PairBatch], noise: NoiseOptions, *, segment_rows: int
+) -> list[float]:
+    """-score / tokens of every chosen answer, over all ranks: what supervised training lowers."""
+    pieces = [torch.zeros(0, 2)]
+    for batch in batches:
+        rows = noise.rows(batch, engine.world.device)
+        scores = fold(score_rows(engine, rows, segment_rows=segment_rows), rows)
+        loss_B = -(scores.score_B2 / scores.tokens_B2.clamp(min=1))[:, 0].cpu()
+        pieces.append(torch.stack([loss_B, batch.weight_B2[:, 0]], 1))
+    table_P2 = engine.world.cat(torch.cat(pieces).to(engine.world.device)).cpu()
+    return table_P2[table_P2[:, 1] > 0, 0].tolist()

@@ -321,11 +321,19 @@ def preference_loss(
 
 def loss_count(names: str | Sequence[str], weight_B2: Tensor) -> Tensor:
     """What the summed loss is divided by, after summing over ranks: answers for losses of answers, else pairs."""
-    return weight_B2.sum() if _of_answers(check_names(names)) else weight_B2.prod(1).sum()
+    listed = check_names(names)
+    if _supervised(listed):
+        return weight_B2[:, 0].sum()
+    return weight_B2.sum() if _of_answers(listed) else weight_B2.prod(1).sum()
+
+
+def _supervised(listed: Sequence[str]) -> bool:
+    """``sft`` alone reads chosen answers only, paired or not."""
+    return set(listed) == {"sft"}
 
 
 def _of_answers(listed: Sequence[str]) -> bool:
-    return any(LOSSES[name].scope == "answer" for name in listed)
+    return _supervised(listed) or any(LOSSES[name].scope == "answer" for name in listed)
 
 
 def _present(name: str, listed: Sequence[str], weight_B2: Tensor) -> Tensor:

@@ -59,6 +59,8 @@ class MaskedLogProbs(nn.Module):
             lengths_R.tolist(), input_ids_RT.shape[1], device=device, max_waste=self._max_waste(device)
         )
         output_M = position_M - self.spec.logit_shift
+        if self.spec.logit_shift and output_M.numel() and int(output_M.min()) < 0:
+            raise ValueError(f"{self.spec.name} never predicts position 0: a scored token needs one before it")
         keep_M = layout.offset_R[row_M] + output_M
         run_block = self._checkpointed if self.layer_checkpointing and torch.is_grad_enabled() else call_block
         hidden_MK = base.hidden_states(

@@ -83,6 +83,7 @@ class StepReport:
     grad_norm: float
     sums: torch.Tensor
     tokens: int  # run through the policy, padding not counted
+    records: int  # pairs (or single answers, for losses of those) the loss is the mean over
     largest_logit: float  # max |h| / β over pairs, of this rank
 
 
@@ -120,7 +121,7 @@ class PreferenceStep:
         run = self._coupled if self.loss.whole_batch else self._independent
         scored = run(micro_batches, total)
         norm = self.engine.step(learning_rate)
-        return self._report(scored, norm)
+        return self._report(scored, norm, int(total))
 
     def _independent(self, micro_batches: Sequence[PairBatch], total: torch.Tensor) -> list[MicroScores]:
         """The loss of a pair depends on that pair alone: one micro-batch after the other."""
@@ -156,7 +157,7 @@ class PreferenceStep:
         share = loss_of(torch.cat(policy)) / (len(rows) * self.engine.world.size)  # _report adds up what is whole here
         return [MicroScores(*each, share) for each in zip(micro_batches, rows, reference, policy, strict=True)]
 
-    def _report(self, scored: Sequence[MicroScores], norm: float) -> StepReport:
+    def _report(self, scored: Sequence[MicroScores], norm: float, records: int) -> StepReport:
         world, sums, largest = self.engine.world, torch.zeros(len(SUMS), dtype=torch.float64), 0.0
         for micro in scored:
             policy, reference = fold(micro.policy_R, micro.rows), fold(micro.reference_R, micro.rows)
@@ -176,7 +177,7 @@ class PreferenceStep:
             [sum(float(m.loss) for m in scored), sum(int(m.rows.lengths_R.sum()) for m in scored)], dtype=torch.float64
         )
         whole = world.sum(torch.cat([sums, extra]).to(world.device)).cpu()
-        return StepReport(float(whole[-2]), norm, whole[:-2], int(whole[-1]), largest)
+        return StepReport(float(whole[-2]), norm, whole[:-2], int(whole[-1]), records, largest)
 
 
 class _GlobalLoss:

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,8 +78,8 @@ class MlflowRun:
         """Begin shipping in the background."""
         self._thread.start()
 
-    def close(self, status: str, artifacts: Mapping[str, Path] | None = None, *, patience: float = 20.0) -> bool:
-        """Ship what is left, then files and folders (by their place in the run) and the final status.
+    def close(self, status: str, artifacts: Sequence[tuple[str, Path]] = (), *, patience: float = 20.0) -> bool:
+        """Ship what is left, then files and folders (each with its folder in the run) and the final status.
 
         ``status``: FINISHED, FAILED or KILLED. Waits ``patience`` seconds for an absent server. Returns whether all
         of it arrived.
@@ -93,7 +93,7 @@ class MlflowRun:
         for pause in (0.5, 1.0, 2.0, 4.0, 8.0, 16.0):
             try:
                 self.ship()
-                for place, path in (artifacts or {}).items():
+                for place, path in artifacts:
                     self._send_file(place, path)
                 self._client.set_terminated(self.shipped.run_id, status)
                 return True
@@ -191,7 +191,7 @@ class MlflowRun:
     def _send_file(self, place: str, path: Path) -> None:
         if path.is_dir():
             self._client.log_artifacts(self.shipped.run_id, str(path), place or None)
-        elif path.exists():
+        else:
             self._client.log_artifact(self.shipped.run_id, str(path), place or None)
 
     def _watch_system(self) -> None:

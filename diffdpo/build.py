@@ -1,0 +1,329 @@
+"""From settings to the parts of a run: processes, data, models, engine. One function a part, in order of the flow."""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from data_pipeline.batch import PairBatch
+from data_pipeline.dataset import ShardedDataset, open_dataset
+from data_pipeline.encode import Encoder
+from data_pipeline.generate import generate_corpus, generate_pairs, write_jsonl
+from data_pipeline.reader import PairLoader
+from diffdpo.config import RunConfig, SftConfig, TrainConfig, read_ds_config
+from diffdpo.engine.base import Engine, OptimizerOptions
+from diffdpo.engine.deepspeed import DeepSpeedEngine, missing_operators
+from diffdpo.engine.plain import PlainEngine
+from diffdpo.engine.world import World, join_world
+from diffdpo.errors import UserError
+from diffdpo.losses.preference import LOSSES, check_loss
+from diffdpo.memory.allocator import keep_freed_memory
+from diffdpo.models.load import LoadedModel, load_model
+from diffdpo.models.spec import FamilySpec
+from diffdpo.scores.masked_log_probs import MaskedLogProbs
+from diffdpo.step.reference import Reference, adapter_off_reference, copy_reference, frozen_copy, no_reference
+from diffdpo.step.train_step import LossOptions, NoiseOptions
+
+BUNDLED_MODEL = Path(__file__).parent / "pretrained" / "arithmetic"
+GENERATED_EVAL_PAIRS, GENERATED_EVAL_SEED = 512, 0  # the same held-out problems whatever the training seed
+GENERATED_LENGTHS: dict[str, Any] = {"max_length": 128, "max_prompt_length": 64}
+SEGMENT_TOKENS = {"cpu": 8192, "cuda": 16384}  # tokens of a forward that segments are cut to by default
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run happens: its processes and its folder."""
+
+    world: World
+    output_dir: Path
+    cache_dir: Path
+    run_name: str
+
+    def say(self, text: str) -> None:
+        """Tell the user, once."""
+        if self.world.is_main:
+            print(text, flush=True)
+
+
+def find_place(config: RunConfig, command: str) -> Place:
+    """Join the other processes and agree on a name and a folder. UserError when the folder holds another run."""
+    _set_threads()
+    world = join_world(always_distributed=uses_deepspeed(config))
+    if world.device.type == "cpu":
+        keep_freed_memory()
+    name = world.same_for_all(config.run_name or f"{command}-{time.strftime('%Y%m%d-%H%M%S')}")
+    output_dir = Path(config.output_dir or Path("outputs") / name).resolve()
+    if (output_dir / "metrics.jsonl").exists() and not config.resume_from_checkpoint:
+        raise UserError(
+            f"--output_dir {output_dir} holds a run already; give another, or --resume_from_checkpoint latest to go on"
+        )
+    world.wait()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    cache_dir = Path(config.data_cache_dir) if config.data_cache_dir else output_dir.parent / "data_cache"
+    return Place(world, output_dir, cache_dir, name)
+
+
+def _set_threads() -> None:
+    """Several processes share the cores of a host; each taking all of them makes every one crawl."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+
+
+def uses_deepspeed(config: RunConfig) -> bool:
+    """What ``--engine`` comes to."""
+    return config.engine == "deepspeed" or (config.engine == "auto" and config.ds_config is not None)
+
+
+# ------------------------------------------------------------------------------------------------- data
+
+
+def open_data(
+    config: RunConfig, place: Place, generate: Callable[[Path], tuple[str, str]]
+) -> tuple[ShardedDataset, ShardedDataset | None]:
+    """(training data, held-out data); ``generate(cache_dir)`` gives the sources when none is named.
+
+    Rank 0 of each host prepares what is not sharded yet, the others find it done. All faults of the data that can be
+    known end here, before a model is loaded.
+    """
+    world = place.world
+    if world.local_rank != 0:
+        world.wait()
+    train, held_out = (config.train_data, config.eval_data) if config.train_data else generate(place.cache_dir)
+    # eval_mask is told a constant seed: which prompts are held out must not change with the training seed
+    split: dict[str, Any] = {"eval_fraction": config.eval_fraction, "seed": 0} if held_out is None else {}
+    options: dict[str, Any] = {"cache_dir": place.cache_dir, "progress": world.is_main}
+    train_set = open_dataset(train, split="train", **split, **options)
+    eval_set = None
+    if held_out is not None:
+        eval_set = open_dataset(held_out, **options)
+    elif config.eval_fraction > 0:
+        eval_set = open_dataset(train, split="eval", **split, **options)
+    if world.local_rank == 0:
+        world.wait()
+    return train_set, eval_set
+
+
+def generated_pairs(config: TrainConfig) -> Callable[[Path], tuple[str, str]]:
+    """Arithmetic-reasoning pairs in the cache: a training file and a held-out file with no question in common."""
+
+    def generate(cache_dir: Path) -> tuple[str, str]:
+        count, seed = config.num_generated_pairs, config.seed
+        train = cache_dir / f"generated-train-seed{seed}-{count}.jsonl"
+        if not train.exists():
+            write_jsonl(generate_pairs(count, seed=seed), train)
+        return str(train), _generated_held_out(cache_dir)
+
+    return generate
+
+
+def generated_corpus(config: SftConfig) -> Callable[[Path], tuple[str, str]]:
+    """Single answers of mixed quality to learn from; held out are the right answers to problems never met."""
+
+    def generate(cache_dir: Path) -> tuple[str, str]:
+        count, seed = config.num_generated_answers, config.seed
+        train = cache_dir / f"corpus-train-seed{seed}-{count}.jsonl"
+        if not train.exists():
+            write_jsonl(generate_corpus(count, seed=seed), train)
+        return str(train), _generated_held_out(cache_dir)
+
+    return generate
+
+
+def _generated_held_out(cache_dir: Path) -> str:
+    path = cache_dir / f"generated-eval-{GENERATED_EVAL_PAIRS}.jsonl"
+    if not path.exists():
+        write_jsonl(generate_pairs(GENERATED_EVAL_PAIRS, seed=GENERATED_EVAL_SEED, split="eval"), path)
+    return str(path)
+
+
+def make_encoder(config: RunConfig, tokenizer, spec: FamilySpec) -> Encoder:
+    """Text to tokens by the family's habits."""
+    return Encoder(
+        tokenizer,
+        max_length=config.max_length,
+        max_prompt_length=config.max_prompt_length,
+        template="chat" if spec.template == "chat" and getattr(tokenizer, "chat_template", None) else "auto",
+        terminator=spec.terminator_id,
+        forbidden_ids=(spec.mask_token_id,),
+    )
+
+
+def train_loader(config: RunConfig, dataset: ShardedDataset, encoder: Encoder, world: World) -> PairLoader:
+    """The endless training stream of this rank."""
+    micro = config.per_device_train_batch_size
+    return PairLoader(
+        dataset,
+        encoder,
+        seed=config.seed,
+        global_batch_size=micro * config.gradient_accumulation_steps * world.size,
+        micro_batch_size=micro,
+        rank=world.rank,
+        world_size=world.size,
+        num_workers=config.dataset_num_workers,
+    )
+
+
+def eval_batches(
+    config: RunConfig, dataset: ShardedDataset | None, encoder: Encoder, world: World
+) -> Sequence[PairBatch]:
+    """This rank's share of the held-out records, as many batches on every rank; kept for all evaluations."""
+    if dataset is None:
+        return []
+    size = config.per_device_eval_batch_size
+    loader = PairLoader(
+        dataset,
+        encoder,
+        seed=0,
+        global_batch_size=size * world.size,
+        micro_batch_size=size,
+        rank=world.rank,
+        world_size=world.size,
+    )
+    wanted = -(-config.max_eval_pairs // (size * world.size)) or len(loader)
+    return list(islice(loader, wanted))
+
+
+def total_steps(config: RunConfig, loader: PairLoader) -> int:
+    """Optimizer steps of the run."""
+    return config.max_steps if config.max_steps > 0 else max(1, round(config.num_train_epochs * len(loader)))
+
+
+# ------------------------------------------------------------------------------------------------- model
+
+
+def resolve_bf16(config: RunConfig, device: torch.device) -> bool:
+    """``--bf16``, or whether the hardware has it. The plain engine has no fp32 master weights, so it trains in fp32."""
+    if not uses_deepspeed(config):
+        if config.bf16:
+            raise UserError("--bf16 trains bfloat16 weights with fp32 masters, which needs --ds_config; leave it out")
+        return False
+    if config.bf16 is not None:
+        return config.bf16
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
+def wrap(config: RunConfig, loaded: LoadedModel) -> MaskedLogProbs:
+    """The module that engines hold: log-probabilities at masked positions."""
+    return MaskedLogProbs(loaded.model, loaded.spec, layer_checkpointing=config.gradient_checkpointing)
+
+
+def make_engine(config: RunConfig, module: nn.Module, place: Place, *, bf16: bool) -> Engine:
+    """The policy under DeepSpeed or on its own."""
+    options = OptimizerOptions(
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        betas=(config.adam_beta1, config.adam_beta2),
+        epsilon=config.adam_epsilon,
+        max_grad_norm=config.max_grad_norm,
+    )
+    if not uses_deepspeed(config):
+        return PlainEngine(module, place.world, options)
+    ds_config = read_ds_config(Path(config.ds_config or ""))
+    missing = missing_operators(ds_config)
+    if missing:
+        place.say(f"compiling DeepSpeed's operators ({', '.join(missing)}): once on this machine, two to three minutes")
+    return DeepSpeedEngine(
+        module,
+        place.world,
+        options,
+        ds_config=ds_config,
+        micro_batch_size=config.per_device_train_batch_size,
+        accumulation_steps=config.gradient_accumulation_steps,
+        bf16=bf16,
+    )
+
+
+def make_reference(
+    config: TrainConfig, engine: Engine, loss: LossOptions, frozen: nn.Module | None, *, segment_rows: int
+) -> tuple[Reference, str]:
+    """(reference, what it is). ``frozen`` is the copy taken before the engine wrapped the policy."""
+    mode = reference_mode(config, loss)
+    if mode == "none":
+        return no_reference, "none: the loss does not read it"
+    if mode == "adapter_off":
+        policy = engine.module.model
+        return adapter_off_reference(engine, policy, segment_rows=segment_rows), "the policy with its adapter off"
+    assert frozen is not None
+    what = config.ref_model_name_or_path or "the policy as it starts"
+    return copy_reference(engine, frozen, segment_rows=segment_rows), f"frozen copy of {what}"
+
+
+def reference_mode(config: TrainConfig, loss: LossOptions) -> str:
+    """What ``--reference auto`` comes to: none, adapter_off or copy."""
+    free = all(LOSSES[name].reference_free for name in loss.names)
+    if config.reference != "auto":
+        return config.reference
+    if free:
+        return "none"
+    return "adapter_off" if config.use_peft and not config.ref_model_name_or_path else "copy"
+
+
+def make_frozen(config: TrainConfig, loss: LossOptions, module: MaskedLogProbs, *, bf16: bool) -> nn.Module | None:
+    """The second model of reference mode ``copy``: the policy before training, or ``--ref_model_name_or_path``."""
+    if reference_mode(config, loss) != "copy":
+        return None
+    if not config.ref_model_name_or_path:
+        return frozen_copy(module)
+    loaded = load_model(config.ref_model_name_or_path, dtype="bfloat16" if bf16 else "float32")
+    if loaded.spec.mask_token_id != module.spec.mask_token_id:
+        raise UserError(
+            f"--ref_model_name_or_path has mask token {loaded.spec.mask_token_id}, the policy "
+            f"{module.spec.mask_token_id}; policy and reference must share a vocabulary"
+        )
+    return wrap(config, loaded).requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------------------------- step
+
+
+def make_loss(config: TrainConfig) -> LossOptions:
+    """``--loss_type``, ``--loss_weights`` and ``--sft_weight`` as one sum of losses."""
+    names = tuple(name.strip() for name in config.loss_type.split(","))
+    try:
+        weights = (
+            tuple(float(w) for w in config.loss_weights.split(",")) if config.loss_weights else (1.0,) * len(names)
+        )
+    except ValueError:
+        raise UserError(f"--loss_weights {config.loss_weights}: give numbers with commas, such as 1.0,0.05") from None
+    check_loss(names, weights=weights, label_smoothing=config.label_smoothing)
+    if config.sft_weight:
+        names, weights = (*names, "sft"), (*weights, config.sft_weight)
+    return LossOptions(names, weights, config.beta, config.label_smoothing)
+
+
+def make_noise(config: RunConfig, spec: FamilySpec) -> NoiseOptions:
+    """How rows are drawn."""
+    steps = getattr(config, "num_diffusion_steps", None)
+    return NoiseOptions(config.score_estimator, config.num_mc_samples, config.seed, spec.mask_token_id, steps)
+
+
+def choose_segment_rows(config: RunConfig, device: torch.device) -> int:
+    """Rows of one forward: ``--segment_rows``, or as many of the longest as keep a forward to a number of tokens."""
+    given = getattr(config, "segment_rows", 0)
+    return given or max(1, SEGMENT_TOKENS[device.type] // config.max_length)
+
+
+def for_generated_data(config: RunConfig) -> RunConfig:
+    """Generated problems are short; unless told otherwise, rows need not be long."""
+    if config.train_data or config.max_length != RunConfig.max_length:
+        return config
+    return replace(config, **GENERATED_LENGTHS)
+
+
+def save_final(folder: Path, engine: Engine, loaded: LoadedModel, card: str) -> None:
+    """Weights (or adapter), tokenizer and model card in the published layout. Every rank calls; rank 0 writes."""
+    weights = engine.full_state_dict()
+    if weights is None:
+        return
+    prefix = "model."  # of the scoring module that the engine holds
+    state = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    loaded.model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
+    loaded.tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(card)

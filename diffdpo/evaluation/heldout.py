@@ -1,0 +1,115 @@
+"""All that is measured on held-out data, before, during and after training."""
+
+from collections.abc import Sequence
+
+from data_pipeline.batch import PairBatch
+from diffdpo.config import RunConfig
+from diffdpo.engine.base import Engine
+from diffdpo.evaluation.answers import answer_length, exact_match, problems_of
+from diffdpo.evaluation.preferences import answer_losses, evaluate_preferences
+from diffdpo.models.load import LoadedModel
+from diffdpo.report import Evaluation
+from diffdpo.step.reference import Reference
+from diffdpo.step.train_step import NoiseOptions
+
+SAMPLING_TEMPERATURE = 1.0  # answers are drawn from the model's distribution, not its mode
+SAMPLING_SEED = 0
+
+
+class SampledAnswers:
+    """Held-out problems, answered by sampling and judged. No problems where the task is ``none``."""
+
+    def __init__(self, config: RunConfig, engine: Engine, loaded: LoadedModel, batches: Sequence[PairBatch]):
+        self.engine, self.loaded = engine, loaded
+        self.task = config.eval_task
+        if self.task == "auto":
+            self.task = "none" if config.train_data else "arithmetic"
+        self.problems = []
+        if batches and config.num_eval_problems and self.task != "none":
+            everyone = engine.world.gather(problems_of(batches, loaded.tokenizer, self.task))
+            unique = {problem.prompt: problem for part in everyone for problem in part}
+            # sorted: the same problems, with the same noise, for every number of ranks
+            self.problems = [unique[prompt] for prompt in sorted(unique)][: config.num_eval_problems]
+            self.length = max(engine.world.gather(answer_length(batches)))
+
+    def exact_match(self, when: str) -> dict[str, list[float]]:
+        """1 or 0 for each problem; nothing without problems."""
+        if not self.problems:
+            return {}
+        right, _ = exact_match(
+            self.loaded.model,
+            self.loaded.spec,
+            self.loaded.tokenizer,
+            self.problems,
+            self.task,
+            world=self.engine.world,
+            shared_forwards=self.engine.keeps_gradients_sharded,
+            gen_length=self.length,
+            temperature=SAMPLING_TEMPERATURE,
+            seed=SAMPLING_SEED,
+            title=f"answers {when}",
+        )
+        return {"exact_match": right.tolist()}
+
+
+class HeldOutPairs:
+    """The held-out batches of this rank with everything needed to judge a policy on them."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        reference: Reference,
+        noise: NoiseOptions,
+        batches: Sequence[PairBatch],
+        answers: SampledAnswers,
+        *,
+        beta: float,
+        segment_rows: int,
+    ):
+        self.engine, self.reference, self.noise, self.batches = engine, reference, noise, batches
+        self.answers, self.beta, self.segment_rows = answers, beta, segment_rows
+
+    def evaluate(self, when: str) -> Evaluation:
+        """Pairs and sampled answers."""
+        return Evaluation(self._values() | self.answers.exact_match(when))
+
+    def quick(self) -> dict[str, float]:
+        """Means over the pairs: what is cheap enough to measure during training."""
+        return Evaluation(self._values()).means()
+
+    def _values(self) -> dict[str, list[float]]:
+        if not self.batches:
+            return {}
+        report = evaluate_preferences(
+            self.engine, self.reference, self.batches, self.noise, beta=self.beta, segment_rows=self.segment_rows
+        )
+        return report.values()
+
+
+class HeldOutAnswers:
+    """The same for supervised training: the loss of right answers, and sampled ones."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        noise: NoiseOptions,
+        batches: Sequence[PairBatch],
+        answers: SampledAnswers,
+        *,
+        segment_rows: int,
+    ):
+        self.engine, self.noise, self.batches = engine, noise, batches
+        self.answers, self.segment_rows = answers, segment_rows
+
+    def evaluate(self, when: str) -> Evaluation:
+        """Losses and sampled answers."""
+        return Evaluation(self._values() | self.answers.exact_match(when))
+
+    def quick(self) -> dict[str, float]:
+        """Mean loss, and exact match: supervised runs are long, so this too can be afforded."""
+        return Evaluation(self._values() | self.answers.exact_match("so far")).means()
+
+    def _values(self) -> dict[str, list[float]]:
+        if not self.batches:
+            return {}
+        return {"loss": answer_losses(self.engine, self.batches, self.noise, segment_rows=self.segment_rows)}

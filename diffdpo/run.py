@@ -1,0 +1,133 @@
+"""The beginning and the end of a run, whatever it trains: its record is opened, and closed on every way out."""
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffdpo import __version__
+from diffdpo.build import Place, uses_deepspeed
+from diffdpo.config import RunConfig, read_ds_config, to_yaml
+from diffdpo.engine.base import Engine
+from diffdpo.memory.peak import peak_memory_gib
+from diffdpo.report import Evaluation, comparison, print_comparison, write_summary
+from diffdpo.tracking.journal import FILE, read_journal
+from diffdpo.tracking.mlflow_run import Shipped
+from diffdpo.tracking.run import Tracking, open_command, run_tags, tracking_uri
+
+
+def start_tracking(
+    config: RunConfig, place: Place, *, resume_step: int | None, extra: Mapping[str, Any]
+) -> Tracking | None:
+    """Write ``config.yaml``, ``ds_config.json`` and ``environment.json``; open the journal and MLflow. Rank 0 only."""
+    if not place.world.is_main:
+        return None
+    output_dir, uri = place.output_dir, tracking_uri(config.tracking_uri, place.output_dir)
+    (output_dir / "config.yaml").write_text(to_yaml(config))
+    ds_config = read_ds_config(Path(config.ds_config)) if uses_deepspeed(config) and config.ds_config else {}
+    (output_dir / "ds_config.json").write_text(json.dumps(ds_config, indent=1))
+    environment = {
+        "diffdpo": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": _device_name(place.world.device),
+        "processes": place.world.size,
+        "command": " ".join(sys.argv),
+        **extra,
+    }
+    (output_dir / "environment.json").write_text(json.dumps(environment, indent=1))
+    tracking = Tracking(output_dir, resume_step=resume_step)
+    if uri is not None:
+        params = {**asdict(config), **environment, "ds_config_json": json.dumps(ds_config)}
+        tracking.start_mlflow(Shipped(uri, config.experiment_name, place.run_name), params=params, tags=run_tags())
+    return tracking
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
+
+
+class Finish:
+    """How a run ends: what the user is told and what is written."""
+
+    def __init__(self, place: Place, tracking: Tracking | None):
+        self.place, self.tracking = place, tracking
+        self.status, self.started = "FAILED", time.time()
+        self.compared: dict[str, dict[str, Any]] = {}
+
+    def compare(self, before: Evaluation, after: Evaluation) -> dict[str, dict[str, Any]]:
+        """Before against after, on the same held-out items."""
+        self.compared = comparison(before, after)
+        return self.compared
+
+    def stopped(self, step: int) -> None:
+        """A signal ended the run early, with a checkpoint."""
+        self.status = "KILLED"
+        self.place.say(
+            f"stopped after step {step}, which is saved; go on with "
+            f"--output_dir {self.place.output_dir} --resume_from_checkpoint latest"
+        )
+
+    def completed(self, before: Evaluation, after: Evaluation, *, steps: int, engine: Engine) -> None:
+        """``summary.json``; the table is printed when the record is closed."""
+        self.status = "FINISHED"
+        peaks = engine.world.gather(peak_memory_gib(engine.world.device))
+        if self.tracking is None:
+            return
+        lines = [line for line in read_journal(self.place.output_dir / FILE) if "step_seconds" in line]
+        rates = {key: _mean(lines, key) for key in ("pairs_per_second", "answers_per_second", "tokens_per_second")}
+        summary = {
+            "run_name": self.place.run_name,
+            "steps": steps,
+            "seconds": round(time.time() - self.started, 1),
+            **{key: value for key, value in rates.items() if value is not None},
+            "peak_memory_gib": max(peaks),
+            "held_out": self.compare(before, after),
+        }
+        write_summary(self.place.output_dir, summary)
+
+    def close(self) -> None:
+        """Ship the rest to MLflow and tell where everything is."""
+        if self.tracking is None:
+            return
+        arrived = self.tracking.close(self.status)
+        if self.status != "FINISHED":
+            return
+        if self.compared:
+            print_comparison(self.compared)
+        output_dir = self.place.output_dir
+        print(f"files   {output_dir}  (final/, metrics.jsonl, summary.json, plots/curves.png)")
+        mlflow = self.tracking.mlflow
+        if mlflow is not None:
+            print(f"mlflow  run {mlflow.shipped.run_name} in experiment {mlflow.shipped.experiment}; see it with")
+            print(f"        {open_command(mlflow.shipped.tracking_uri)}")
+            if not arrived:
+                print(f"        NOT all of it arrived ({mlflow.error}); send the rest with")
+                print(f"        python -m diffdpo.tracking {output_dir}")
+
+
+def _mean(lines: list[dict[str, Any]], key: str) -> float | None:
+    """Mean rate over steps, each weighted by its time; the first step, which warms caches, is left out."""
+    usable = [line for line in (lines[1:] or lines) if line.get(key) is not None]
+    seconds = sum(line["step_seconds"] for line in usable)
+    return sum(line[key] * line["step_seconds"] for line in usable) / seconds if seconds else None
+
+
+@contextmanager
+def finish(place: Place, tracking: Tracking | None) -> Iterator[Finish]:
+    """The run's ``Finish``; its record is closed also when the body raises."""
+    end = Finish(place, tracking)
+    try:
+        yield end
+    except KeyboardInterrupt:
+        end.status = "KILLED"
+        raise
+    finally:
+        end.close()

@@ -1,0 +1,68 @@
+"""The record of a run on rank 0: the journal, and MLflow unless it is switched off."""
+
+import logging
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffdpo import __version__
+from diffdpo.tracking.journal import Journal
+from diffdpo.tracking.mlflow_run import STATE_FILE, MlflowRun, Shipped, check_tracking_uri
+from diffdpo.tracking.plots import plot_curves
+
+log = logging.getLogger(__name__)
+
+
+class Tracking:
+    """``journal`` is written by the loop; MLflow is fed from it in the background."""
+
+    def __init__(self, output_dir: Path, *, resume_step: int | None = None):
+        self.output_dir = output_dir
+        self.journal = Journal(output_dir, resume_step=resume_step)
+        self.mlflow: MlflowRun | None = None
+
+    def start_mlflow(self, shipped: Shipped, *, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+        """Begin a run, or go on with the one this folder already has."""
+        if (self.output_dir / STATE_FILE).exists():
+            shipped = Shipped.read(self.output_dir)
+        self.mlflow = MlflowRun(self.output_dir, shipped, params=params, tags=tags)
+        self.mlflow.start()
+
+    def close(self, status: str) -> bool:
+        """Draw the curves, ship what is left and the run's files, set the final status. True when all arrived."""
+        self.journal.close()
+        plot_curves(self.output_dir)
+        if self.mlflow is None:
+            return True
+        names = ("config.yaml", "environment.json", "ds_config.json", "summary.json", "metrics.jsonl")
+        artifacts = {name: ("", self.output_dir / name) for name in names}
+        artifacts["plots"] = ("plots", self.output_dir / "plots")
+        return self.mlflow.close(status, [pair for pair in artifacts.values() if pair[1].exists()])
+
+
+def tracking_uri(given: str | None, output_dir: Path) -> str | None:
+    """``--tracking_uri``, by default an sqlite file in the folder above the run's; None for ``none``."""
+    if given == "none":
+        return None
+    uri = given or f"sqlite:///{output_dir.parent / 'mlflow.db'}"
+    check_tracking_uri(uri)
+    return uri
+
+
+def run_tags() -> dict[str, str]:
+    """Versions, and the commit of the code where it is a git checkout."""
+    tags = {"diffdpo.version": __version__, "mlflow.source.name": "diffdpo"}
+    root = Path(__file__).parents[2]
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return tags  # installed from a wheel, or no git
+    return tags | {"mlflow.source.git.commit": commit}
+
+
+def open_command(uri: str) -> str:
+    """What shows the runs in a browser."""
+    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"

@@ -1,0 +1,19 @@
+"""Train a masked diffusion language model on answers (supervised), from scratch or from a checkpoint.
+
+Without options: the bundled arithmetic model's recipe is `--config recipes/sft_arithmetic.yaml`.
+"""
+
+from diffdpo.cli import run
+from diffdpo.config import SftConfig, parse_config
+
+
+def main(argv: list[str]) -> int:
+    """Parse first: a wrong flag must not wait for torch."""
+    config = parse_config(SftConfig, argv, __doc__ or "")
+    from diffdpo.sft import sft
+
+    return sft(config)
+
+
+if __name__ == "__main__":
+    run(main)
