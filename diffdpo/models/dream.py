@@ -18,20 +18,19 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 
-from diffdpo.errors import UserError
 from diffdpo.models.backbone import MaskedLM, initialise
 from diffdpo.models.layers import RMSNorm, RotaryTable, VocabularyHead, rotate
 from diffdpo.models.layout import Layout
+from diffdpo.models.published_config import PublishedConfig
 
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 REQUIRED = (*SHAPE, "vocab_size", "rms_norm_eps", "tie_word_embeddings")
 
 
-class DreamConfig(PreTrainedConfig):
+class DreamConfig(PublishedConfig):
     """The published `config.json` of Dream and DiffuCoder. Every field starts as None: a missing key is an error."""
 
     model_type = "Dream"
@@ -59,31 +58,27 @@ class DreamConfig(PreTrainedConfig):
 
     def check(self) -> "DreamConfig":
         """Raise UserError naming every missing or contradictory key; otherwise return self."""
-        name = f"{self.model_type} config"
-        missing = [key for key in REQUIRED if getattr(self, key, None) is None]
-        missing += ["rope_theta"] if self.rotary.get("rope_theta") is None else []
-        if missing:
-            raise UserError(f"{name} lacks {', '.join(missing)}: add the key(s) to config.json")
+        self.require(REQUIRED)
+        self.refuse([(self.rotary["rope_theta"] is None, "lacks rope_theta: add the key to config.json")])
         heads, groups, kind = self.num_attention_heads, self.num_key_value_heads, self.rotary["rope_type"]
-        rules = [
-            (self.hidden_act not in ("silu", None), f"has hidden_act={self.hidden_act!r}; supported: 'silu'"),
-            (self.attention_dropout, f"has attention_dropout={self.attention_dropout}; supported: 0.0"),
-            (self.use_sliding_window, "has use_sliding_window=true; supported: false"),
-            (kind not in ("default", "llama3"), f"has rotary scaling {kind!r}; supported: 'default', 'llama3'"),
-            (heads % groups, f"has num_attention_heads={heads}, not a multiple of num_key_value_heads={groups}"),
-            (
-                not self.head_dim and self.hidden_size % heads,
-                f"has hidden_size={self.hidden_size}, not a multiple of num_attention_heads={heads}",
-            ),
-            (self.head_size % 2, f"gives an odd head size {self.head_size}; rotary positions need an even one"),
-            (
-                (self.mask_token_id or 0) >= self.vocab_size,
-                f"has mask_token_id={self.mask_token_id} outside the vocabulary of {self.vocab_size}",
-            ),
-        ]
-        for wrong, message in rules:
-            if wrong:
-                raise UserError(f"{name} {message}")
+        self.refuse(
+            [
+                (self.hidden_act not in ("silu", None), f"has hidden_act={self.hidden_act!r}; supported: 'silu'"),
+                (self.attention_dropout, f"has attention_dropout={self.attention_dropout}; supported: 0.0"),
+                (self.use_sliding_window, "has use_sliding_window=true; supported: false"),
+                (kind not in ("default", "llama3"), f"has rotary scaling {kind!r}; supported: 'default', 'llama3'"),
+                (heads % groups, f"has num_attention_heads={heads}, not a multiple of num_key_value_heads={groups}"),
+                (
+                    not self.head_dim and self.hidden_size % heads,
+                    f"has hidden_size={self.hidden_size}, not a multiple of num_attention_heads={heads}",
+                ),
+                (self.head_size % 2, f"gives an odd head size {self.head_size}; rotary positions need an even one"),
+                (
+                    (self.mask_token_id or 0) >= self.vocab_size,
+                    f"has mask_token_id={self.mask_token_id} outside the vocabulary of {self.vocab_size}",
+                ),
+            ]
+        )
         return self
 
     @property

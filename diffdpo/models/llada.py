@@ -17,16 +17,24 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 
-from diffdpo.errors import UserError
 from diffdpo.models.backbone import MaskedLM, initialise
 from diffdpo.models.layers import RMSNorm, RotaryTable, VocabularyHead, rotate
 from diffdpo.models.layout import Layout
+from diffdpo.models.published_config import PublishedConfig
 
-SHAPE = ("d_model", "n_layers", "n_heads", "mlp_hidden_size", "vocab_size", "rope_theta", "rms_norm_eps")
+SHAPE = (
+    "d_model",
+    "n_layers",
+    "n_heads",
+    "mlp_hidden_size",
+    "vocab_size",
+    "embedding_size",
+    "rope_theta",
+    "rms_norm_eps",
+)
 REQUIRED = (*SHAPE, "weight_tying", "rope", "layer_norm_type", "activation_type", "block_type", "mask_token_id")
 # What this module computes; a config that says otherwise describes another model. Missing optional keys are fine
 # where the published code's default is the value given here, and required above where it is not.
@@ -48,7 +56,7 @@ SUPPORTED: dict[str, tuple] = {
 }
 
 
-class LLaDAConfig(PreTrainedConfig):
+class LLaDAConfig(PublishedConfig):
     """The published `config.json`. Every field starts as None: a missing key is an error, never another model."""
 
     model_type = "llada"
@@ -130,41 +138,39 @@ class LLaDAConfig(PreTrainedConfig):
 
     def check(self) -> "LLaDAConfig":
         """Raise UserError naming every missing or contradictory key; otherwise return self."""
-        missing = [key for key in REQUIRED if getattr(self, key, None) is None]
-        if missing:
-            raise UserError(f"LLaDA config lacks {', '.join(missing)}: add the key(s) to config.json")
-        for key, allowed in SUPPORTED.items():
-            found = getattr(self, key, None)
-            if found not in allowed:
-                raise UserError(f"LLaDA config has {key}={found!r}; supported: {allowed[0]!r}")
-        contradictions = [
-            (self.d_model % self.n_heads, f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}"),
-            (self.n_heads % self.kv_heads, f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.kv_heads}"),
-            ((self.d_model // self.n_heads) % 2, "the head size d_model/n_heads must be even for rotary positions"),
-            (
-                self.multi_query_attention and self.n_kv_heads not in (None, 1),
-                f"multi_query_attention=true contradicts n_kv_heads={self.n_kv_heads}",
-            ),
-            (
-                self.table_size < self.vocab_size,
-                f"embedding_size={self.embedding_size} < vocab_size={self.vocab_size}",
-            ),
-            (self.mask_token_id >= self.table_size, f"mask_token_id={self.mask_token_id} is outside the vocabulary"),
+        self.require(REQUIRED)
+        wrong = [
+            (key, getattr(self, key, None), allowed[0])
+            for key, allowed in SUPPORTED.items()
+            if getattr(self, key, None) not in allowed
         ]
-        for wrong, message in contradictions:
-            if wrong:
-                raise UserError(f"LLaDA config: {message}")
+        self.refuse((True, f"has {key}={found!r}; supported: {value!r}") for key, found, value in wrong)
+        heads, groups, many = self.n_heads, self.kv_heads, self.n_kv_heads not in (None, 1)
+        self.refuse(
+            [
+                (self.d_model % heads, f"has d_model={self.d_model}, not a multiple of n_heads={heads}"),
+                (heads % groups, f"has n_heads={heads}, not a multiple of n_kv_heads={groups}"),
+                (
+                    (self.d_model // heads) % 2,
+                    "gives an odd head size d_model/n_heads; rotary positions need an even one",
+                ),
+                (self.multi_query_attention and many, f"has multi_query_attention=true and n_kv_heads={groups}"),
+                (
+                    self.embedding_size < self.vocab_size,
+                    f"has embedding_size={self.embedding_size} < vocab_size={self.vocab_size}",
+                ),
+                (
+                    self.mask_token_id >= self.embedding_size,
+                    f"has mask_token_id={self.mask_token_id} outside the vocabulary",
+                ),
+            ]
+        )
         return self
 
     @property
     def kv_heads(self) -> int:
         """Key/value heads: `n_kv_heads`, 1 for multi-query, else as many as query heads."""
         return self.n_kv_heads or (1 if self.multi_query_attention else self.n_heads)
-
-    @property
-    def table_size(self) -> int:
-        """Rows of the embedding and of the head: the vocabulary with its padding."""
-        return self.embedding_size or self.vocab_size
 
 
 class LLaDABlock(nn.Module):
@@ -209,10 +215,10 @@ class LLaDAModel(nn.Module):
         scale = config.d_model**-0.5 if config.scale_logits else 1.0
         self.transformer = nn.ModuleDict(
             {
-                "wte": nn.Embedding(config.table_size, config.d_model),
+                "wte": nn.Embedding(config.embedding_size, config.d_model),
                 "blocks": nn.ModuleList(LLaDABlock(config) for _ in range(config.n_layers)),
                 "ln_f": RMSNorm(config.d_model, config.rms_norm_eps),
-                "ff_out": VocabularyHead(config.d_model, config.table_size, scale=scale),
+                "ff_out": VocabularyHead(config.d_model, config.embedding_size, scale=scale),
             }
         )
 

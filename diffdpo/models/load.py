@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Tokenizer
 from transformers.utils import logging as hf_logging
@@ -124,7 +125,7 @@ def make_spec(config: PreTrainedConfig, family: Family, tokenizer: PreTrainedTok
     """
     mask = _first_id(config.mask_token_id, tokenizer.mask_token_id)
     terminator = _first_id(config.eos_token_id, tokenizer.eos_token_id)
-    rows = getattr(config, "table_size", config.vocab_size)
+    rows = getattr(config, "embedding_size", config.vocab_size)
     if mask is None:
         raise UserError("neither config.json nor the tokenizer has a mask token: add mask_token_id to config.json")
     if terminator is None:
@@ -178,7 +179,7 @@ def _load_weights(name_or_path, family: Family, config, *, dtype: str, device: s
             quantization_config=quantization,
             output_loading_info=True,
         )
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot load the weights of {name_or_path!r}: {_first_line(error)}") from error
     finally:
         hf_logging.set_verbosity(verbosity)

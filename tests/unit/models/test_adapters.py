@@ -1,0 +1,105 @@
+import importlib.util
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import nn
+
+from diffdpo.errors import UserError
+from diffdpo.models.adapters import add_lora, merge, reference
+from diffdpo.models.backbone import native
+from diffdpo.models.load import load_model, save_model
+from diffdpo.scores.masked_log_probs import MaskedLogProbs
+
+
+@pytest.fixture
+def base(tmp_path, model, tokenizer):
+    save_model(model, tokenizer, tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+def scores(model, spec):
+    ids = torch.randint(3, 100, (2, 9), generator=torch.Generator().manual_seed(0))
+    where = torch.tensor([0, 0, 1]), torch.tensor([3, 5, 7]), torch.tensor([9, 10, 11])
+    return MaskedLogProbs(model, spec)(ids, torch.tensor([9, 8]), *where)
+
+
+def randomise(adapted):
+    generator = torch.Generator().manual_seed(3)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(0, 0.1, generator=generator)
+
+
+def test_default_targets_are_every_linear_of_a_block_and_never_the_head(base):
+    loaded = load_model(base)
+    adapted = add_lora(loaded.model, loaded.spec, r=2)
+    names = {name.split(".lora_A")[0] for name, _ in adapted.named_parameters() if "lora_A" in name}
+    assert len(names) == 2 * 7
+    assert sum(name.endswith("ff_out") for name in names) == 2
+    assert all(".blocks." in name for name in names)
+    assert all("lora_" in name for name, p in adapted.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True}, {"target_modules": r".*q_proj"}])
+def test_reference_is_the_base_and_merging_keeps_the_scores(base, options):
+    loaded = load_model(base, dtype="float64")
+    before = scores(loaded.model, loaded.spec)
+    adapted = add_lora(loaded.model, loaded.spec, r=4, **options)
+    assert torch.allclose(scores(adapted, loaded.spec), before, atol=1e-12)  # lora_B starts at zero
+    randomise(adapted)
+    moved = scores(adapted, loaded.spec)
+    assert not torch.allclose(moved, before, atol=1e-4)
+    with reference(adapted):
+        assert torch.equal(scores(adapted, loaded.spec), before)
+    assert torch.allclose(scores(merge(adapted), loaded.spec), moved, atol=1e-6)
+
+
+def test_saved_adapter_loads_with_plain_peft_and_through_load_model(base, tmp_path):
+    loaded = load_model(base)
+    adapted = add_lora(loaded.model, loaded.spec, r=4)
+    randomise(adapted)
+    save_model(adapted, loaded.tokenizer, tmp_path / "adapter")
+    expected = scores(adapted, loaded.spec)
+    keys = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert "base_model.model.model.transformer.blocks.0.ff_out.lora_A.weight" in keys
+    plain = PeftModel.from_pretrained(load_model(base).model, tmp_path / "adapter")
+    assert torch.equal(scores(plain, loaded.spec), expected)
+    again = load_model(str(tmp_path / "adapter"))
+    assert torch.equal(scores(again.model, again.spec), expected)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [("o_proj", "matches no linear"), ("(", "no regular expression"), (r".*ff_out", "matches the LM head")],
+)
+def test_targets_that_cannot_be_meant_are_errors(base, pattern, words):
+    loaded = load_model(base)
+    with pytest.raises(UserError, match=words):
+        add_lora(loaded.model, loaded.spec, target_modules=pattern)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_nf4_quantises_blocks_only_and_trains_adapters(base):
+    full = load_model(base, dtype="bfloat16")
+    loaded = load_model(base, dtype="bfloat16", load_in_4bit=True)
+    kinds = {name: type(module).__name__ for name, module in loaded.model.named_modules()}
+    linear = {name: kind for name, kind in kinds.items() if name.rsplit(".", 1)[-1] in ("q_proj", "ff_out")}
+    assert linear.pop("model.transformer.ff_out") == "VocabularyHead"
+    assert set(linear.values()) == {"Linear4bit"}
+    assert native(loaded.model).head.weight.dtype == torch.bfloat16
+    assert (scores(loaded.model, loaded.spec) - scores(full.model, full.spec)).abs().max() < 0.1
+    adapted = add_lora(loaded.model, loaded.spec, r=2)
+    scores(adapted, loaded.spec).sum().backward()
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    assert trained
+    assert all(p.grad is not None and p.dtype == torch.float32 for p in trained)
+    with pytest.raises(UserError, match="4-bit"):
+        merge(adapted)
+
+
+def test_hidden_layers_are_linear_after_merging(base):
+    loaded = load_model(base)
+    merged = merge(add_lora(loaded.model, loaded.spec, r=2))
+    assert type(merged.blocks[0].ff_out) is nn.Linear

@@ -1,0 +1,72 @@
+import pytest
+import torch
+
+from diffdpo.models.layers import RMSNorm, RotaryTable, VocabularyHead, rotate
+from diffdpo.models.token_log_probs import token_log_probs
+
+
+def test_hand_written_backwards_of_norm_and_rotation():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 2, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    norm = RMSNorm(8, 1e-5).double()
+    cos, sin = RotaryTable(8, 100.0)(torch.arange(6), 6, torch.float64)
+    assert torch.autograd.gradcheck(norm, (x,))
+    assert torch.autograd.gradcheck(lambda t: rotate(t, cos, sin), (x,))
+
+
+def test_rotary_table_grows_and_stays_the_same():
+    table = RotaryTable(8, 100.0)
+    short = table(torch.arange(3), 3, torch.float32)[0].clone()
+    assert torch.equal(table(torch.arange(50), 50, torch.float32)[0][:3], short)
+
+
+def test_norm_rounds_before_the_weight_as_published():
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    norm = RMSNorm(64, 1e-6).bfloat16()
+    torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    wide = x.float()
+    expected = norm.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).bfloat16()
+    assert torch.equal(norm(x), expected)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7, 100])
+@pytest.mark.parametrize("train_head", [True, False])
+@pytest.mark.parametrize("count", [0, 7])
+def test_chunked_head_equals_full_log_softmax(rows, train_head, count):
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(count, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 5, generator=generator, dtype=torch.float64, requires_grad=train_head)
+    target = torch.randint(0, 11, (count,), generator=generator)
+    scale = torch.randn(count, generator=generator, dtype=torch.float64)
+    leaves = [hidden, weight] if train_head else [hidden]
+    ours = token_log_probs(hidden, weight, target, logits_budget=rows * 11 * 8)
+    full = (hidden @ weight.T).log_softmax(-1).gather(-1, target[:, None]).squeeze(-1)
+    assert torch.allclose(ours, full, atol=1e-12)
+    expected = torch.autograd.grad((full * scale).sum(), leaves)
+    for a, b in zip(torch.autograd.grad((ours * scale).sum(), leaves), expected, strict=True):
+        assert torch.allclose(a, b, atol=1e-12)
+
+
+def test_no_matrix_above_the_budget_is_made():
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.dim() == 2 and out.shape[-1] == 1000:
+                largest = max(largest, out.numel() * out.element_size())
+            return out
+
+    hidden = torch.randn(64, 4, requires_grad=True)
+    head = VocabularyHead(4, 1000)
+    target = torch.zeros(64, dtype=torch.long)
+    with Watch():
+        head(hidden, target, logits_budget=8 * 1000 * 4).sum().backward()
+    assert 0 < largest <= 8 * 1000 * 4
+
+
+def test_extreme_logits_do_not_overflow():
+    weight = torch.tensor([[300.0], [-300.0]])
+    logp = token_log_probs(torch.ones(2, 1), weight, torch.tensor([0, 1]), logits_budget=None)
+    assert logp.tolist() == [0.0, -600.0]

@@ -1,0 +1,48 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffdpo.models.layout import Layout
+
+LENGTHS = [5, 9, 9, 1, 7]
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=12), st.floats(0, 1))
+@settings(max_examples=60, deadline=None)
+def test_every_token_is_in_the_stream_once_and_waste_is_bounded(lengths, max_waste):
+    width = max(lengths)
+    layout = Layout.packed(lengths, width, max_waste=max_waste)
+    stream = layout.index_N.tolist()
+    assert len(stream) == len(set(stream)) == len(layout)
+    real = {r * width + t for r, length in enumerate(lengths) for t in range(length)}
+    assert real <= set(stream)
+    assert len(stream) - len(real) <= max_waste * len(stream) + 1e-9
+    for row, length in enumerate(lengths):
+        start = int(layout.offset_R[row])
+        assert stream[start : start + length] == [row * width + t for t in range(length)]
+        assert layout.positions_N[start : start + length].tolist() == list(range(length))
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("max_waste", [0.0, 0.3, 1.0])
+def test_attention_of_a_row_ignores_its_neighbours(kv_heads, max_waste):
+    generator = torch.Generator().manual_seed(0)
+    layout = Layout.packed(LENGTHS, 9, max_waste=max_waste)
+    q, k, v = (
+        torch.randn(len(layout), heads, 8, generator=generator, dtype=torch.float64)
+        for heads in (4, kv_heads, kv_heads)
+    )
+    out = layout.attend(q, k, v)
+    for row, length in enumerate(LENGTHS):
+        part = slice(int(layout.offset_R[row]), int(layout.offset_R[row]) + length)
+        kr, vr = (t[part].repeat_interleave(4 // kv_heads, dim=1) for t in (k, v))
+        weights = torch.einsum("ihd,jhd->hij", q[part], kr).div(8**0.5).softmax(-1)
+        alone = torch.einsum("hij,jhd->ihd", weights, vr).flatten(1)
+        assert torch.allclose(out[part], alone, atol=1e-12)
+
+
+def test_an_empty_row_counts_as_one_token_and_gives_no_nan():
+    layout = Layout.padded([0, 3], 4)
+    x = torch.ones(len(layout), 2, 4)
+    assert layout.attend(x, x, x).isfinite().all()
