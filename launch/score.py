@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from diffdpo.cli import Parser, run
 from diffdpo.errors import UserError
@@ -123,7 +123,7 @@ def finished_ids(path: Path, settings: dict) -> set[str]:
 def score_all(args, records: Iterator, out: IO[str]) -> tuple[int, list]:
     """Write a line a record; (how many, what the encoder left out)."""
     from data_pipeline.encode import Drop, Encoder
-    from diffdpo.scores.offline import ScoreSettings, as_line, batches, encoded, score_pairs
+    from diffdpo.evaluation.score_pairs import ScoreSettings, as_line, batches, encoded, score_pairs
 
     models, spec, tokenizer = load_models(args)
     limits = {"max_length": args.max_length, "max_prompt_length": args.max_prompt_length}
@@ -146,17 +146,19 @@ def score_all(args, records: Iterator, out: IO[str]) -> tuple[int, list]:
     return count, dropped
 
 
-def load_models(args) -> tuple[list, object, object]:
+def load_models(args) -> tuple[list, Any, Any]:
     """The model, and the reference if one is named, ready to score."""
     import torch
 
+    from diffdpo.build import BUNDLED_MODEL
     from diffdpo.models.load import load_model
     from diffdpo.scores.masked_log_probs import MaskedLogProbs
 
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {device}: no GPU is to be found here; use --device cpu")
-    names = [args.model_name_or_path] + ([args.ref_model_name_or_path] if args.ref_model_name_or_path else [])
+    names = [args.model_name_or_path or str(BUNDLED_MODEL)]
+    names += [args.ref_model_name_or_path] if args.ref_model_name_or_path else []
     loaded = [load_model(name, dtype=args.dtype, device=device) for name in names]
     if len(loaded) == 2 and loaded[0].tokenizer.get_vocab() != loaded[1].tokenizer.get_vocab():
         raise UserError("--ref_model_name_or_path has another vocabulary than the model; their scores do not compare")

@@ -1,6 +1,6 @@
 """Scoring outside training: batches of pairs under one model, or under two with shared noise. No gradients.
 
-Shape suffixes: R rows, B pairs, 2 sides.
+Shape suffixes: R rows, B pairs, 2 sides (0 chosen, 1 rejected).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,9 +14,10 @@ from data_pipeline.encode import Drop, Encoder, TokenPair
 from data_pipeline.records import Record
 from diffdpo.errors import UserError
 from diffdpo.noise.estimators import MAX_EXACT_LENGTH
-from diffdpo.noise.rows import NoisyRows, noisy_rows
-from diffdpo.scores.fold import PairScores, fold, row_scores
+from diffdpo.noise.rows import noisy_rows
+from diffdpo.scores.fold import PairScores, fold
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
+from diffdpo.step.backward import score_rows
 
 
 @dataclass(frozen=True)
@@ -29,18 +30,6 @@ class ScoreSettings:
     mask_token_id: int
     num_diffusion_steps: int | None = None
     segment_rows: int = 64
-
-
-@torch.no_grad()
-def forward_rows(model: MaskedLogProbs, rows: NoisyRows, segment_rows: int) -> torch.Tensor:
-    """f_R of all rows on the CPU, ``segment_rows`` in one forward, on the device of the model."""
-    device = next(model.parameters()).device
-    scores = []
-    for start in range(0, len(rows), segment_rows):
-        part = rows.segment(start, start + segment_rows).to(device)
-        logp_M = model(part.input_ids_RT, part.lengths_R, part.row_M, part.position_M, part.target_M)
-        scores.append(row_scores(logp_M, part).cpu())
-    return torch.cat(scores)
 
 
 def score_pairs(
@@ -61,7 +50,8 @@ def score_pairs(
         mask_token_id=settings.mask_token_id,
         num_diffusion_steps=settings.num_diffusion_steps,
     )
-    f = [forward_rows(model, rows, settings.segment_rows) for model in models]
+    rows = rows.to(next(models[0].parameters()).device)
+    f = [score_rows(model, rows, segment_rows=settings.segment_rows) for model in models]
     ratio = fold(f[0] - f[1], rows) if len(f) == 2 else None
     return [fold(f_R, rows) for f_R in f], ratio
 
