@@ -23,7 +23,7 @@ from diffdpo.models.dream import (
     Qwen3DiffusionConfig,
 )
 from diffdpo.models.llada import LLaDAConfig, LLaDAModelLM
-from diffdpo.models.quantize import nf4_config
+from diffdpo.models.quantize import keep_training_kernels, nf4_config
 from diffdpo.models.spec import DECODER_LORA_TARGETS, LLADA_LORA_TARGETS, FamilySpec
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
@@ -187,6 +187,8 @@ def _load_weights(name_or_path, family: Family, config, *, dtype: str, device: s
         if report[what]:
             names = sorted(str(key) for key in report[what])
             raise UserError(f"{name_or_path!r}: {len(names)} {what.replace('_', ' ')}, first {names[0]}")
+    if load_in_4bit and device == "cpu":
+        keep_training_kernels(model)
     return model
 
 

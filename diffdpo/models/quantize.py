@@ -30,3 +30,14 @@ def head_name(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> s
     with torch.device("meta"):
         model = model_class(config)
     return next(name for name, module in model.named_modules() if module is model.head)
+
+
+def keep_training_kernels(model: PreTrainedModel) -> None:
+    """Stop bitsandbytes from repacking CPU weights in place at their first forward without gradient.
+
+    Its packed CPU kernel (processors with AVX512-BF16) cannot be differentiated and rounds differently, so the
+    reference and the policy would no longer be the same numbers; it also needs layer sizes divisible by 64.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False

@@ -91,7 +91,11 @@ def test_nf4_quantises_blocks_only_and_trains_adapters(base):
     assert native(loaded.model).head.weight.dtype == torch.bfloat16
     assert (scores(loaded.model, loaded.spec) - scores(full.model, full.spec)).abs().max() < 0.1
     adapted = add_lora(loaded.model, loaded.spec, r=2)
-    scores(adapted, loaded.spec).sum().backward()
+    with torch.no_grad(), reference(adapted):
+        frozen = scores(adapted, loaded.spec)
+    policy = scores(adapted, loaded.spec)
+    assert torch.equal(policy, frozen)  # the first step's loss is exactly ln 2
+    policy.sum().backward()
     trained = [p for p in adapted.parameters() if p.requires_grad]
     assert trained
     assert all(p.grad is not None and p.dtype == torch.float32 for p in trained)
