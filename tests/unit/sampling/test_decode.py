@@ -1,0 +1,204 @@
+import dataclasses
+
+import pytest
+import torch
+
+from diffdpo.errors import UserError
+from diffdpo.models.llada import LLaDAConfig, LLaDAModelLM
+from diffdpo.models.spec import LLADA_LORA_TARGETS, FamilySpec
+from diffdpo.sampling.decode import Decoding, sample
+
+MASK, EOS, VOCAB = 59, 1, 60
+SPEC = FamilySpec("llada", MASK, EOS, EOS, "LLaDABlock", LLADA_LORA_TARGETS)
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [3] * 9]
+SMALL = {"gen_length": 16, "steps": 16, "block_length": 8}
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LLaDAConfig.create(
+        d_model=32, n_layers=2, n_heads=4, vocab_size=VOCAB, mask_token_id=MASK, eos_token_id=EOS, pad_token_id=EOS
+    )
+    model = LLaDAModelLM(config).double()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(6)
+    return model
+
+
+@torch.no_grad()
+def plain_sample(model, prompt, *, gen_length, steps, block_length, cfg_scale=0.0, shift=0):
+    """LLaDA's published procedure, one prompt, greedy: full logits every step, everything recomputed."""
+    x = torch.tensor([prompt + [MASK] * gen_length])
+    blocks = gen_length // block_length
+    per_block = steps // blocks
+    for block in range(blocks):
+        stop = len(prompt) + (block + 1) * block_length
+        base, extra = divmod(block_length, per_block)
+        for step in range(per_block):
+            logits = model(x).logits[0]
+            if cfg_scale:
+                blank = x.clone()
+                blank[0, : len(prompt)] = MASK
+                free = model(blank).logits[0]
+                logits = free + (cfg_scale + 1) * (logits - free)
+            logits[:, MASK] = -torch.inf
+            logits = logits.roll(shift, dims=0)
+            confidence, token = logits.softmax(-1).max(-1)
+            masked = x[0] == MASK
+            masked[stop:] = False
+            confidence[~masked] = -torch.inf
+            for position in confidence.topk(base + (step < extra)).indices:
+                x[0, position] = token[position]
+    answer = x[0, len(prompt) :].tolist()
+    return answer[: answer.index(EOS)] if EOS in answer else answer
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize(
+    "options",
+    [SMALL, SMALL | {"steps": 4}, SMALL | {"steps": 6}, SMALL | {"cfg_scale": 1.5}, SMALL | {"block_length": 16}],
+)
+def test_greedy_answers_are_those_of_the_published_procedure(model, options, shift):
+    spec = dataclasses.replace(SPEC, logit_shift=shift)
+    expected = [plain_sample(model, prompt, **options, shift=shift) for prompt in PROMPTS]
+    assert sample(model, spec, PROMPTS, **options) == expected
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.5, "cfg_scale": 1.0},
+        {"remasking": "random"},
+        {"remasking": "entropy", "temperature": 0.7},
+        {"remasking": "top_margin"},
+        {"threshold": 0.3, "temperature": 1.0},
+        {"block_cache": True, "cfg_scale": 0.5, "temperature": 1.0},
+    ],
+)
+@pytest.mark.parametrize("shift", [0, 1])
+def test_answers_do_not_depend_on_the_batch(model, options, shift):
+    spec = dataclasses.replace(SPEC, logit_shift=shift)
+    options = SMALL | options
+    together = sample(model, spec, PROMPTS, seed=7, **options)
+    assert together == sample(model, spec, PROMPTS, seed=7, batch_size=2, **options)
+    seeds = [11, 12, 13]
+    alone = [sample(model, spec, [p], seed=[s], **options)[0] for p, s in zip(PROMPTS, seeds, strict=True)]
+    assert sample(model, spec, PROMPTS, seed=seeds, **options) == alone
+
+
+def test_seed_and_temperature_matter(model):
+    same, other = (sample(model, SPEC, PROMPTS, seed=seed, temperature=1.0, **SMALL) for seed in (0, 1))
+    assert same == sample(model, SPEC, PROMPTS, seed=0, temperature=1.0, **SMALL)
+    assert same != other
+    twins = sample(model, SPEC, [PROMPTS[0]] * 2, temperature=1.0, **SMALL)
+    assert twins[0] != twins[1]
+
+
+def test_block_cache_with_one_step_a_block_is_exact(model):
+    options = SMALL | {"steps": 2}
+    assert sample(model, SPEC, PROMPTS, block_cache=True, **options) == sample(model, SPEC, PROMPTS, **options)
+
+
+def test_cache_equals_a_full_forward_when_the_block_is_everything_that_changes(model):
+    """One layer: keys and values of the rest do not depend on the block, so the cache is exact."""
+    config = LLaDAConfig.create(
+        d_model=32, n_layers=1, n_heads=4, vocab_size=VOCAB, mask_token_id=MASK, eos_token_id=EOS, pad_token_id=EOS
+    )
+    torch.manual_seed(1)
+    shallow = LLaDAModelLM(config).double()
+    for shift in (0, 1):
+        spec = dataclasses.replace(SPEC, logit_shift=shift)
+        for cfg_scale in (0.0, 1.0):
+            options = SMALL | {"cfg_scale": cfg_scale, "temperature": 1.0}
+            plain, cached = (sample(shallow, spec, PROMPTS, block_cache=on, **options) for on in (False, True))
+            assert plain == cached
+
+
+def test_threshold_takes_fewer_forwards_and_one_near_one_is_sequential(model):
+    forwards = []
+    handle = model.final_norm.register_forward_hook(lambda *_: forwards.append(1))
+    counts = []
+    for threshold in (None, 0.999999999, 0.05):
+        forwards.clear()
+        sample(model, SPEC, PROMPTS[:1], on_eos="forbid", threshold=threshold, **SMALL)
+        counts.append(len(forwards))
+    handle.remove()
+    assert counts[0] == counts[1] == 16
+    assert counts[2] < 16
+
+
+def test_mask_is_never_an_answer_and_eos_can_be_forbidden(model):
+    for temperature in (0.0, 2.0):
+        answers = sample(model, SPEC, PROMPTS, temperature=temperature, on_eos="forbid", **SMALL)
+        assert all(len(answer) == 16 and MASK not in answer and EOS not in answer for answer in answers)
+
+
+def test_forced_terminator_ends_the_answer_early(model):
+    class AlwaysEnd(torch.nn.Module):
+        calls = 0
+
+        def forward(self, hidden):
+            AlwaysEnd.calls += 1
+            logits = torch.zeros(len(hidden), VOCAB, dtype=hidden.dtype)
+            logits[:, EOS] = 5.0
+            return logits
+
+    head = model.model.transformer["ff_out"]
+    model.model.transformer["ff_out"] = AlwaysEnd()
+    try:
+        assert sample(model, SPEC, PROMPTS, **SMALL) == [[], [], []]
+        assert AlwaysEnd.calls < 16
+    finally:
+        model.model.transformer["ff_out"] = head
+
+
+def test_on_step_shows_the_canvas_filling(model):
+    seen = {}
+    answers = sample(
+        model, SPEC, PROMPTS, batch_size=2, on_step=lambda i, tokens: seen.setdefault(i, []).append(tokens), **SMALL
+    )
+    assert set(seen) == {0, 1, 2}
+    for i, frames in seen.items():
+        masks = [frame.count(MASK) for frame in frames]
+        assert masks == sorted(masks, reverse=True)
+        assert frames[-1][: len(answers[i])] == answers[i]
+
+
+def test_training_mode_is_restored_and_no_prompts_no_answers(model):
+    model.train()
+    assert sample(model, SPEC, [], **SMALL) == []
+    assert model.training
+    model.eval()
+
+
+def test_reveal_counts_are_even_with_the_remainder_first():
+    assert Decoding(gen_length=16, steps=6, block_length=8).reveal_counts() == [3, 3, 2]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"gen_length": 0}, "gen_length is 0"),
+        ({"block_length": 7}, "block_length 7 must divide"),
+        ({"steps": 3}, "multiple of the 4 blocks"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"cfg_scale": -1.0}, "cfg_scale"),
+        ({"remasking": "best"}, "low_confidence, top_margin, entropy, random"),
+        ({"threshold": 1.5}, "between 0 and 1"),
+        ({"threshold": 0.9, "remasking": "entropy"}, "threshold needs"),
+        ({"on_eos": "never"}, "allow, last, forbid"),
+    ],
+)
+def test_user_errors(model, options, words):
+    with pytest.raises(UserError, match=words):
+        sample(model, SPEC, PROMPTS, **options)
+
+
+def test_shifted_models_need_a_prompt_and_seeds_must_match(model):
+    with pytest.raises(UserError, match="empty prompt"):
+        sample(model, dataclasses.replace(SPEC, logit_shift=1), [[]], **SMALL)
+    with pytest.raises(UserError, match="2 seeds for 3 prompts"):
+        sample(model, SPEC, PROMPTS, seed=[1, 2], **SMALL)
