@@ -71,9 +71,8 @@ def check(args) -> None:
 
 def identity(args) -> dict:
     """The settings that scores in one file must share."""
-    names = ("model_name_or_path", "ref_model_name_or_path", "score_estimator", "num_mc_samples")
-    names += ("num_diffusion_steps", "seed", "max_length", "max_prompt_length", "dtype")
-    return {name: getattr(args, name) for name in names}
+    names = "model_name_or_path ref_model_name_or_path score_estimator num_mc_samples num_diffusion_steps seed"
+    return {name: getattr(args, name) for name in f"{names} max_length max_prompt_length dtype".split()}
 
 
 def read_records(source: str) -> Iterator:

@@ -1,0 +1,135 @@
+"""Shared by the benchmarks of scores: two models that differ, pairs of a wanted length, many draws of their scores.
+
+Shape suffixes: D draws, 2 sides (0 chosen, 1 rejected).
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count, islice
+
+import numpy as np
+import torch
+
+from data_pipeline.batch import collate
+from data_pipeline.encode import TokenAnswer, TokenPair
+from data_pipeline.generate import generate_pairs
+from diffdpo.build import BUNDLED_MODEL
+from diffdpo.losses.preference import preference_loss
+from diffdpo.models.load import load_model
+from diffdpo.noise.estimators import draw_plan
+from diffdpo.noise.plan import NoiseKey, NoisePlan
+from diffdpo.noise.rows import NoisyRows, noisy_rows, rows_of_plans
+from diffdpo.scores.fold import fold
+from diffdpo.scores.masked_log_probs import MaskedLogProbs
+from diffdpo.step.backward import forward_rows, score_rows
+
+Planner = Callable[[int, NoiseKey], NoisePlan]
+
+
+@dataclass(frozen=True)
+class Models:
+    """Policy and reference, and how text becomes tokens."""
+
+    policy: MaskedLogProbs
+    reference: MaskedLogProbs
+    encode: Callable[[str], list[int]]
+    mask_token_id: int
+    terminator_id: int
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.policy.parameters()).device
+
+
+def load_models(policy: str | None, reference: str | None, *, dpo_steps: int, device: str, seed: int) -> Models:
+    """The named models (None: the bundled one). With one model only, the policy is it after ``dpo_steps`` of DPO."""
+    first = load_model(reference or policy or str(BUNDLED_MODEL), device=device)
+    models = Models(
+        MaskedLogProbs(copy.deepcopy(first.model), first.spec),
+        MaskedLogProbs(first.model.requires_grad_(False), first.spec),
+        lambda text: first.tokenizer(text, add_special_tokens=False)["input_ids"],
+        first.spec.mask_token_id,
+        first.spec.terminator_id,
+    )
+    if policy and reference:
+        return Models(
+            MaskedLogProbs(load_model(policy, device=device).model, first.spec),
+            *(models.reference, models.encode, models.mask_token_id, models.terminator_id),
+        )
+    train(models, steps=dpo_steps, seed=seed)
+    return models
+
+
+def train(models: Models, *, steps: int, seed: int, pairs_a_step: int = 8, learning_rate: float = 5e-5) -> None:
+    """A little DPO, all parameters, so that policy and reference differ as they do in a run."""
+    optimizer = torch.optim.AdamW(models.policy.parameters(), lr=learning_rate, weight_decay=0.0)
+    records = natural_pairs(models, seed=seed + 1)
+    for step in range(steps):
+        pairs = list(islice(records, pairs_a_step))
+        batch = collate(pairs, pad_id=0, epoch=0, step=step, micro=0, last_micro=True)
+        options = {"estimator": "mask_count_mirror", "num_samples": 2, "seed": seed}
+        rows = noisy_rows(batch, mask_token_id=models.mask_token_id, **options).to(models.device)
+        reference = fold(score_rows(models.reference, rows, segment_rows=0), rows)
+        scores = fold(forward_rows(models.policy, rows), rows)
+        loss = preference_loss(
+            "sigmoid", policy_B2=scores.score_B2, reference_B2=reference.score_B2, tokens_B2=scores.tokens_B2
+        ).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(models.policy.parameters(), 1.0)
+        optimizer.step()
+
+
+def natural_pairs(models: Models, *, seed: int) -> Iterator[TokenPair]:
+    """Generated arithmetic pairs as they are, without end."""
+    for record in generate_pairs(10**9, seed=seed):
+        prompt = models.encode(record["prompt"])
+        sides = ([*models.encode(record[side]), models.terminator_id] for side in ("chosen", "rejected"))
+        yield TokenPair(record["id"], *(answer(prompt, ids) for ids in sides))
+
+
+def pairs_of_length(models: Models, length: int, *, number: int, seed: int) -> list[TokenPair]:
+    """Pairs whose answers have exactly ``length`` tokens: cut if longer, joined from several problems if shorter."""
+    records = generate_pairs(10**9, seed=seed, split="eval")
+    found = []
+    for index in islice(count(), number):
+        prompt, chosen, rejected = "", list[int](), list[int]()
+        while min(len(chosen), len(rejected)) < length:
+            record = next(records)
+            prompt += record["prompt"]
+            chosen += models.encode(record["chosen"] + "\n")
+            rejected += models.encode(record["rejected"] + "\n")
+        ids = models.encode(prompt)
+        found.append(TokenPair(f"L{length}-{index}", answer(ids, chosen[:length]), answer(ids, rejected[:length])))
+    return found
+
+
+def answer(prompt: list[int], ids: list[int]) -> TokenAnswer:
+    return TokenAnswer(np.array([*prompt, *ids], dtype=np.int32), len(prompt))
+
+
+def planner(estimator: str, num_samples: int, **options) -> Planner:
+    """Plans of a named estimator."""
+    return lambda length, key: draw_plan(estimator, length=length, num_samples=num_samples, key=key, **options)
+
+
+def drawn_rows(models: Models, pair: TokenPair, plan: Planner, draws: range, *, seed: int) -> NoisyRows:
+    """Rows of a pair under each of the draws, as if each draw were a pair of its own."""
+    pairs = [TokenPair(str(draw), pair.chosen, pair.rejected) for draw in draws]
+    batch = collate(pairs, pad_id=0, epoch=0, step=0, micro=0, last_micro=True)
+
+    def of(length: int, draw: str, side: int) -> NoisePlan:
+        return plan(length, NoiseKey(seed, 0, pair.id, side, int(draw)))
+
+    return rows_of_plans(batch, of, empty_rows=1, mask_token_id=models.mask_token_id).to(models.device)
+
+
+def drawn_scores(
+    models: Models, pair: TokenPair, plan: Planner, draws: range, *, seed: int, segment_rows: int = 64
+) -> tuple[np.ndarray, np.ndarray]:
+    """(policy, reference) scores [D, 2] of a pair under each of the draws, noise shared."""
+    rows = drawn_rows(models, pair, plan, draws, seed=seed)
+    both = (models.policy, models.reference)
+    scores = [fold(score_rows(model, rows, segment_rows=segment_rows), rows).score_B2 for model in both]
+    return scores[0].double().cpu().numpy(), scores[1].double().cpu().numpy()
