@@ -86,6 +86,9 @@ def load_model(
 
 def read_config(name_or_path: str) -> tuple[Family, PreTrainedConfig]:
     """The family and checked config of a checkpoint; no weights are read."""
+    looks_local = name_or_path.startswith(("/", ".", "~")) or name_or_path.count("/") > 1
+    if looks_local and not Path(name_or_path).is_dir():
+        raise UserError(f"no model config at {name_or_path!r}: there is no such folder")
     try:
         raw, _ = PreTrainedConfig.get_config_dict(name_or_path)
     except (OSError, ValueError) as error:
