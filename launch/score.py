@@ -161,7 +161,7 @@ def load_models(args) -> tuple[list, Any, Any]:
     loaded = [load_model(name, dtype=args.dtype, device=device) for name in names]
     if len(loaded) == 2 and loaded[0].tokenizer.get_vocab() != loaded[1].tokenizer.get_vocab():
         raise UserError("--ref_model_name_or_path has another vocabulary than the model; their scores do not compare")
-    return [MaskedLogProbs(one.model.eval(), one.spec) for one in loaded], loaded[0].spec, loaded[0].tokenizer
+    return [MaskedLogProbs(one.model, one.spec).eval() for one in loaded], loaded[0].spec, loaded[0].tokenizer
 
 
 if __name__ == "__main__":

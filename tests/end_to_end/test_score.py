@@ -1,0 +1,151 @@
+"""launch/score.py as a user meets it: lines out, resumption, comparison of two models, one line for a mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffdpo.errors import UserError
+from diffdpo.models.from_scratch import new_model, train_tokenizer
+from diffdpo.models.load import save_model
+from launch import score
+
+ROOT = Path(__file__).parents[2]
+PAIRS = [
+    {"id": "a", "prompt": "2 + 3 =", "chosen": " 5", "rejected": " 6"},
+    {"id": "b", "prompt": "Say yes.", "chosen": "Yes", "rejected": "No, why?"},
+    {"id": "c", "prompt": "x", "chosen": "y", "rejected": "zz"},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Two models of one tokenizer, and a file of pairs."""
+    folder = tmp_path_factory.mktemp("score")
+    tokenizer = train_tokenizer([record["prompt"] for record in PAIRS], vocab_size=280)
+    for name, seed in (("model", 0), ("other", 1)):
+        save_model(
+            new_model(tokenizer, width=16, layers=1, heads=2, seed=seed, max_length=64), tokenizer, folder / name
+        )
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in PAIRS))
+    return folder
+
+
+def lines(capsys, folder: Path, *flags: str) -> list[dict]:
+    score.main(["--model_name_or_path", str(folder / "model"), "--pairs", str(folder / "pairs.jsonl"), *flags])
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_a_line_a_pair(folder, capsys):
+    found = lines(capsys, folder, "--num_mc_samples", "4")
+    assert [line["id"] for line in found] == ["a", "b", "c"]
+    for line in found:
+        for side in ("chosen", "rejected"):
+            assert set(line[side]) == {"score", "stderr", "tokens"}
+            assert line[side]["score"] < 0 < line[side]["stderr"] and line[side]["tokens"] >= 2
+
+
+def test_sampled_scores_agree_with_exact_ones(folder, capsys):
+    exact = lines(capsys, folder, "--score_estimator", "exact")[0]["chosen"]
+    sampled = lines(capsys, folder, "--score_estimator", "mask_count", "--num_mc_samples", "400")[0]["chosen"]
+    assert exact["stderr"] == 0
+    assert abs(exact["score"] - sampled["score"]) < 4 * sampled["stderr"] + 1e-4
+
+
+def test_scores_do_not_depend_on_how_they_are_batched(folder, capsys):
+    one = lines(capsys, folder, "--batch_size", "1", "--segment_rows", "3", "--num_mc_samples", "5")
+    all_at_once = lines(capsys, folder, "--num_mc_samples", "5")
+    for a, b in zip(one, all_at_once, strict=True):
+        assert a["rejected"]["score"] == pytest.approx(b["rejected"]["score"], rel=1e-5)
+    other_seed = lines(capsys, folder, "--num_mc_samples", "5", "--seed", "1")
+    assert other_seed[1]["rejected"]["score"] != all_at_once[1]["rejected"]["score"]
+
+
+def test_one_sample_has_no_standard_error(folder, capsys):
+    assert lines(capsys, folder, "--num_mc_samples", "1")[0]["chosen"]["stderr"] is None
+
+
+def test_a_model_against_itself_has_no_reward_and_against_another_the_difference(folder, capsys):
+    same = lines(capsys, folder, "--ref_model_name_or_path", str(folder / "model"))
+    assert all(line[side]["log_ratio"] == line[side]["log_ratio_stderr"] == 0 for line in same for side in ("chosen",))
+    for line in lines(capsys, folder, "--ref_model_name_or_path", str(folder / "other")):
+        side = line["rejected"]
+        assert side["log_ratio"] == pytest.approx(side["score"] - side["reference_score"], abs=1e-4)
+        assert side["log_ratio"] != 0
+
+
+def test_output_resumes_after_a_torn_line(folder, capsys, tmp_path):
+    output = tmp_path / "scores.jsonl"
+    assert lines(capsys, folder, "--output", str(output)) == []
+    whole = output.read_bytes()
+    first, second, _ = whole.splitlines(keepends=True)
+    output.write_bytes(first + second[:20])
+    lines(capsys, folder, "--output", str(output))
+    assert output.read_bytes() == whole
+    lines(capsys, folder, "--output", str(output))
+    assert output.read_bytes() == whole
+
+
+def test_output_refuses_other_settings_and_files_it_did_not_write(folder, capsys, tmp_path):
+    output = tmp_path / "scores.jsonl"
+    lines(capsys, folder, "--output", str(output))
+    with pytest.raises(UserError, match="--seed 0"):
+        lines(capsys, folder, "--output", str(output), "--seed", "1")
+    stranger = tmp_path / "notes.txt"
+    stranger.write_text("mine\n")
+    with pytest.raises(UserError, match="may hold anything"):
+        lines(capsys, folder, "--output", str(stranger))
+    assert stranger.read_text() == "mine\n"
+
+
+def test_exact_names_the_record_that_is_too_long(folder, capsys, tmp_path):
+    record = {"id": "long-one", "prompt": "p", "chosen": "abcdefghijklmnopq", "rejected": "b"}
+    (tmp_path / "long.jsonl").write_text(json.dumps(record) + "\n")
+    with pytest.raises(UserError, match="long-one"):
+        lines(capsys, folder, "--pairs", str(tmp_path / "long.jsonl"), "--score_estimator", "exact")
+
+
+def command(*flags: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "launch" / "score.py"), *flags], capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        ((), "--pairs"),
+        (("--pairs", "nowhere.jsonl"), "nowhere.jsonl"),
+        (("--pairs", "x", "--score_estimator", "elbo"), "mask_count_mirror"),
+        (("--pairs", "x", "--num_mc_samples", "0"), "at least 1"),
+        (("--pairs", "x", "--num_mc", "4"), "unrecognized"),
+        (("--pairs", "x", "--batch_size", "0"), "--batch_size"),
+        (("--pairs", "x", "--output", "no/such/folder/f"), "no folder"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(flags, word):
+    done = command(*flags)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1 and word in done.stderr and done.stdout == ""
+
+
+def test_help_imports_no_torch():
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = [{str(ROOT / 'launch' / 'score.py')!r}, '--help']\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as stop:\n    assert stop.code == 0\n"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "--score_estimator" in done.stdout
+
+
+def test_models_are_in_eval_mode(folder):
+    args = score.build_parser().parse_args(["--pairs", "x", "--model_name_or_path", str(folder / "model")])
+    models, _, _ = score.load_models(args)
+    assert not models[0].training and next(models[0].parameters()).dtype == torch.float32
