@@ -124,7 +124,7 @@ PROBLEM_KINDS: dict[str, Callable[[np.random.Generator, int], Problem]] = {
     "times": _times,
     "change": _change,
 }
-LARGEST_NUMBER = {"easy": 10, "medium": 30, "hard": 90}  # of the numbers drawn freely, by difficulty
+LARGEST_NUMBER = {"easy": 10, "medium": 20, "hard": 90}  # of the numbers drawn freely, by difficulty
 
 
 def _with_third_step(problem: Problem, rng: np.random.Generator, top: int) -> Problem:

@@ -5,7 +5,9 @@ Shape suffixes: B pairs of the micro-batch, 2 sides (0 chosen, 1 rejected), T lo
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
 from data_pipeline.encode import TokenPair
@@ -44,10 +46,25 @@ class PairBatch:
     dropped: tuple[Fault, ...] = ()  # by policy (over-long, ...): counted apart, no fault of the data
     truncated: int = 0  # pairs of which something was cut
 
+    def __reduce__(self):
+        """Pickled as numpy arrays, ids in 32 bits: as tensors they would travel from worker to trainer by one file
+        descriptor each, which costs more than their 20 kB; and several batches fit into the pipe between the two."""
+        small = (self.input_ids_B2T, self.lengths_B2, self.prompt_lengths_B2)
+        arrays = (*(tensor.to(torch.int32).numpy() for tensor in small), self.weight_B2.numpy())
+        rest = (self.ids, self.epoch, self.step, self.micro, self.last_micro, self.faults, self.dropped, self.truncated)
+        return _from_arrays, (*arrays, *rest)
+
     @property
     def pair_weight_B(self) -> torch.Tensor:
         """1 for a whole pair, else 0."""
         return self.weight_B2.prod(1)
+
+
+def _from_arrays(
+    ids: np.ndarray, lengths: np.ndarray, prompts: np.ndarray, weight: np.ndarray, *rest: Any
+) -> PairBatch:
+    ids_B2T, lengths_B2, prompts_B2 = (torch.from_numpy(array).long() for array in (ids, lengths, prompts))
+    return PairBatch(ids_B2T, lengths_B2, prompts_B2, torch.from_numpy(weight), *rest)
 
 
 def collate(

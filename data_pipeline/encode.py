@@ -21,6 +21,8 @@ from data_pipeline.records import AnswerRecord, Record, Text, answers_of
 TEMPLATES = ("auto", "chat", "plain")
 PROMPT_TRUNCATION = ("keep_end", "keep_start", "drop")
 ANSWER_TRUNCATION = ("cut", "drop")
+# No masks and segments that nobody reads; no warning for texts longer than the model: they are cut here.
+QUIET = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
 PLAIN_ROLES = {"user": "Human", "assistant": "Assistant", "system": "System"}
 
 
@@ -108,16 +110,42 @@ class Encoder:
 
     def __call__(self, record: Record) -> TokenPair | Drop:
         """The record in tokens, or why it is left out."""
-        sides = answers_of(record)
+        return self.encode_many([record])[0]
+
+    def encode_many(self, records: Sequence[Record]) -> list[TokenPair | Drop]:
+        """All records with one call of the tokenizer, which is most of the cost of loading."""
+        texts: list[str] = []
+        rendered: list[slice | Drop] = []
+        for record in records:
+            try:
+                new = self._texts(record)
+            except TemplateError as error:
+                rendered.append(Drop("refused_by_template", f"the chat template: {error}"))
+                continue
+            rendered.append(slice(len(texts), len(texts) + len(new)))
+            texts += new
+        ids = self.tokenizer(texts, add_special_tokens=False, **QUIET)["input_ids"] if texts else []
+        return [
+            where if isinstance(where, Drop) else self._pair(record, ids[where])
+            for record, where in zip(records, rendered, strict=True)
+        ]
+
+    def _texts(self, record: Record) -> list[str]:
         chat = self._uses_chat(record.prompt)
-        try:
-            prompt, *answers = self._token_lists(record.prompt, sides, chat)
-        except TemplateError as error:
-            return Drop("refused_by_template", f"the chat template: {error}")
-        bad = [token for token in self.forbidden_ids or () if any(token in ids for ids in (prompt, *answers))]
+        answers = [answer_text(answer, spaced=not chat) for answer in answers_of(record)]
+        return [self.prompt_text(record.prompt, chat), *answers]
+
+    def _uses_chat(self, prompt: Text) -> bool:
+        if self.template == "auto":
+            return not isinstance(prompt, str) and bool(getattr(self.tokenizer, "chat_template", None))
+        return self.template == "chat"
+
+    def _pair(self, record: Record, ids: Sequence[list[int]]) -> TokenPair | Drop:
+        bad = [token for token in self.forbidden_ids or () if any(token in part for part in ids)]
         if bad:
             return Drop("special_token", f"the text contains token {bad[0]}, which the model reserves")
-        fitted = self._fit(prompt, answers)
+        prompt = ids[0] if self._uses_chat(record.prompt) else [*self._prefix, *ids[0]]
+        fitted = self._fit(prompt, ids[1:])
         if isinstance(fitted, Drop):
             return fitted
         tokens, truncated = fitted
@@ -127,16 +155,6 @@ class Encoder:
         if np.array_equal(tokens[0].ids, tokens[1].ids):
             return Drop("equal_after_cut", "both answers are the same in tokens after cutting")
         return TokenPair(record.id, tokens[0], tokens[1], truncated)
-
-    def _uses_chat(self, prompt: Text) -> bool:
-        if self.template == "auto":
-            return not isinstance(prompt, str) and bool(getattr(self.tokenizer, "chat_template", None))
-        return self.template == "chat"
-
-    def _token_lists(self, prompt: Text, answers: Sequence[Text], chat: bool) -> list[list[int]]:
-        texts = [self.prompt_text(prompt, chat), *(answer_text(answer, spaced=not chat) for answer in answers)]
-        ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        return [ids[0] if chat else [*self._prefix, *ids[0]], *ids[1:]]
 
     def prompt_text(self, prompt: Text, chat: bool) -> str:
         """The prompt as the model meets it, up to where the answer begins."""
@@ -148,7 +166,7 @@ class Encoder:
         turns = [f"\n\n{PLAIN_ROLES.get(turn['role'], turn['role'])}: {turn['content']}" for turn in prompt]
         return "".join(turns) + "\n\nAssistant:"
 
-    def _fit(self, prompt: list[int], answers: list[list[int]]) -> tuple[list[TokenAnswer], bool] | Drop:
+    def _fit(self, prompt: list[int], answers: Sequence[list[int]]) -> tuple[list[TokenAnswer], bool] | Drop:
         longest = max(len(answer) for answer in answers) + 1  # and the terminator
         limit = max(self.max_length // 2, self.max_length - longest)
         limit = min(limit, self.max_prompt_length or limit)

@@ -156,7 +156,7 @@ def _scan_member(info: tarfile.TarInfo, raw: bytes, scan: ShardScan, rows: list[
 
 
 def source_family(record: Record) -> str:
-    """What the source mix is counted by: ``meta.source`` up to its first colon (behind it may stand the single item)."""
+    """What the source mix is counted by: ``meta.source`` up to its first colon (the item may stand behind it)."""
     return str(record.meta.get("source", "")).split(":")[0]
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from data_pipeline.batch import Fault, PairBatch, collate
 from data_pipeline.dataset import ShardedDataset
-from data_pipeline.encode import Drop, Encoder
+from data_pipeline.encode import Drop, Encoder, TokenPair
 from data_pipeline.errors import DataError
 from data_pipeline.plan import PAD, PlanOptions, as_steps, deal_step, micro_sizes, num_steps
 from data_pipeline.records import Record, RecordError, decode_record
@@ -152,20 +152,22 @@ def read_records(plans: Iterable[MicroPlan], dataset: ShardedDataset) -> Iterato
 def encode_batches(read: Iterable[tuple[MicroPlan, list]], encoder: Encoder, pad_id: int) -> Iterator[PairBatch]:
     """Stage: tokens, padded. Faults and dropped records leave a slot of weight 0, so counts never depend on data."""
     for plan, records in read:
-        faults = tuple(item for item in records if isinstance(item, Fault))
-        encoded = [None if item is None or isinstance(item, Fault) else encoder(item) for item in records]
+        slots: list[TokenPair | Drop | None] = [None] * len(records)
+        usable = [i for i, item in enumerate(records) if item is not None and not isinstance(item, Fault)]
+        for i, item in zip(usable, encoder.encode_many([records[i] for i in usable]), strict=True):
+            slots[i] = item
         dropped = tuple(
             Fault(item.reason, "", record.id, item.detail)
-            for item, record in zip(encoded, records, strict=True)
+            for item, record in zip(slots, records, strict=True)
             if isinstance(item, Drop)
         )
         yield collate(
-            [None if isinstance(item, Drop) else item for item in encoded],
+            [None if isinstance(item, Drop) else item for item in slots],
             pad_id=pad_id,
             epoch=plan.epoch,
             step=plan.step,
             micro=plan.micro,
             last_micro=plan.last_micro,
-            faults=faults,
+            faults=tuple(item for item in records if isinstance(item, Fault)),
             dropped=dropped,
         )
