@@ -104,7 +104,7 @@ def timed(batches: Iterator[PairBatch], pairs: int) -> tuple[float, float]:
 
 
 class SmallStep:
-    """Forward and backward of a small transformer (0.8M parameters) over 4 rows a side: the least a DPO step computes."""
+    """Forward and backward of a small transformer (0.8M parameters), 4 rows a side: a small DPO step."""
 
     def __init__(self, vocabulary: int, width: int = 128, rows_per_side: int = 4):
         layer = torch.nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True)
