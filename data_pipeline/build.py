@@ -27,7 +27,7 @@ from data_pipeline.records import RecordError, stable_hash
 from data_pipeline.remote import is_remote
 from data_pipeline.shards import ShardScan, scan_shard, to_json, write_shard
 from data_pipeline.sources.candidates import group_long_rows, is_long
-from data_pipeline.sources.files import Row, SourceOptions, local_path, open_rows, source_files
+from data_pipeline.sources.files import Row, SourceOptions, expand_folder, local_path, open_rows, source_files
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ def _convert_jobs(
     sources: Sequence[str], folder: Path, options: BuildOptions, dropped: Dropped
 ) -> Iterator[ConvertJob]:
     number = 0
-    for source in sources:
+    for source in (part for whole in sources for part in expand_folder(whole, options.source)):
         name = source if is_remote(source) else Path(source).name.split(".")[0]
         rows = _until_torn(_rows(source, options), options.on_error, dropped)
         for chunk in chunks(rows, ROWS_PER_CHUNK):

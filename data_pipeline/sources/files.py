@@ -19,6 +19,7 @@ from data_pipeline.records import RecordError, parse_json
 from data_pipeline.remote import cached_file, is_remote
 
 csv.field_size_limit(1 << 27)
+SAVED_DATASET = ("dataset_info.json", "dataset_dict.json")  # one of them marks a folder saved by ``datasets``
 
 
 class Row(NamedTuple):
@@ -42,13 +43,24 @@ class SourceOptions:
 
 
 def open_rows(source: str, options: SourceOptions) -> Iterator[Row]:
-    """The rows of one source, in its order. Raises DataError in one line when it cannot be opened."""
+    """The rows of a file, a saved ``datasets`` folder or a hub name, in order. Raises DataError."""
     path = local_path(source, options)
     if path is None:
         return _hub_rows(source, options)
     if path.is_dir():
-        return _folder_rows(path, options)
+        return _saved_dataset_rows(path, options)
     return _reader_of(path)(path, source if is_remote(source) else path.name)
+
+
+def expand_folder(source: str, options: SourceOptions) -> list[str]:
+    """The data files of a folder, each a source of its own; any other source stands for itself."""
+    path = local_path(source, options)
+    if path is None or not path.is_dir() or any((path / name).exists() for name in SAVED_DATASET):
+        return [source]
+    files = [str(p) for p in source_files(path) if _suffix(p) in READERS]
+    if not files:
+        raise DataError(f"{path}: the folder has no data file; allowed: {', '.join(sorted(READERS))}, or shards (.tar)")
+    return files
 
 
 def local_path(source: str, options: SourceOptions) -> Path | None:
@@ -179,17 +191,6 @@ READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
     ".tsv": _csv_rows,
     ".parquet": _parquet_rows,
 }
-
-
-def _folder_rows(path: Path, options: SourceOptions) -> Iterator[Row]:
-    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-        yield from _saved_dataset_rows(path, options)
-        return
-    files = [p for p in source_files(path) if _suffix(p) in READERS]
-    if not files:
-        raise DataError(f"{path}: the folder has no data file; allowed: {', '.join(sorted(READERS))}, or shards (.tar)")
-    for file in files:
-        yield from READERS[_suffix(file)](file, str(file.relative_to(path)))
 
 
 def _saved_dataset_rows(path: Path, options: SourceOptions) -> Iterator[Row]:

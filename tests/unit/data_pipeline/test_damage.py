@@ -68,14 +68,14 @@ def empty(path):
     path.write_bytes(b"")
 
 
-# what of the ten records of the shard is still read: by offset (an index is there), and by a fresh scan
+# what of the ten records of the shard is still read, by offset (an index is there) and by a fresh scan; what both say
 DAMAGES = [
-    (cut_between_members, 5, 5, "no_end_of_archive"),
-    (cut_inside_data, 5, 5, "truncated"),
-    (cut_inside_header, 5, 5, "no_end_of_archive"),
-    (flip_header, 10, 5, "no_end_of_archive"),
-    (flip_data, 9, 9, "invalid_json"),
-    (empty, 0, 0, "no_end_of_archive"),
+    (cut_between_members, 5, 5, "truncated_shard", "no_end_of_archive"),
+    (cut_inside_data, 5, 5, "truncated_shard", "truncated"),
+    (cut_inside_header, 5, 5, "truncated_shard", "no_end_of_archive"),
+    (flip_header, 10, 5, "", "no_end_of_archive"),
+    (flip_data, 9, 9, "changed_record", "invalid_json"),
+    (empty, 0, 0, "truncated_shard", "no_end_of_archive"),
 ]
 
 
@@ -87,9 +87,9 @@ def consume(folder, tokenizer, cache, **options):
     return loader, batches
 
 
-@pytest.mark.parametrize(("damage", "by_offset", "_", "kind"), DAMAGES)
+@pytest.mark.parametrize(("damage", "by_offset", "_", "kind", "__"), DAMAGES)
 @pytest.mark.parametrize("workers", [0, 2])
-def test_damage_after_indexing(built, tokenizer, cache, damage, by_offset, _, kind, workers):
+def test_damage_after_indexing(built, tokenizer, cache, damage, by_offset, _, kind, __, workers):
     whole = {(b.step, b.micro): b.ids for b in consume(built, tokenizer, cache)[1]}
     shard = built / "shard-00001.tar"
     damage(shard)
@@ -97,7 +97,7 @@ def test_damage_after_indexing(built, tokenizer, cache, damage, by_offset, _, ki
     assert loader.epoch == 1 and len(batches) == len(whole)
     faults = [fault for batch in batches for fault in batch.faults]
     assert len(faults) == PER_SHARD - by_offset == sum(loader.faults.values())
-    assert {fault.shard for fault in faults} <= {str(shard)}
+    assert {(fault.shard, fault.kind) for fault in faults} == ({(str(shard), kind)} if kind else set())
     lost = {f"r{int(fault.key)}" for fault in faults}
     for batch in batches:
         expected = tuple("" if name in lost else name for name in whole[batch.step, batch.micro])
@@ -108,8 +108,8 @@ def test_damage_after_indexing(built, tokenizer, cache, damage, by_offset, _, ki
             consume(built, tokenizer, cache, strict=True)
 
 
-@pytest.mark.parametrize(("damage", "by_offset", "scanned", "kind"), DAMAGES)
-def test_damage_found_by_verify_and_by_a_fresh_scan(built, cache, capsys, damage, by_offset, scanned, kind):
+@pytest.mark.parametrize(("damage", "by_offset", "scanned", "_", "kind"), DAMAGES)
+def test_damage_found_by_verify_and_by_a_fresh_scan(built, cache, capsys, damage, by_offset, scanned, _, kind):
     assert main(["verify", str(built), "--cache_dir", str(cache)]) == 0
     damage(built / "shard-00001.tar")
     scan = scan_shard(built / "shard-00001.tar")

@@ -90,6 +90,14 @@ def test_prompt_truncation(tokenizer, truncation, kept):
     assert got.truncated
 
 
+def test_a_prompt_is_cut_to_what_the_answer_leaves_and_not_below_half(tokenizer):
+    encoder = Encoder(tokenizer, max_length=12)
+    assert encoder(pair("abcdefghij", "x", "yz")).chosen.prompt_length == 9  # 12 less 'yz' and its terminator
+    assert encoder(pair("abcdefghij", "x", "y" * 20)).chosen.prompt_length == 6
+    assert encoder(pair("abcdefgh", "x", "yz")).chosen.prompt_length == 8
+    assert not encoder(pair("abcdefghi", "x", "yz")).truncated
+
+
 def test_what_is_dropped(tokenizer):
     def drop(record, **options):
         made = Encoder(tokenizer, **options)(record)

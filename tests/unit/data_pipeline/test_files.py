@@ -7,6 +7,7 @@ import json
 import pytest
 
 from data_pipeline.build import BuildOptions, build
+from data_pipeline.commands.stats import source_mix
 from data_pipeline.dataset import open_dataset
 from data_pipeline.errors import DataError
 from data_pipeline.sources.files import SourceOptions, open_rows
@@ -114,6 +115,12 @@ def test_every_file_type(tmp_path, make_rows, jsonl, cache, write, shape):
     expected = records(jsonl(tmp_path / "plain.jsonl", rows), cache)
     assert len(expected) == 12
     assert records(write(tmp_path, rows), cache) == expected
+
+
+def test_files_of_a_folder_are_told_apart(tmp_path, make_rows, cache):
+    write_folder(tmp_path, make_rows(12))
+    dataset = open_dataset(str(tmp_path / "many"), cache_dir=cache)
+    assert source_mix(dataset) == {"b": 7, "a": 5}
 
 
 def test_a_glob_of_files(tmp_path, make_rows, jsonl, cache):
