@@ -178,13 +178,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file")
     parser.add_argument("--plot", type=Path, help="PNG file")
     args = parser.parse_args()
-    models = load_models(
-        args.model_name_or_path,
-        args.ref_model_name_or_path,
-        dpo_steps=args.dpo_steps,
-        device=args.device,
-        seed=args.seed,
-    )
+    options = {"dpo_steps": args.dpo_steps, "device": args.device, "seed": args.seed}
+    models = load_models(args.model_name_or_path, args.ref_model_name_or_path, **options)
     lines = []
     for line in measure(models, args):
         lines.append(line)

@@ -18,7 +18,7 @@ Shape suffixes: N rows, S slots (= L), K masked slots of a row.
 
 import numpy as np
 
-STRATA_POWER = 1.5  # stratum boundaries are L (j/n)^power; 1: equal widths
+STRATA_POWER = 1.25  # stratum boundaries are L (j/n)^power; 1: equal widths
 EVEN_SHARE = (
     0.3  # of a row's weight: spread evenly over the row, which the rows' own noise asks for; the rest is poured
 )

@@ -11,6 +11,7 @@ Shape suffixes: N rows, L tokens.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -33,7 +34,7 @@ def draw_plan(
     check_estimator(estimator, num_samples=num_samples, num_diffusion_steps=num_diffusion_steps)
     if length < 1:
         raise ValueError(f"an answer of {length} tokens has nothing to score")
-    rng = key.generator()
+    rng = (replace(key, side=0) if estimator == "paired" else key).generator()
     if estimator == "trajectory":
         return trajectory(length, num_samples, rng, num_diffusion_steps or num_samples)
     return ESTIMATORS[estimator](length, num_samples, rng)
@@ -94,14 +95,23 @@ def mask_count_mirror(length: int, num_samples: int, rng: np.random.Generator) -
 
 
 def balanced(length: int, num_samples: int, rng: np.random.Generator) -> NoisePlan:
-    """Counts stratified finely where masks are small, masks laid out so that every token counts about once in all.
+    """Stratified, antithetic counts, and masks and token weights laid out so that every token counts about once in all.
 
-    ``balanced.py`` has the construction. Unbiased for B like ``mask_count``; the lowest variance we know.
+    ``balanced.py`` has the construction. Unbiased for B like ``mask_count``.
     """
-    masked_SL, scale_SL, share_N = balanced_rows(length, num_samples, rng)
-    order_L = rng.permutation(length)
-    masked_NL, scale_NL = masked_SL[:, order_L], scale_SL[:, order_L]
-    return NoisePlan(masked_NL, masked_NL, np.ones(num_samples), share_N, scale_NL)
+    masked_NS, scale_NS, share_N = balanced_rows(length, num_samples, rng)
+    slot_L = np.argsort(np.argsort(rng.random(length)))  # a uniform permutation, growing with L token by token
+    masked_NL = masked_NS[:, slot_L]
+    return NoisePlan(masked_NL, masked_NL, np.ones(num_samples), share_N, scale_NS[:, slot_L])
+
+
+def paired(length: int, num_samples: int, rng: np.random.Generator) -> NoisePlan:
+    """``balanced`` with one stream of noise for both sides of a pair (``draw_plan`` leaves the side out of the key).
+
+    Each side's score has the distribution it has under ``balanced``. But the i-th tokens of both sides draw the same
+    number, so where the answers agree they are masked alike, and what they have in common cancels in h.
+    """
+    return balanced(length, num_samples, rng)
 
 
 def quadrature(length: int, num_samples: int, rng: np.random.Generator) -> NoisePlan:
@@ -172,6 +182,7 @@ ESTIMATORS: dict[str, Callable[..., NoisePlan]] = {
     "mask_count": mask_count,
     "mask_count_mirror": mask_count_mirror,
     "balanced": balanced,
+    "paired": paired,
     "quadrature": quadrature,
     "exact": exact,
 }

@@ -11,7 +11,12 @@ from diffdpo.noise.plan import NoiseKey
 
 KEY = NoiseKey(seed=1, epoch=2, record_id="a", side=0)
 SAMPLED = [name for name in ESTIMATORS if name != "exact"]
-COUNTED = ["mask_count", "mask_count_mirror", "balanced"]  # rows whose token weights add up to L in every draw
+COUNTED = [
+    "mask_count",
+    "mask_count_mirror",
+    "balanced",
+    "paired",
+]  # rows whose token weights add up to L in every draw
 
 
 def token_weights(plan) -> np.ndarray:
@@ -103,6 +108,15 @@ def test_a_plan_is_the_same_on_every_machine():
     """Recorded once: a change means that old runs cannot be resumed or compared."""
     plan = draw_plan("mask_count", length=8, num_samples=2, key=NoiseKey(7, 1, "pair-é", 1))
     assert (plan.masked_NL @ (1 << np.arange(8))).tolist() == [221, 223]
+
+
+def test_paired_sides_share_noise_where_they_agree_and_others_do_not():
+    def masks(estimator: str, side: int, length: int) -> np.ndarray:
+        return draw_plan(estimator, length=length, num_samples=4, key=NoiseKey(1, 0, "a", side)).masked_NL
+
+    np.testing.assert_array_equal(masks("paired", 0, 200), masks("paired", 1, 200))
+    assert (masks("paired", 0, 200) == masks("paired", 1, 204)[:, :200]).mean() > 0.95
+    assert (masks("balanced", 0, 200) == masks("balanced", 1, 200)).mean() < 0.8
 
 
 def test_draws_of_different_keys_are_uncorrelated():
