@@ -8,6 +8,7 @@ With --output a broken-off run goes on where it stopped.
 """
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +30,7 @@ def build_parser() -> Parser:
     parser.add_argument("--num_diffusion_steps", type=int, help="T of --score_estimator trajectory")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--max_length", type=int, default=1024, help="most tokens of prompt and answer")
-    parser.add_argument("--max_prompt_length", type=int, help="most tokens of the prompt")
+    parser.add_argument("--max_prompt_length", type=int, default=512, help="most tokens of the prompt")
     parser.add_argument("--batch_size", type=int, default=8, help="records scored at a time")
     parser.add_argument("--segment_rows", type=int, default=64, help="rows in one forward")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -65,6 +66,13 @@ def check(args) -> None:
     for name in ("batch_size", "segment_rows"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    if args.max_length < 3 or not 0 < args.max_prompt_length < args.max_length:
+        raise UserError(
+            f"--max_prompt_length {args.max_prompt_length} and --max_length {args.max_length} leave no room for a prompt "
+            "and an answer; the first must be at least 1 and below the second"
+        )
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", args.device):
+        raise UserError(f"--device {args.device}: use auto, cpu, cuda or cuda:N")
     if args.output and not Path(args.output).absolute().parent.is_dir():
         raise UserError(f"--output {args.output}: there is no folder {Path(args.output).parent}; make it first")
 
@@ -121,12 +129,12 @@ def finished_ids(path: Path, settings: dict) -> set[str]:
 
 def score_all(args, records: Iterator, out: IO[str]) -> tuple[int, list]:
     """Write a line a record; (how many, what the encoder left out)."""
-    from data_pipeline.encode import Drop, Encoder
+    from data_pipeline.encode import Drop
+    from diffdpo.build import make_encoder
     from diffdpo.evaluation.score_pairs import ScoreSettings, as_line, batches, encoded, score_pairs
 
     models, spec, tokenizer = load_models(args)
-    limits = {"max_length": args.max_length, "max_prompt_length": args.max_prompt_length}
-    encoder = Encoder(tokenizer, **limits, terminator=spec.terminator_id, forbidden_ids=(spec.mask_token_id,))
+    encoder = make_encoder(args, tokenizer, spec)
     settings = ScoreSettings(
         args.score_estimator,
         args.num_mc_samples,

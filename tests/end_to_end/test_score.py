@@ -123,6 +123,8 @@ def command(*flags: str) -> subprocess.CompletedProcess:
         (("--pairs", "x", "--num_mc_samples", "0"), "at least 1"),
         (("--pairs", "x", "--num_mc", "4"), "unrecognized"),
         (("--pairs", "x", "--batch_size", "0"), "--batch_size"),
+        (("--pairs", "x", "--max_length", "64"), "leave no room"),
+        (("--pairs", "x", "--device", "tpu"), "cuda:N"),
         (("--pairs", "x", "--output", "no/such/folder/f"), "no folder"),
     ],
 )
