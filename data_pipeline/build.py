@@ -23,11 +23,12 @@ from data_pipeline.convert import HASHES, ConvertJob, ConvertOptions, Dropped, c
 from data_pipeline.errors import DataError
 from data_pipeline.index import MANIFEST, SCHEMA, merge_scans, save_index
 from data_pipeline.parallel import chunks, ordered_map
-from data_pipeline.records import RecordError, stable_hash
+from data_pipeline.records import RecordError
 from data_pipeline.remote import is_remote
-from data_pipeline.shards import ShardScan, scan_shard, to_json, write_shard
+from data_pipeline.shards import ShardScan, scan_shard, write_shard
 from data_pipeline.sources.candidates import group_long_rows, is_long
 from data_pipeline.sources.files import Row, SourceOptions, expand_folder, local_path, open_rows, source_files
+from data_pipeline.split import eval_mask
 
 log = logging.getLogger(__name__)
 
@@ -209,13 +210,13 @@ def _parsed(rows: Iterable[Row]) -> Iterator[dict]:
 
 @dataclass(frozen=True)
 class ShardJob:
-    """One shard: where it goes, the stored records it takes, in order, as rows of HASHES, and new ids by position."""
+    """One shard: where it goes, the stored records it takes (HASHES, in order) and which of their ids get a suffix."""
 
     path: Path
     folder: Path
     first: int  # number of its first record: keys are running numbers over the whole split
     records: np.ndarray
-    renamed: dict[int, str]
+    renamed: np.ndarray
 
 
 def _write(
@@ -235,9 +236,9 @@ def _write(
     report = {"rows": rows, "records": len(kept), "dropped": dropped.as_json()}
     manifests = []
     for folder, records in _splits(result, kept, options):
-        manifest = _write_split(folder, work / "chunks", records, options, workers, progress)
+        manifest, entries, keys = _write_split(folder, work / "chunks", records, options.shard_size, workers, progress)
         manifests.append(manifest | {"provenance": {"job": job, "report": report}})
-        _finish(folder, manifests[-1])
+        save_index(folder, manifests[-1], entries, keys)
     return manifests[0]
 
 
@@ -256,27 +257,6 @@ def _splits(result: Path, kept: np.ndarray, options: BuildOptions) -> list[tuple
     return [(result / name, _shuffled(records, options.shuffle_seed)) for name, records in sides]
 
 
-def eval_mask(prompts: np.ndarray, fraction: float, seed: int = 0) -> np.ndarray:
-    """Which records are held out: the given fraction of the *prompts* (at least one), by the hash of each.
-
-    A prompt's place depends on the prompt (and the seed), not on what other data stand beside it or in what order.
-    """
-    salted = prompts ^ np.uint64(stable_hash("split", str(seed)))
-    unique = np.unique(salted)
-    count = max(1, round(fraction * len(unique)))
-    if count >= len(unique):
-        raise DataError(f"eval_fraction {fraction} of {len(unique)} prompts leaves nothing to train on; lower it")
-    # the hashes are uniform, but their order under xor with a salt is not a fresh draw: mix the bits once more
-    return _mix(salted) <= np.sort(_mix(unique))[count - 1]
-
-
-def _mix(values: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele et al. 2014): a bijection whose output bits depend on all input bits."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
 def _shuffled(records: np.ndarray, seed: int | None) -> np.ndarray:
     if seed is None:
         return records
@@ -284,23 +264,18 @@ def _shuffled(records: np.ndarray, seed: int | None) -> np.ndarray:
 
 
 def _write_split(
-    folder: Path, chunk_folder: Path, records: np.ndarray, options: BuildOptions, workers: int, progress: bool
-) -> dict:
+    folder: Path, chunk_folder: Path, records: np.ndarray, size: int, workers: int, progress: bool
+) -> tuple[dict, np.ndarray, np.ndarray]:
+    """Write the shards of one folder; (manifest, entries, key bytes) of what is read back from them."""
     folder.mkdir(exist_ok=True)
-    renamed = _renamed_ids(records)
+    renamed = _repeated_ids(records)
     jobs = [
-        ShardJob(
-            folder / f"shard-{number:05d}.tar",
-            chunk_folder,
-            first,
-            records[first : first + options.shard_size],
-            {i: suffix for i, suffix in renamed.items() if first <= i < first + options.shard_size},
-        )
-        for number, first in enumerate(range(0, len(records), options.shard_size))
+        ShardJob(path, chunk_folder, first, records[first : first + size], renamed[first : first + size])
+        for first in range(0, len(records), size)
+        for path in (folder / f"shard-{first // size:05d}.tar",)
     ]
-    with tqdm(
-        total=len(records), desc=f"write {folder.name}", unit=" records", disable=None if progress else True
-    ) as bar:
+    hidden = None if progress else True  # None: shown on a terminal only
+    with tqdm(total=len(records), desc=f"write {folder.name}", unit=" records", disable=hidden) as bar:
         scans = []
         for scan in ordered_map(write_and_scan, jobs, workers=workers):
             scans.append(scan)
@@ -308,15 +283,14 @@ def _write_split(
     manifest, entries, keys = merge_scans([job.path.name for job in jobs], scans)
     if manifest["bad"] or len(entries) != len(records):
         raise RuntimeError(f"{folder}: wrote {len(records)} records, read back {len(entries)}: {manifest['bad'][:3]}")
-    save_index(folder, manifest, entries, keys)
-    return manifest
+    return manifest, entries, keys
 
 
-def _renamed_ids(records: np.ndarray) -> dict[int, str]:
-    """Position → suffix for records whose id was met before with another content: ids are unique in a corpus."""
-    first = np.zeros(len(records), bool)
-    first[np.unique(records["id"], return_index=True)[1]] = True
-    return {int(i): f"#{int(records['content'][i]):016x}" for i in np.flatnonzero(~first)}
+def _repeated_ids(records: np.ndarray) -> np.ndarray:
+    """True where an id was met before with another content: it gets a suffix, as ids are unique in a corpus."""
+    repeated = np.ones(len(records), bool)
+    repeated[np.unique(records["id"], return_index=True)[1]] = False
+    return repeated
 
 
 def write_and_scan(job: ShardJob) -> ShardScan:
@@ -329,12 +303,12 @@ def write_and_scan(job: ShardJob) -> ShardScan:
 def _members(job: ShardJob) -> Iterator[tuple[str, bytes]]:
     files: dict[int, int] = {}
     try:
-        for place, record in enumerate(job.records, job.first):
+        for place, (record, renamed) in enumerate(zip(job.records, job.renamed, strict=True), job.first):
             chunk = int(record["chunk"])
             if chunk not in files:
                 files[chunk] = os.open(job.folder / f"chunk-{chunk:06d}.bin", os.O_RDONLY)
             data = os.pread(files[chunk], int(record["size"]), int(record["offset"]))
-            yield f"{place:09d}", _with_suffix(data, job.renamed.get(place, ""))
+            yield f"{place:09d}", _with_suffix(data, f"#{int(record['content']):016x}" if renamed else "")
     finally:
         for descriptor in files.values():
             os.close(descriptor)
@@ -346,7 +320,3 @@ def _with_suffix(data: bytes, suffix: str) -> bytes:
     fields = json.loads(data)
     fields["id"] += suffix
     return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
-
-
-def _finish(folder: Path, manifest: dict) -> None:
-    (folder / MANIFEST).write_bytes(to_json(manifest))

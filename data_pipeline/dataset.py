@@ -7,43 +7,22 @@ lock file lets one of them work while the others wait for its result, which appe
 
 import hashlib
 import json
-import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from glob import glob, has_magic
 from pathlib import Path
 
 import numpy as np
-from braceexpand import braceexpand
-from filelock import FileLock
 
-from data_pipeline.build import BuildOptions, build, eval_mask, job_signature
+from data_pipeline.build import BuildOptions
 from data_pipeline.errors import DataError
-from data_pipeline.index import (
-    ENTRIES,
-    GZIP,
-    KEYS,
-    MANIFEST,
-    Index,
-    bad_summary,
-    load_index,
-    merge_scans,
-    plain_tar,
-    publish,
-    save_index,
-)
-from data_pipeline.parallel import ordered_map
+from data_pipeline.index import GZIP, Index
+from data_pipeline.locate import open_index
 from data_pipeline.plan import PlanOptions, mixed_records, shuffled_records
-from data_pipeline.remote import cached_file, default_cache_dir, expand_remote, is_remote
-from data_pipeline.shards import Bad, ShardScan, scan_shard
+from data_pipeline.remote import default_cache_dir, is_remote
+from data_pipeline.split import eval_mask
 
-log = logging.getLogger(__name__)
-
-TAR = (".tar", ".tar.gz", ".tgz")
 SPLITS = ("train", "eval")
-LARGE = 32 << 20  # bytes of input from which several processes pay
 
 
 @dataclass(frozen=True)
@@ -161,12 +140,12 @@ def open_dataset(
     ``allow_damaged``: go on although local shards are not as long as the index says; what they lack become faults.
     ``workers``: processes that build or index (None: one a core for large files, this one for small).
     """
-    sources = [source] if isinstance(source, str) else list(source)
+    sources = [name.removeprefix("file://") for name in ([source] if isinstance(source, str) else source)]
     _check(sources, split, weights, eval_fraction, max_records)
     cache = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
     options = build_options or BuildOptions()
     options = replace(options, eval_fraction=0.0, source=replace(options.source, cache_dir=cache))
-    opened = [_open_index(name, cache, options, split, workers, progress) for name in sources]
+    opened = [open_index(name, cache, options, split, workers, progress) for name in sources]
     for index, _ in opened:
         _check_shards(index, allow_damaged)
     sides = _sides([index for index, already_split in opened if not already_split], eval_fraction, split, seed)
@@ -219,125 +198,3 @@ def _check_shards(index: Index, allow_damaged: bool) -> None:
                 f"shard {url} {what}; restore it, build again, see what is lost with `python -m data_pipeline verify "
                 f"{path.parent}`, or allow damaged shards"
             )
-
-
-# ------------------------------------------------------------------------------------- from a name to an index
-
-
-def _open_index(
-    source: str, cache: Path, options: BuildOptions, split: str, workers: int | None, progress: bool
-) -> tuple[Index, bool]:
-    """(index, whether the source itself holds a train/eval split)."""
-    if source.endswith(TAR):
-        return _index_shards(expand_shards(source), cache, workers), False
-    path = Path(source).expanduser()
-    if is_remote(source):
-        if not path.suffix or source.endswith("/"):
-            return _remote_folder(source.rstrip("/"), cache, split)
-    elif path.is_dir():
-        if (path / MANIFEST).exists():
-            return load_index(path.resolve()), False
-        if (path / split / MANIFEST).exists():
-            return load_index((path / split).resolve()), True
-        shards = sorted(str(p.resolve()) for p in path.iterdir() if p.name.endswith(TAR))
-        if shards:
-            return _index_shards(shards, cache, workers), False
-    files = sorted(glob(source)) if has_magic(source) and not path.exists() else [source]
-    if not files:
-        raise DataError(f"{source} matches no file")
-    if files[0].endswith(TAR):
-        return _index_shards(files, cache, workers), False
-    return _build_cached(files, cache, options, workers, progress), False
-
-
-def expand_shards(pattern: str) -> list[str]:
-    """Paths (absolute) or URLs of a brace list with globs, in sorted order."""
-    found: list[str] = []
-    for name in braceexpand(pattern):
-        if is_remote(name):
-            found += expand_remote(name) if has_magic(name) else [name]
-        elif has_magic(name):
-            found += glob(str(Path(name).expanduser()))
-        else:
-            found.append(name)
-    urls = sorted({name if is_remote(name) else str(Path(name).expanduser().resolve()) for name in found})
-    missing = [name for name in urls if not is_remote(name) and not Path(name).exists()]
-    if not urls or missing:
-        raise DataError(f"{missing[0]} does not exist" if missing else f"{pattern} matches no shard")
-    return urls
-
-
-def _build_cached(files: list[str], cache: Path, options: BuildOptions, workers: int | None, progress: bool) -> Index:
-    digest = hashlib.blake2b(job_signature(files, options).encode(), digest_size=8).hexdigest()
-    name = "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(files[0]).name.split(".")[0])[:40]
-    folder = cache / "built" / f"{name}-{digest}"
-    if not (folder / MANIFEST).exists():
-        manifest = build(files, folder, options, workers=_workers(files, workers), progress=progress)
-        dropped = manifest["provenance"]["report"]["dropped"]
-        if dropped:
-            kinds = ", ".join(f"{kind} {item['count']}" for kind, item in dropped.items())
-            log.warning("%s: %d records; dropped: %s", ", ".join(files), manifest["num_records"], kinds)
-    return load_index(folder)
-
-
-def _workers(files: list[str], asked: int | None) -> int:
-    """Processes for a job: starting them takes longer than a small job itself."""
-    if asked is not None:
-        return asked
-    size = sum(Path(file).stat().st_size for file in files if Path(file).is_file())
-    return len(os.sched_getaffinity(0)) if size > LARGE else 0
-
-
-def _index_shards(urls: list[str], cache: Path, workers: int | None) -> Index:
-    """The index of shards that have none of their own, made once and kept in the cache."""
-    stamps = []
-    for url in urls:
-        status = None if is_remote(url) else Path(url).stat()
-        stamps.append([url, status and status.st_size, status and status.st_mtime_ns])
-    digest = hashlib.blake2b(json.dumps(stamps).encode(), digest_size=8).hexdigest()
-    folder = cache / "index" / digest
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not (folder / MANIFEST).exists():
-            scans = list(ordered_map(_scan_url, [(url, cache) for url in urls], workers=_workers(urls, workers)))
-            manifest, entries, keys = merge_scans(urls, scans)
-            if not len(entries):
-                raise DataError(
-                    f"no usable record in {len(urls)} shards: {bad_summary(manifest['bad']) or 'all empty'}"
-                )
-            publish(folder, lambda partial: save_index(partial, manifest, entries, keys))
-    index = load_index(folder)
-    if index.manifest["bad"]:
-        log.warning("%s", bad_summary(index.manifest["bad"]))
-    return index
-
-
-def _scan_url(job: tuple[str, Path]) -> ShardScan:
-    path, fault = plain_tar(job[0], job[1])
-    scan = scan_shard(path)
-    if fault:
-        scan.bad.insert(0, Bad("damaged_gzip", "", fault))
-    return scan
-
-
-def _remote_folder(url: str, cache: Path, split: str) -> tuple[Index, bool]:
-    """The index files of a folder behind a URL; shards are fetched when they are read. The manifest is always fresh."""
-    error: DataError | None = None
-    for base, own_split in ((url, False), (f"{url}/{split}", True)):
-        try:
-            manifest = cached_file(f"{base}/{MANIFEST}", cache, fresh=True)
-        except DataError as failure:
-            error = error or failure
-            continue
-        digest = hashlib.blake2b(manifest.read_bytes() + base.encode(), digest_size=8).hexdigest()
-        folder = cache / "index" / digest
-        if not (folder / MANIFEST).exists():
-            fetched = [cached_file(f"{base}/{name}", cache, fresh=True) for name in (ENTRIES, KEYS)]
-
-            def copy(partial: Path, files: tuple[Path, ...] = (*fetched, manifest)) -> None:
-                for file in files:
-                    (partial / file.name).write_bytes(file.read_bytes())
-
-            publish(folder, copy)
-        return load_index(folder, base=base), own_split
-    raise DataError(f"{url} is no folder made by `python -m data_pipeline build`: {error}")

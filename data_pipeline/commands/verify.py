@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.dataset import TAR, open_dataset
+from data_pipeline.dataset import open_dataset
 from data_pipeline.errors import DataError
 from data_pipeline.index import MANIFEST, Index
+from data_pipeline.locate import TAR
 from data_pipeline.shards import file_sha256, scan_shard, to_json
 
 LOST_SHOWN = 10

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import data_pipeline.build as build_module
-from data_pipeline.build import BuildOptions, build, eval_mask
+from data_pipeline.build import BuildOptions, build
 from data_pipeline.convert import ConvertOptions
 from data_pipeline.dataset import open_dataset
 from data_pipeline.errors import DataError
 from data_pipeline.index import MANIFEST, load_index
 from data_pipeline.shards import scan_shard, write_shard
+from data_pipeline.split import eval_mask
 from data_pipeline.stream import RecordReader
 
 
@@ -141,6 +143,16 @@ def test_an_interrupted_build_is_invisible_and_goes_on(tmp_path, jsonl, make_row
     assert sorted(made.values()) == [1] * (len(made) - 1) + [2], "only the interrupted shard is made again"
     for side in ("train", "eval"):
         assert shard_bytes(out / side) == shard_bytes(tmp_path / "whole" / side)
+
+
+def test_a_finished_build_appears_by_one_rename(tmp_path, jsonl, make_rows, monkeypatch):
+    def refused(self, target):
+        raise OSError("no rename")
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(OSError, match="no rename"):
+        build([str(jsonl(tmp_path / "a.jsonl", make_rows(5)))], tmp_path / "out", BuildOptions())
+    assert not (tmp_path / "out").exists()
 
 
 DIE_WHILE_BUILDING = """

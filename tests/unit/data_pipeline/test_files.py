@@ -130,6 +130,23 @@ def test_a_glob_of_files(tmp_path, make_rows, jsonl, cache):
     assert len(records(tmp_path / "*.jsonl", cache, max_records=4)) == 4
 
 
+def test_names_of_shards_and_files(tmp_path, make_rows, jsonl, cache, monkeypatch):
+    """Globs, brace lists, relative names and file:// lead to the same records; a built index is used."""
+    sources = [str(jsonl(tmp_path / f"part-{i}.jsonl", make_rows(10, start=10 * i))) for i in range(3)]
+    build(sources, tmp_path / "built", BuildOptions(shard_size=10))
+    monkeypatch.chdir(tmp_path)
+    expected = records("built", cache)
+    assert len(expected) == 30
+    for name in ("part-{0..2}.jsonl", "part-*.jsonl", f"file://{tmp_path}/part-?.jsonl"):
+        assert records(name, cache) == expected
+    assert not (cache / "index").exists()
+    for name in ("built/*.tar", "built/*", "built/shard-{00000..00002}.tar", f"{tmp_path}/built/*.tar"):
+        assert records(name, cache) == expected
+    assert not (cache / "index").exists(), "the index of the folder serves"
+    assert len(records("built/shard-0000[01].tar", cache)) == 20
+    assert len(records("built/shard-00001.tar", cache)) == 10
+
+
 def test_another_split_of_a_saved_dataset(tmp_path, make_rows):
     saved = write_saved_splits(tmp_path, make_rows(5))
     assert len(list(open_rows(str(saved), SourceOptions(split="test")))) == 2

@@ -1,0 +1,164 @@
+"""From what a user names to an index: a built folder, shards, or anything that is built into the cache first."""
+
+import hashlib
+import json
+import logging
+import os
+from glob import glob, has_magic
+from pathlib import Path
+
+from braceexpand import braceexpand
+from filelock import FileLock
+
+from data_pipeline.build import BuildOptions, build, job_signature
+from data_pipeline.errors import DataError
+from data_pipeline.index import (
+    ENTRIES,
+    KEYS,
+    MANIFEST,
+    Index,
+    bad_summary,
+    load_index,
+    merge_scans,
+    plain_tar,
+    publish,
+    save_index,
+)
+from data_pipeline.parallel import ordered_map
+from data_pipeline.remote import cached_file, expand_remote, is_remote
+from data_pipeline.shards import Bad, ShardScan, scan_shard
+
+log = logging.getLogger(__name__)
+
+TAR = (".tar", ".tar.gz", ".tgz")
+LARGE = 32 << 20  # bytes of input from which several processes pay
+
+
+def open_index(
+    source: str, cache: Path, options: BuildOptions, split: str, workers: int | None, progress: bool
+) -> tuple[Index, bool]:
+    """(index, whether the source itself holds a train/eval split)."""
+    if is_remote(source) and not source.endswith(TAR):
+        if not Path(source).suffix or source.endswith("/"):
+            return _remote_folder(source.rstrip("/"), cache, split)
+        return _build_cached([source], cache, options, workers, progress), False
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if (path / MANIFEST).exists():
+            return load_index(path.resolve()), False
+        if (path / split / MANIFEST).exists():
+            return load_index((path / split).resolve()), True
+        if shards := [str(p.resolve()) for p in path.iterdir() if p.name.endswith(TAR)]:
+            return _index_shards(sorted(shards), cache, workers), False
+    names = expand(source)
+    if shards := [name for name in names if name.endswith(TAR)]:
+        return _built_index(shards) or _index_shards(shards, cache, workers), False
+    return _build_cached(names, cache, options, workers, progress), False
+
+
+def expand(pattern: str) -> list[str]:
+    """What a brace list with globs stands for: URLs and absolute paths, sorted. A plain name stands for itself."""
+    path = Path(pattern).expanduser()
+    if not is_remote(pattern) and path.exists():
+        return [str(path.resolve())]
+    if not (has_magic(pattern) or "{" in pattern or pattern.endswith(TAR)):
+        return [pattern]
+    found: list[str] = []
+    for name in braceexpand(pattern):
+        if is_remote(name):
+            found += expand_remote(name) if has_magic(name) else [name]
+        else:
+            found += _glob(name)
+    return sorted(set(found))
+
+
+def _glob(name: str) -> list[str]:
+    paths = [str(Path(path).resolve()) for path in glob(str(Path(name).expanduser()))]
+    if not paths:
+        raise DataError(f"{name} matches no file" if has_magic(name) else f"{name} does not exist")
+    return paths
+
+
+def _built_index(shards: list[str]) -> Index | None:
+    """The index that lies beside the shards, when they are just the ones it knows."""
+    folder = Path(shards[0]).parent
+    if is_remote(shards[0]) or not (folder / MANIFEST).exists():
+        return None
+    index = load_index(folder)
+    return index if shards == sorted(index.url(s) for s in range(len(index.starts) - 1)) else None
+
+
+def _build_cached(files: list[str], cache: Path, options: BuildOptions, workers: int | None, progress: bool) -> Index:
+    digest = hashlib.blake2b(job_signature(files, options).encode(), digest_size=8).hexdigest()
+    name = "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(files[0]).name.split(".")[0])[:40]
+    folder = cache / "built" / f"{name}-{digest}"
+    if not (folder / MANIFEST).exists():
+        manifest = build(files, folder, options, workers=_workers(files, workers), progress=progress)
+        dropped = manifest["provenance"]["report"]["dropped"]
+        if dropped:
+            kinds = ", ".join(f"{kind} {item['count']}" for kind, item in dropped.items())
+            log.warning("%s: %d records; dropped: %s", ", ".join(files), manifest["num_records"], kinds)
+    return load_index(folder)
+
+
+def _workers(files: list[str], asked: int | None) -> int:
+    """Processes for a job: starting them takes longer than a small job itself."""
+    if asked is not None:
+        return asked
+    size = sum(Path(file).stat().st_size for file in files if Path(file).is_file())
+    return len(os.sched_getaffinity(0)) if size > LARGE else 0
+
+
+def _index_shards(urls: list[str], cache: Path, workers: int | None) -> Index:
+    """The index of shards that have none of their own, made once and kept in the cache."""
+    stamps = []
+    for url in urls:
+        status = None if is_remote(url) else Path(url).stat()
+        stamps.append([url, status and status.st_size, status and status.st_mtime_ns])
+    digest = hashlib.blake2b(json.dumps(stamps).encode(), digest_size=8).hexdigest()
+    folder = cache / "index" / digest
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not (folder / MANIFEST).exists():
+            scans = list(ordered_map(_scan_url, [(url, cache) for url in urls], workers=_workers(urls, workers)))
+            manifest, entries, keys = merge_scans(urls, scans)
+            if not len(entries):
+                raise DataError(
+                    f"no usable record in {len(urls)} shards: {bad_summary(manifest['bad']) or 'all empty'}"
+                )
+            publish(folder, lambda partial: save_index(partial, manifest, entries, keys))
+    index = load_index(folder)
+    if index.manifest["bad"]:
+        log.warning("%s", bad_summary(index.manifest["bad"]))
+    return index
+
+
+def _scan_url(job: tuple[str, Path]) -> ShardScan:
+    path, fault = plain_tar(job[0], job[1])
+    scan = scan_shard(path)
+    if fault:
+        scan.bad.insert(0, Bad("damaged_gzip", "", fault))
+    return scan
+
+
+def _remote_folder(url: str, cache: Path, split: str) -> tuple[Index, bool]:
+    """The index files of a folder behind a URL; shards are fetched when they are read. The manifest is always fresh."""
+    error: DataError | None = None
+    for base, own_split in ((url, False), (f"{url}/{split}", True)):
+        try:
+            manifest = cached_file(f"{base}/{MANIFEST}", cache, fresh=True)
+        except DataError as failure:
+            error = error or failure
+            continue
+        digest = hashlib.blake2b(manifest.read_bytes() + base.encode(), digest_size=8).hexdigest()
+        folder = cache / "index" / digest
+        if not (folder / MANIFEST).exists():
+            fetched = [cached_file(f"{base}/{name}", cache, fresh=True) for name in (ENTRIES, KEYS)]
+
+            def copy(partial: Path, files: tuple[Path, ...] = (*fetched, manifest)) -> None:
+                for file in files:
+                    (partial / file.name).write_bytes(file.read_bytes())
+
+            publish(folder, copy)
+        return load_index(folder, base=base), own_split
+    raise DataError(f"{url} is no folder made by `python -m data_pipeline build`: {error}")
