@@ -68,8 +68,8 @@ def check(args) -> None:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1")
     if args.max_length < 3 or not 0 < args.max_prompt_length < args.max_length:
         raise UserError(
-            f"--max_prompt_length {args.max_prompt_length} and --max_length {args.max_length} leave no room for a prompt "
-            "and an answer; the first must be at least 1 and below the second"
+            f"--max_prompt_length {args.max_prompt_length} and --max_length {args.max_length} leave no room for a "
+            "prompt and an answer; the first must be at least 1 and below the second"
         )
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", args.device):
         raise UserError(f"--device {args.device}: use auto, cpu, cuda or cuda:N")
