@@ -1,7 +1,6 @@
 """From a checkpoint directory or hub id to a native model, its tokenizer and its family's spec; and back.
 
-transformers maps the safetensors shards and copies one tensor at a time into an empty model, so that beside the
-weights no more than a shard's pages are resident. Remote code is never run: the family is chosen by `model_type`.
+Remote code is never run: the family is chosen by `model_type`. Weights are streamed shard by shard (`stream`).
 """
 
 import json
@@ -25,6 +24,7 @@ from diffdpo.models.dream import (
 from diffdpo.models.llada import LLaDAConfig, LLaDAModelLM
 from diffdpo.models.quantize import keep_training_kernels, nf4_config
 from diffdpo.models.spec import DECODER_LORA_TARGETS, LLADA_LORA_TARGETS, FamilySpec
+from diffdpo.models.stream import checkpoint_folder, stream_weights
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 STOP_TOKENS = ("<|eot_id|>", "<|im_end|>")
@@ -80,7 +80,8 @@ def load_model(
     family, config = read_config(name_or_path)
     tokenizer = load_tokenizer(name_or_path)
     spec = make_spec(config, family, tokenizer)
-    model = _load_weights(name_or_path, family, config, dtype=dtype, device=device, load_in_4bit=load_in_4bit)
+    load_weights = _load_nf4 if load_in_4bit else _load_weights
+    model = load_weights(name_or_path, family, config, dtype=dtype, device=device)
     return LoadedModel(model.eval(), tokenizer, spec)
 
 
@@ -169,17 +170,30 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
     tokenizer.save_pretrained(directory)
 
 
-def _load_weights(name_or_path, family: Family, config, *, dtype: str, device: str, load_in_4bit: bool):
-    quantization = nf4_config(DTYPES[dtype], family.model_class, config) if load_in_4bit else None
+def _load_weights(name_or_path, family: Family, config, *, dtype: str, device: str) -> PreTrainedModel:
+    try:
+        folder = checkpoint_folder(name_or_path)
+    except OSError as error:
+        raise UserError(f"cannot load the weights of {name_or_path!r}: {_first_line(error)}") from error
+    config.dtype = DTYPES[dtype]
+    with torch.device("meta"):
+        model = family.model_class(config)
+    stream_weights(model, folder, dtype=DTYPES[dtype], device=device)
+    model.name_or_path = config.name_or_path = name_or_path
+    return model
+
+
+def _load_nf4(name_or_path, family: Family, config, *, dtype: str, device: str) -> PreTrainedModel:
+    """transformers quantises tensor by tensor as it reads; what it would only warn of is an error here, by name."""
     verbosity = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()  # what it would warn of is an error here, by name
+    hf_logging.set_verbosity_error()
     try:
         model, report = family.model_class.from_pretrained(
             name_or_path,
             config=config,
             dtype=DTYPES[dtype],
             device_map={"": device},
-            quantization_config=quantization,
+            quantization_config=nf4_config(DTYPES[dtype], family.model_class, config),
             output_loading_info=True,
         )
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -190,7 +204,7 @@ def _load_weights(name_or_path, family: Family, config, *, dtype: str, device: s
         if report[what]:
             names = sorted(str(key) for key in report[what])
             raise UserError(f"{name_or_path!r}: {len(names)} {what.replace('_', ' ')}, first {names[0]}")
-    if load_in_4bit and device == "cpu":
+    if device == "cpu":
         keep_training_kernels(model)
     return model
 

@@ -79,10 +79,10 @@ def test_mask_token_the_tokenizer_does_not_name_is_registered(directory):
         ({"model_type": "gpt2"}, "supported: llada"),
         ({"rope_theta": None}, "lacks rope_theta"),
         ({"block_type": "sequential"}, "block_type"),
-        ({"weight_tying": False}, "missing keys, first model.transformer.ff_out.weight"),
-        ({"n_layers": 3}, "missing keys, first model.transformer.blocks.2"),
-        ({"n_layers": 1}, "unexpected keys, first model.transformer.blocks.1"),
-        ({"mlp_hidden_size": 64}, "mismatched|size"),
+        ({"weight_tying": False}, "1 missing tensors, first model.transformer.ff_out.weight"),
+        ({"n_layers": 3}, "missing tensors, first model.transformer.blocks.2"),
+        ({"n_layers": 1}, "unexpected tensor model.transformer.blocks.1"),
+        ({"mlp_hidden_size": 64}, "has shape .*config.json says"),
         ({"mask_token_id": 1}, "must differ"),
     ],
 )
@@ -105,6 +105,22 @@ def test_user_errors(directory, tmp_path):
     shutil.copy(directory / "tokenizer_config.json", tmp_path / "bare")
     with pytest.raises(UserError, match="cannot load the weights"):
         load_model(str(tmp_path / "bare"))
+
+
+def test_a_missing_shard_is_named(tmp_path, model, tokenizer):
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    tokenizer.save_pretrained(tmp_path)
+    sorted(tmp_path.glob("*.safetensors"))[1].unlink()
+    with pytest.raises(UserError, match=r"model-00002-of.* is missing"):
+        load_model(str(tmp_path))
+
+
+def test_a_loaded_model_survives_its_directory_being_overwritten(directory):
+    loaded = load_model(str(directory), dtype="float64")
+    before = scores(loaded)
+    path = directory / "model.safetensors"
+    path.write_bytes(bytes(path.stat().st_size))
+    assert torch.equal(scores(loaded), before)
 
 
 def test_truncated_weights_are_an_error(directory):
