@@ -115,6 +115,7 @@ class SftConfig(RunConfig):
     score_estimator: str = setting("mask_count", "how masks and weights are drawn; see docs/theory.md")
     num_mc_samples: int = setting(1, "masks drawn for an answer in a step (n)")
     eval_steps: int = setting(500, "steps between evaluations; 0: before and after only")
+    answer_canvas: int = setting(0, "fill half of the answers up to so many tokens with terminators; 0: none")
     width: int = setting(128, "of a new model")
     layers: int = setting(4, "of a new model")
     heads: int = setting(4, "of a new model")

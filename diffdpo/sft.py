@@ -4,9 +4,9 @@ The loss of an answer is -score / tokens, with the same rows and weights (L/k fo
 response tokens only, the terminator among them, the prompt never masked (Nie et al., LLaDA, arXiv 2502.09992, eq. 5).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from data_pipeline.batch import Fault
+from data_pipeline.batch import Fault, PairBatch
 from data_pipeline.dataset import ShardedDataset
 from data_pipeline.records import AnswerRecord
 from data_pipeline.stream import RecordReader
@@ -23,6 +23,7 @@ from diffdpo.noise.estimators import check_estimator
 from diffdpo.report import Evaluation, model_card
 from diffdpo.run import finish, start_tracking
 from diffdpo.step.backward import choose_strategy
+from diffdpo.step.canvas import fill_canvas
 from diffdpo.step.reference import no_reference
 from diffdpo.step.train_step import LossOptions, PreferenceStep, StepReport
 
@@ -74,7 +75,7 @@ def _sft(config: SftConfig, place: Place) -> int:
             engine.load(resume)
             loader.load_state_dict(state["loader"])
         before = Evaluation(state["before"]) if resume else held_out.evaluate("before")
-        step = PreferenceStep(
+        score_step = PreferenceStep(
             engine,
             no_reference,
             noise,
@@ -82,6 +83,12 @@ def _sft(config: SftConfig, place: Place) -> int:
             strategy=strategy,
             segment_rows=segment_rows,
         )
+
+        def step(micro_batches: Sequence[PairBatch], rate: float) -> StepReport:
+            canvas = {"canvas": config.answer_canvas, "terminator_id": loaded.spec.terminator_id, "seed": config.seed}
+            filled = [fill_canvas(b, **canvas) for b in micro_batches] if config.answer_canvas else micro_batches
+            return score_step(filled, rate)
+
         loop = Loop(
             config=config,
             output_dir=place.output_dir,
