@@ -155,6 +155,9 @@ def open_dataset(
         if max_records:
             chosen = np.arange(len(index))[:max_records] if chosen is None else chosen[:max_records]
         parts.append(Part(name, index, chosen))
+    for part, weight in zip(parts, weights or [1.0] * len(parts), strict=True):
+        if not len(part) and (weight > 0 if weights else not any(map(len, parts))):
+            raise DataError(f"{part.name}: no record is left on the {split} side; change eval_fraction or the weights")
     return ShardedDataset(tuple(parts), cache, None if weights is None else tuple(map(float, weights)))
 
 

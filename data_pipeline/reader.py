@@ -64,37 +64,31 @@ class PairLoader:
         max_fault_fraction: float = 0.01,
         prefetch: int = 4,
     ):
-        if min(micro_batch_size, world_size) < 1 or global_batch_size % max(1, world_size * micro_batch_size):
+        share = Share(rank, world_size, micro_batch_size, batching == "balanced")
+        _check_share(share, global_batch_size)
+        if num_workers < 0 or prefetch < 1 or not 0 <= max_fault_fraction <= 1:
             raise DataError(
-                f"global_batch_size {global_batch_size} is not a multiple of world_size {world_size} x "
-                f"micro_batch_size {micro_batch_size}; change one of them"
-            )
-        if not 0 <= rank < world_size or num_workers < 0 or prefetch < 1 or not 0 <= max_fault_fraction <= 1:
-            raise DataError(
-                f"rank {rank} of {world_size}, num_workers {num_workers}, prefetch {prefetch}, max_fault_fraction "
-                f"{max_fault_fraction}: ranks count from 0, workers >= 0, prefetch >= 1, the fraction is in [0, 1]"
+                f"num_workers {num_workers}, prefetch {prefetch}, max_fault_fraction {max_fault_fraction}: allowed are "
+                "workers >= 0, prefetch >= 1 and a fraction in [0, 1]"
             )
         if batching not in BATCHING:
             raise DataError(f"batching is {batching!r}; allowed: {', '.join(BATCHING)}")
-        if strict and (bad := [item for part in dataset.parts for item in part.index.manifest["bad"]]):
-            raise DataError(f"{bad_summary(bad)}; without --strict they would be left out")
+        if strict:
+            _refuse_bad_shards(dataset)
         if shuffle_shards and dataset.weights is not None:
             raise DataError("shuffle_shards cannot be combined with weights: sources are mixed over the whole corpus")
         if shuffle_shards is None:
             shuffle_shards = REMOTE_SHUFFLE_SHARDS if dataset.is_remote and dataset.weights is None else 0
         self.dataset, self.encoder = dataset, encoder
         self.options = PlanOptions(seed, global_batch_size, tail, shuffle_shards, bucket_steps)
-        self.share = Share(rank, world_size, micro_batch_size, batching == "balanced")
+        self.share = share
         self.num_workers, self.prefetch = num_workers, prefetch
         self.strict, self.max_fault_fraction = strict, max_fault_fraction
         if not len(self):
             raise DataError(f"{len(dataset)} records do not fill a step of {global_batch_size} and tail is 'drop'")
         self.epoch, self.step = 0, 0
-        self.seen, self.faults, self.dropped = (
-            0,
-            Counter[str](),
-            Counter[str](),
-        )  # of this rank, since the start or load
+        self.seen = 0  # slots of this rank since the start or load; so are the counts below
+        self.faults, self.dropped = Counter[str](), Counter[str]()
         self.truncated = 0
         self._seen_before, self._faults_before = 0, Counter[str]()  # of all ranks, before
         self._stream: Iterator[PairBatch] | None = None
@@ -119,9 +113,9 @@ class PairLoader:
 
     def steps(self) -> Iterator[list[PairBatch]]:
         """This rank's micro-batches of one global step after the other, without end."""
-        self._align()
         while True:
             self._roll_over()
+            self._align()
             yield [self._advance() for _ in range(self.micro_batches)]
 
     def _roll_over(self) -> None:
@@ -244,6 +238,23 @@ class PairLoader:
         self.seen, self.truncated = 0, 0
         self.faults, self.dropped = Counter(), Counter()
         self._seen_before, self._faults_before = int(state["seen"]), Counter(state["faults"])
+
+
+def _check_share(share: Share, global_batch_size: int) -> None:
+    world_size, micro = share.world_size, share.micro_batch_size
+    if min(micro, world_size) < 1 or global_batch_size % (world_size * micro):
+        raise DataError(
+            f"global_batch_size {global_batch_size} is not a multiple of world_size {world_size} x micro_batch_size "
+            f"{micro}; change one of them"
+        )
+    if not 0 <= share.rank < world_size:
+        raise DataError(f"rank is {share.rank} of {world_size}; ranks count from 0")
+
+
+def _refuse_bad_shards(dataset: ShardedDataset) -> None:
+    bad = [item for part in dataset.parts for item in part.index.manifest["bad"]]
+    if bad:
+        raise DataError(f"{bad_summary(bad)}; without --strict they would be left out")
 
 
 def describe(fault: Fault) -> str:

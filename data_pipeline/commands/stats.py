@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         args.json.write_bytes(to_json(figures))
     if args.plot:
-        plot(lengths, unit, args.plot, args.max_length if encoder else None)
+        plot(figures, lengths, unit, args.plot, args.max_length if encoder else None)
         print(f"histograms: {args.plot}")
     return 0
 
@@ -56,6 +56,7 @@ def byte_figures(dataset: ShardedDataset) -> tuple[dict, dict[str, np.ndarray]]:
     pairs = (columns["chosen"] > 0) & (columns["rejected"] > 0)
     lengths = {name: column[column > 0] for name, column in columns.items()}
     answers = np.maximum(columns["chosen"], columns["rejected"])
+    ratio = columns["prompt"] / np.maximum(answers, 1)
     figures = {
         "records": len(dataset),
         "pairs": int(pairs.sum()),
@@ -65,13 +66,13 @@ def byte_figures(dataset: ShardedDataset) -> tuple[dict, dict[str, np.ndarray]]:
         "chosen_longer": round(float((columns["chosen"] > columns["rejected"])[pairs].mean()), 4)
         if pairs.any()
         else None,
-        "prompt_to_answer": _spread(np.round(columns["prompt"] / np.maximum(answers, 1), 3)),
+        "prompt_to_answer": _spread(np.round(ratio, 3)),
         "sources": source_mix(dataset),
         "unusable": dict(Counter(bad["kind"] for part in dataset.parts for bad in part.index.manifest["bad"])),
         "dropped": _dropped(dataset),
         "bytes": {name: _spread(values) for name, values in lengths.items()},
     }
-    return figures, lengths
+    return figures, lengths | {"ratio": ratio, "total": columns["prompt"] + answers}
 
 
 def source_mix(dataset: ShardedDataset) -> dict[str, int]:
@@ -94,7 +95,7 @@ def _dropped(dataset: ShardedDataset) -> dict[str, int]:
 
 def token_figures(dataset: ShardedDataset, encoder: Encoder) -> tuple[dict, dict[str, np.ndarray]]:
     """Token lengths before any cut, what the encoder's options cut or drop, and the lengths."""
-    lengths: dict[str, list[int]] = {"prompt": [], "chosen": [], "rejected": []}
+    lengths: dict[str, list[int]] = {"prompt": [], "chosen": [], "rejected": [], "longer": []}
     outcome: Counter[str] = Counter()
     whole = Encoder(encoder.tokenizer, UNLIMITED, template=encoder.template, terminator=encoder.terminator)
     reader = RecordReader(dataset)
@@ -110,14 +111,20 @@ def token_figures(dataset: ShardedDataset, encoder: Encoder) -> tuple[dict, dict
             continue
         sides = {name: side for name, side in (("chosen", uncut.chosen), ("rejected", uncut.rejected)) if side}
         lengths["prompt"].append(next(iter(sides.values())).prompt_length)
-        for name, side in sides.items():
-            lengths[name].append(len(side.ids) - side.prompt_length)
+        answers = {name: len(side.ids) - side.prompt_length for name, side in sides.items()}
+        for name, length in (*answers.items(), ("longer", max(answers.values()))):
+            lengths[name].append(length)
         if not isinstance(pair, Drop):
             _count_cuts(outcome, sides, pair)
     reader.close()
     arrays = {name: np.array(values, np.int64) for name, values in lengths.items()}
+    longer = arrays.pop("longer")
     figures = {name: _spread(values) for name, values in arrays.items()}
-    return figures | {"max_length": encoder.max_length, "truncation": dict(sorted(outcome.items()))}, arrays
+    cuts = {"max_length": encoder.max_length, "truncation": dict(sorted(outcome.items()))}
+    return figures | cuts, arrays | {
+        "ratio": arrays["prompt"] / np.maximum(longer, 1),
+        "total": arrays["prompt"] + longer,
+    }
 
 
 def _count_cuts(outcome: Counter, before: dict, pair) -> None:
@@ -155,21 +162,32 @@ def _pairs(values: dict) -> str:
     )
 
 
-def plot(lengths: dict[str, np.ndarray], unit: str, path: Path, max_length: int | None) -> None:
-    """Histograms of prompt, chosen and rejected, and of the ratio of chosen to rejected length."""
+def plot(figures: dict, lengths: dict[str, np.ndarray], unit: str, path: Path, max_length: int | None) -> None:
+    """Histograms of the three lengths and of prompt / answer, the share that fits a given length, the source mix."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(lengths), figsize=(4 * len(lengths), 3.2), constrained_layout=True)
-    for axis, (name, values) in zip(axes, lengths.items(), strict=True):
-        if len(values):
-            axis.hist(np.clip(values, None, np.percentile(values, 99.5)), bins=40)
-        if max_length:
-            axis.axvline(max_length, color="black", linestyle=":", label=f"max_length {max_length}")
-            axis.legend()
-        axis.set(title=f"{name} ({len(values)})", xlabel=unit, ylabel="records")
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6.4), constrained_layout=True)
+    for axis, name in zip(axes[0], ("prompt", "chosen", "rejected"), strict=True):
+        _histogram(axis, lengths[name], name, unit)
+    _histogram(axes[1, 0], lengths["ratio"], "prompt / longer answer", "ratio")
+    totals = np.sort(lengths["total"])
+    axes[1, 1].plot(totals, np.arange(1, len(totals) + 1) / max(1, len(totals)))
+    axes[1, 1].set(title="what fits", xlabel=f"{unit} of prompt and longer answer", ylabel="share of records")
+    if max_length:
+        axes[1, 1].axvline(max_length, color="black", linestyle=":", label=f"max_length {max_length}")
+        axes[1, 1].legend()
+    names = list(figures["sources"])[:12][::-1]
+    axes[1, 2].barh(names, [figures["sources"][name] for name in names])
+    axes[1, 2].set(title="sources", xlabel="records")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _histogram(axis, values: np.ndarray, name: str, unit: str) -> None:
+    if len(values):
+        axis.hist(np.clip(values, None, np.percentile(values, 99.5)), bins=40)  # the last bin holds the tail
+    axis.set(title=f"{name} ({len(values)})", xlabel=unit, ylabel="records")

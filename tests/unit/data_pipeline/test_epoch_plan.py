@@ -122,6 +122,12 @@ def test_mixing_keeps_shares_and_uses_every_record_alike(sizes, data):
         assert met[a:b].max() - met[a:b].min() <= 1
 
 
+def test_mixed_sources_stand_among_each_other():
+    order = mixed_records([500, 500], [1, 1], PlanOptions(3, 4), 0)
+    first = np.sum(order[:200] < 500)
+    assert 60 < first < 140  # ten standard deviations either side of 100
+
+
 def test_a_source_without_weight_is_not_read():
     assert len(take_share(5, 0, seed=0, source=0, epoch=0)) == 0
     assert set(mixed_records([4, 4], [0, 1], PlanOptions(0, 2), 0)) == {4, 5, 6, 7}
@@ -144,6 +150,10 @@ def test_mixing_in_the_loader(tmp_path, jsonl, make_rows, cache, tokenizer):
     assert unmixed.fingerprint != dataset.fingerprint
     with pytest.raises(DataError, match="shuffle_shards"):
         PairLoader(dataset, Encoder(tokenizer), shuffle_shards=2, **options)
+    tiny = str(jsonl(tmp_path / "tiny.jsonl", make_rows(1)))
+    with pytest.raises(DataError, match=r"tiny\.jsonl: no record is left on the (train|eval) side"):
+        for side in ("train", "eval"):  # its one prompt is on one side only
+            open_dataset([tiny, large], weights=[1, 1], eval_fraction=0.5, split=side, cache_dir=cache)
     for wrong in ([1], [0, 0], [-1, 2]):
         with pytest.raises(DataError, match="weights"):
             open_dataset([small, large], weights=wrong, cache_dir=cache)

@@ -128,6 +128,16 @@ def test_a_step_left_half_way_is_given_again(corpora, tokenizer):
     assert (again.step, again.micro, again.ids) == (2, 0, batch.ids)
 
 
+def test_a_load_under_a_running_iterator_takes_effect(corpora, tokenizer):
+    loader = PairLoader(corpora[23], Encoder(tokenizer), seed=1, global_batch_size=4, micro_batch_size=4)
+    steps = loader.steps()
+    state = loader.state_dict()
+    first = [next(steps)[0].ids for _ in range(8)]
+    assert (loader.epoch, loader.step) == (1, 2)
+    loader.load_state_dict(state)
+    assert [next(steps)[0].ids for _ in range(8)] == first
+
+
 def test_state_at_the_end_of_an_epoch_is_the_start_of_the_next(corpora, tokenizer):
     options = {"seed": 1, "global_batch_size": 4, "micro_batch_size": 4}
     loader = PairLoader(corpora[7], Encoder(tokenizer), **options)

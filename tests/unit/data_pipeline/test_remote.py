@@ -136,6 +136,18 @@ def test_a_shard_that_stays_away_is_faults_and_tried_once(served, shards, cache,
     assert sum(path.endswith("shard-00002.tar") for path in server.log) <= 2  # fsspec asks for the size first
 
 
+def test_processes_that_ask_at_once_fetch_once(served, shards, cache):
+    _, base, server = served
+    before = len(server.log)
+    url = f"{base}/pairs/shard-00000.tar"
+    threads = [threading.Thread(target=cached_file, args=(url, cache)) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(server.log) - before == 1
+
+
 def test_any_protocol_of_fsspec(shards, cache, tokenizer):
     memory = fsspec.filesystem("memory")
     for path in shards.iterdir():
