@@ -152,6 +152,7 @@ def encode(prompt, loaded, template: str) -> list[int]:
     pair = encoder(AnswerRecord(id="", prompt=text, answer="x", label=True, meta={}))
     if isinstance(pair, Drop):
         raise UserError(f"a prompt cannot be used ({pair.reason}): {pair.detail}")
+    assert pair.chosen is not None  # label=True
     return pair.chosen.ids[: pair.chosen.prompt_length].tolist()
 
 
@@ -174,7 +175,8 @@ class Display:
 
     def text(self, tokens: list[int]) -> str:
         stop = next((i for i, token in enumerate(tokens) if token in self.spec.terminators), len(tokens))
-        pieces, run = [], []
+        pieces: list[str] = []
+        run: list[int] = []
         for token in [*tokens[:stop], self.spec.mask_token_id]:
             if token == self.spec.mask_token_id:
                 pieces += [self.tokenizer.decode(run), MASKED]

@@ -20,7 +20,7 @@ def add_lora(
     spec: FamilySpec,
     *,
     r: int = 16,
-    alpha: float = 32,
+    alpha: int = 32,
     dropout: float = 0.0,
     target_modules: str | None = None,
     use_dora: bool = False,

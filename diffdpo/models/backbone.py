@@ -1,6 +1,6 @@
 """What the scorer and the sampler need of a model, whatever its family.
 
-A family's `PreTrainedModel` mixes in `MaskedLM` and gives four things: `embed`, `blocks`, `final_norm`, `head`
+A family derives from `MaskedLM` and gives four things: `embed`, `blocks`, `final_norm`, `head`
 (modules, called only through `__call__` so that sharding engines can gather their weights) and `rotary`.
 A block is called as `block(x_NK, rope, layout, keep_M)`; see `MaskedLM.hidden_states`.
 
@@ -8,18 +8,31 @@ Shapes: R rows, T padded length, N tokens in the stream, M kept tokens, K hidden
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import initialization
+from transformers import PreTrainedModel, initialization
 from transformers.utils import ModelOutput
 
 from diffdpo.models.layers import RMSNorm, RotaryTable, VocabularyHead
 from diffdpo.models.layout import Layout
 
 RunBlock = Callable[..., Tensor]
+
+
+class RowLayout(Protocol):
+    """What a backbone asks of a layout: rotary positions, their bound, and attention within rows."""
+
+    @property
+    def positions_N(self) -> Tensor: ...
+
+    @property
+    def max_length(self) -> int: ...
+
+    def attend(self, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor: ...
 
 
 @dataclass
@@ -32,11 +45,17 @@ class MaskedLMOutput(ModelOutput):
 
 def native(model: nn.Module) -> "MaskedLM":
     """The native model itself, or the one inside a peft wrapper (its adapters are in place and stay active)."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model
+    return cast(MaskedLM, model.get_base_model() if hasattr(model, "peft_config") else model)  # type: ignore[operator]
 
 
 def call_block(block: nn.Module, *args) -> Tensor:
     return block(*args)
+
+
+def mark_residual(*projections: nn.Linear) -> None:
+    """These write to the residual stream: `initialise` starts them smaller."""
+    for projection in projections:
+        projection.writes_residual = True  # type: ignore[assignment]
 
 
 def initialise(module: nn.Module, *, num_layers: int) -> None:
@@ -55,14 +74,30 @@ def initialise(module: nn.Module, *, num_layers: int) -> None:
         initialization.ones_(module.weight)
 
 
-class MaskedLM:
-    """Mixin: the bidirectional forward over a token stream, and the padded `forward` users of transformers expect."""
+class MaskedLM(PreTrainedModel):
+    """The bidirectional forward over a token stream, and the padded `forward` users of transformers expect."""
 
-    embed: nn.Embedding
-    blocks: Iterable[nn.Module]
-    final_norm: nn.Module
-    head: VocabularyHead
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = False  # an option of MaskedLogProbs instead
+    _supports_sdpa = True
+
     rotary: RotaryTable
+
+    @property
+    def embed(self) -> nn.Embedding:
+        raise NotImplementedError
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        raise NotImplementedError
+
+    @property
+    def final_norm(self) -> nn.Module:
+        raise NotImplementedError
+
+    @property
+    def head(self) -> VocabularyHead:
+        raise NotImplementedError
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embed
@@ -79,7 +114,7 @@ class MaskedLM:
             self.config.save_pretrained(save_directory)
 
     def hidden_states(
-        self, ids_N: Tensor, layout: Layout, *, keep_M: Tensor | None = None, run_block: RunBlock = call_block
+        self, ids_N: Tensor, layout: RowLayout, *, keep_M: Tensor | None = None, run_block: RunBlock = call_block
     ) -> Tensor:
         """Normed last hidden states [N, K], or [M, K] at the stream positions `keep_M`.
 

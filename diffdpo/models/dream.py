@@ -8,7 +8,7 @@ Shapes: N tokens in the stream, M kept tokens, K hidden size, H heads, G key/val
 """
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,16 +18,18 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
-    PreTrainedModel,
 )
 
-from diffdpo.models.backbone import MaskedLM, initialise
+from diffdpo.models.backbone import MaskedLM, RowLayout, initialise, mark_residual
 from diffdpo.models.layers import RMSNorm, RotaryTable, VocabularyHead, rotate
-from diffdpo.models.layout import Layout
-from diffdpo.models.published_config import PublishedConfig
+from diffdpo.models.published_config import PublishedConfig, Setting
 
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
-REQUIRED = (*SHAPE, "vocab_size", "rms_norm_eps", "tie_word_embeddings")
+REQUIRED = {
+    **dict.fromkeys((*SHAPE, "vocab_size"), int),
+    "rms_norm_eps": float,
+    "tie_word_embeddings": bool,
+}
 
 
 class DreamConfig(PublishedConfig):
@@ -37,21 +39,21 @@ class DreamConfig(PublishedConfig):
     qkv_bias_default: ClassVar[bool] = True
     qk_norm: ClassVar[bool] = False
 
-    hidden_size: int | None = None
-    num_hidden_layers: int | None = None
-    num_attention_heads: int | None = None
-    num_key_value_heads: int | None = None
-    intermediate_size: int | None = None
+    hidden_size: Setting = None
+    num_hidden_layers: Setting = None
+    num_attention_heads: Setting = None
+    num_key_value_heads: Setting = None
+    intermediate_size: Setting = None
     head_dim: int | None = None
-    vocab_size: int | None = None
-    rms_norm_eps: float | None = None
+    vocab_size: Setting = None
+    rms_norm_eps: Setting = None
     rope_theta: float | None = None
     rope_scaling: dict[str, Any] | None = None
     hidden_act: str | None = None
     attention_bias: bool | None = None
     attention_dropout: float | None = None
     use_sliding_window: bool | None = None
-    tie_word_embeddings: bool | None = None
+    tie_word_embeddings: Setting = None
     mask_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -131,9 +133,9 @@ class SelfAttention(nn.Module):
         self.o_proj = nn.Linear(wide, size, bias=False)
         self.q_norm = RMSNorm(self.head_size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.o_proj.writes_residual = True
+        mark_residual(self.o_proj)
 
-    def forward(self, h_NK: Tensor, rope: tuple[Tensor, Tensor], layout: Layout, keep_M: Tensor | None) -> Tensor:
+    def forward(self, h_NK: Tensor, rope: tuple[Tensor, Tensor], layout: RowLayout, keep_M: Tensor | None) -> Tensor:
         q_NHD, k_NGD, v_NGD = (
             proj(h_NK).unflatten(-1, (-1, self.head_size)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
@@ -151,7 +153,7 @@ class GatedMLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.down_proj.writes_residual = True
+        mark_residual(self.down_proj)
 
     def forward(self, h_NK: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(h_NK)) * self.up_proj(h_NK))
@@ -167,7 +169,7 @@ class DreamDecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMLP(config)
 
-    def forward(self, x_NK: Tensor, rope: tuple[Tensor, Tensor], layout: Layout, keep_M: Tensor | None) -> Tensor:
+    def forward(self, x_NK: Tensor, rope: tuple[Tensor, Tensor], layout: RowLayout, keep_M: Tensor | None) -> Tensor:
         mixed_NK = self.self_attn(self.input_layernorm(x_NK), rope, layout, keep_M)
         x_NK = (x_NK if keep_M is None else x_NK[keep_M]) + mixed_NK
         return x_NK + self.mlp(self.post_attention_layernorm(x_NK))
@@ -183,15 +185,12 @@ class DreamBackbone(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
-class DreamModel(MaskedLM, PreTrainedModel):
+class DreamModel(MaskedLM):
     """Dream with its LM head; also Qwen2, Qwen3 and Llama layouts through their configs."""
 
     config_class = DreamConfig
     base_model_prefix = "model"
-    main_input_name = "input_ids"
-    supports_gradient_checkpointing = False  # an option of MaskedLogProbs instead
-    _supports_sdpa = True
-    _no_split_modules: ClassVar[list[str]] = ["DreamDecoderLayer"]
+    _no_split_modules = ["DreamDecoderLayer"]  # noqa: RUF012 - as transformers declares it
 
     def __init__(self, config: DreamConfig):
         super().__init__(config.check())
@@ -218,8 +217,8 @@ class DreamModel(MaskedLM, PreTrainedModel):
     def head(self) -> VocabularyHead:
         return self.lm_head
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.model.embed_tokens = value
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.embed_tokens = cast(nn.Embedding, value)
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.lm_head = VocabularyHead.of(new_embeddings)

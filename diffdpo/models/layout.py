@@ -11,6 +11,7 @@ Shapes: R rows, T padded length, N tokens in the stream, H heads, G key/value he
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch import Tensor
 try:  # block-diagonal flash attention; used on GPUs of compute capability >= 8.0 only
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # torch < 2.10
-    varlen_attn = None
+    varlen_attn = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ class Layout:
         repeat = q_NHD.shape[1] // k_NGD.shape[1]
         k_NHD, v_NHD = (t.repeat_interleave(repeat, dim=1) if repeat > 1 else t for t in (k_NGD, v_NGD))
         cuts, longest = self.cumulative_lengths, self.max_length
-        return varlen_attn(q_NHD, k_NHD, v_NHD, cuts, cuts, longest, longest).flatten(1)
+        out = varlen_attn(q_NHD, k_NHD, v_NHD, cuts, cuts, longest, longest)
+        return cast(Tensor, out).flatten(1)
 
     @classmethod
     def packed(cls, lengths: Sequence[int], padded_length: int, *, device="cpu", max_waste: float = 0.0) -> "Layout":
@@ -125,8 +127,8 @@ class Layout:
             offset[row] = bucket.start + bucket.width * torch.arange(bucket.rows)
             visible = columns < torch.tensor(bucket.lengths)[:, None]
             masks.append(visible[:, None, None, :].to(device) if bucket.padded else None)
-        on_device = (t.to(device, non_blocking=True) for t in (torch.cat(index), torch.cat(positions), offset))
-        return cls(buckets, *on_device, tuple(masks))
+        index_N, positions_N, offset_R = (t.to(device) for t in (torch.cat(index), torch.cat(positions), offset))
+        return cls(buckets, index_N, positions_N, offset_R, tuple(masks))
 
 
 def _bucket_size(ascending: Sequence[int], max_waste: float) -> int:

@@ -17,25 +17,20 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
-    PreTrainedModel,
 )
 
-from diffdpo.models.backbone import MaskedLM, initialise
+from diffdpo.models.backbone import MaskedLM, RowLayout, initialise, mark_residual
 from diffdpo.models.layers import RMSNorm, RotaryTable, VocabularyHead, rotate
-from diffdpo.models.layout import Layout
-from diffdpo.models.published_config import PublishedConfig
+from diffdpo.models.published_config import PublishedConfig, Setting
 
-SHAPE = (
-    "d_model",
-    "n_layers",
-    "n_heads",
-    "mlp_hidden_size",
-    "vocab_size",
-    "embedding_size",
-    "rope_theta",
-    "rms_norm_eps",
-)
-REQUIRED = (*SHAPE, "weight_tying", "rope", "layer_norm_type", "activation_type", "block_type", "mask_token_id")
+REQUIRED = {
+    **dict.fromkeys(("d_model", "n_layers", "n_heads", "mlp_hidden_size", "vocab_size", "embedding_size"), int),
+    **dict.fromkeys(("rope_theta", "rms_norm_eps"), float),
+    **dict.fromkeys(("layer_norm_type", "activation_type", "block_type"), str),
+    "weight_tying": bool,
+    "rope": bool,
+    "mask_token_id": int,
+}
 # What this module computes; a config that says otherwise describes another model. Missing optional keys are fine
 # where the published code's default is the value given here, and required above where it is not.
 SUPPORTED: dict[str, tuple] = {
@@ -70,26 +65,26 @@ class LLaDAConfig(PublishedConfig):
         "max_position_embeddings": "max_sequence_length",
     }
 
-    d_model: int | None = None
-    n_layers: int | None = None
-    n_heads: int | None = None
+    d_model: Setting = None
+    n_layers: Setting = None
+    n_heads: Setting = None
     n_kv_heads: int | None = None
     multi_query_attention: bool | None = None
-    mlp_hidden_size: int | None = None
-    vocab_size: int | None = None
-    embedding_size: int | None = None
+    mlp_hidden_size: Setting = None
+    vocab_size: Setting = None
+    embedding_size: Setting = None
     max_sequence_length: int | None = None
-    rope: bool | None = None
-    rope_theta: float | None = None
+    rope: Setting = None
+    rope_theta: Setting = None
     rope_full_precision: bool | None = None
-    rms_norm_eps: float | None = None
-    layer_norm_type: str | None = None
-    activation_type: str | None = None
-    block_type: str | None = None
-    weight_tying: bool | None = None
+    rms_norm_eps: Setting = None
+    layer_norm_type: Setting = None
+    activation_type: Setting = None
+    block_type: Setting = None
+    weight_tying: Setting = None
     include_qkv_bias: bool | None = None
     scale_logits: bool | None = None
-    mask_token_id: int | None = None
+    mask_token_id: Setting = None
     eos_token_id: int | None = None
     pad_token_id: int | None = None
 
@@ -191,9 +186,9 @@ class LLaDABlock(nn.Module):
         self.ff_proj = nn.Linear(size, config.mlp_hidden_size, bias=False)
         self.up_proj = nn.Linear(size, config.mlp_hidden_size, bias=False)
         self.ff_out = nn.Linear(config.mlp_hidden_size, size, bias=False)
-        self.attn_out.writes_residual = self.ff_out.writes_residual = True  # initialised smaller
+        mark_residual(self.attn_out, self.ff_out)
 
-    def forward(self, x_NK: Tensor, rope: tuple[Tensor, Tensor], layout: Layout, keep_M: Tensor | None) -> Tensor:
+    def forward(self, x_NK: Tensor, rope: tuple[Tensor, Tensor], layout: RowLayout, keep_M: Tensor | None) -> Tensor:
         h_NK = self.attn_norm(x_NK)
         q_NHD, k_NGD, v_NGD = (
             proj(h_NK).unflatten(-1, (-1, self.head_size)) for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -223,15 +218,12 @@ class LLaDAModel(nn.Module):
         )
 
 
-class LLaDAModelLM(MaskedLM, PreTrainedModel):
+class LLaDAModelLM(MaskedLM):
     """LLaDA with its LM head. Random init: normal(0.02), residual projections scaled by 1/sqrt(2 layers)."""
 
     config_class = LLaDAConfig
     base_model_prefix = "model"
-    main_input_name = "input_ids"
-    supports_gradient_checkpointing = False  # an option of MaskedLogProbs instead
-    _supports_sdpa = True
-    _no_split_modules: ClassVar[list[str]] = ["LLaDABlock"]
+    _no_split_modules = ["LLaDABlock"]  # noqa: RUF012 - as transformers declares it
 
     def __init__(self, config: LLaDAConfig):
         super().__init__(config.check())
@@ -257,7 +249,7 @@ class LLaDAModelLM(MaskedLM, PreTrainedModel):
     def head(self) -> VocabularyHead:
         return self.model.transformer["ff_out"]
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.transformer["wte"] = value
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:

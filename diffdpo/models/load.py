@@ -6,6 +6,7 @@ Remote code is never run: the family is chosen by `model_type`. Weights are stre
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -144,13 +145,12 @@ def make_spec(config: PreTrainedConfig, family: Family, tokenizer: PreTrainedTok
     register_mask_token(tokenizer, mask)
     vocabulary = tokenizer.get_vocab()
     stops = tuple(vocabulary[token] for token in STOP_TOKENS if token in vocabulary)
-    pad = _first_id(config.pad_token_id, tokenizer.pad_token_id, terminator)
     return FamilySpec(
         name=config.model_type,
         mask_token_id=mask,
         terminator_id=terminator,
-        pad_token_id=pad,
-        block_class=family.model_class._no_split_modules[0],
+        pad_token_id=_first_id(config.pad_token_id, tokenizer.pad_token_id) or terminator,
+        block_class=next(iter(family.model_class._no_split_modules or ())),
         lora_targets=family.lora_targets,
         logit_shift=getattr(config, "logit_shift", family.logit_shift),
         template="chat" if tokenizer.chat_template else "plain",
@@ -188,7 +188,7 @@ def _load_nf4(name_or_path, family: Family, config, *, dtype: str, device: str) 
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()
     try:
-        model, report = family.model_class.from_pretrained(
+        model, report = cast(Any, family.model_class).from_pretrained(
             name_or_path,
             config=config,
             dtype=DTYPES[dtype],

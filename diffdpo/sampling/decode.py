@@ -118,8 +118,9 @@ def sample(
             part = slice(start, start + size)
             canvas = Canvas(prompts[part], seeds[part], spec=spec, gen_length=decoding.gen_length)
             for _ in fill(native(model), spec, canvas, decoding):
-                for row in range(len(canvas)) if on_step else ():
-                    on_step(start + row, canvas.region(row))
+                if on_step:
+                    for row in range(len(canvas)):
+                        on_step(start + row, canvas.region(row))
             answers += [canvas.answer(row) for row in range(len(canvas))]
     finally:
         model.train(training)

@@ -6,7 +6,7 @@ Shapes: R rows, B block length, W window (block plus the shift), M masked positi
 import torch
 from torch import Tensor
 
-from diffdpo.models.backbone import MaskedLM
+from diffdpo.models.backbone import MaskedLM, RowLayout
 from diffdpo.models.layout import Layout
 from diffdpo.models.spec import FamilySpec
 from diffdpo.sampling.block_cache import RecordingLayout, WindowLayout
@@ -46,19 +46,20 @@ class BlockPredictor:
         return unconditional + (1 + self.cfg_scale) * (conditional - unconditional)
 
     def _forward(self, ids_RT: Tensor, rows: Tensor, local_M: Tensor, column_M: Tensor) -> Tensor:
+        layout: RowLayout
         ids_RT, window_RB = ids_RT.to(self.device), self.window_RB[rows].to(self.device)
         if self.recorded:
             first_R = window_RB[:, :1] - self.shift
             window_RW = first_R + torch.arange(window_RB.shape[1] + self.shift, device=self.device)
-            layout = WindowLayout(self.recorded, window_RW)
-            ids_N = ids_RT.gather(1, window_RW)[layout.order_R].flatten()
-            keep_M = layout.offset_R[local_M] + column_M  # output of position - shift: the window starts shift early
+            layout = window = WindowLayout(self.recorded, window_RW)
+            ids_N = ids_RT.gather(1, window_RW)[window.order_R].flatten()
+            keep_M = window.offset_R[local_M] + column_M  # output of position - shift: the window starts shift early
         else:
             lengths = [self.canvas.lengths[row] for row in rows.tolist()]
-            layout = Layout.packed(lengths, ids_RT.shape[1], device=self.device, max_waste=MAX_WASTE)
-            ids_N = ids_RT.flatten()[layout.index_N]
-            keep_M = layout.offset_R[local_M] + window_RB[local_M, column_M] - self.shift
+            layout = packed = Layout.packed(lengths, ids_RT.shape[1], device=self.device, max_waste=MAX_WASTE)
+            ids_N = ids_RT.flatten()[packed.index_N]
+            keep_M = packed.offset_R[local_M] + window_RB[local_M, column_M] - self.shift
             if self.cached:
-                layout = self.recorded = RecordingLayout(layout)
+                layout = self.recorded = RecordingLayout(packed)
                 self.recorded_rows = rows[: len(rows) // 2] if self.cfg_scale else rows
         return self.model.head(self.model.hidden_states(ids_N, layout, keep_M=keep_M))

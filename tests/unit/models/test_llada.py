@@ -63,6 +63,8 @@ def test_a_missing_key_is_named(key):
         ({"multi_query_attention": True, "n_kv_heads": 4}, "multi_query_attention"),
         ({"embedding_size": 20}, "embedding_size=20"),
         ({"mask_token_id": 40}, "mask_token_id=40"),
+        ({"d_model": "32"}, "d_model='32'; it must be a int"),
+        ({"weight_tying": 1}, "weight_tying=1"),
     ],
 )
 def test_a_contradiction_is_named(changes, words):
