@@ -63,7 +63,7 @@ def test_a_missing_key_is_named(key):
         ({"multi_query_attention": True, "n_kv_heads": 4}, "multi_query_attention"),
         ({"embedding_size": 20}, "embedding_size=20"),
         ({"mask_token_id": 40}, "mask_token_id=40"),
-        ({"d_model": "32"}, "d_model='32'; it must be a int"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps='1e-5'; it must be a float"),
         ({"weight_tying": 1}, "weight_tying=1"),
     ],
 )
