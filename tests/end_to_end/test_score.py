@@ -151,3 +151,25 @@ def test_models_are_in_eval_mode(folder):
     args = score.build_parser().parse_args(["--pairs", "x", "--model_name_or_path", str(folder / "model")])
     models, _, _ = score.load_models(args)
     assert not models[0].training and next(models[0].parameters()).dtype == torch.float32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command_line",
+    [
+        "score_variance.py --lengths 8 --num_samples 2 --rows 20 --min_draws 5 --gradient_draws 2",
+        "loss_bias.py --num_samples 2 --draws 8",
+    ],
+)
+def test_benchmarks_of_scores_run(folder, tmp_path, command_line):
+    name, *flags = command_line.split()
+    output = tmp_path / "out.json"
+    flags += ["--model_name_or_path", str(folder / "model"), "--ref_model_name_or_path", str(folder / "other")]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / name), *flags, "--pairs", "2", "--output", str(output)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(output.read_text())["lines"]
