@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffdpo.models.token_log_probs import token_log_probs
+from diffdpo.models.token_log_probs import liger_log_probs, token_log_probs
 
 
 class RMSNorm(nn.Module):
@@ -120,8 +120,17 @@ class VocabularyHead(nn.Linear):
         head.weight = linear.weight
         return head
 
-    def forward(self, hidden: Tensor, target_M: Tensor | None = None, *, logits_budget: int | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        target_M: Tensor | None = None,
+        *,
+        logits_budget: int | None = None,
+        use_liger: bool = False,
+    ) -> Tensor:
         hidden = hidden if self.scale == 1.0 else hidden * self.scale
         if target_M is None:
             return super().forward(hidden)
+        if use_liger and target_M.numel():
+            return liger_log_probs(hidden, self.weight, target_M)
         return token_log_probs(hidden, self.weight, target_M, logits_budget=logits_budget)

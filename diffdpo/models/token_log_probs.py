@@ -27,6 +27,17 @@ def token_log_probs(hidden_MK: Tensor, weight_VK: Tensor, target_M: Tensor, *, l
     return _TokenLogProbs.apply(hidden_MK, weight_VK, target_M, budget, torch.is_grad_enabled())
 
 
+def liger_log_probs(hidden_MK: Tensor, weight_VK: Tensor, target_M: Tensor) -> Tensor:
+    """The same through Liger's fused linear cross-entropy (Triton, GPU only), which recomputes in the backward.
+
+    Its per-token form (`reduction="none"`) weights each token's gradient before summing into dW, as ours does. Worth
+    trying with a trainable head; a frozen head's gradient is cheaper above.
+    """
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return -LigerFusedLinearCrossEntropyLoss(reduction="none")(weight_VK, hidden_MK, target_M).float()
+
+
 def _chunks(hidden: Tensor, weight: Tensor, budget: int) -> list[slice]:
     rows = max(1, budget // (weight.shape[0] * _wide(hidden.dtype).itemsize))
     return [slice(start, start + rows) for start in range(0, max(1, hidden.shape[0]), rows)]

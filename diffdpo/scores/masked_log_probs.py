@@ -8,12 +8,14 @@ ordinary submodule calls.
 Shapes: R rows, T padded length, N tokens in the stream, M scored positions.
 """
 
+import importlib.util
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from diffdpo.errors import UserError
 from diffdpo.models.backbone import call_block, native
 from diffdpo.models.layout import Layout
 from diffdpo.models.spec import FamilySpec
@@ -27,7 +29,7 @@ class MaskedLogProbs(nn.Module):
 
     `layer_checkpointing` recomputes each block in the backward (non-reentrant). `logits_budget`: bytes of the largest
     logits chunk (default `token_log_probs.DEFAULT_LOGITS_BUDGET`). `max_waste`: padding allowed inside a length
-    bucket; 1.0 is one padded batch.
+    bucket; 1.0 is one padded batch. `use_liger`: the head through Liger's fused kernel (GPU only).
     """
 
     def __init__(
@@ -38,8 +40,12 @@ class MaskedLogProbs(nn.Module):
         layer_checkpointing: bool = False,
         logits_budget: int | None = None,
         max_waste: float = MAX_WASTE,
+        use_liger: bool = False,
     ):
         super().__init__()
+        if use_liger and not (torch.cuda.is_available() and importlib.util.find_spec("liger_kernel")):
+            raise UserError("use_liger needs a GPU and liger-kernel: pip install 'diffdpo[gpu]', or leave it off")
+        self.use_liger = use_liger
         self.model = model
         self.spec = spec
         self.layer_checkpointing = layer_checkpointing
@@ -66,7 +72,7 @@ class MaskedLogProbs(nn.Module):
         hidden_MK = base.hidden_states(
             input_ids_RT.flatten()[layout.index_N], layout, keep_M=keep_M, run_block=run_block
         )
-        return base.head(hidden_MK, target_M, logits_budget=self.logits_budget)
+        return base.head(hidden_MK, target_M, logits_budget=self.logits_budget, use_liger=self.use_liger)
 
     def _max_waste(self, device: torch.device) -> float:
         return 0.0 if device.type == "cuda" else self.max_waste  # varlen attention needs exact buckets

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from diffdpo.errors import UserError
 from diffdpo.models.dream import DreamModel, Qwen3DiffusionConfig
 from diffdpo.models.llada import LLaDAConfig, LLaDAModelLM
 from diffdpo.models.spec import LLADA_LORA_TARGETS, FamilySpec
@@ -86,6 +87,12 @@ def test_the_first_token_of_a_shifted_model_cannot_be_scored():
     ids, lengths, *_ = batch()
     with pytest.raises(ValueError, match="position 0"):
         MaskedLogProbs(model, spec)(ids, lengths, *(torch.zeros(1, dtype=torch.long),) * 3)
+
+
+def test_liger_is_refused_where_it_cannot_run(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="use_liger needs a GPU"):
+        MaskedLogProbs(*make("llada"), use_liger=True)
 
 
 def test_a_small_logits_budget_changes_nothing():
