@@ -159,7 +159,7 @@ def _until_torn(rows: Iterator[Row], on_error: str, dropped: Dropped) -> Iterato
         yield from rows
     except RecordError as error:
         if on_error == "raise":
-            raise DataError(f"{error}; get it again, or pass --on_error skip to use what is before") from error
+            raise DataError(f"{error}; get it again, or pass --on_error skip to use what is good") from error
         dropped.add(error, "source")
 
 

@@ -185,6 +185,8 @@ def publish(target: Path, write: Callable[[Path], None]) -> None:
 
 def bad_summary(bad: list[dict]) -> str:
     """One line: how many of which kind, with the first as an example."""
+    if not bad:
+        return "nothing is in them"
     kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(Counter(item["kind"] for item in bad).items()))
     first = bad[0]
     where = Path(first["shard"]).name + (f", key {first['key']}" if first["key"] else "")

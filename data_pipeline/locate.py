@@ -93,12 +93,18 @@ def _build_cached(files: list[str], cache: Path, options: BuildOptions, workers:
     name = "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(files[0]).name.split(".")[0])[:40]
     folder = cache / "built" / f"{name}-{digest}"
     if not (folder / MANIFEST).exists():
-        manifest = build(files, folder, options, workers=_workers(files, workers), progress=progress)
-        dropped = manifest["provenance"]["report"]["dropped"]
-        if dropped:
-            kinds = ", ".join(f"{kind} {item['count']}" for kind, item in dropped.items())
-            log.warning("%s: %d records; dropped: %s", ", ".join(files), manifest["num_records"], kinds)
-    return load_index(folder)
+        build(files, folder, options, workers=_workers(files, workers), progress=progress)
+    index = load_index(folder)
+    if dropped := index.manifest["provenance"]["report"]["dropped"]:
+        kinds = ", ".join(f"{kind} {item['count']}" for kind, item in dropped.items())
+        _warn(f"{', '.join(files)}: {len(index)} records; dropped: {kinds}")
+    return index
+
+
+def _warn(message: str) -> None:
+    """Once for all ranks of a run: they all open the same data."""
+    if os.environ.get("RANK", "0") == "0":
+        log.warning("%s", message)
 
 
 def _workers(files: list[str], asked: int | None) -> int:
@@ -123,13 +129,11 @@ def _index_shards(urls: list[str], cache: Path, workers: int | None) -> Index:
             scans = list(ordered_map(_scan_url, [(url, cache) for url in urls], workers=_workers(urls, workers)))
             manifest, entries, keys = merge_scans(urls, scans)
             if not len(entries):
-                raise DataError(
-                    f"no usable record in {len(urls)} shards: {bad_summary(manifest['bad']) or 'all empty'}"
-                )
+                raise DataError(f"no usable record in {len(urls)} shards: {bad_summary(manifest['bad'])}")
             publish(folder, lambda partial: save_index(partial, manifest, entries, keys))
     index = load_index(folder)
     if index.manifest["bad"]:
-        log.warning("%s", bad_summary(index.manifest["bad"]))
+        _warn(bad_summary(index.manifest["bad"]))
     return index
 
 

@@ -11,6 +11,7 @@ from data_pipeline.commands.common import build_options, load_tokenizer
 from data_pipeline.convert import ConvertOptions
 from data_pipeline.errors import DataError
 from data_pipeline.index import MANIFEST
+from data_pipeline.locate import expand
 from data_pipeline.shards import to_json
 
 
@@ -32,7 +33,8 @@ def run(args: argparse.Namespace) -> int:
         load_tokenizer(args.tokenizer) if args.tokenizer else None
     )  # before the work, so that a typo shows first
     workers = len(os.sched_getaffinity(0)) if args.workers is None else args.workers
-    build(args.source, args.out, options, workers=workers, progress=True)
+    sources = [name for source in args.source for name in expand(source)]
+    build(sources, args.out, options, workers=workers, progress=True)
     folders = [args.out / name for name in ("train", "eval")] if args.eval_fraction else [args.out]
     for folder in folders:
         manifest = json.loads((folder / MANIFEST).read_bytes())

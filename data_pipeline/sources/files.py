@@ -10,13 +10,14 @@ import io
 import json
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 from data_pipeline.errors import DataError
 from data_pipeline.records import RecordError, parse_json
 from data_pipeline.remote import cached_file, is_remote
+from data_pipeline.shards import scan_shard
 
 csv.field_size_limit(1 << 27)
 SAVED_DATASET = ("dataset_info.json", "dataset_dict.json")  # one of them marks a folder saved by ``datasets``
@@ -45,6 +46,7 @@ class SourceOptions:
 def open_rows(source: str, options: SourceOptions) -> Iterator[Row]:
     """The rows of a file, a saved ``datasets`` folder or a hub name, in order. Raises DataError."""
     path = local_path(source, options)
+    source, options = named_split(source, options)
     if path is None:
         return _hub_rows(source, options)
     if path.is_dir():
@@ -60,14 +62,22 @@ def expand_folder(source: str, options: SourceOptions) -> list[str]:
     files = [str(p) for p in source_files(path) if _suffix(p) in READERS]
     if not files:
         raise DataError(f"{path}: the folder has no data file; allowed: {', '.join(sorted(READERS))}, or shards (.tar)")
-    return files
+    return [name for name in files if name.endswith(".tar")] or files  # beside shards lies their index
+
+
+def named_split(source: str, options: SourceOptions) -> tuple[str, SourceOptions]:
+    """``name:split`` of a hub data set or a saved folder → the name, and the options with that split."""
+    name, colon, split = source.rpartition(":")
+    if not colon or is_remote(source) or "/" in split or Path(source).exists() or Path(name).is_file():
+        return source, options
+    return name, replace(options, split=split)
 
 
 def local_path(source: str, options: SourceOptions) -> Path | None:
     """Where the source lies here (fetched if it is remote); None for the name of a data set on the hub."""
     if is_remote(source):
         return cached_file(source, options.cache_dir)
-    path = Path(source).expanduser()
+    path = Path(named_split(source, options)[0]).expanduser()
     if path.exists():
         return path
     if _suffix(path) in READERS or source.count("/") > 1 or source.startswith((".", "/", "~")) or not source.strip():
@@ -181,6 +191,18 @@ def _parquet_rows(path: Path, name: str) -> Iterator[Row]:
                 yield Row(f"{name}, row {number}", item)
 
 
+def _tar_rows(path: Path, name: str) -> Iterator[Row]:
+    """The records of a shard; what the scan finds wrong with it is raised behind the last of them."""
+    scan = scan_shard(path)
+    with path.open("rb") as file:
+        for key, entry in zip(scan.keys, scan.entries, strict=True):
+            file.seek(int(entry["offset"]))
+            yield Row(f"{name}, key {key}", file.read(int(entry["size"])))
+    if scan.bad:
+        first = f"{scan.bad[0].key} {scan.bad[0].kind}: {scan.bad[0].detail}".strip()
+        raise RecordError("damaged_shard", f"{name}: {len(scan.bad)} faults, first {first}", malformed=True)
+
+
 READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
     ".jsonl": _json_line_rows,
     ".jsonl.gz": _json_line_rows,
@@ -190,6 +212,7 @@ READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
     ".csv.gz": _csv_rows,
     ".tsv": _csv_rows,
     ".parquet": _parquet_rows,
+    ".tar": _tar_rows,
 }
 
 

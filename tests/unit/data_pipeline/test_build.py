@@ -264,6 +264,21 @@ def test_a_prompt_in_two_sources_stays_on_one_side(tmp_path, jsonl, make_rows, c
     assert len(prompts[1]) == 9
 
 
+def test_shards_are_a_source_too(tmp_path, jsonl, make_rows):
+    """Shuffled anew, of another size, and with what is damaged refused or counted."""
+    build([str(jsonl(tmp_path / "a.jsonl", make_rows(20)))], tmp_path / "one", BuildOptions(shard_size=10))
+    build([str(tmp_path / "one")], tmp_path / "two", BuildOptions(shard_size=4, shuffle_seed=1))
+    before, after = ({r.id: r for r in read_all(tmp_path / name)} for name in ("one", "two"))
+    assert before == after
+    shard = tmp_path / "one" / "shard-00001.tar"
+    shard.write_bytes(shard.read_bytes()[:6000])
+    with pytest.raises(DataError, match=r"shard-00001\.tar: 1 faults, first .*--on_error skip"):
+        build([str(tmp_path / "one")], tmp_path / "three", BuildOptions())
+    manifest = build([str(tmp_path / "one")], tmp_path / "three", BuildOptions(on_error="skip"))
+    assert 10 < manifest["num_records"] < 20
+    assert dropped(manifest) == {"damaged_shard": 1}
+
+
 def test_manifest_says_where_it_comes_from(tmp_path, jsonl, make_rows):
     source = jsonl(tmp_path / "pairs.jsonl", make_rows(3))
     build([str(source)], tmp_path / "out", BuildOptions())

@@ -228,6 +228,9 @@ def test_nothing_but_damage(tmp_path, cache):
     (tmp_path / "a.tar").write_bytes(b"words" * 1000)
     with pytest.raises(DataError, match=r"no usable record in 1 shards.*a\.tar"):
         open_dataset(str(tmp_path / "a.tar"), cache_dir=cache)
+    write_shard(tmp_path / "b.tar", [])
+    with pytest.raises(DataError, match="no usable record in 1 shards: nothing is in them"):
+        open_dataset(str(tmp_path / "b.tar"), cache_dir=cache)
 
 
 def test_a_damaged_index_is_refused(built, cache):

@@ -150,8 +150,9 @@ def test_names_of_shards_and_files(tmp_path, make_rows, jsonl, cache, monkeypatc
 def test_another_split_of_a_saved_dataset(tmp_path, make_rows):
     saved = write_saved_splits(tmp_path, make_rows(5))
     assert len(list(open_rows(str(saved), SourceOptions(split="test")))) == 2
+    assert len(list(open_rows(f"{saved}:test", SourceOptions()))) == 2
     with pytest.raises(DataError, match="no split 'dev'; allowed: train, test"):
-        list(open_rows(str(saved), SourceOptions(split="dev")))
+        list(open_rows(f"{saved}:dev", SourceOptions()))
 
 
 @pytest.mark.parametrize(
@@ -213,6 +214,8 @@ def test_a_name_on_the_hub(cache, monkeypatch, make_rows):
     assert asked == [(("some/name", None), {"split": "train"})]
     open_dataset("some/name", cache_dir=cache)
     assert len(asked) == 1, "it is in the cache"
+    open_dataset("some/name:train_prefs", cache_dir=cache)
+    assert asked[1] == (("some/name", None), {"split": "train_prefs"})
 
 
 def test_long_rows_in_a_file(tmp_path, jsonl, cache):
