@@ -29,6 +29,7 @@ from diffdpo.models.spec import FamilySpec
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.step.reference import Reference, adapter_off_reference, copy_reference, frozen_copy, no_reference
 from diffdpo.step.train_step import LossOptions, NoiseOptions
+from diffdpo.tracking.run import tracking_uri
 
 BUNDLED_MODEL = Path(__file__).parent / "pretrained" / "arithmetic"
 GENERATED_EVAL_PAIRS, GENERATED_EVAL_SEED = 512, 0  # the same held-out problems whatever the training seed
@@ -63,6 +64,7 @@ def find_place(config: RunConfig, command: str) -> Place:
         raise UserError(
             f"--output_dir {output_dir} holds a run already; give another, or --resume_from_checkpoint latest to go on"
         )
+    tracking_uri(config.tracking_uri, output_dir)  # a wrong one is refused here, before a model is loaded
     world.wait()
     output_dir.mkdir(parents=True, exist_ok=True)
     cache_dir = Path(config.data_cache_dir) if config.data_cache_dir else output_dir.parent / "data_cache"

@@ -1,32 +1,41 @@
 """What every command shares: a parser that fails in one line, and exit code 2 for a user's mistake."""
 
-import argparse
+import os
 import sys
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
+import data_pipeline.cli
 from data_pipeline.errors import DataError
 from diffdpo.errors import UserError
 
+SECONDS_BEHIND = 3.0
 
-class Parser(argparse.ArgumentParser):
-    """``argparse`` without abbreviations, whose errors are one line."""
 
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+class Parser(data_pipeline.cli.Parser):
+    """``argparse`` without abbreviations, whose errors are one line, also under a launcher."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+        _let_rank_0_speak()
+        super().error(message)
 
 
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Run a command's ``main(argv)`` and exit: 0, 2 with one line for a user's mistake, 130 after Ctrl-C."""
-    try:
-        code = main(sys.argv[1:]) or 0
-    except (UserError, DataError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
-    sys.exit(code)
+
+    def speak_in_turn(argv: list[str]) -> int | None:
+        try:
+            return main(argv)
+        except (UserError, DataError):
+            _let_rank_0_speak()
+            raise
+
+    sys.exit(data_pipeline.cli.exit_code(speak_in_turn, sys.argv[1:], (UserError, DataError)))
+
+
+def _let_rank_0_speak() -> None:
+    """A mistake is mostly met by every process. The launcher ends the others when the first has told of it; a process
+    whose trouble is its own is still heard, a little later."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(SECONDS_BEHIND)

@@ -80,6 +80,7 @@ def join_world(*, always_distributed: bool = False) -> World:
         device, backend = torch.device("cuda", local_rank), "nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns of what was just found out
     if always_distributed and "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     if size > 1 and not dist.is_initialized():

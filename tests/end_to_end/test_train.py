@@ -1,0 +1,169 @@
+"""launch/train.py as a user meets it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+
+from diffdpo.models.load import load_model
+
+BIN = Path(sys.executable).parent
+TRAIN = [sys.executable, "launch/train.py"]
+ROOT = Path(__file__).parents[2]
+SHORT = ["--num_generated_pairs", "64", "--max_eval_pairs", "16", "--num_eval_problems", "2"]
+
+
+@pytest.fixture(scope="module")
+def readme_run(command, tmp_path_factory):
+    """The README's command, with few steps."""
+    out = tmp_path_factory.mktemp("readme") / "run"
+    line = "launch/train.py --ds_config ds_configs/4080_offload.json"
+    assert f"deepspeed {line}" in (ROOT / "README.md").read_text()
+    flags = ["--max_steps", "2", "--output_dir", str(out), *SHORT]
+    done = command([str(BIN / "deepspeed"), *line.split(), *flags], timeout=540)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return out, done.stdout
+
+
+def test_it_tells_what_it_did_and_where_things_are(readme_run):
+    out, said = readme_run
+    for part in ("ZeRO-2, optimizer on cpu", "ln 2 as it must be", "exact match", "mlflow ui", str(out), "before"):
+        assert part in said
+
+
+def test_it_leaves_every_file(readme_run):
+    out, _ = readme_run
+    for name in ("config.yaml", "metrics.jsonl", "summary.json", "environment.json", "plots/curves.png"):
+        assert (out / name).stat().st_size > 0
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    step = next(line for line in lines if line["step"] == 1 and "loss" in line)
+    assert step["loss"] == pytest.approx(0.69314718, abs=1e-6)
+    named = "rewards/chosen rewards/rejected rewards/margins rewards/accuracies noise/score_variance grad_norm"
+    for key in [*named.split(), "learning_rate", "pairs_per_second", "tokens_per_second", "peak_memory_gib"]:
+        assert key in step, key
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["steps"] == 2 and summary["pairs_per_second"] > 0
+    assert set(summary["held_out"]) >= {"rewards/accuracies", "rewards/margins", "exact_match"}
+
+
+def test_mlflow_has_it_all(readme_run):
+    out, _ = readme_run
+    client = mlflow.MlflowClient(f"sqlite:///{out.parent}/mlflow.db")
+    run = client.get_run(json.loads((out / "mlflow.json").read_text())["run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["beta"] == "0.1" and '"stage": 2' in run.data.params["ds_config_json"]
+    assert run.data.params["data_fingerprint"] and "mlflow.source.git.commit" in run.data.tags
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "loss")] == [1, 2]
+    assert len(client.get_metric_history(run.info.run_id, "eval/rewards/margins")) == 2
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} >= {"config.yaml", "plots", "summary.json"}
+
+
+def test_the_final_model_loads_with_one_call(readme_run):
+    out, _ = readme_run
+    loaded = load_model(str(out / "final"))
+    ids = torch.tensor([loaded.tokenizer("Mia has 3 pens")["input_ids"]])
+    assert torch.isfinite(loaded.model(ids).logits).all()
+    assert (out / "final" / "README.md").read_text().startswith("---")
+
+
+MISTAKES = [
+    (["--bata", "1"], "--bata"),
+    (["--ds_config", "nowhere.json"], "nowhere.json"),
+    (["--train_data", "nowhere.jsonl"], "nowhere.jsonl"),
+    (["--loss_type", "sigmoidal"], "sigmoidal"),
+    (["--score_estimator", "guess"], "guess"),
+    (["--model_name_or_path", "/nowhere"], "/nowhere"),
+    (["--tracking_uri", "ftp://x"], "ftp://x"),
+]
+
+
+@pytest.mark.parametrize(("flags", "said"), MISTAKES, ids=[said for _, said in MISTAKES])
+def test_a_mistake_is_one_line_and_exit_code_2(command, tmp_path, flags, said):
+    done = command([*TRAIN, "--output_dir", str(tmp_path / "run"), *flags])
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if "error" in line]
+    assert len(lines) == 1 and said in lines[0], done.stderr
+
+
+def test_data_without_a_field_is_named_before_any_model_is_loaded(command, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a"}\n')
+    data = ["--train_data", str(tmp_path / "pairs.jsonl"), "--model_name_or_path", "/no/such/model"]
+    done = command([*TRAIN, "--output_dir", str(tmp_path / "run"), *data])
+    assert done.returncode == 2
+    assert "pairs.jsonl" in done.stderr and "chosen" in done.stderr and "/no/such/model" not in done.stderr
+
+
+def test_a_mistake_reaches_the_user_through_the_launcher(command, tmp_path):
+    done = command([str(BIN / "deepspeed"), "launch/train.py", "--ds_config", "nowhere.json"])
+    assert done.returncode == 2
+    assert "nowhere.json" in next(line for line in done.stderr.splitlines() if line.startswith("error: "))
+
+
+def test_help_needs_no_torch(command):
+    done = command([sys.executable, "-X", "importtime", "launch/train.py", "--help"])
+    assert done.returncode == 0 and "--score_estimator" in done.stdout
+    assert " torch\n" not in done.stderr and " deepspeed\n" not in done.stderr
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(command, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    done = command([*TRAIN, "--output_dir", str(tmp_path)])
+    assert done.returncode == 2 and "holds a run already" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------- resumption
+
+
+def flags_of(tiny_model, pairs_file, out: Path, *more: str) -> list[str]:
+    return [
+        *("--model_name_or_path", str(tiny_model), "--train_data", str(pairs_file), "--output_dir", str(out)),
+        *("--max_steps", "8", "--save_steps", "2", "--learning_rate", "1e-3", "--per_device_train_batch_size", "4"),
+        *("--tracking_uri", "none", "--max_length", "128", "--max_prompt_length", "64", *more),
+    ]
+
+
+def losses(out: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+def interrupt(arguments: list[str], out: Path, *, after: int, how: int) -> int:
+    """Start a run and send it a signal when its journal has so many steps; the exit code."""
+    process = subprocess.Popen([*TRAIN, *arguments], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 240
+    try:
+        while process.poll() is None and time.monotonic() < deadline:
+            if (out / "metrics.jsonl").exists() and len(losses(out)) >= after:
+                process.send_signal(how)
+                break
+            time.sleep(0.01)
+        return process.wait(timeout=120)
+    finally:
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(command, tiny_model, pairs_file, tmp_path_factory) -> list[tuple[int, float]]:
+    out = tmp_path_factory.mktemp("whole") / "run"
+    done = command([*TRAIN, *flags_of(tiny_model, pairs_file, out)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    return losses(out)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=["kill -9", "SIGTERM"])
+def test_an_interrupted_run_goes_on_to_the_bit(command, tiny_model, pairs_file, tmp_path, uninterrupted, how):
+    out = tmp_path / "run"
+    arguments = flags_of(tiny_model, pairs_file, out)
+    code = interrupt(arguments, out, after=5, how=how)
+    assert code == (-signal.SIGKILL if how == signal.SIGKILL else 0)
+    assert len(losses(out)) < 8, "the run must have been stopped before its end for this test to mean anything"
+    done = command([*TRAIN, *arguments, "--resume_from_checkpoint", "latest"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(out) == uninterrupted

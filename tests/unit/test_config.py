@@ -1,0 +1,92 @@
+"""Settings: where a value comes from, and one clear line for every mistake."""
+
+import pytest
+
+from diffdpo.config import SftConfig, TrainConfig, parse_config, to_yaml
+from diffdpo.errors import UserError
+
+
+def parse(*argv: str) -> TrainConfig:
+    return parse_config(TrainConfig, argv, "")
+
+
+def test_defaults_then_recipe_then_flags(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("learning_rate: 1e-4\nbeta: 0.5\ngradient_checkpointing: true\nmax_steps: 7\n")
+    config = parse("--config", str(recipe), "--beta", "0.3")
+    assert (config.learning_rate, config.beta, config.max_steps) == (1e-4, 0.3, 7)
+    assert config.gradient_checkpointing is True and config.label_smoothing == 0.0
+
+
+def test_a_run_s_settings_are_a_recipe_for_it(tmp_path):
+    config = parse("--beta", "0.3", "--bf16", "false", "--loss_type", "ipo")
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert parse("--config", str(tmp_path / "config.yaml")) == config
+
+
+def test_flags_of_both_spellings_of_true():
+    assert parse("--bf16").bf16 is True and parse("--bf16", "false").bf16 is False and parse().bf16 is None
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--beta", "0"], "--beta"),
+        (["--max_steps", "0"], "--max_steps"),
+        (["--max_length", "10", "--max_prompt_length", "10"], "--max_prompt_length"),
+        (["--label_smoothing", "0.6"], "--label_smoothing"),
+        (["--load_in_4bit"], "--use_peft"),
+        (["--reference", "adapter_off"], "--use_peft"),
+        (["--engine", "deepspeed"], "--ds_config"),
+        (["--ds_config", "nowhere.json"], "no such file"),
+        (["--train_data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--resume_from_checkpoint", "latest"], "--output_dir"),
+        (["--per_device_train_batch_size", "0"], "at least 1"),
+        (["--seed", "-1"], "at least 0"),
+    ],
+)
+def test_mistakes_are_named(argv, said):
+    with pytest.raises(UserError, match=said) as caught:
+        parse(*argv)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("argv", [["--bata", "1"], ["--beta", "x"], ["--engine", "jax"], ["--bf16", "perhaps"]])
+def test_a_wrong_flag_is_one_line_and_exit_code_2(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(*argv)
+    assert caught.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("learning_rte: 1", "learning_rte"),
+        ("- a\n- b", "holds no settings"),
+        ("beta: [1]", "beta"),
+        ("max_steps: 1.5", "max_steps"),
+        ("engine: jax", "allowed"),
+        ("a: b: c", "not YAML"),
+        ("bf16: perhaps", "bf16"),
+    ],
+)
+def test_mistakes_in_a_recipe_are_named(tmp_path, text, said):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(UserError, match=said):
+        parse("--config", str(tmp_path / "recipe.yaml"))
+
+
+def test_a_broken_ds_config_is_named(tmp_path):
+    (tmp_path / "ds.json").write_text("{")
+    with pytest.raises(UserError, match="not JSON"):
+        parse("--ds_config", str(tmp_path / "ds.json"))
+
+
+def test_recipes_of_the_project_are_readable():
+    from tests.conftest import ROOT
+
+    for path in (ROOT / "recipes").glob("*.yaml"):
+        kind = SftConfig if path.name.startswith("sft") else TrainConfig
+        parse_config(kind, ["--config", str(path)], "")
