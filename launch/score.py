@@ -3,8 +3,8 @@
     python launch/score.py --model_name_or_path DIR --pairs pairs.jsonl --num_mc_samples 64 > scores.jsonl
 
 A line is {"id", "chosen": {"score", "stderr", "tokens"}, "rejected": {...}}: the ELBO's estimate in nats, summed over
-the answer's tokens and its terminator, its standard error (null with one sample), and how many tokens were scored.
-With --output a broken-off run goes on where it stopped.
+the answer's tokens and its terminator, its standard error (null with one sample; too large for estimators whose rows
+are coupled, see docs/theory.md), and how many tokens were scored. With --output a broken-off run goes on where it stopped.
 """
 
 import json
@@ -25,7 +25,7 @@ def build_parser() -> Parser:
     parser.add_argument("--model_name_or_path", help="folder or hub name; None: the bundled model")
     parser.add_argument("--ref_model_name_or_path", help="a second model to compare with, under the same noise")
     parser.add_argument("--output", help="file to append to; ids already in it are skipped; None: standard output")
-    parser.add_argument("--score_estimator", default="mask_count_mirror", help="see docs/theory.md")
+    parser.add_argument("--score_estimator", default="balanced", help="see docs/theory.md")
     parser.add_argument("--num_mc_samples", type=int, default=32, help="forwards a score")
     parser.add_argument("--num_diffusion_steps", type=int, help="T of --score_estimator trajectory")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")

@@ -104,5 +104,5 @@ def _check_exact(pairs: Sequence[TokenPair]) -> None:
         if tokens > MAX_EXACT_LENGTH:
             raise UserError(
                 f"record {pair.id!r} has an answer of {tokens} tokens; --score_estimator exact takes at most "
-                f"{MAX_EXACT_LENGTH}: leave it out, or use mask_count_mirror with a large --num_mc_samples"
+                f"{MAX_EXACT_LENGTH}: leave it out, or use balanced with a large --num_mc_samples"
             )

@@ -12,6 +12,7 @@ Shape suffixes: N rows, L tokens.
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 
@@ -60,7 +61,8 @@ def num_rows(estimator: str, *, length: int, num_samples: int) -> int:
 def uniform_t(length: int, num_samples: int, rng: np.random.Generator) -> NoisePlan:
     """t ~ U(ε, 1), Bernoulli(t) masks, weight 1/(n t): LLaDA's and VRPO's (arXiv 2505.19223, n_t = n, n_y = 1).
 
-    Masks may be empty and then contribute 0. The bound ε = 1e-3 on t costs a bias below ε (B - f-term at t=0).
+    Masks may be empty and then contribute 0. Leaving out t < ε = 1e-3 costs a bias of about ε times the difference
+    between B and its integrand at t = 0.
     """
     return _bernoulli(length, EPSILON + (1 - EPSILON) * rng.random(num_samples), rng)
 
@@ -121,10 +123,10 @@ def quadrature(length: int, num_samples: int, rng: np.random.Generator) -> Noise
     ω/t (size-biased counts), without empty masks. Exact if the integrand is a polynomial in t of degree < 2n, hence
     whenever L ≤ 2n; else it has a bias, which falls as O(1/n^4) for a smooth integrand.
     """
-    node_N, omega_N = np.polynomial.legendre.leggauss(num_samples)
-    k_N = 1 + rng.binomial(length - 1, (node_N + 1) / 2)
+    node_N, omega_N = _gauss_nodes(num_samples)
+    k_N = 1 + rng.binomial(length - 1, node_N)
     plan = _counted(k_N, _ranks(num_samples, length, rng))
-    return NoisePlan(plan.masked_NL, plan.scored_NL, omega_N / 2 * length / k_N, omega_N / 2 * length)
+    return NoisePlan(plan.masked_NL, plan.scored_NL, omega_N * length / k_N, omega_N * length)
 
 
 def trajectory(length: int, num_samples: int, rng: np.random.Generator, num_steps: int) -> NoisePlan:
@@ -148,13 +150,20 @@ def exact(length: int, num_samples: int, rng: np.random.Generator) -> NoisePlan:
     if length > MAX_EXACT_LENGTH:
         raise UserError(
             f"--score_estimator exact enumerates every mask, for answers of at most {MAX_EXACT_LENGTH} tokens; "
-            f"this one has {length} (use mask_count_mirror with a large --num_mc_samples)"
+            f"this one has {length} (use balanced with a large --num_mc_samples)"
         )
     codes_N = np.arange(1, 2**length)
     masked_NL = (codes_N[:, None] >> np.arange(length)) & 1 == 1
     k_N = masked_NL.sum(1)
     count_K = np.bincount(k_N, minlength=length + 1)  # C(L, k)
     return NoisePlan(masked_NL, masked_NL, 1.0 / (k_N * count_K[k_N]), np.zeros(len(k_N)))
+
+
+@cache
+def _gauss_nodes(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Gauss-Legendre nodes and weights of (0, 1)."""
+    node_N, omega_N = np.polynomial.legendre.leggauss(count)
+    return (node_N + 1) / 2, omega_N / 2
 
 
 def _bernoulli(length: int, t_N: np.ndarray, rng: np.random.Generator) -> NoisePlan:
