@@ -4,7 +4,8 @@
 
 A line is {"id", "chosen": {"score", "stderr", "tokens"}, "rejected": {...}}: the ELBO's estimate in nats, summed over
 the answer's tokens and its terminator, its standard error (null with one sample; too large for estimators whose rows
-are coupled, see docs/theory.md), and how many tokens were scored. With --output a broken-off run goes on where it stopped.
+are coupled, see docs/theory.md), and how many tokens were scored.
+With --output a broken-off run goes on where it stopped.
 """
 
 import json

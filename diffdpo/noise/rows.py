@@ -83,7 +83,10 @@ def noisy_rows(
     draw: int = 0,
     num_diffusion_steps: int | None = None,
 ) -> NoisyRows:
-    """Draw every answer's plan and lay its rows out, on the CPU, where the batch must be. UserError for estimator settings that cannot serve."""
+    """Draw every answer's plan and lay its rows out, on the CPU, where the batch must be.
+
+    UserError for estimator settings that cannot serve.
+    """
 
     def plan(length: int, record_id: str, side: int) -> NoisePlan:
         key = NoiseKey(seed, batch.epoch, record_id, side, draw)
