@@ -6,7 +6,9 @@ import torch
 from diffdpo.errors import UserError
 from diffdpo.models.llada import LLaDAConfig, LLaDAModelLM
 from diffdpo.models.spec import LLADA_LORA_TARGETS, FamilySpec
+from diffdpo.sampling.canvas import Canvas
 from diffdpo.sampling.decode import Decoding, sample
+from diffdpo.sampling.predict import BlockPredictor
 
 MASK, EOS, VOCAB = 59, 1, 60
 SPEC = FamilySpec("llada", MASK, EOS, EOS, "LLaDABlock", LLADA_LORA_TARGETS)
@@ -117,6 +119,20 @@ def test_cache_equals_a_full_forward_when_the_block_is_everything_that_changes(m
             assert plain == cached
 
 
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("cfg_scale", [0.0, 1.0])
+def test_cached_forward_of_an_unchanged_canvas_equals_the_full_one(model, shift, cfg_scale):
+    spec = dataclasses.replace(SPEC, logit_shift=shift)
+    canvas = Canvas(PROMPTS, [(0,), (1,), (2,)], spec=spec, gen_length=16)
+    window = canvas.window(8, 8)
+    predictor = BlockPredictor(model, spec, canvas, window, cfg_scale=cfg_scale, cached=True)
+    with torch.no_grad():
+        full = predictor(*canvas.masked(window).nonzero(as_tuple=True))
+        row, column = torch.tensor([0, 2, 2]), torch.tensor([3, 0, 7])
+        again = predictor(row, column)
+    assert torch.allclose(again, full[row * 8 + column], atol=1e-12)
+
+
 def test_threshold_takes_fewer_forwards_and_one_near_one_is_sequential(model):
     forwards = []
     handle = model.final_norm.register_forward_hook(lambda *_: forwards.append(1))
@@ -136,23 +152,47 @@ def test_mask_is_never_an_answer_and_eos_can_be_forbidden(model):
         assert all(len(answer) == 16 and MASK not in answer and EOS not in answer for answer in answers)
 
 
-def test_forced_terminator_ends_the_answer_early(model):
-    class AlwaysEnd(torch.nn.Module):
-        calls = 0
+@pytest.fixture
+def with_head(model):
+    """Replace the model's head by a function of the number of positions."""
+    modules, calls = model.model.transformer, []
+    original = modules["ff_out"]
 
+    class Head(torch.nn.Module):
         def forward(self, hidden):
-            AlwaysEnd.calls += 1
-            logits = torch.zeros(len(hidden), VOCAB, dtype=hidden.dtype)
-            logits[:, EOS] = 5.0
-            return logits
+            calls.append(len(hidden))
+            return self.logits(len(hidden))
 
-    head = model.model.transformer["ff_out"]
-    model.model.transformer["ff_out"] = AlwaysEnd()
-    try:
-        assert sample(model, SPEC, PROMPTS, **SMALL) == [[], [], []]
-        assert AlwaysEnd.calls < 16
-    finally:
-        model.model.transformer["ff_out"] = head
+    def replace(logits):
+        Head.logits = staticmethod(logits)
+        modules["ff_out"] = Head()
+        return calls
+
+    yield replace
+    modules["ff_out"] = original
+
+
+def test_forced_terminator_ends_the_answer_early(model, with_head):
+    calls = with_head(lambda count: torch.eye(VOCAB)[EOS].mul(5).expand(count, -1).clone())
+    assert sample(model, SPEC, PROMPTS, **SMALL) == [[], [], []]
+    assert len(calls) < 16
+
+
+@pytest.mark.parametrize(("on_eos", "early"), [("allow", True), ("last", False)])
+def test_terminator_last_fills_the_other_positions_first(model, with_head, on_eos, early):
+    """Every second masked position is sure to end, the others less sure of token 7."""
+
+    def logits(count):
+        even = torch.arange(count) % 2 == 0
+        return torch.where(even[:, None], 9 * torch.eye(VOCAB)[EOS], 4 * torch.eye(VOCAB)[7])
+
+    with_head(logits)
+    frames = []
+    options = SMALL | {"block_length": 16, "on_eos": on_eos}
+    sample(model, SPEC, PROMPTS[:1], on_step=lambda _, tokens: frames.append(tokens), **options)
+    assert (EOS in frames[0]) == early
+    if not early:
+        assert len(frames) == 16 and all(EOS not in frame for frame in frames[:-1])
 
 
 def test_on_step_shows_the_canvas_filling(model):
