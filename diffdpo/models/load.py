@@ -61,7 +61,7 @@ class LoadedModel:
 
 
 def load_model(
-    name_or_path: str,
+    name_or_path: str | Path,
     *,
     dtype: str = "float32",
     device: str = "cpu",
@@ -73,6 +73,7 @@ def load_model(
     Raises UserError for anything a user can mend: an unknown family or dtype, missing keys or tensors, a tokenizer
     that does not fit.
     """
+    name_or_path = str(name_or_path)
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
     adapter = Path(name_or_path) / "adapter_config.json"
@@ -212,7 +213,10 @@ def _load_nf4(name_or_path, family: Family, config, *, dtype: str, device: str) 
 def _load_adapter(adapter: Path, **options) -> LoadedModel:
     from peft import PeftModel
 
-    base_name = json.loads(adapter.read_text()).get("base_model_name_or_path")
+    try:
+        base_name = json.loads(adapter.read_text())["base_model_name_or_path"]
+    except (ValueError, KeyError):
+        base_name = None
     if not base_name:
         raise UserError(f"{adapter} names no base_model_name_or_path: add the directory or hub id of the base model")
     base = load_model(base_name, **options)

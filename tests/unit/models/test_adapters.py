@@ -70,6 +70,13 @@ def test_saved_adapter_loads_with_plain_peft_and_through_load_model(base, tmp_pa
     assert torch.equal(scores(again.model, again.spec), expected)
 
 
+@pytest.mark.parametrize("text", ["{", "{}", '{"base_model_name_or_path": null}'])
+def test_an_adapter_without_a_base_is_an_error(tmp_path, text):
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(UserError, match="base_model_name_or_path"):
+        load_model(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("pattern", "words"),
     [("o_proj", "matches no linear"), ("(", "no regular expression"), (r".*ff_out", "matches the LM head")],
