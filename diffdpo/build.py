@@ -34,6 +34,7 @@ from diffdpo.tracking.run import tracking_uri
 BUNDLED_MODEL = Path(__file__).parent / "pretrained" / "arithmetic"
 GENERATED_EVAL_PAIRS, GENERATED_EVAL_SEED = 512, 0  # the same held-out problems whatever the training seed
 GENERATED_LENGTHS: dict[str, Any] = {"max_length": 128, "max_prompt_length": 64}
+FULL_RATE, LORA_RATE, BUNDLED_RATE = 5e-7, 5e-6, 1e-4  # VRPO's for 8B; the usual tenfold for LoRA; for 1M parameters
 SEGMENT_TOKENS = {"cpu": 8192, "cuda": 16384}  # tokens of a forward that segments are cut to by default
 
 
@@ -218,6 +219,7 @@ def wrap(config: RunConfig, loaded: LoadedModel) -> MaskedLogProbs:
 
 def make_engine(config: RunConfig, module: nn.Module, place: Place, *, bf16: bool) -> Engine:
     """The policy under DeepSpeed or on its own."""
+    assert config.learning_rate is not None, "resolve has chosen one"
     options = OptimizerOptions(
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
@@ -251,6 +253,7 @@ def make_reference(
         return no_reference, "none: the loss does not read it"
     if mode == "adapter_off":
         policy = engine.module.model
+        assert isinstance(policy, nn.Module)
         return adapter_off_reference(engine, policy, segment_rows=segment_rows), "the policy with its adapter off"
     assert frozen is not None
     what = config.ref_model_name_or_path or "the policy as it starts"
@@ -312,11 +315,15 @@ def choose_segment_rows(config: RunConfig, device: torch.device) -> int:
     return given or max(1, SEGMENT_TOKENS[device.type] // config.max_length)
 
 
-def for_generated_data(config: RunConfig) -> RunConfig:
-    """Generated problems are short; unless told otherwise, rows need not be long."""
-    if config.train_data or config.max_length != RunConfig.max_length:
+def resolve(config: RunConfig) -> RunConfig:
+    """What is left to choose: rows of generated problems need not be long, and the rate follows what is trained."""
+    if not config.train_data and config.max_length == RunConfig.max_length:
+        config = replace(config, **GENERATED_LENGTHS)
+    if config.learning_rate is not None:
         return config
-    return replace(config, **GENERATED_LENGTHS)
+    if isinstance(config, TrainConfig) and config.use_peft:
+        return replace(config, learning_rate=LORA_RATE)
+    return replace(config, learning_rate=FULL_RATE if config.model_name_or_path else BUNDLED_RATE)
 
 
 def save_final(folder: Path, engine: Engine, loaded: LoadedModel, card: str) -> None:

@@ -52,7 +52,7 @@ class RunConfig:
     gradient_accumulation_steps: int = setting(1, "micro-batches in a step")
     max_steps: int = setting(-1, "optimizer steps; -1: --num_train_epochs decides")
     num_train_epochs: float = setting(1.0, "passes over the training data")
-    learning_rate: float = setting(5e-7, "peak learning rate")
+    learning_rate: float | None = setting(None, "peak; default: 5e-7, 5e-6 with --use_peft, 1e-4 for the bundled model")
     lr_scheduler_type: str = setting("cosine", "after the warm-up", choices=("cosine", "linear", "constant"))
     warmup_steps: int = setting(10, "steps of linear warm-up")
     weight_decay: float = setting(0.01, "AdamW's, on matrices only")
@@ -99,7 +99,7 @@ class TrainConfig(RunConfig):
     lora_alpha: int = setting(32, "scale of the adapter")
     lora_target_modules: str | None = setting(None, "names with commas, or a regular expression; default: per family")
     load_in_4bit: bool = setting(False, "hold the frozen weights in NF4 (needs --use_peft)")
-    num_generated_pairs: int = setting(4000, "training pairs generated when --train_data is not given")
+    num_generated_pairs: int = setting(1600, "training pairs generated when --train_data is not given")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ class SftConfig(RunConfig):
     """Supervised training with the masked-diffusion loss (``launch/sft.py``)."""
 
     model_name_or_path: str | None = setting(None, "model to go on from; default: a new one of the size below")
-    learning_rate: float = setting(2e-3, "peak learning rate")
+    learning_rate: float | None = setting(2e-3, "peak learning rate")
     per_device_train_batch_size: int = setting(64, "records in a micro-batch of one process")
     per_device_eval_batch_size: int = setting(64, "records in a batch of one process in evaluation")
     warmup_steps: int = setting(100, "steps of linear warm-up")
@@ -185,7 +185,8 @@ def _check_numbers(config: RunConfig) -> None:
     at_least[0] += ("max_grad_norm", "dataset_num_workers", "learning_rate")
     for least, names in at_least.items():
         for name in names:
-            if getattr(config, name) < least:
+            value = getattr(config, name)
+            if value is not None and value < least:
                 raise UserError(f"--{name} is {getattr(config, name)}; it must be at least {least}")
     if config.max_steps == 0 or config.max_steps < -1:
         raise UserError(f"--max_steps is {config.max_steps}; give 1 or more, or -1 to train --num_train_epochs")

@@ -78,6 +78,7 @@ class Loop:
 
     def _learning_rate(self, step: int) -> float:
         config = self.config
+        assert config.learning_rate is not None, "build.resolve has chosen one"
         return learning_rate(
             step,
             peak=config.learning_rate,

@@ -32,7 +32,7 @@ TOKENIZER_RECORDS = 20_000  # the tokenizer of a new model is trained on the fir
 
 def sft(config: SftConfig) -> int:
     """Run to the end. Returns the exit code."""
-    config = build.for_generated_data(config)  # type: ignore[assignment]
+    config = build.resolve(config)  # type: ignore[assignment]
     check_estimator(config.score_estimator, num_samples=config.num_mc_samples)
     place = build.find_place(config, "sft")
     try:

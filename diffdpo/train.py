@@ -26,7 +26,7 @@ LN2_TOLERANCE = {False: 1e-6, True: 1e-2}  # fp32, bf16
 
 def train(config: TrainConfig) -> int:
     """Run to the end, whatever the number of processes. Returns the exit code."""
-    config = build.for_generated_data(config)  # type: ignore[assignment]
+    config = build.resolve(config)  # type: ignore[assignment]
     loss = build.make_loss(config)
     check_estimator(
         config.score_estimator, num_samples=config.num_mc_samples, num_diffusion_steps=config.num_diffusion_steps

@@ -1,0 +1,72 @@
+"""Settings to parts: what is chosen for the user, and the final model."""
+
+import pytest
+import torch
+
+from diffdpo import build
+from diffdpo.config import SftConfig, TrainConfig
+from diffdpo.engine.base import OptimizerOptions
+from diffdpo.engine.plain import PlainEngine
+from diffdpo.engine.world import World
+from diffdpo.errors import UserError
+from diffdpo.models.load import load_model
+from diffdpo.scores.masked_log_probs import MaskedLogProbs
+
+WORLD = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
+
+
+def test_the_final_model_scores_identically(tiny_model, tmp_path):
+    loaded = load_model(str(tiny_model))
+    engine = PlainEngine(MaskedLogProbs(loaded.model.requires_grad_(True), loaded.spec), WORLD, OptimizerOptions(0.1))
+    row = [torch.tensor([[3, 4, loaded.spec.mask_token_id, 6]]), torch.tensor([4])]
+    at = [torch.tensor([0]), torch.tensor([2]), torch.tensor([5])]
+    engine.backward(-engine(*row, *at).sum(), last=True)
+    engine.step(0.1)
+    build.save_final(tmp_path / "final", engine, loaded, "---\n")
+    again = load_model(str(tmp_path / "final"))
+    with torch.no_grad():
+        assert torch.equal(MaskedLogProbs(again.model, again.spec)(*row, *at), engine(*row, *at))
+        before = load_model(str(tiny_model))
+        assert not torch.equal(MaskedLogProbs(before.model, before.spec)(*row, *at), engine(*row, *at))
+
+
+def test_the_rate_follows_what_is_trained():
+    assert build.resolve(TrainConfig()).learning_rate == build.BUNDLED_RATE
+    assert build.resolve(TrainConfig(model_name_or_path="x")).learning_rate == build.FULL_RATE
+    assert build.resolve(TrainConfig(model_name_or_path="x", use_peft=True)).learning_rate == build.LORA_RATE
+    assert build.resolve(TrainConfig(learning_rate=3.0)).learning_rate == 3.0
+    assert build.resolve(SftConfig()).learning_rate == SftConfig.learning_rate
+
+
+def test_rows_are_short_for_generated_data_only():
+    assert build.resolve(TrainConfig()).max_length == 128
+    assert build.resolve(TrainConfig(train_data="x")).max_length == 1024
+    assert build.resolve(TrainConfig(max_length=256)).max_length == 256
+
+
+def test_losses_and_their_weights():
+    loss = build.make_loss(TrainConfig(loss_type="sigmoid,ipo", loss_weights="1.0,0.5", sft_weight=0.05))
+    assert loss.names == ("sigmoid", "ipo", "sft") and loss.weights == (1.0, 0.5, 0.05)
+    for wrong in ({"loss_type": "sigmoidal"}, {"loss_weights": "1,2"}, {"loss_weights": "x"}):
+        with pytest.raises(UserError):
+            build.make_loss(TrainConfig(**wrong))
+
+
+@pytest.mark.parametrize(
+    ("settings", "mode"),
+    [
+        ({}, "copy"),
+        ({"use_peft": True}, "adapter_off"),
+        ({"loss_type": "simpo"}, "none"),
+        ({"reference": "none"}, "none"),
+    ],
+)
+def test_reference_auto(settings, mode):
+    config = TrainConfig(**settings)
+    assert build.reference_mode(config, build.make_loss(config)) == mode
+
+
+def test_bf16_needs_master_weights():
+    with pytest.raises(UserError, match="ds_config"):
+        build.resolve_bf16(TrainConfig(bf16=True), torch.device("cpu"))
+    assert build.resolve_bf16(TrainConfig(), torch.device("cpu")) is False
