@@ -8,6 +8,7 @@ import argparse
 import gzip
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from data_pipeline.errors import DataError
 SPLITS = ("train", "eval")
 EVAL_BUCKETS = 10  # one question in ten is held out
 # The share of each kind of answer in the supervised corpus: like text found in the wild, not all of it is good.
-CORPUS_MIX = {"clear": 0.40, "wrong_step": 0.20, "cut_short": 0.15, "vague": 0.15, "long_winded": 0.10}
+CORPUS_MIX = {"clear": 0.40, "wrong_step": 0.30, "cut_short": 0.10, "vague": 0.10, "long_winded": 0.10}
 
 
 def question_split(question: str) -> str:
@@ -47,7 +48,7 @@ def generate_pairs(
     split: str = "train",
     kinds: Sequence[str] = tuple(PROBLEM_KINDS),
     flaws: Sequence[str] = tuple(FLAWS),
-    difficulties: Sequence[str] = ("easy", "medium"),
+    difficulties: Sequence[str] = ("easy",),
 ) -> Iterator[dict]:
     """``count`` records {id, prompt, chosen, rejected, meta}: the clear right answer against one flaw, in turn."""
     for index in range(count):
@@ -68,7 +69,7 @@ def generate_corpus(
     seed: int,
     split: str = "train",
     kinds: Sequence[str] = tuple(PROBLEM_KINDS),
-    difficulties: Sequence[str] = ("easy", "medium"),
+    difficulties: Sequence[str] = ("easy",),
     mix: dict[str, float] | None = None,
 ) -> Iterator[dict]:
     """``count`` records {id, prompt, completion, meta} for supervised training, of mixed quality (``CORPUS_MIX``)."""
@@ -93,7 +94,7 @@ def prompt_of(problem: Problem) -> str:
 def write_jsonl(records: Iterator[dict], path: Path) -> int:
     """Write records as JSON lines (gzip when the name ends in .gz), atomically. Returns how many."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # several processes may write the same file
     count = 0
     with partial.open("wb") as raw:
         # mtime=0 and no file name: the same records give the same bytes
@@ -130,7 +131,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--kinds", default=",".join(PROBLEM_KINDS), help="problem kinds, comma-separated")
     parser.add_argument("--flaws", default=",".join(FLAWS), help="what the rejected answers do wrong, comma-separated")
     parser.add_argument(
-        "--difficulty", default="easy,medium", help=f"one or more of {','.join(LARGEST_NUMBER)}, comma-separated"
+        "--difficulty", default="easy", help=f"one or more of {','.join(LARGEST_NUMBER)}, comma-separated"
     )
     parser.add_argument("--corpus", action="store_true", help="single answers of mixed quality for launch/sft.py")
     args = parser.parse_args(argv)

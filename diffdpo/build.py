@@ -33,7 +33,6 @@ from diffdpo.tracking.run import tracking_uri
 
 BUNDLED_MODEL = Path(__file__).parent / "pretrained" / "arithmetic"
 GENERATED_EVAL_PAIRS, GENERATED_EVAL_SEED = 512, 0  # the same held-out problems whatever the training seed
-GENERATED_LENGTHS: dict[str, Any] = {"max_length": 128, "max_prompt_length": 64}
 FULL_RATE, LORA_RATE, BUNDLED_RATE = 5e-7, 5e-6, 1e-4  # VRPO's for 8B; the usual tenfold for LoRA; for 1M parameters
 SEGMENT_TOKENS = {"cpu": 8192, "cuda": 16384}  # tokens of a forward that segments are cut to by default
 
@@ -92,12 +91,10 @@ def open_data(
 ) -> tuple[ShardedDataset, ShardedDataset | None]:
     """(training data, held-out data); ``generate(cache_dir)`` gives the sources when none is named.
 
-    Rank 0 of each host prepares what is not sharded yet, the others find it done. All faults of the data that can be
-    known end here, before a model is loaded.
+    One process of each host prepares what is not sharded yet (a file lock decides which), the others find it done. All
+    faults of the data that can be known end here, before a model is loaded.
     """
     world = place.world
-    if world.local_rank != 0:
-        world.wait()
     train, held_out = (config.train_data, config.eval_data) if config.train_data else generate(place.cache_dir)
     # eval_mask is told a constant seed: which prompts are held out must not change with the training seed
     split: dict[str, Any] = {"eval_fraction": config.eval_fraction, "seed": 0} if held_out is None else {}
@@ -108,8 +105,6 @@ def open_data(
         eval_set = open_dataset(held_out, **options)
     elif config.eval_fraction > 0:
         eval_set = open_dataset(train, split="eval", **split, **options)
-    if world.local_rank == 0:
-        world.wait()
     return train_set, eval_set
 
 
@@ -316,9 +311,7 @@ def choose_segment_rows(config: RunConfig, device: torch.device) -> int:
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """What is left to choose: rows of generated problems need not be long, and the rate follows what is trained."""
-    if not config.train_data and config.max_length == RunConfig.max_length:
-        config = replace(config, **GENERATED_LENGTHS)
+    """The learning rate, where none is given, follows what is trained."""
     if config.learning_rate is not None:
         return config
     if isinstance(config, TrainConfig) and config.use_peft:

@@ -18,6 +18,9 @@ import yaml
 from diffdpo.cli import Parser
 from diffdpo.errors import UserError
 
+# The settings when neither a model nor data is named: those that suit what comes with diffdpo
+BUNDLED_RECIPE = Path(__file__).parent / "pretrained" / "arithmetic" / "train.yaml"
+
 
 def setting(default: Any, help: str, **metadata: Any) -> Any:
     """A dataclass field with a flag's help and, if given, its ``choices``."""
@@ -146,7 +149,10 @@ def parse_config(config_class: type[RunConfig], argv: Sequence[str], description
     namespace = vars(build_parser(config_class, description).parse_args(argv))
     flags = {name: value for name, value in namespace.items() if value is not _UNSET}
     recipe, _ = flags.pop("config"), flags.pop("local_rank")
-    return make_config(config_class, {**(read_recipe(config_class, Path(recipe)) if recipe else {}), **flags})
+    given = {**(read_recipe(config_class, Path(recipe)) if recipe else {}), **flags}
+    if config_class is TrainConfig and not (given.get("model_name_or_path") or given.get("train_data")):
+        given = {**read_recipe(config_class, BUNDLED_RECIPE), **given}
+    return make_config(config_class, given)
 
 
 def read_recipe(config_class: type[RunConfig], path: Path) -> dict[str, Any]:

@@ -104,6 +104,10 @@ class Loop:
             "learning_rate": rate,
             "epoch": self.loader.epoch + self.loader.step / len(self.loader),
             "peak_memory_gib": peak_memory_gib(device),
+            # of this rank, since the start: records that could not be read, were left out, or were cut
+            "data/faults": self.loader.faults.total(),
+            "data/dropped": self.loader.dropped.total(),
+            "data/truncated": self.loader.truncated,
         }
         if self.journal is not None:
             self.journal.write(self.done, metrics)
@@ -119,7 +123,7 @@ class Loop:
         if (due or stop) and not at_end:
             if self.journal is not None:
                 self.journal.sync()
-            state = self.state | {"step": step, "loader": self.loader.state_dict()}
+            state = self.state | {"step": step, "loader": self.loader.state_dict(self.engine.world.sum_numbers)}
             save_checkpoint(self.output_dir, step, self.engine, state, keep=config.save_total_limit)
 
     def record_evaluation(self, metrics: Mapping[str, float]) -> None:

@@ -5,6 +5,7 @@ A launcher (deepspeed, torchrun) tells the rank through the environment; without
 
 import os
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -36,6 +37,10 @@ class World:
         total = tensor.clone()
         dist.all_reduce(total)
         return total
+
+    def sum_numbers(self, numbers: Sequence[int]) -> list[int]:
+        """The sums of a list of whole numbers over all ranks, on every rank."""
+        return [int(n) for n in self.sum(torch.tensor(list(numbers), dtype=torch.int64, device=self.device))]
 
     def cat(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensors of all ranks (of one shape), end to end in rank order, on every rank."""

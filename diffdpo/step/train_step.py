@@ -15,7 +15,8 @@ import torch
 from data_pipeline.batch import PairBatch
 from diffdpo.engine.base import Engine
 from diffdpo.losses.metrics import SUMS, pair_sums
-from diffdpo.losses.preference import LOSSES, check_names, kl_estimate, loss_count, preference_loss
+from diffdpo.losses.mismatched import mismatched
+from diffdpo.losses.preference import LOSSES, kl_estimate, loss_count, preference_loss
 from diffdpo.noise.rows import NoisyRows, noisy_rows
 from diffdpo.scores.fold import PairScores, fold
 from diffdpo.step.backward import STRATEGIES, LossOf, gradient_of, replay, score_rows
@@ -150,12 +151,26 @@ class PreferenceStep:
         rows = [self.noise.rows(batch, device) for batch in micro_batches]
         reference = [self.reference(each) for each in rows]
         policy = [score_rows(self.engine, each, segment_rows=self.segment_rows) for each in rows]
-        loss_of = _GlobalLoss(self.loss, self.engine, micro_batches, rows, reference, total)
+        kl = self._reference_point(micro_batches)
+        loss_of = _GlobalLoss(self.loss, self.engine, micro_batches, rows, reference, total, kl)
         gradients = gradient_of(loss_of, torch.cat(policy)).split([len(each) for each in rows])
         for index, (each, gradient_R) in enumerate(zip(rows, gradients, strict=True)):
             replay(self.engine, each, gradient_R, segment_rows=self.segment_rows, last=index == len(rows) - 1)
         share = loss_of(torch.cat(policy)) / (len(rows) * self.engine.world.size)  # _report adds up what is whole here
         return [MicroScores(*each, share) for each in zip(micro_batches, rows, reference, policy, strict=True)]
+
+    def _reference_point(self, micro_batches: Sequence[PairBatch]) -> torch.Tensor | None:
+        """z of ``kto``: the mean log-ratio of mismatched answers over the global batch; None for other losses."""
+        if not any(LOSSES[name].needs_kl for name in self.loss.names):
+            return None
+        world, tables = self.engine.world, []
+        for batch in map(mismatched, micro_batches):
+            rows = self.noise.rows(batch, world.device)
+            policy_R = score_rows(self.engine, rows, segment_rows=self.segment_rows)
+            ratio_B2 = fold(policy_R - self.reference(rows), rows).score_B2
+            tables.append(torch.stack([ratio_B2, batch.weight_B2.to(world.device)]))
+        ratio_B2, weight_B2 = world.cat(torch.cat(tables, 1).transpose(0, 1).contiguous()).unbind(1)
+        return kl_estimate(ratio_B2, torch.zeros_like(ratio_B2), weight_B2)
 
     def _report(self, scored: Sequence[MicroScores], norm: float, records: int) -> StepReport:
         world, sums, largest = self.engine.world, torch.zeros(len(SUMS), dtype=torch.float64), 0.0
@@ -191,8 +206,9 @@ class _GlobalLoss:
         rows: Sequence[NoisyRows],
         reference: Sequence[torch.Tensor],
         total: torch.Tensor,
+        kl: torch.Tensor | None,
     ):
-        self.loss, self.world, self.rows, self.total = loss, engine.world, rows, total
+        self.loss, self.world, self.rows, self.total, self.kl = loss, engine.world, rows, total, kl
         weight_B2 = torch.cat([batch.weight_B2 for batch in micro_batches]).to(engine.world.device)
         self.local = len(weight_B2)
         self.weight_B2 = self.world.cat(weight_B2)
@@ -215,6 +231,4 @@ class _GlobalLoss:
 
     def __call__(self, f_R: torch.Tensor) -> torch.Tensor:
         policy = self._all(self._fold(f_R))
-        needs_kl = any(LOSSES[name].needs_kl for name in check_names(self.loss.names))
-        kl = kl_estimate(policy.score_B2, self.reference.score_B2, self.weight_B2) if needs_kl else None
-        return self.loss(policy, self.reference, self.weight_B2, kl=kl).sum() / self.total
+        return self.loss(policy, self.reference, self.weight_B2, kl=self.kl).sum() / self.total

@@ -38,12 +38,6 @@ def test_the_rate_follows_what_is_trained():
     assert build.resolve(SftConfig()).learning_rate == SftConfig.learning_rate
 
 
-def test_rows_are_short_for_generated_data_only():
-    assert build.resolve(TrainConfig()).max_length == 128
-    assert build.resolve(TrainConfig(train_data="x")).max_length == 1024
-    assert build.resolve(TrainConfig(max_length=256)).max_length == 256
-
-
 def test_losses_and_their_weights():
     loss = build.make_loss(TrainConfig(loss_type="sigmoid,ipo", loss_weights="1.0,0.5", sft_weight=0.05))
     assert loss.names == ("sigmoid", "ipo", "sft") and loss.weights == (1.0, 0.5, 0.05)

@@ -13,7 +13,7 @@ def parse(*argv: str) -> TrainConfig:
 def test_defaults_then_recipe_then_flags(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("learning_rate: 1e-4\nbeta: 0.5\ngradient_checkpointing: true\nmax_steps: 7\n")
-    config = parse("--config", str(recipe), "--beta", "0.3")
+    config = parse("--config", str(recipe), "--beta", "0.3", "--model_name_or_path", "x")
     assert (config.learning_rate, config.beta, config.max_steps) == (1e-4, 0.3, 7)
     assert config.gradient_checkpointing is True and config.label_smoothing == 0.0
 
@@ -22,6 +22,14 @@ def test_a_run_s_settings_are_a_recipe_for_it(tmp_path):
     config = parse("--beta", "0.3", "--bf16", "false", "--loss_type", "ipo")
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert parse("--config", str(tmp_path / "config.yaml")) == config
+
+
+def test_the_bundled_recipe_holds_unless_a_model_or_data_is_named(pairs_file):
+    bundled = parse()
+    assert bundled.max_length == 128 and bundled.learning_rate is not None
+    assert parse("--max_length", "256").max_length == 256
+    assert parse("--model_name_or_path", "x").max_length == TrainConfig.max_length
+    assert parse("--train_data", str(pairs_file)).learning_rate is None
 
 
 def test_flags_of_both_spellings_of_true():

@@ -9,9 +9,11 @@ from diffdpo.engine.base import OptimizerOptions
 from diffdpo.engine.plain import PlainEngine
 from diffdpo.engine.world import World
 from diffdpo.errors import UserError
+from diffdpo.losses.mismatched import mismatched
 from diffdpo.models.load import load_model
+from diffdpo.scores.fold import fold
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
-from diffdpo.step.backward import STRATEGIES, choose_strategy, score_rows
+from diffdpo.step.backward import STRATEGIES, choose_strategy, forward_rows, score_rows
 from diffdpo.step.reference import copy_reference, frozen_copy
 from diffdpo.step.train_step import LossOptions, NoiseOptions, PreferenceStep
 
@@ -68,14 +70,28 @@ def test_same_gradient_as_one_graph(tiny_model, batches, strategy, segment_rows,
     assert same_loss == pytest.approx(loss, rel=1e-6)
 
 
-@pytest.mark.parametrize("losses", ["aot", "kto"])
-def test_losses_of_a_whole_step_do_not_depend_on_micro_batches(tiny_model, batches, losses):
-    """aot sorts and kto averages over the global batch: 2 micro-batches of 4 are one of 8."""
+def test_a_loss_of_a_whole_step_does_not_depend_on_micro_batches(tiny_model, batches):
+    """aot sorts over the global batch: 2 micro-batches of 4 are one of 8."""
     whole = join(batches[0], batches[1])
-    expected, loss = gradient(make_step(tiny_model, "two_pass", 7, losses), [whole])
-    found, same_loss = gradient(make_step(tiny_model, "two_pass", 7, losses), batches[:2])
+    expected, loss = gradient(make_step(tiny_model, "two_pass", 7, "aot"), [whole])
+    found, same_loss = gradient(make_step(tiny_model, "two_pass", 7, "aot"), batches[:2])
     assert (found - expected).norm() / expected.norm() < 1e-5
     assert same_loss == pytest.approx(loss, rel=1e-5)
+
+
+def test_kto_measures_its_reference_point_on_mismatched_answers(tiny_model, batches):
+    step = make_step(tiny_model, "two_pass", 7, "kto")
+    batch = batches[0]
+
+    def ratio(of):
+        rows = step.noise.rows(of, WORLD.device)
+        with torch.no_grad():
+            return fold(forward_rows(step.engine, rows) - step.reference(rows), rows).score_B2
+
+    z = ratio(mismatched(batch)).mean().clamp(min=0)
+    reward = 0.1 * (ratio(batch) - z)
+    by_hand = (torch.sigmoid(-reward[:, 0]) + torch.sigmoid(reward[:, 1])).sum() / 8
+    assert step([batch], 0.0).loss == pytest.approx(float(by_hand), rel=1e-5)
 
 
 def test_gradient_does_not_depend_on_micro_batches(tiny_model, batches):
