@@ -139,6 +139,8 @@ class MlflowRun:
             _quiet_mlflow()
             import mlflow
 
+            for name in ("mlflow", "alembic"):  # mlflow's import has set its own level
+                logging.getLogger(name).setLevel(logging.ERROR)
             self._client = mlflow.MlflowClient(self.shipped.tracking_uri)
         if self.shipped.run_id is None:
             self.shipped.experiment_id = self._experiment()
@@ -210,8 +212,6 @@ def _quiet_mlflow() -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    logging.getLogger("mlflow").setLevel(logging.ERROR)
-    logging.getLogger("alembic").setLevel(logging.ERROR)
 
 
 def ship_later(output_dir: Path) -> int:
