@@ -18,6 +18,7 @@ import numpy as np
 from data_pipeline.arithmetic import FLAWS, LARGEST_NUMBER, PROBLEM_KINDS, Problem, clear_answer, draw_problem
 from data_pipeline.errors import DataError
 
+GENERATOR_VERSION = 1  # to be raised when the same seed gives other records
 SPLITS = ("train", "eval")
 EVAL_BUCKETS = 10  # one question in ten is held out
 # The share of each kind of answer in the supervised corpus: like text found in the wild, not all of it is good.

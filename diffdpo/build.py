@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import nn
 from data_pipeline.batch import PairBatch
 from data_pipeline.dataset import ShardedDataset, open_dataset
 from data_pipeline.encode import Encoder
-from data_pipeline.generate import generate_corpus, generate_pairs, write_jsonl
+from data_pipeline.generate import GENERATOR_VERSION, generate_corpus, generate_pairs, write_jsonl
 from data_pipeline.reader import PairLoader
 from diffdpo.config import RunConfig, SftConfig, TrainConfig, read_ds_config
 from diffdpo.engine.base import Engine, OptimizerOptions
@@ -108,37 +108,28 @@ def open_data(
     return train_set, eval_set
 
 
-def generated_pairs(config: TrainConfig) -> Callable[[Path], tuple[str, str]]:
-    """Arithmetic-reasoning pairs in the cache: a training file and a held-out file with no question in common."""
+def generated(config: TrainConfig | SftConfig) -> Callable[[Path], tuple[str, str]]:
+    """(training file, held-out file) in the cache, written once; no question stands in both.
+
+    Preference training gets pairs, supervised training single answers of mixed quality. Held out are pairs for both,
+    the same whatever the training seed.
+    """
+    records: Callable[..., Iterator[dict]]
+    if isinstance(config, SftConfig):
+        kind, count, records = "answers", config.num_generated_answers, generate_corpus
+    else:
+        kind, count, records = "pairs", config.num_generated_pairs, generate_pairs
 
     def generate(cache_dir: Path) -> tuple[str, str]:
-        count, seed = config.num_generated_pairs, config.seed
-        train = cache_dir / f"generated-train-seed{seed}-{count}.jsonl"
+        train = cache_dir / f"generated-v{GENERATOR_VERSION}-{kind}-{count}-seed{config.seed}.jsonl"
+        held_out = cache_dir / f"generated-v{GENERATOR_VERSION}-eval-{GENERATED_EVAL_PAIRS}.jsonl"
         if not train.exists():
-            write_jsonl(generate_pairs(count, seed=seed), train)
-        return str(train), _generated_held_out(cache_dir)
+            write_jsonl(records(count, seed=config.seed), train)
+        if not held_out.exists():
+            write_jsonl(generate_pairs(GENERATED_EVAL_PAIRS, seed=GENERATED_EVAL_SEED, split="eval"), held_out)
+        return str(train), str(held_out)
 
     return generate
-
-
-def generated_corpus(config: SftConfig) -> Callable[[Path], tuple[str, str]]:
-    """Single answers of mixed quality to learn from; held out are the right answers to problems never met."""
-
-    def generate(cache_dir: Path) -> tuple[str, str]:
-        count, seed = config.num_generated_answers, config.seed
-        train = cache_dir / f"corpus-train-seed{seed}-{count}.jsonl"
-        if not train.exists():
-            write_jsonl(generate_corpus(count, seed=seed), train)
-        return str(train), _generated_held_out(cache_dir)
-
-    return generate
-
-
-def _generated_held_out(cache_dir: Path) -> str:
-    path = cache_dir / f"generated-eval-{GENERATED_EVAL_PAIRS}.jsonl"
-    if not path.exists():
-        write_jsonl(generate_pairs(GENERATED_EVAL_PAIRS, seed=GENERATED_EVAL_SEED, split="eval"), path)
-    return str(path)
 
 
 def make_encoder(config: RunConfig, tokenizer, spec: FamilySpec) -> Encoder:

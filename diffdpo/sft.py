@@ -43,7 +43,7 @@ def sft(config: SftConfig) -> int:
 
 def _sft(config: SftConfig, place: Place) -> int:
     resume = find_checkpoint(config.resume_from_checkpoint, place.output_dir) if config.resume_from_checkpoint else None
-    train_set, eval_set = build.open_data(config, place, build.generated_corpus(config))
+    train_set, eval_set = build.open_data(config, place, build.generated(config))
     bf16 = build.resolve_bf16(config, place.world.device)
     loaded = _load_or_make(config, place, train_set, bf16=bf16)
     encoder = build.make_encoder(config, loaded.tokenizer, loaded.spec)

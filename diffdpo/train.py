@@ -46,7 +46,7 @@ class _Training:
         self.resume = None
         if config.resume_from_checkpoint:
             self.resume = find_checkpoint(config.resume_from_checkpoint, place.output_dir)
-        self.train_set, self.eval_set = build.open_data(config, place, build.generated_pairs(config))
+        self.train_set, self.eval_set = build.open_data(config, place, build.generated(config))
         self.bf16 = build.resolve_bf16(config, place.world.device)
         self.loaded = self._load_policy()
         self.encoder = build.make_encoder(config, self.loaded.tokenizer, self.loaded.spec)

@@ -118,6 +118,21 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(command, tmp_path):
     assert done.returncode == 2 and "holds a run already" in done.stderr
 
 
+def test_an_adapter_is_trained_against_the_policy_without_it(command, tiny_model, pairs_file, tmp_path):
+    out = tmp_path / "run"
+    flags = ["--use_peft", "--lora_r", "4", "--max_steps", "3", "--learning_rate", "1e-2", "--warmup_steps", "0"]
+    flags += ["--model_name_or_path", str(tiny_model), "--train_data", str(pairs_file), "--tracking_uri", "none"]
+    done = command([*TRAIN, *flags, "--max_length", "128", "--max_prompt_length", "64", "--output_dir", str(out)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "the policy with its adapter off" in done.stdout
+    curve = [loss for _, loss in losses(out)]
+    assert curve[0] == pytest.approx(0.69314718, abs=1e-6) and curve[-1] < curve[0]
+    assert (out / "final" / "adapter_config.json").exists() and not (out / "final" / "model.safetensors").exists()
+    ids = torch.tensor([[5, 6, 7]])
+    adapted, base = load_model(str(out / "final")).model, load_model(str(tiny_model)).model
+    assert not torch.equal(adapted(ids).logits, base(ids).logits)
+
+
 # ------------------------------------------------------------------------------------------------- resumption
 
 
