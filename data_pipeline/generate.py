@@ -4,7 +4,6 @@ Record i is a pure function of (seed, split, i). Which split a question belongs 
 itself, so no question of the ``eval`` split is ever met in ``train``, whatever the seeds.
 """
 
-import argparse
 import gzip
 import hashlib
 import json
@@ -16,12 +15,14 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.arithmetic import FLAWS, LARGEST_NUMBER, PROBLEM_KINDS, Problem, clear_answer, draw_problem
+from data_pipeline.cli import Parser
 from data_pipeline.errors import DataError
 
 GENERATOR_VERSION = 1  # to be raised when the same seed gives other records
 SPLITS = ("train", "eval")
 EVAL_BUCKETS = 10  # one question in ten is held out
 # The share of each kind of answer in the supervised corpus: like text found in the wild, not all of it is good.
+QUALITIES = ("clear", *FLAWS)
 CORPUS_MIX = {"clear": 0.40, "wrong_step": 0.30, "cut_short": 0.10, "vague": 0.10, "long_winded": 0.10}
 
 
@@ -109,6 +110,17 @@ def write_jsonl(records: Iterator[dict], path: Path) -> int:
     return count
 
 
+def parse_mix(text: str) -> dict[str, float]:
+    """``clear=0.5,vague=0.5`` → shares by quality. DataError for anything else."""
+    try:
+        mix = {name.strip(): float(share) for name, share in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        mix = {}
+    if not mix or not set(mix) <= set(QUALITIES) or min(mix.values()) < 0 or sum(mix.values()) <= 0:
+        raise DataError(f"mix {text!r}: give shares such as clear=0.6,vague=0.4; qualities: {', '.join(QUALITIES)}")
+    return mix
+
+
 def _chosen_from(text: str, allowed: Sequence[str], option: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     unknown = [name for name in names if name not in allowed]
@@ -119,11 +131,9 @@ def _chosen_from(text: str, allowed: Sequence[str], option: str) -> list[str]:
 
 def main(argv: list[str]) -> int:
     """``python -m data_pipeline generate``."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m data_pipeline generate",
         description="Write arithmetic-reasoning preference pairs (or, with --corpus, single answers) as JSON lines.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--out", default="-", help="a .jsonl or .jsonl.gz file; - is standard output")
     parser.add_argument("--count", type=int, default=1000, help="how many records")
@@ -135,6 +145,8 @@ def main(argv: list[str]) -> int:
         "--difficulty", default="easy", help=f"one or more of {','.join(LARGEST_NUMBER)}, comma-separated"
     )
     parser.add_argument("--corpus", action="store_true", help="single answers of mixed quality for launch/sft.py")
+    usual = ",".join(f"{name}={share}" for name, share in CORPUS_MIX.items())
+    parser.add_argument("--mix", default=usual, help="with --corpus: the share of each quality")
     args = parser.parse_args(argv)
     if args.count < 1 or args.seed < 0:
         raise DataError(
@@ -144,7 +156,7 @@ def main(argv: list[str]) -> int:
     difficulties = _chosen_from(args.difficulty, tuple(LARGEST_NUMBER), "--difficulty")
     shared = {"seed": args.seed, "split": args.split, "kinds": kinds, "difficulties": difficulties}
     if args.corpus:
-        records = generate_corpus(args.count, **shared)
+        records = generate_corpus(args.count, mix=parse_mix(args.mix), **shared)
     else:
         records = generate_pairs(args.count, flaws=_chosen_from(args.flaws, tuple(FLAWS), "--flaws"), **shared)
     if args.out == "-":

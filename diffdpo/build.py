@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import nn
 from data_pipeline.batch import PairBatch
 from data_pipeline.dataset import ShardedDataset, open_dataset
 from data_pipeline.encode import Encoder
-from data_pipeline.generate import GENERATOR_VERSION, generate_corpus, generate_pairs, write_jsonl
+from data_pipeline.generate import GENERATOR_VERSION, generate_corpus, generate_pairs, parse_mix, write_jsonl
 from data_pipeline.reader import PairLoader
 from diffdpo.config import RunConfig, SftConfig, TrainConfig, read_ds_config
 from diffdpo.engine.base import Engine, OptimizerOptions
@@ -116,7 +117,10 @@ def generated(config: TrainConfig | SftConfig) -> Callable[[Path], tuple[str, st
     """
     records: Callable[..., Iterator[dict]]
     if isinstance(config, SftConfig):
-        kind, count, records = "answers", config.num_generated_answers, generate_corpus
+        kind, count = "answers", config.num_generated_answers
+        mix = parse_mix(config.answer_mix) if config.answer_mix else None
+        kind += f"-{config.answer_mix}" if mix else ""
+        records = partial(generate_corpus, mix=mix)
     else:
         kind, count, records = "pairs", config.num_generated_pairs, generate_pairs
 

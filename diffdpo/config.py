@@ -124,6 +124,7 @@ class SftConfig(RunConfig):
     heads: int = setting(4, "of a new model")
     vocab_size: int = setting(512, "most tokens of a new model's tokenizer, at least 259")
     num_generated_answers: int = setting(200_000, "training answers generated when --train_data is not given")
+    answer_mix: str | None = setting(None, "their qualities, such as clear=0.6,vague=0.4; default: as data_pipeline's")
 
 
 def build_parser(config_class: type[RunConfig], description: str, prog: str | None = None) -> Parser:

@@ -83,6 +83,15 @@ def test_the_command_writes_the_same_bytes(tmp_path):
     assert (tmp_path / "a.jsonl.gz").read_bytes() == (tmp_path / "b.jsonl.gz").read_bytes()
 
 
+def test_the_mix_of_qualities():
+    records = list(generate_corpus(400, seed=0, mix=generate.parse_mix("clear=1,vague=3")))
+    share = sum(record["meta"]["quality"] == "vague" for record in records) / 400
+    assert {record["meta"]["quality"] for record in records} == {"clear", "vague"} and 0.68 < share < 0.82
+    for wrong in ("clear", "clear=x", "nice=1", "clear=-1", "clear=0", ""):
+        with pytest.raises(DataError):
+            generate.parse_mix(wrong)
+
+
 @pytest.mark.parametrize("argv", [["--kinds", "nope"], ["--flaws", ""], ["--difficulty", "x"], ["--count", "0"]])
 def test_wrong_options_are_named(argv):
     with pytest.raises(DataError):
