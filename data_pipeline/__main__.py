@@ -109,4 +109,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):  # texts of any language on a terminal of any encoding
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     sys.exit(exit_code(main, sys.argv[1:]))

@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 from data_pipeline.convert import HASHES, ConvertJob, ConvertOptions, Dropped, convert_chunk
 from data_pipeline.errors import DataError
-from data_pipeline.index import MANIFEST, SCHEMA, merge_scans, save_index
+from data_pipeline.index import MANIFEST, SCHEMA, Index, load_index, merge_scans, save_index
 from data_pipeline.parallel import chunks, ordered_map
 from data_pipeline.records import RecordError
 from data_pipeline.remote import is_remote
 from data_pipeline.shards import ShardScan, scan_shard, write_shard
-from data_pipeline.sources.candidates import group_long_rows, is_long
+from data_pipeline.sources.candidates import add_long_row, is_long
 from data_pipeline.sources.files import Row, SourceOptions, expand_folder, local_path, open_rows, source_files
 from data_pipeline.split import eval_mask
 
@@ -105,12 +105,21 @@ def _built(out: Path, signature: str) -> dict | None:
         return None
     for folder in (out, out / "train"):
         if (folder / MANIFEST).exists():
-            manifest = json.loads((folder / MANIFEST).read_bytes())
-            if manifest.get("provenance", {}).get("job") == json.loads(signature):
-                return manifest
+            index = load_index(folder)
+            if index.manifest.get("provenance", {}).get("job") == json.loads(signature):
+                _refuse_lost_shards(out, [index, *([load_index(out / "eval")] if folder != out else [])])
+                return index.manifest
     raise DataError(
         f"{out} exists and was not built from this input with these options; remove it or choose another --out"
     )
+
+
+def _refuse_lost_shards(out: Path, indices: Sequence[Index]) -> None:
+    for index in indices:
+        for number, known in enumerate(index.manifest["shards"]):
+            path = Path(index.url(number))
+            if not path.exists() or path.stat().st_size != known["bytes"]:
+                raise DataError(f"{out} was built from this input, but {path} is missing or cut; remove {out} first")
 
 
 def _prepare(work: Path, signature: str) -> None:
@@ -171,7 +180,7 @@ def _rows(source: str, options: BuildOptions) -> Iterator[Row]:
         raise DataError(f"{source} has no rows")
     rows = _chain(head, rows)
     if options.convert.format in ("auto", "candidates") and _looks_long(head):
-        rows = (Row(f"{source}, question {i}", row) for i, row in enumerate(group_long_rows(_parsed(rows)), 1))
+        rows = _gathered(rows, source)
     for i, row in enumerate(rows):
         if options.limit and i >= options.limit:
             return
@@ -197,12 +206,16 @@ def _looks_long(row: Row) -> bool:
         return False  # the converter reports it with its place
 
 
-def _parsed(rows: Iterable[Row]) -> Iterator[dict]:
+def _gathered(rows: Iterable[Row], source: str) -> Iterator[Row]:
+    """A row per question. What cannot be gathered goes first, as it is: the converter reports it with its place."""
+    groups: dict[str, dict] = {}
     for row in rows:
         try:
-            yield row.parsed()
-        except RecordError as error:
-            raise DataError(f"{row.where}: {error}") from error
+            add_long_row(groups, row.parsed())
+        except RecordError:
+            yield row
+    for number, group in enumerate(groups.values(), 1):
+        yield Row(f"{source}, question {number}", group)
 
 
 # --------------------------------------------------------------------------------------------------- second pass

@@ -19,7 +19,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def exit_code(main: Callable[[list[str]], int | None], argv: list[str], user_errors: tuple = (DataError,)) -> int:
-    """Run ``main(argv)``: 0, 2 with one line on stderr for a user's mistake, 130 after Ctrl-C."""
+    """Run ``main(argv)``: its code, 2 with one line on stderr for a mistake or a failing disk, 130 after Ctrl-C."""
     try:
         return main(argv) or 0
     except user_errors as error:
@@ -32,5 +32,5 @@ def exit_code(main: Callable[[list[str]], int | None], argv: list[str], user_err
         sys.stderr.close()
         return 0
     except OSError as error:  # disk full, no permission: the message names the file
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2

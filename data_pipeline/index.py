@@ -23,6 +23,7 @@ from data_pipeline.shards import ENTRY, Bad, ShardScan, pack_bad, to_json, unpac
 SCHEMA = 1
 GZIP = (".gz", ".tgz")
 MANIFEST, ENTRIES, KEYS = "manifest.json", "entries.npy", "keys.npy"
+MANIFEST_FIELDS = {"num_records", "shards", "sources", "bad", "fingerprint"}
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,15 @@ class Index:
 
     def local_shard(self, shard: int, cache_dir: Path | None) -> Path:
         """A shard as a plain tar on this machine: fetched and unpacked into the cache where need be."""
-        size = None if self.url(shard).endswith(GZIP) else self.manifest["shards"][shard]["bytes"]  # bytes are unpacked
-        return plain_tar(self.url(shard), cache_dir, size=size)[0]
+        known, url = self.manifest["shards"][shard], self.url(shard)
+        size = None if url.endswith(GZIP) else known["bytes"]  # bytes are unpacked
+        version = "" if is_remote(known["name"]) else known["sha256"]  # full names: indexed from the cached copy
+        return plain_tar(url, cache_dir, size=size, version=version)[0]
 
 
-def plain_tar(url: str, cache_dir: Path | None, *, size: int | None = None) -> tuple[Path, str]:
+def plain_tar(url: str, cache_dir: Path | None, *, size: int | None = None, version: str = "") -> tuple[Path, str]:
     """(path of the uncompressed tar on this machine, what is wrong with its compression or '')."""
-    path = cached_file(url, cache_dir, size=size) if is_remote(url) else Path(url)
+    path = cached_file(url, cache_dir, size=size, version=version) if is_remote(url) else Path(url)
     if not path.name.endswith(GZIP):
         return path, ""
     status = path.stat()
@@ -93,6 +96,8 @@ def load_index(folder: str | Path, *, base: str | None = None) -> Index:
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         found = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
         raise DataError(f"{path / MANIFEST} has schema {found!r}, this version reads {SCHEMA}; build the folder again")
+    if missing := MANIFEST_FIELDS - manifest.keys():
+        raise DataError(f"{path / MANIFEST} lacks {', '.join(sorted(missing))}; build the folder again")
     try:
         entries = np.load(path / ENTRIES, mmap_mode="r")
         keys = np.load(path / KEYS, mmap_mode="r") if (path / KEYS).stat().st_size > 128 else np.zeros(0, np.uint8)

@@ -41,7 +41,7 @@ def open_index(
     if is_remote(source) and not source.endswith(TAR):
         if not Path(source).suffix or source.endswith("/"):
             return _remote_folder(source.rstrip("/"), cache, split)
-        return _build_cached([source], cache, options, workers, progress), False
+        return _build_cached(expand(source), cache, options, workers, progress), False
     path = Path(source).expanduser()
     if path.is_dir():
         if (path / MANIFEST).exists():

@@ -150,7 +150,7 @@ def prompt_hash(record: Record) -> int:
 def check(record: Record) -> Record:
     """The record itself, or RecordError when nothing can be learned from it."""
     try:
-        for text in (record.prompt, *answers_of(record)):
+        for text in (record.id, record.prompt, *answers_of(record)):
             text_bytes(text, "strict")
     except UnicodeEncodeError as error:
         raise RecordError("invalid_unicode", f"the text holds half of a surrogate pair: {error}") from error

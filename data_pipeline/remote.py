@@ -32,9 +32,9 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("DIFFDPO_CACHE") or Path.home() / ".cache" / "diffdpo")
 
 
-def cache_path(url: str, cache_dir: Path | None) -> Path:
-    """Where the cached copy of a URL lies: the whole URL decides, the name is kept readable."""
-    digest = hashlib.blake2b(url.encode(), digest_size=8).hexdigest()
+def cache_path(url: str, cache_dir: Path | None, version: str = "") -> Path:
+    """Where the cached copy of a URL lies: the whole URL (and version) decides, the name is kept readable."""
+    digest = hashlib.blake2b((url + version).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
     name = Path(urlparse(url).path).name or "file"
     return (cache_dir or default_cache_dir()) / "files" / digest / name
 
@@ -44,6 +44,7 @@ def cached_file(
     cache_dir: Path | None = None,
     *,
     size: int | None = None,
+    version: str = "",
     fresh: bool = False,
     retries: int = RETRIES,
     backoff: float = BACKOFF_SECONDS,
@@ -51,11 +52,12 @@ def cached_file(
 ) -> Path:
     """The local copy of ``url``, fetched if it is not there (or anyway, ``fresh``).
 
-    With ``size``, a copy of another length is an error.
+    With ``size``, a copy of another length is an error. Copies of different ``version`` (the sha256 an index knows)
+    are kept apart, so that a shard that was built anew is fetched anew.
 
     Raises DataError when the URL stays unreachable after ``retries`` attempts with doubling pauses.
     """
-    target = cache_path(url, cache_dir)
+    target = cache_path(url, cache_dir, version)
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):  # one process of a machine fetches, the others find it
         if fresh or not target.exists() or size not in (None, target.stat().st_size):
@@ -74,11 +76,11 @@ def _fetch_with_retries(
                 raise OSError(f"{partial.stat().st_size} bytes came, {size} expected")
             partial.replace(target)
             return
-        except FileNotFoundError as error:
-            raise DataError(f"{url} does not exist: {error}") from error
         except ImportError as error:
             raise DataError(f"{url}: {error}; for s3:// install the extra: pip install 'diffdpo[s3]'") from error
         except Exception as error:  # each protocol has its own family of network errors
+            if _is_absent(error):
+                raise DataError(f"{url} does not exist") from error
             if attempt == retries:
                 raise DataError(f"{url} is unreachable after {retries} attempts: {_reason(error)}") from error
             pause = backoff * 2 ** (attempt - 1)
@@ -89,7 +91,17 @@ def _fetch_with_retries(
     raise DataError(f"{url}: retries must be at least 1, found {retries}")
 
 
+def _is_absent(error: Exception) -> bool:
+    """True when the other side says that there is no such file. fsspec's http raises FileNotFoundError for a refused
+    connection and a busy server as well; then the true error is its cause, and worth another attempt."""
+    cause = error.__cause__
+    masked = isinstance(cause, TimeoutError) or type(cause).__module__.startswith("aiohttp")
+    return isinstance(error, FileNotFoundError) and (not masked or getattr(cause, "status", 0) in (404, 410))
+
+
 def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 

@@ -180,5 +180,6 @@ def pack_bad(bad: Iterable[Bad], shard: str) -> list[dict]:
 
 
 def to_json(data: object) -> bytes:
-    """Stable JSON for manifests: readable, sorted, the same bytes for the same data."""
-    return (json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    """Stable JSON for manifests: readable, sorted, the same bytes for the same data. What is no Unicode (a file name
+    in another encoding) is escaped."""
+    return (json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
         load_tokenizer(args.tokenizer) if args.tokenizer else None
     )  # before the work, so that a typo shows first
     workers = len(os.sched_getaffinity(0)) if args.workers is None else args.workers
-    sources = [name for source in args.source for name in expand(source)]
+    sources = [name for source in args.source for name in (expand(source) if source else [source])]
     build(sources, args.out, options, workers=workers, progress=True)
     folders = [args.out / name for name in ("train", "eval")] if args.eval_fraction else [args.out]
     for folder in folders:

@@ -4,7 +4,7 @@ Layouts of a row (the question is ``question`` or ``prompt``):
 - lists: ``candidates`` (or answers, responses, completions, solutions) beside ``correct`` (or is_correct, labels);
 - objects: ``candidates`` a list of ``{"text" | "solution" | "answer": str, "is_correct" | "correct": bool}``;
 - grade-school-math: one column per model, each ``{"solution": str, "is_correct": bool}``;
-- long: one row per answer, ``{question, answer | solution | completion, is_correct | correct}`` (``group_long_rows``).
+- long: one row per answer, ``{question, answer | solution | completion, is_correct | correct}`` (``add_long_row``).
 A human solution in ``ground_truth`` (or ``reference``) counts as one more right answer, if asked for.
 """
 
@@ -14,7 +14,18 @@ from itertools import product
 from typing import Any
 
 from data_pipeline.errors import DataError
-from data_pipeline.records import PreferenceRecord, RecordError, as_label, missing_field, require, with_id
+from data_pipeline.records import (
+    PreferenceRecord,
+    RecordError,
+    Text,
+    as_label,
+    as_text,
+    assistant_turn,
+    missing_field,
+    require,
+    text_key,
+    with_id,
+)
 
 POLICIES = ("matched", "all", "one")
 LISTS = ("candidates", "answers", "responses", "completions", "solutions")
@@ -76,12 +87,14 @@ def is_long(row: dict) -> bool:
 def _candidates(row: dict) -> list[Candidate]:
     name = _first(row, LISTS)
     if name is None or not isinstance(row[name], list):
-        found = [Candidate(str(row[c]["solution"]), as_label(row[c]["is_correct"]), c) for c in _model_columns(row)]
+        found = [_from_object({"model": column, **row[column]}) for column in _model_columns(row)]
         if not found:
             raise missing_field("candidates", row)
         return found
     if row[name] and isinstance(row[name][0], dict):
         return [_from_object(item) for item in row[name]]
+    if any(not isinstance(text, str) for text in row[name]):
+        raise RecordError("wrong_type", f"{name!r} holds something that is not text", malformed=True)
     flags = row[_first(row, FLAGS) or "correct"] if _first(row, FLAGS) else require(row, "correct")
     if not isinstance(flags, list) or len(flags) != len(row[name]):
         raise RecordError("wrong_type", f"{name!r} and its correctness are not lists of one length", malformed=True)
@@ -94,7 +107,9 @@ def _from_object(item: Any) -> Candidate:
     text, flag = _first(item, TEXTS), _first(item, FLAGS)
     if text is None or flag is None:
         raise missing_field("text" if text is None else "is_correct", item)
-    return Candidate(str(item[text]), as_label(item[flag]), str(item.get("model", "")))
+    if not isinstance(item[text], str):
+        raise RecordError("wrong_type", f"field {text!r} is {type(item[text]).__name__}, not a string", malformed=True)
+    return Candidate(item[text], as_label(item[flag]), str(item.get("model", "")))
 
 
 def make_pairs(candidates: list[Candidate], pairing: Pairing) -> list[tuple[Candidate, Candidate]]:
@@ -120,7 +135,7 @@ def _each_once(pairs: list[tuple[Candidate, Candidate]]) -> list[tuple[Candidate
 
 def candidate_records(row: dict, pairing: Pairing) -> Iterator[PreferenceRecord]:
     """The pairs of one question. Raises RecordError, kind ``no_contrast``, when all answers are right or all wrong."""
-    question = str(require(row, "question" if "question" in row else "prompt"))
+    question = _question(row)
     candidates = _candidates(row)
     reference = _first(row, REFERENCES)
     if pairing.use_reference and reference:
@@ -131,19 +146,24 @@ def candidate_records(row: dict, pairing: Pairing) -> Iterator[PreferenceRecord]
     source = {"source": row["source"]} if row.get("source") else {}
     for right, wrong in pairs:
         authors = {"chosen_by": right.author, "rejected_by": wrong.author} if right.author else {}
-        record = PreferenceRecord("", question, right.text, wrong.text, source | authors)
+        answers: tuple[Text, Text] = (right.text, wrong.text)
+        if isinstance(question, tuple):
+            answers = (assistant_turn(right.text), assistant_turn(wrong.text))
+        record = PreferenceRecord("", question, *answers, source | authors)
         yield with_id(record, None)  # type: ignore[misc]
 
 
-def group_long_rows(rows: Iterable[dict]) -> Iterator[dict]:
-    """Rows of the long layout → one row per question, in order of first appearance."""
-    groups: dict[str, dict] = {}
-    for row in rows:
-        text, flag = _first(row, TEXTS), _first(row, FLAGS)
-        if text is None or flag is None:
-            raise missing_field("answer" if text is None else "is_correct", row)
-        question = str(require(row, "question" if "question" in row else "prompt"))
-        group = groups.setdefault(question, {"question": question, "candidates": []})
-        group["candidates"].append({"text": row[text], "is_correct": row[flag], "model": row.get("model", "")})
-        group |= {name: row[name] for name in (*REFERENCES, "source") if row.get(name) is not None}
-    yield from groups.values()
+def _question(row: dict) -> Text:
+    name = "question" if "question" in row else "prompt"
+    return as_text(require(row, name), name)
+
+
+def add_long_row(groups: dict[str, dict], row: dict) -> None:
+    """Gather a row of the long layout under its question: ``groups`` becomes one row per question, in order of first
+    appearance. Raises RecordError, and leaves ``groups`` as it is, for a row of another layout."""
+    item = {name: row[name] for name in (*TEXTS, *FLAGS, "model") if row.get(name) is not None}
+    _from_object(item)
+    question = _question(row)
+    group = groups.setdefault(text_key(question), {"question": question, "candidates": []})
+    group["candidates"].append(item)
+    group |= {name: row[name] for name in (*REFERENCES, "source") if row.get(name) is not None}

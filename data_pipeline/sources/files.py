@@ -20,6 +20,7 @@ from data_pipeline.remote import cached_file, is_remote
 from data_pipeline.shards import scan_shard
 
 csv.field_size_limit(1 << 27)
+TORN = (EOFError, gzip.BadGzipFile, zlib.error)  # what reading a cut or damaged .gz raises
 SAVED_DATASET = ("dataset_info.json", "dataset_dict.json")  # one of them marks a folder saved by ``datasets``
 
 
@@ -75,12 +76,16 @@ def named_split(source: str, options: SourceOptions) -> tuple[str, SourceOptions
 
 def local_path(source: str, options: SourceOptions) -> Path | None:
     """Where the source lies here (fetched if it is remote); None for the name of a data set on the hub."""
+    if not source.strip():
+        raise DataError("no data source is named; give a file, a folder, a URL or the name of a data set on the hub")
     if is_remote(source):
+        if not Path(source).suffix:
+            raise DataError(f"{source} is no file; to build from a folder behind a URL, name its files or shards")
         return cached_file(source, options.cache_dir)
     path = Path(named_split(source, options)[0]).expanduser()
     if path.exists():
         return path
-    if _suffix(path) in READERS or source.count("/") > 1 or source.startswith((".", "/", "~")) or not source.strip():
+    if _suffix(path) in READERS or source.count("/") > 1 or source.startswith((".", "/", "~")):
         raise DataError(f"{source!r} does not exist; give a file, a folder, a URL or the name of a data set on the hub")
     return None
 
@@ -116,18 +121,19 @@ def _json_line_rows(path: Path, name: str) -> Iterator[Row]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield Row(f"{name}:{number}", line)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        torn = RecordError(
-            "torn_file", f"{name}: after line {number}: {error}: the file is cut or damaged", malformed=True
-        )
-        raise torn from error
+    except TORN as error:
+        raise _torn(f"{name}: after line {number}", error) from error
+
+
+def _torn(where: str, error: Exception) -> RecordError:
+    return RecordError("torn_file", f"{where}: {error}: the file is cut or damaged", malformed=True)
 
 
 def _json_rows(path: Path, name: str) -> Iterator[Row]:
     """A list of objects, an object whose one list is the data, or JSON lines under the wrong name."""
     try:
         data = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if "Extra data" in str(error):
             yield from _json_line_rows(path, name)
             return
@@ -162,6 +168,8 @@ def _csv_rows(path: Path, name: str) -> Iterator[Row]:
 def _csv_cells(reader: csv.DictReader, name: str) -> Iterator[dict]:
     try:
         yield from reader
+    except TORN as error:
+        raise _torn(f"{name}: after line {reader.line_num}", error) from error
     except (csv.Error, UnicodeDecodeError) as error:
         raise DataError(f"{name}: after line {reader.line_num}: {error}; save the table as UTF-8") from error
 

@@ -54,7 +54,7 @@ def detect_format(row: dict) -> str:
         return "answer"
     if "prompt" in row:
         return "answer" if "completion" in row or "answer" in row else "preference"
-    raise missing_field("prompt", row)
+    raise missing_field("answer" if "question" in row else "prompt", row)
 
 
 def convert(row: dict, *, format: str = "auto", pairing: Pairing | None = None) -> Iterator[Record]:
@@ -146,15 +146,22 @@ def parse_transcript(text: str) -> tuple[Message, ...]:
     )
 
 
+def _transcript(row: dict, name: str) -> str:
+    text = require(row, name)
+    if not isinstance(text, str):
+        raise RecordError("wrong_type", f"field {name!r} is {type(text).__name__}, not a transcript", malformed=True)
+    return text
+
+
 def _hh(row: dict) -> Record:
     """Anthropic's transcripts, whole or with the prompt cut off at the last ``Assistant:``.
 
     The split is by turns. The longest common character prefix, used elsewhere, ends inside the answer for 19 % of
     the pairs, because both answers often begin with the same words.
     """
-    texts = [str(require(row, name)) for name in ("chosen", "rejected")]
+    texts = [_transcript(row, name) for name in ("chosen", "rejected")]
     if row.get("prompt") is not None:
-        prompt = parse_transcript(str(row["prompt"]))
+        prompt = parse_transcript(_transcript(row, "prompt"))
         if prompt[-1] == {"role": "assistant", "content": ""}:
             prompt = prompt[:-1]
         chosen, rejected = (assistant_turn(text.strip()) for text in texts)

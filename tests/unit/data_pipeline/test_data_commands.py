@@ -163,5 +163,5 @@ def test_interrupts_and_full_disks(capsys):
         return fail
 
     assert exit_code(raising(KeyboardInterrupt()), []) == 130
-    assert exit_code(raising(OSError(28, "No space left on device", "/x")), []) == 1
+    assert exit_code(raising(OSError(28, "No space left on device", "/x")), []) == 2
     assert "No space left on device: '/x'" in capsys.readouterr().err

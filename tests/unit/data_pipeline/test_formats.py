@@ -4,7 +4,7 @@ import pytest
 
 from data_pipeline.errors import DataError
 from data_pipeline.records import AnswerRecord, RecordError
-from data_pipeline.sources.candidates import Candidate, Pairing, group_long_rows, make_pairs
+from data_pipeline.sources.candidates import Candidate, Pairing, add_long_row, make_pairs
 from data_pipeline.sources.formats import convert, detect_format, parse_transcript
 
 
@@ -182,7 +182,10 @@ def test_long_rows_are_gathered_by_question():
         {"question": "p", "answer": "v", "is_correct": False},
         {"question": "q", "answer": "w", "is_correct": False},
     ]
-    first, second = group_long_rows(rows)
+    groups: dict[str, dict] = {}
+    for row in rows:
+        add_long_row(groups, row)
+    first, second = groups.values()
     (record,) = convert(first)
     assert sides(record) == ("q", "r", "w")
     assert second["question"] == "p"

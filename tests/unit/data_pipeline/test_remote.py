@@ -1,5 +1,6 @@
 """Data behind URLs: fetched once, retried, resumed from, and counted when they stay away."""
 
+import shutil
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +15,7 @@ from data_pipeline.encode import Encoder
 from data_pipeline.errors import DataError
 from data_pipeline.reader import PairLoader
 from data_pipeline.remote import cached_file
+from data_pipeline.stream import RecordReader
 
 
 class Handler(SimpleHTTPRequestHandler):
@@ -164,3 +166,49 @@ def test_a_missing_protocol_package_is_named(cache, monkeypatch):
     monkeypatch.setattr(fsspec, "open", no_package)
     with pytest.raises(DataError, match=r"Install s3fs.*diffdpo\[s3\]"):
         open_dataset("s3://bucket/pairs.jsonl", cache_dir=cache)
+
+
+@pytest.mark.parametrize("failures", [4, 9])  # each attempt makes a HEAD, answered, and GETs, refused while they last
+def test_a_busy_server_is_asked_again_also_when_it_refuses_the_first_question(served, tmp_path, monkeypatch, failures):
+    """fsspec reports 503 to its first question as FileNotFoundError: not to be taken for an absent file."""
+    folder, base, _ = served
+    (folder / "a.jsonl").write_text("x\n")
+    answers = [0]
+
+    def refuse(handler):
+        answers[0] += 1
+        if answers[0] <= failures:
+            handler.send_error(503)
+        elif handler.command == "HEAD":
+            SimpleHTTPRequestHandler.do_HEAD(handler)
+        else:
+            SimpleHTTPRequestHandler.do_GET(handler)
+
+    monkeypatch.setattr(Handler, "do_HEAD", refuse, raising=False)
+    monkeypatch.setattr(Handler, "do_GET", refuse)
+    if failures == 4:
+        assert cached_file(f"{base}/a.jsonl", tmp_path / "c").read_text() == "x\n"
+    else:
+        with pytest.raises(DataError, match=r"unreachable after 3 attempts.*503"):
+            cached_file(f"{base}/a.jsonl", tmp_path / "c", retries=3)
+
+
+def test_an_absent_file_is_asked_for_once_and_a_dead_host_is_not_called_absent(served, tmp_path):
+    pauses = []
+    with pytest.raises(DataError, match="does not exist"):
+        cached_file(f"{served[1]}/nope", tmp_path, sleep=pauses.append)
+    assert not pauses
+    with pytest.raises(DataError, match="unreachable after 3 attempts"):
+        cached_file("http://127.0.0.1:9/a.jsonl", tmp_path, retries=3, sleep=pauses.append)
+    assert len(pauses) == 2
+
+
+def test_a_folder_built_anew_behind_its_url_is_fetched_anew(served, tmp_path, jsonl, make_rows):
+    """Tars are padded to 10 kB: the new shards have the length of the cached ones."""
+    source, folder, cache = str(jsonl(tmp_path / "b.jsonl", make_rows(12))), served[0] / "f", tmp_path / "c"
+    for seed in (1, 2):
+        build([source], folder, BuildOptions(shard_size=6, shuffle_seed=seed))
+        dataset = open_dataset(f"{served[1]}/f", cache_dir=cache)
+        reader = RecordReader(dataset)
+        assert len({reader(number).id for number in range(12)}) == 12
+        shutil.rmtree(folder)
