@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -19,7 +20,7 @@ from data_pipeline.generate import GENERATOR_VERSION, generate_corpus, generate_
 from data_pipeline.reader import PairLoader
 from diffdpo.config import RunConfig, SftConfig, TrainConfig, read_ds_config
 from diffdpo.engine.base import Engine, OptimizerOptions
-from diffdpo.engine.deepspeed import DeepSpeedEngine, missing_operators
+from diffdpo.engine.deepspeed import DeepSpeedEngine, missing_operators, stale_locks
 from diffdpo.engine.plain import PlainEngine
 from diffdpo.engine.world import World, join_world
 from diffdpo.errors import UserError
@@ -67,7 +68,10 @@ def find_place(config: RunConfig, command: str) -> Place:
         )
     tracking_uri(config.tracking_uri, output_dir)  # a wrong one is refused here, before a model is loaded
     world.wait()
-    output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {output_dir} cannot be made ({error.strerror}); give another") from None
     cache_dir = Path(config.data_cache_dir) if config.data_cache_dir else output_dir.parent / "data_cache"
     return Place(world, output_dir, cache_dir, name)
 
@@ -107,6 +111,21 @@ def open_data(
     elif config.eval_fraction > 0:
         eval_set = open_dataset(train, split="eval", **split, **options)
     return train_set, eval_set
+
+
+def check_kind_of_records(dataset: ShardedDataset, loss: LossOptions) -> None:
+    """UserError when a loss of pairs is given single answers: it would train on nothing."""
+    if any(LOSSES[name].scope == "answer" for name in loss.names):
+        return
+    single = sum(
+        int((np.minimum(part.column("chosen_bytes"), part.column("rejected_bytes")) == 0).sum())
+        for part in dataset.parts
+    )
+    if single:
+        raise UserError(
+            f"--train_data has {single} single answers among {len(dataset)} records and --loss_type "
+            f"{','.join(loss.names)} needs pairs; use --loss_type kto or data with chosen and rejected"
+        )
 
 
 def generated(config: TrainConfig | SftConfig) -> Callable[[Path], tuple[str, str]]:
@@ -222,7 +241,10 @@ def make_engine(config: RunConfig, module: nn.Module, place: Place, *, bf16: boo
     ds_config = read_ds_config(Path(config.ds_config or ""))
     missing = missing_operators(ds_config)
     if missing:
-        place.say(f"compiling DeepSpeed's operators ({', '.join(missing)}): once on this machine, two to three minutes")
+        names = ", ".join(missing)
+        place.say(f"compiling DeepSpeed's operators ({names}): once on this machine, two to three minutes")
+        for lock in stale_locks(missing):
+            place.say(f"  an earlier compilation may have been interrupted; if this one waits for it, remove {lock}")
     return DeepSpeedEngine(
         module,
         place.world,
@@ -253,6 +275,8 @@ def make_reference(
 def reference_mode(config: TrainConfig, loss: LossOptions) -> str:
     """What ``--reference auto`` comes to: none, adapter_off or copy."""
     free = all(LOSSES[name].reference_free for name in loss.names)
+    if config.reference == "none" and not free:
+        raise UserError(f"--reference none: {', '.join(loss.names)} is measured against a reference; use auto or copy")
     if config.reference != "auto":
         return config.reference
     if free:
@@ -314,8 +338,8 @@ def resolve(config: RunConfig) -> RunConfig:
     return replace(config, learning_rate=FULL_RATE if config.model_name_or_path else BUNDLED_RATE)
 
 
-def save_final(folder: Path, engine: Engine, loaded: LoadedModel, card: str) -> None:
-    """Weights (or adapter), tokenizer and model card in the published layout. Every rank calls; rank 0 writes."""
+def save_final(folder: Path, engine: Engine, loaded: LoadedModel) -> None:
+    """Weights (or adapter) and tokenizer in the published layout. Every rank calls; rank 0 writes."""
     weights = engine.full_state_dict()
     if weights is None:
         return
@@ -323,4 +347,3 @@ def save_final(folder: Path, engine: Engine, loaded: LoadedModel, card: str) -> 
     state = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
     loaded.model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
     loaded.tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(card)

@@ -6,6 +6,7 @@ printed and written to ``config.yaml``.
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -162,8 +163,8 @@ def read_recipe(config_class: type[RunConfig], path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise UserError(f"--config {path}: no such file") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"--config {path} is not YAML: {error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"--config {path} is not a YAML file: {error}") from None
     if not isinstance(content, Mapping):
         raise UserError(f"--config {path} holds no settings; write lines such as 'learning_rate: 1e-5'")
     allowed = {item.name for item in dataclasses.fields(config_class)}
@@ -184,6 +185,9 @@ def make_config(config_class: type[RunConfig], values: Mapping[str, Any]) -> Any
 
 
 def _check_numbers(config: RunConfig) -> None:
+    for name, value in dataclasses.asdict(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{name} is {value}; give a number")
     at_least = {
         1: ("max_length", "max_prompt_length", "per_device_train_batch_size", "per_device_eval_batch_size"),
         0: ("warmup_steps", "eval_steps", "save_steps", "seed", "max_eval_pairs", "num_eval_problems", "weight_decay"),
@@ -254,6 +258,12 @@ def read_ds_config(path: Path) -> dict[str, Any]:
         raise UserError(f"--ds_config {path} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"--ds_config {path} must hold a JSON object, found {type(content).__name__}")
+    for key in ("zero_optimization", "optimizer", "bf16", "fp16"):
+        if not isinstance(content.get(key, {}), dict):
+            raise UserError(f"--ds_config {path}: {key} must be an object, found {content[key]!r}")
+    stage = content.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"--ds_config {path}: zero_optimization.stage is {stage!r}; allowed: 0, 1, 2, 3")
     return content
 
 

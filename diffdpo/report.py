@@ -1,6 +1,7 @@
 """What a run leaves and says at its end: ``summary.json``, the table, the final model's folder."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ def comparison(before: Evaluation, after: Evaluation) -> dict[str, dict[str, Any
             "change": asdict(paired_difference(before.values[key], after.values[key])),
         }
         for key in after.values
-        if key in before.values
+        if after.values[key] and len(before.values.get(key, ())) == len(after.values[key])
     }
 
 
@@ -50,9 +51,16 @@ def write_summary(output_dir: Path, summary: Mapping[str, Any]) -> Path:
     """``summary.json``, atomically."""
     path = output_dir / "summary.json"
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(summary, indent=1, default=_plain))
+    partial.write_text(json.dumps(_finite(summary), indent=1, default=_plain))
     partial.replace(path)
     return path
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinity, which strict JSON does not know, as null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plain(value: Any) -> Any:

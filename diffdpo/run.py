@@ -2,6 +2,7 @@
 
 import json
 import platform
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -12,12 +13,14 @@ from typing import Any
 
 import torch
 
+from data_pipeline.reader import PairLoader
 from diffdpo import __version__
 from diffdpo.build import Place, uses_deepspeed
+from diffdpo.checkpoint import read_state
 from diffdpo.config import RunConfig, read_ds_config, to_yaml
 from diffdpo.engine.base import Engine
 from diffdpo.memory.peak import peak_memory_gib
-from diffdpo.report import Evaluation, comparison, print_comparison, write_summary
+from diffdpo.report import Evaluation, comparison, model_card, print_comparison, write_summary
 from diffdpo.tracking.journal import FILE, read_journal
 from diffdpo.tracking.mlflow_run import Shipped
 from diffdpo.tracking.run import Tracking, open_command, run_tags, tracking_uri
@@ -46,12 +49,30 @@ def start_tracking(
     tracking = Tracking(output_dir, resume_step=resume_step)
     if uri is not None:
         params = {**asdict(config), **environment, "ds_config_json": json.dumps(ds_config)}
-        tracking.start_mlflow(Shipped(uri, config.experiment_name, place.run_name), params=params, tags=run_tags())
+        texts = {key: str(value) for key, value in params.items()}
+        tracking.start_mlflow(Shipped(uri, config.experiment_name, place.run_name, texts, run_tags()))
     return tracking
 
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
+
+
+FREE_TO_CHANGE = {
+    *("output_dir", "run_name", "data_cache_dir", "resume_from_checkpoint", "tracking_uri", "dataset_num_workers"),
+    *("logging_steps", "eval_steps", "save_steps", "save_total_limit", "segmentation", "segment_rows"),
+}
+
+
+def resume_parts(config: RunConfig, place: Place, checkpoint: Path, engine: Engine, loader: PairLoader) -> None:
+    """Engine and reader as they were at the checkpoint; settings that have changed since are told."""
+    state = read_state(checkpoint)
+    loader.load_state_dict(state["loader"])
+    engine.load(checkpoint)
+    place.say(f"resumed from {checkpoint} after step {state['step']}")
+    for name, value in asdict(config).items():
+        if name not in FREE_TO_CHANGE and state["config"].get(name) != value:
+            place.say(f"  NOTE --{name} was {state['config'].get(name)} and is {value}: not the same run any more")
 
 
 class Finish:
@@ -62,10 +83,11 @@ class Finish:
         self.status, self.started = "FAILED", time.time()
         self.compared: dict[str, dict[str, Any]] = {}
 
-    def compare(self, before: Evaluation, after: Evaluation) -> dict[str, dict[str, Any]]:
-        """Before against after, on the same held-out items."""
+    def write_card(self, folder: Path, base: str, config_text: str, before: Evaluation, after: Evaluation) -> None:
+        """README.md of the final model, with the held-out results."""
         self.compared = comparison(before, after)
-        return self.compared
+        if self.tracking is not None:
+            (folder / "README.md").write_text(model_card(base, config_text, self.compared))
 
     def stopped(self, step: int) -> None:
         """A signal ended the run early, with a checkpoint."""
@@ -75,7 +97,7 @@ class Finish:
             f"--output_dir {self.place.output_dir} --resume_from_checkpoint latest"
         )
 
-    def completed(self, before: Evaluation, after: Evaluation, *, steps: int, engine: Engine) -> None:
+    def completed(self, *, steps: int, engine: Engine) -> None:
         """``summary.json``; the table is printed when the record is closed."""
         self.status = "FINISHED"
         peaks = engine.world.gather(peak_memory_gib(engine.world.device))
@@ -89,7 +111,7 @@ class Finish:
             "seconds": round(time.time() - self.started, 1),
             **{key: value for key, value in rates.items() if value is not None},
             "peak_memory_gib": max(peaks),
-            "held_out": self.compare(before, after),
+            "held_out": self.compared,
         }
         write_summary(self.place.output_dir, summary)
 
@@ -109,7 +131,8 @@ class Finish:
             print(f"mlflow  run {mlflow.shipped.run_name} in experiment {mlflow.shipped.experiment}; see it with")
             print(f"        {open_command(mlflow.shipped.tracking_uri)}")
             if not arrived:
-                print(f"        NOT all of it arrived ({mlflow.error}); send the rest with")
+                reason = str(mlflow.error).splitlines()[0][:120]
+                print(f"        NOT all of it arrived ({reason}); send the rest with")
                 print(f"        python -m diffdpo.tracking {output_dir}")
 
 
@@ -124,6 +147,11 @@ def _mean(lines: list[dict[str, Any]], key: str) -> float | None:
 def finish(place: Place, tracking: Tracking | None) -> Iterator[Finish]:
     """The run's ``Finish``; its record is closed also when the body raises."""
     end = Finish(place, tracking)
+
+    def on_term(number: int, frame: object) -> None:
+        raise KeyboardInterrupt  # the training loop, which can save, has a handler of its own
+
+    before = signal.signal(signal.SIGTERM, on_term)
     try:
         yield end
     except KeyboardInterrupt:
@@ -131,3 +159,4 @@ def finish(place: Place, tracking: Tracking | None) -> Iterator[Finish]:
         raise
     finally:
         end.close()
+        signal.signal(signal.SIGTERM, before)

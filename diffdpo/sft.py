@@ -5,6 +5,7 @@ response tokens only, the terminator among them, the prompt never masked (Nie et
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 
 from data_pipeline.batch import Fault, PairBatch
 from data_pipeline.dataset import ShardedDataset
@@ -20,8 +21,8 @@ from diffdpo.loop import Loop
 from diffdpo.models.from_scratch import new_model, train_tokenizer
 from diffdpo.models.load import LoadedModel, load_model
 from diffdpo.noise.estimators import check_estimator
-from diffdpo.report import Evaluation, model_card
-from diffdpo.run import finish, start_tracking
+from diffdpo.report import Evaluation
+from diffdpo.run import finish, resume_parts, start_tracking
 from diffdpo.step.backward import choose_strategy
 from diffdpo.step.canvas import fill_canvas
 from diffdpo.step.reference import no_reference
@@ -53,13 +54,13 @@ def _sft(config: SftConfig, place: Place) -> int:
     engine = build.make_engine(config, build.wrap(config, loaded), place, bf16=bf16)
     strategy, why = choose_strategy(
         "auto",
-        rows=config.num_mc_samples * config.per_device_train_batch_size,
+        rows=2 * config.num_mc_samples * config.per_device_train_batch_size,
         segment_rows=segment_rows,
         keeps_gradients_sharded=engine.keeps_gradients_sharded,
         whole_batch=False,
     )
     answers = SampledAnswers(config, engine, loaded, batches)
-    held_out = HeldOutAnswers(engine, noise, batches, answers, segment_rows=segment_rows)
+    held_out = HeldOutAnswers(engine, noise, batches, answers, segment_rows=segment_rows, limit=config.max_eval_pairs)
     total = sum(p.numel() for p in loaded.model.parameters())
     place.say(
         f"model    {config.model_name_or_path or 'new'}, {total:,} parameters\n"
@@ -69,11 +70,10 @@ def _sft(config: SftConfig, place: Place) -> int:
     )
     state = read_state(resume) if resume else {}
     extra = {"data_fingerprint": train_set.fingerprint}
+    if resume:
+        resume_parts(config, place, resume, engine, loader)
     tracking = start_tracking(config, place, resume_step=state.get("step"), extra=extra)
     with finish(place, tracking) as end:
-        if resume:
-            engine.load(resume)
-            loader.load_state_dict(state["loader"])
         before = Evaluation(state["before"]) if resume else held_out.evaluate("before")
         score_step = PreferenceStep(
             engine,
@@ -100,7 +100,7 @@ def _sft(config: SftConfig, place: Place) -> int:
             evaluate=held_out.quick,
             check_first=_nothing_to_check,
             unit="answers",
-            state={"before": dict(before.values)},
+            state={"before": dict(before.values), "config": asdict(config)},
             done=state.get("step", 0),
         )
         if not resume:
@@ -108,12 +108,12 @@ def _sft(config: SftConfig, place: Place) -> int:
         if not loop.run():
             end.stopped(loop.done)
             return 0
+        build.save_final(place.output_dir / "final", engine, loaded)
         after = held_out.evaluate("after")
         loop.record_evaluation(after.means())
         base = config.model_name_or_path or "random weights"
-        card = model_card(base, to_yaml(config), end.compare(before, after))
-        build.save_final(place.output_dir / "final", engine, loaded, card)
-        end.completed(before, after, steps=loop.done, engine=engine)
+        end.write_card(place.output_dir / "final", base, to_yaml(config), before, after)
+        end.completed(steps=loop.done, engine=engine)
     return 0
 
 

@@ -1,6 +1,6 @@
 """Preference training from settings to final model: what ``launch/train.py`` runs."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 
@@ -13,9 +13,9 @@ from diffdpo.engine.world import leave_world
 from diffdpo.evaluation.heldout import HeldOutPairs, SampledAnswers
 from diffdpo.loop import Loop
 from diffdpo.models.load import LoadedModel, load_model
-from diffdpo.noise.estimators import check_estimator
-from diffdpo.report import Evaluation, model_card
-from diffdpo.run import Finish, finish, start_tracking
+from diffdpo.noise.estimators import MAX_EXACT_LENGTH, check_estimator, num_rows
+from diffdpo.report import Evaluation
+from diffdpo.run import finish, resume_parts, start_tracking
 from diffdpo.step.backward import choose_strategy
 from diffdpo.step.train_step import LossOptions, PreferenceStep, StepReport
 from diffdpo.tracking.run import Tracking
@@ -47,6 +47,7 @@ class _Training:
         if config.resume_from_checkpoint:
             self.resume = find_checkpoint(config.resume_from_checkpoint, place.output_dir)
         self.train_set, self.eval_set = build.open_data(config, place, build.generated(config))
+        build.check_kind_of_records(self.train_set, loss)
         self.bf16 = build.resolve_bf16(config, place.world.device)
         self.loaded = self._load_policy()
         self.encoder = build.make_encoder(config, self.loaded.tokenizer, self.loaded.spec)
@@ -68,6 +69,7 @@ class _Training:
             SampledAnswers(config, self.engine, self.loaded, self.batches),
             beta=config.beta,
             segment_rows=self.segment_rows,
+            limit=config.max_eval_pairs,
         )
 
     def _load_policy(self) -> LoadedModel:
@@ -94,17 +96,12 @@ class _Training:
             self.engine, self.reference, self.noise, self.loss, strategy=strategy, segment_rows=self.segment_rows
         )
         state = read_state(self.resume) if self.resume else {}
-        tracking = start_tracking(
-            config, place, resume_step=state.get("step"), extra={"data_fingerprint": self.train_set.fingerprint}
-        )
+        if self.resume:  # before anything of the run's record is touched: a refusal must leave it as it was
+            resume_parts(config, place, self.resume, self.engine, self.loader)
+        extra = {"data_fingerprint": self.train_set.fingerprint}
+        tracking = start_tracking(config, place, resume_step=state.get("step"), extra=extra)
         with finish(place, tracking) as end:
-            if self.resume:
-                self.engine.load(self.resume)
-                self.loader.load_state_dict(state["loader"])
-                before = Evaluation(state["before"])
-                place.say(f"resumed from {self.resume} after step {state['step']}")
-            else:
-                before = self.held_out.evaluate("before")
+            before = Evaluation(state["before"]) if self.resume else self.held_out.evaluate("before")
             loop = self._loop(step, before, tracking, done=state.get("step", 0))
             if not self.resume:
                 loop.record_evaluation(before.means())
@@ -112,16 +109,20 @@ class _Training:
             if not complete:
                 end.stopped(loop.done)
                 return 0
+            folder = place.output_dir / "final"
+            build.save_final(folder, self.engine, self.loaded)
             after = self.held_out.evaluate("after")
             loop.record_evaluation(after.means())
-            self._save_final(end, before, after)
-            end.completed(before, after, steps=loop.done, engine=self.engine)
+            base = config.model_name_or_path or "diffdpo's bundled arithmetic model"
+            end.write_card(folder, base, to_yaml(config), before, after)
+            end.completed(steps=loop.done, engine=self.engine)
         world.wait()
         return 0
 
     def _announce(self) -> str:
         config, place = self.config, self.place
-        rows = 2 * config.num_mc_samples * config.per_device_train_batch_size
+        per_answer = num_rows(config.score_estimator, length=MAX_EXACT_LENGTH, num_samples=config.num_mc_samples)
+        rows = 2 * per_answer * config.per_device_train_batch_size
         strategy, why = choose_strategy(
             config.segmentation,
             rows=rows,
@@ -157,7 +158,7 @@ class _Training:
             journal=tracking.journal if tracking else None,
             evaluate=self.held_out.quick,
             check_first=self._check_first,
-            state={"before": dict(before.values)},
+            state={"before": dict(before.values), "config": asdict(self.config)},
             done=done,
         )
 
@@ -174,8 +175,3 @@ class _Training:
             )
         elif self.loss.names == ("sigmoid",):
             self.place.say(f"step 1: loss {report.loss:.6f}, ln 2 as it must be while policy = reference")
-
-    def _save_final(self, end: Finish, before: Evaluation, after: Evaluation) -> None:
-        base = self.config.model_name_or_path or "diffdpo's bundled arithmetic model"
-        card = model_card(base, to_yaml(self.config), end.compare(before, after))
-        build.save_final(self.place.output_dir / "final", self.engine, self.loaded, card)

@@ -180,16 +180,24 @@ def missing_operators(ds_config: Mapping[str, Any]) -> list[str]:
     """
     if torch.cuda.is_available():
         return []
-    from torch.utils.cpp_extension import get_default_build_root
-
     needed = ["deepspeed_shm_comm"]
     zero, params = ds_config.get("zero_optimization", {}), ds_config.get("optimizer", {}).get("params", {})
     if not params.get("torch_adam"):
         needed.append("cpu_adam" if zero.get("offload_optimizer", {}).get("device") == "cpu" else "fused_adam")
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    missing = [name for name in needed if not any(root.glob(f"**/{name}/{name}.so"))]
+    missing = [name for name in needed if not any(_extension_root().glob(f"**/{name}/{name}.so"))]
     if missing and not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "c++", "g++") if name):
         raise UserError("DeepSpeed compiles its CPU operators once and finds no C++ compiler; install g++")
     if missing and not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
         raise UserError("DeepSpeed compiles its CPU operators once and finds no Python.h; install python3-dev")
     return missing
+
+
+def stale_locks(names: list[str]) -> list[Path]:
+    """Locks of compilations in progress, or of some that were killed: the next one waits for them without a word."""
+    return [lock for name in names for lock in _extension_root().glob(f"**/{name}/lock")]
+
+
+def _extension_root() -> Path:
+    from torch.utils.cpp_extension import get_default_build_root
+
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())

@@ -65,9 +65,10 @@ class HeldOutPairs:
         *,
         beta: float,
         segment_rows: int,
+        limit: int,
     ):
         self.engine, self.reference, self.noise, self.batches = engine, reference, noise, batches
-        self.answers, self.beta, self.segment_rows = answers, beta, segment_rows
+        self.answers, self.beta, self.segment_rows, self.limit = answers, beta, segment_rows, limit
 
     def evaluate(self, when: str) -> Evaluation:
         """Pairs and sampled answers."""
@@ -81,7 +82,13 @@ class HeldOutPairs:
         if not self.batches:
             return {}
         report = evaluate_preferences(
-            self.engine, self.reference, self.batches, self.noise, beta=self.beta, segment_rows=self.segment_rows
+            self.engine,
+            self.reference,
+            self.batches,
+            self.noise,
+            beta=self.beta,
+            segment_rows=self.segment_rows,
+            limit=self.limit,
         )
         return report.values()
 
@@ -97,9 +104,10 @@ class HeldOutAnswers:
         answers: SampledAnswers,
         *,
         segment_rows: int,
+        limit: int,
     ):
         self.engine, self.noise, self.batches = engine, noise, batches
-        self.answers, self.segment_rows = answers, segment_rows
+        self.answers, self.segment_rows, self.limit = answers, segment_rows, limit
 
     def evaluate(self, when: str) -> Evaluation:
         """Losses and sampled answers."""
@@ -112,4 +120,5 @@ class HeldOutAnswers:
     def _values(self) -> dict[str, list[float]]:
         if not self.batches:
             return {}
-        return {"loss": answer_losses(self.engine, self.batches, self.noise, segment_rows=self.segment_rows)}
+        options = {"segment_rows": self.segment_rows, "limit": self.limit}
+        return {"loss": answer_losses(self.engine, self.batches, self.noise, **options)}

@@ -56,9 +56,10 @@ def evaluate_preferences(
     *,
     beta: float,
     segment_rows: int,
+    limit: int = 0,
 ) -> PreferenceReport:
-    """Score this rank's batches, gather all ranks'. Every rank must hold as many batches of the same size."""
-    pieces = [torch.zeros(0, 3)]
+    """Score this rank's batches, gather all ranks' (which hold as many, of one size): the first ``limit`` (0: all)."""
+    pieces = [torch.zeros(0, 2)]
     for batch in batches:
         rows = noise.rows(batch, engine.world.device)
         policy_R = score_rows(engine, rows, segment_rows=segment_rows)
@@ -66,22 +67,36 @@ def evaluate_preferences(
         per_token_B2 = policy.score_B2 / policy.tokens_B2.clamp(min=1)
         margin_B = beta * (ratio.score_B2[:, 0] - ratio.score_B2[:, 1])
         likelier_B = (per_token_B2[:, 0] > per_token_B2[:, 1]).float()
-        pieces.append(torch.stack([margin_B, likelier_B, batch.pair_weight_B.to(margin_B.device)], 1).cpu())
-    table_P3 = engine.world.cat(torch.cat(pieces).to(engine.world.device)).cpu().double().numpy()
-    table_P3 = table_P3[table_P3[:, 2] > 0]
-    return PreferenceReport(table_P3[:, 0], table_P3[:, 1])
+        pieces.append(torch.stack([margin_B, likelier_B], 1).cpu())
+    table_P2 = _in_order(engine, batches, torch.cat(pieces), [batch.pair_weight_B for batch in batches], limit)
+    return PreferenceReport(table_P2[:, 0], table_P2[:, 1])
+
+
+def _in_order(
+    engine: Engine, batches: Sequence[PairBatch], table: torch.Tensor, weights: Sequence[torch.Tensor], limit: int
+) -> np.ndarray:
+    """Rows of all ranks in the order of the data, whatever the number of ranks; slots of weight 0 left out."""
+    world = engine.world
+    places = [torch.zeros(0, dtype=torch.int64)]
+    for batch in batches:
+        size = len(batch.ids)
+        places.append((batch.step * world.size + world.rank) * size + torch.arange(size))
+    place_P = world.cat(torch.cat(places).to(world.device)).cpu()
+    weight_P = world.cat(torch.cat([torch.zeros(0), *weights]).to(world.device)).cpu()
+    everything = world.cat(table.to(world.device)).cpu().double()
+    order = [p for p in place_P.argsort().tolist() if weight_P[p] > 0]
+    return everything[order[: limit or None]].numpy()
 
 
 @torch.no_grad()
 def answer_losses(
-    engine: Engine, batches: Sequence[PairBatch], noise: NoiseOptions, *, segment_rows: int
+    engine: Engine, batches: Sequence[PairBatch], noise: NoiseOptions, *, segment_rows: int, limit: int = 0
 ) -> list[float]:
     """-score / tokens of every chosen answer, over all ranks: what supervised training lowers."""
-    pieces = [torch.zeros(0, 2)]
+    pieces = [torch.zeros(0, 1)]
     for batch in batches:
         rows = noise.rows(batch, engine.world.device)
         scores = fold(score_rows(engine, rows, segment_rows=segment_rows), rows)
-        loss_B = -(scores.score_B2 / scores.tokens_B2.clamp(min=1))[:, 0].cpu()
-        pieces.append(torch.stack([loss_B, batch.weight_B2[:, 0]], 1))
-    table_P2 = engine.world.cat(torch.cat(pieces).to(engine.world.device)).cpu()
-    return table_P2[table_P2[:, 1] > 0, 0].tolist()
+        pieces.append(-(scores.score_B2 / scores.tokens_B2.clamp(min=1))[:, :1].cpu())
+    chosen = [batch.weight_B2[:, 0] for batch in batches]
+    return _in_order(engine, batches, torch.cat(pieces), chosen, limit)[:, 0].tolist()

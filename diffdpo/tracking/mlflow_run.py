@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from diffdpo.errors import UserError
 from diffdpo.tracking.journal import FILE, read_journal
 
 STATE_FILE = "mlflow.json"
+ARTIFACTS = ("config.yaml", "environment.json", "ds_config.json", "summary.json", FILE, "plots")
 BATCH = 900  # the server takes at most 1000 metrics a call
 LARGEST_LINE = 100  # metrics in one line of the journal
 INTERVAL = 2.0  # seconds between shipments
@@ -34,6 +34,9 @@ class Shipped:
     tracking_uri: str
     experiment: str
     run_name: str
+    params: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    status: str = "RUNNING"  # of the run itself, to be told to MLflow at the end
     run_id: str | None = None
     experiment_id: str | None = None
     described: bool = False  # parameters and tags are there
@@ -64,9 +67,8 @@ def check_tracking_uri(uri: str) -> None:
 class MlflowRun:
     """One run in MLflow. Made on rank 0 only; every method but ``close`` returns at once."""
 
-    def __init__(self, output_dir: Path, shipped: Shipped, *, params: Mapping[str, Any], tags: Mapping[str, str]):
+    def __init__(self, output_dir: Path, shipped: Shipped):
         self.output_dir, self.shipped = output_dir, shipped
-        self.params, self.tags = dict(params), dict(tags)
         self.error: Exception | None = None  # of the newest failed attempt
         self._client: Any = None
         self._monitor: Any = None
@@ -76,14 +78,17 @@ class MlflowRun:
 
     def start(self) -> None:
         """Begin shipping in the background."""
+        self.shipped.status = "RUNNING"
+        self.shipped.write(self.output_dir)  # also when no server is ever reached: what is to be sent, and where
         self._thread.start()
 
-    def close(self, status: str, artifacts: Sequence[tuple[str, Path]] = (), *, patience: float = 20.0) -> bool:
-        """Ship what is left, then files and folders (each with its folder in the run) and the final status.
+    def close(self, status: str, *, patience: float = 20.0) -> bool:
+        """Ship what is left, then the run's files and the final status (FINISHED, FAILED or KILLED).
 
-        ``status``: FINISHED, FAILED or KILLED. Waits ``patience`` seconds for an absent server. Returns whether all
-        of it arrived.
+        Waits ``patience`` seconds for an absent server. Returns whether all of it arrived.
         """
+        self.shipped.status = status
+        self.shipped.write(self.output_dir)
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -92,10 +97,7 @@ class MlflowRun:
         waited = threading.Event()
         for pause in (0.5, 1.0, 2.0, 4.0, 8.0, 16.0):
             try:
-                self.ship()
-                for place, path in artifacts:
-                    self._send_file(place, path)
-                self._client.set_terminated(self.shipped.run_id, status)
+                self.ship_all()
                 return True
             except Exception as error:  # whatever the server does, the run's own files are safe
                 self.error = error
@@ -121,6 +123,15 @@ class MlflowRun:
             self.shipped.write(self.output_dir)
             self._position = end
 
+    def ship_all(self) -> None:
+        """Everything of a run that has ended: points, files, status. Raises what MLflow raises."""
+        self.ship()
+        for name in ARTIFACTS:
+            if (self.output_dir / name).exists():
+                self._send_file(self.output_dir / name)
+        if self.shipped.status != "RUNNING":
+            self._client.set_terminated(self.shipped.run_id, self.shipped.status)
+
     def _ship_until_stopped(self) -> None:
         pause = 0.0
         while not self._stop.wait(pause):
@@ -144,7 +155,9 @@ class MlflowRun:
             self._client = mlflow.MlflowClient(self.shipped.tracking_uri)
         if self.shipped.run_id is None:
             self.shipped.experiment_id = self._experiment()
-            run = self._client.create_run(self.shipped.experiment_id, run_name=self.shipped.run_name, tags=self.tags)
+            run = self._client.create_run(
+                self.shipped.experiment_id, run_name=self.shipped.run_name, tags=self.shipped.tags
+            )
             self.shipped.run_id = run.info.run_id
             self.shipped.write(self.output_dir)
 
@@ -166,7 +179,7 @@ class MlflowRun:
             return
         from mlflow.entities import Param
 
-        params = [Param(key, str(value)[:6000]) for key, value in self.params.items()]
+        params = [Param(key, str(value)[:6000]) for key, value in self.shipped.params.items()]
         for start in range(0, len(params), 100):
             self._client.log_batch(self.shipped.run_id, params=params[start : start + 100])
         self.shipped.described = True
@@ -190,11 +203,11 @@ class MlflowRun:
                 end += len(raw)
         return metrics, end
 
-    def _send_file(self, place: str, path: Path) -> None:
+    def _send_file(self, path: Path) -> None:
         if path.is_dir():
-            self._client.log_artifacts(self.shipped.run_id, str(path), place or None)
+            self._client.log_artifacts(self.shipped.run_id, str(path), path.name)
         else:
-            self._client.log_artifact(self.shipped.run_id, str(path), place or None)
+            self._client.log_artifact(self.shipped.run_id, str(path))
 
     def _watch_system(self) -> None:
         if self._monitor is not None:
@@ -215,7 +228,6 @@ def _quiet_mlflow() -> None:
 
 
 def ship_later(output_dir: Path) -> int:
-    """Send what a run could not send while it ran. Returns the number of steps in the journal."""
-    run = MlflowRun(output_dir, Shipped.read(output_dir), params={}, tags={})
-    run.ship()
+    """Send what a run could not send while it ran. Returns the number of lines in the journal."""
+    MlflowRun(output_dir, Shipped.read(output_dir)).ship_all()
     return sum(1 for _ in read_journal(output_dir / FILE))

@@ -2,9 +2,7 @@
 
 import logging
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from diffdpo import __version__
 from diffdpo.tracking.journal import Journal
@@ -22,23 +20,18 @@ class Tracking:
         self.journal = Journal(output_dir, resume_step=resume_step)
         self.mlflow: MlflowRun | None = None
 
-    def start_mlflow(self, shipped: Shipped, *, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+    def start_mlflow(self, shipped: Shipped) -> None:
         """Begin a run, or go on with the one this folder already has."""
         if (self.output_dir / STATE_FILE).exists():
             shipped = Shipped.read(self.output_dir)
-        self.mlflow = MlflowRun(self.output_dir, shipped, params=params, tags=tags)
+        self.mlflow = MlflowRun(self.output_dir, shipped)
         self.mlflow.start()
 
     def close(self, status: str) -> bool:
         """Draw the curves, ship what is left and the run's files, set the final status. True when all arrived."""
         self.journal.close()
         plot_curves(self.output_dir)
-        if self.mlflow is None:
-            return True
-        names = ("config.yaml", "environment.json", "ds_config.json", "summary.json", "metrics.jsonl")
-        artifacts = {name: ("", self.output_dir / name) for name in names}
-        artifacts["plots"] = ("plots", self.output_dir / "plots")
-        return self.mlflow.close(status, [pair for pair in artifacts.values() if pair[1].exists()])
+        return self.mlflow is None or self.mlflow.close(status)
 
 
 def tracking_uri(given: str | None, output_dir: Path) -> str | None:

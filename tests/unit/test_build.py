@@ -22,7 +22,7 @@ def test_the_final_model_scores_identically(tiny_model, tmp_path):
     at = [torch.tensor([0]), torch.tensor([2]), torch.tensor([5])]
     engine.backward(-engine(*row, *at).sum(), last=True)
     engine.step(0.1)
-    build.save_final(tmp_path / "final", engine, loaded, "---\n")
+    build.save_final(tmp_path / "final", engine, loaded)
     again = load_model(str(tmp_path / "final"))
     with torch.no_grad():
         assert torch.equal(MaskedLogProbs(again.model, again.spec)(*row, *at), engine(*row, *at))
@@ -52,7 +52,7 @@ def test_losses_and_their_weights():
         ({}, "copy"),
         ({"use_peft": True}, "adapter_off"),
         ({"loss_type": "simpo"}, "none"),
-        ({"reference": "none"}, "none"),
+        ({"loss_type": "simpo", "reference": "none"}, "none"),
     ],
 )
 def test_reference_auto(settings, mode):

@@ -76,7 +76,7 @@ def test_a_wrong_flag_is_one_line_and_exit_code_2(argv, capsys):
         ("beta: [1]", "beta"),
         ("max_steps: 1.5", "max_steps"),
         ("engine: jax", "allowed"),
-        ("a: b: c", "not YAML"),
+        ("a: b: c", "not a YAML file"),
         ("bf16: perhaps", "bf16"),
     ],
 )

@@ -18,7 +18,7 @@ def history(uri: str, run_id: str) -> list[tuple[int, float]]:
 
 
 def make_run(folder, uri) -> MlflowRun:
-    return MlflowRun(folder, Shipped(uri, "experiment", "name"), params={"beta": 0.1}, tags={"a": "b"})
+    return MlflowRun(folder, Shipped(uri, "experiment", "name", {"beta": "0.1"}, {"a": "b"}))
 
 
 def test_points_parameters_files_and_status_arrive(tmp_path, uri):
@@ -28,12 +28,12 @@ def test_points_parameters_files_and_status_arrive(tmp_path, uri):
     for step in range(1, 41):
         journal.write(step, {"loss": float(step), "not finite": float("inf")})
     (tmp_path / "summary.json").write_text("{}")
-    assert run.close("FINISHED", [("", tmp_path / "summary.json")])
+    assert run.close("FINISHED")
     client = mlflow.MlflowClient(uri)
     found = client.get_run(run.shipped.run_id)
     assert found.info.status == "FINISHED" and found.data.params["beta"] == "0.1" and found.data.tags["a"] == "b"
     assert history(uri, run.shipped.run_id) == [(step, float(step)) for step in range(1, 41)]
-    assert [file.path for file in client.list_artifacts(run.shipped.run_id)] == ["summary.json"]
+    assert {file.path for file in client.list_artifacts(run.shipped.run_id)} == {"summary.json", "metrics.jsonl"}
     assert found.info.artifact_uri.startswith(tmp_path.as_uri()), "artifacts stand at an absolute place"
 
 
@@ -57,11 +57,14 @@ def test_a_dead_server_stops_nothing_and_loses_nothing(tmp_path, uri):
     run.start()
     journal.write(1, {"loss": 1.0})
     assert run.close("FINISHED", patience=0.1) is False and run.error is not None
-    shipped = Shipped.read(tmp_path) if (tmp_path / "mlflow.json").exists() else run.shipped
+    shipped = Shipped.read(tmp_path)
     shipped.tracking_uri = uri  # the server is back
     shipped.write(tmp_path)
     assert ship_later(tmp_path) == 1
-    assert history(uri, Shipped.read(tmp_path).run_id) == [(1, 1.0)]
+    run_id = Shipped.read(tmp_path).run_id
+    found = mlflow.MlflowClient(uri).get_run(run_id)
+    assert history(uri, run_id) == [(1, 1.0)] and found.data.params["beta"] == "0.1"
+    assert found.info.status == "FINISHED" and found.data.tags["a"] == "b"
 
 
 @pytest.mark.parametrize("uri", ["file:///x", "./mlruns", "ftp://x"])
