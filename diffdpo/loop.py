@@ -158,6 +158,7 @@ class _Window:
         records = sum(report.records for report in self.reports)
         return {
             "loss": sum(report.loss for report in self.reports) / count,
+            **({"loss/sft": last.sft_loss} if last.sft_loss is not None else {}),
             **means(sums),
             "grad_norm": last.grad_norm,
             f"{unit}_per_second": records / self.seconds,

@@ -173,5 +173,5 @@ class _Training:
                 f"WARNING: the first step's loss should be ln 2 = {LN2:.6f} (policy = reference, shared noise) but a "
                 f"pair is off by {off:.2e}: policy and reference do not compute the same numbers"
             )
-        elif self.loss.names == ("sigmoid",):
+        elif set(self.loss.names) <= {"sigmoid", "sft"} and self.loss.weights[0] == 1.0:
             self.place.say(f"step 1: loss {report.loss:.6f}, ln 2 as it must be while policy = reference")

@@ -55,6 +55,11 @@ class LossOptions:
     label_smoothing: float = 0.0
 
     @property
+    def sft_weight(self) -> float:
+        """Weight of ``sft`` beside another loss; 0 where there is none."""
+        return dict(zip(self.names, self.weights, strict=True)).get("sft", 0.0) if len(self.names) > 1 else 0.0
+
+    @property
     def whole_batch(self) -> bool:
         """Whether the scores of all pairs of the global step must be known before any loss."""
         return any(LOSSES[name].scope == "batch" or LOSSES[name].needs_kl for name in self.names)
@@ -80,7 +85,8 @@ class LossOptions:
 class StepReport:
     """What a step says of itself, over all ranks. ``sums`` add up over steps; see ``losses.metrics``."""
 
-    loss: float
+    loss: float  # without the sft term: what is ln 2 at the start and comparable between runs
+    sft_loss: float | None  # the sft term with its weight, where it stands beside another loss
     grad_norm: float
     sums: torch.Tensor
     tokens: int  # run through the policy, padding not counted
@@ -174,6 +180,7 @@ class PreferenceStep:
 
     def _report(self, scored: Sequence[MicroScores], norm: float, records: int) -> StepReport:
         world, sums, largest = self.engine.world, torch.zeros(len(SUMS), dtype=torch.float64), 0.0
+        supervised = 0.0
         for micro in scored:
             policy, reference = fold(micro.policy_R, micro.rows), fold(micro.reference_R, micro.rows)
             ratio = fold(micro.policy_R - micro.reference_R, micro.rows)
@@ -186,13 +193,17 @@ class PreferenceStep:
                 stderr_B2=policy.stderr_B2,
                 ratio_stderr_B2=ratio.stderr_B2,
             ).cpu()
+            if self.loss.sft_weight:
+                weight_B2 = micro.batch.weight_B2.to(world.device)
+                sft_B = LossOptions(("sft",), (self.loss.sft_weight,), self.loss.beta)(policy, reference, weight_B2)
+                supervised += float(sft_B.sum()) / max(1, records)
             logit_B = (ratio.score_B2[:, 0] - ratio.score_B2[:, 1]).abs()
             largest = max(largest, float(logit_B.max()))
-        extra = torch.tensor(
-            [sum(float(m.loss) for m in scored), sum(int(m.rows.lengths_R.sum()) for m in scored)], dtype=torch.float64
-        )
+        tokens = sum(int(m.rows.lengths_R.sum()) for m in scored)
+        extra = torch.tensor([supervised, sum(float(m.loss) for m in scored), tokens], dtype=torch.float64)
         whole = world.sum(torch.cat([sums, extra]).to(world.device)).cpu()
-        return StepReport(float(whole[-2]), norm, whole[:-2], int(whole[-1]), records, largest)
+        sft_loss = float(whole[-3]) if self.loss.sft_weight else None
+        return StepReport(float(whole[-2] - whole[-3]), sft_loss, norm, whole[:-3], int(whole[-1]), records, largest)
 
 
 class _GlobalLoss:

@@ -57,7 +57,7 @@ def gradient(step: PreferenceStep, micro_batches) -> tuple[torch.Tensor, float]:
         torch.cat([p.grad.flatten().clone() for p in step.engine.parameters])
     )
     report = step(micro_batches, 0.0)
-    return found[0], report.loss
+    return found[0], report.loss + (report.sft_loss or 0.0)
 
 
 @pytest.mark.parametrize("losses", ["sigmoid", "ipo,sft", "hinge"])
@@ -106,6 +106,13 @@ def test_first_loss_is_ln_2(tiny_model, batches):
     assert report.loss == pytest.approx(0.69314718, abs=1e-6)
     assert report.largest_logit == 0.0
     assert report.records == 4
+
+
+def test_the_sft_term_is_reported_apart(tiny_model, batches):
+    report = make_step(tiny_model, "none", 0, "sigmoid,sft", apart=False)(batches[:1], 0.0)
+    alone = make_step(tiny_model, "none", 0, "sft", apart=False)(batches[:1], 0.0)
+    assert report.loss == pytest.approx(0.69314718, abs=1e-6)
+    assert report.sft_loss == pytest.approx(alone.loss, rel=1e-5) and alone.sft_loss is None
 
 
 def test_a_slot_without_a_pair_changes_nothing(tiny_model, batches):
