@@ -30,7 +30,8 @@ class PairBatch:
     ``input_ids_B2T`` prompt + answer + terminator; ``lengths_B2`` counts them (0: no such side) and
     ``prompt_lengths_B2`` the prompt's share, so tokens prompt_length .. length are scored. ``weight_B2`` is (1, 1) for
     a pair, (1, 0) / (0, 1) for an unpaired desirable / undesirable answer, (0, 0) for an empty slot, a fault or a
-    record dropped by the truncation policy. ``ids`` are record ids, '' where the weight is (0, 0).
+    record dropped by the truncation policy. ``ids`` are record ids, '' where the weight is (0, 0); ``records`` their
+    numbers in the data set (-1: an empty slot), where the batch comes from one.
     """
 
     input_ids_B2T: torch.Tensor
@@ -45,13 +46,15 @@ class PairBatch:
     faults: tuple[Fault, ...] = ()
     dropped: tuple[Fault, ...] = ()  # by policy (over-long, ...): counted apart, no fault of the data
     truncated: int = 0  # pairs of which something was cut
+    records: tuple[int, ...] = ()
 
     def __reduce__(self):
         """Pickled as numpy arrays, ids in 32 bits: as tensors they would travel from worker to trainer by one file
         descriptor each, which costs more than their 20 kB; and several batches fit into the pipe between the two."""
         small = (self.input_ids_B2T, self.lengths_B2, self.prompt_lengths_B2)
         arrays = (*(tensor.to(torch.int32).numpy() for tensor in small), self.weight_B2.numpy())
-        rest = (self.ids, self.epoch, self.step, self.micro, self.last_micro, self.faults, self.dropped, self.truncated)
+        place = (self.epoch, self.step, self.micro, self.last_micro)
+        rest = (self.ids, *place, self.faults, self.dropped, self.truncated, self.records)
         return _from_arrays, (*arrays, *rest)
 
     @property
@@ -77,6 +80,7 @@ def collate(
     last_micro: bool,
     faults: tuple[Fault, ...] = (),
     dropped: tuple[Fault, ...] = (),
+    records: tuple[int, ...] = (),
 ) -> PairBatch:
     """Pairs (None: a slot of weight 0) → PairBatch. T is at least 1, also when there is nothing in it."""
     sides = [(pair.chosen, pair.rejected) if pair else (None, None) for pair in pairs]
@@ -102,4 +106,5 @@ def collate(
         faults,
         dropped,
         sum(pair.truncated for pair in pairs if pair),
+        records,
     )

@@ -170,4 +170,5 @@ def encode_batches(read: Iterable[tuple[MicroPlan, list]], encoder: Encoder, pad
             last_micro=plan.last_micro,
             faults=tuple(item for item in records if isinstance(item, Fault)),
             dropped=dropped,
+            records=tuple(plan.records.tolist()),
         )

@@ -63,7 +63,7 @@ def evaluate_preferences(
     for batch in batches:
         rows = noise.rows(batch, engine.world.device)
         policy_R = score_rows(engine, rows, segment_rows=segment_rows)
-        policy, ratio = fold(policy_R, rows), fold(policy_R - reference(rows), rows)
+        policy, ratio = fold(policy_R, rows), fold(policy_R - reference(rows, batch), rows)
         per_token_B2 = policy.score_B2 / policy.tokens_B2.clamp(min=1)
         margin_B = beta * (ratio.score_B2[:, 0] - ratio.score_B2[:, 1])
         likelier_B = (per_token_B2[:, 0] > per_token_B2[:, 1]).float()

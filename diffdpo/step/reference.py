@@ -6,12 +6,14 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from data_pipeline.batch import PairBatch
 from diffdpo.engine.base import Engine
 from diffdpo.noise.rows import NoisyRows
 from diffdpo.step.backward import score_rows
 
-Reference = Callable[[NoisyRows], torch.Tensor]
-"""Rows → f_R of the reference, without a graph. The rows carry the noise, so policy and reference share it."""
+Reference = Callable[[NoisyRows, PairBatch], torch.Tensor]
+"""Rows, and the batch they are of → f_R of the reference, without a graph. The rows carry the noise, so policy and
+reference share it; the batch says which records they are, for references that look scores up."""
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:
@@ -22,19 +24,19 @@ def frozen_copy(module: nn.Module) -> nn.Module:
 def copy_reference(engine: Engine, module: nn.Module, *, segment_rows: int) -> Reference:
     """A second model in memory, held by the engine as it holds the policy."""
     forward = engine.freeze(module)
-    return lambda rows: score_rows(forward, rows, segment_rows=segment_rows)
+    return lambda rows, batch: score_rows(forward, rows, segment_rows=segment_rows)
 
 
 def adapter_off_reference(engine: Engine, peft_model: nn.Module, *, segment_rows: int) -> Reference:
     """The policy with its adapter switched off: no second model."""
 
-    def score(rows: NoisyRows) -> torch.Tensor:
+    def score(rows: NoisyRows, batch: PairBatch) -> torch.Tensor:
         with peft_model.disable_adapter():  # type: ignore[operator]
             return score_rows(engine, rows, segment_rows=segment_rows)
 
     return score
 
 
-def no_reference(rows: NoisyRows) -> torch.Tensor:
+def no_reference(rows: NoisyRows, batch: PairBatch) -> torch.Tensor:
     """Scores of 0: what a reference-free loss is compared with."""
     return torch.zeros(len(rows), device=rows.lengths_R.device)

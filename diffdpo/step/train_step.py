@@ -135,7 +135,7 @@ class PreferenceStep:
         scored = []
         for index, batch in enumerate(micro_batches):
             rows = self.noise.rows(batch, self.engine.world.device)
-            reference_R = self.reference(rows)
+            reference_R = self.reference(rows, batch)
             loss_of = self._loss_of(rows, batch, reference_R, total)
             policy_R = STRATEGIES[self.strategy](
                 self.engine,
@@ -155,7 +155,7 @@ class PreferenceStep:
         """The loss needs all pairs of the step: scores of all ranks first, then every rank replays its own rows."""
         device = self.engine.world.device
         rows = [self.noise.rows(batch, device) for batch in micro_batches]
-        reference = [self.reference(each) for each in rows]
+        reference = [self.reference(*each) for each in zip(rows, micro_batches, strict=True)]
         policy = [score_rows(self.engine, each, segment_rows=self.segment_rows) for each in rows]
         kl = self._reference_point(micro_batches)
         loss_of = _GlobalLoss(self.loss, self.engine, micro_batches, rows, reference, total, kl)
@@ -173,7 +173,7 @@ class PreferenceStep:
         for batch in map(mismatched, micro_batches):
             rows = self.noise.rows(batch, world.device)
             policy_R = score_rows(self.engine, rows, segment_rows=self.segment_rows)
-            ratio_B2 = fold(policy_R - self.reference(rows), rows).score_B2
+            ratio_B2 = fold(policy_R - self.reference(rows, batch), rows).score_B2
             tables.append(torch.stack([ratio_B2, batch.weight_B2.to(world.device)]))
         ratio_B2, weight_B2 = world.cat(torch.cat(tables, 1).transpose(0, 1).contiguous()).unbind(1)
         return kl_estimate(ratio_B2, torch.zeros_like(ratio_B2), weight_B2)

@@ -86,7 +86,7 @@ def test_kto_measures_its_reference_point_on_mismatched_answers(tiny_model, batc
     def ratio(of):
         rows = step.noise.rows(of, WORLD.device)
         with torch.no_grad():
-            return fold(forward_rows(step.engine, rows) - step.reference(rows), rows).score_B2
+            return fold(forward_rows(step.engine, rows) - step.reference(rows, of), rows).score_B2
 
     z = ratio(mismatched(batch)).mean().clamp(min=0)
     reward = 0.1 * (ratio(batch) - z)
