@@ -62,18 +62,30 @@ def find_place(config: RunConfig, command: str) -> Place:
         keep_freed_memory()
     name = world.same_for_all(config.run_name or f"{command}-{time.strftime('%Y%m%d-%H%M%S')}")
     output_dir = Path(config.output_dir or Path("outputs") / name).resolve()
-    if (output_dir / "metrics.jsonl").exists() and not config.resume_from_checkpoint:
-        raise UserError(
-            f"--output_dir {output_dir} holds a run already; give another, or --resume_from_checkpoint latest to go on"
-        )
+    _check_output_dir(output_dir, config.resume_from_checkpoint)
     tracking_uri(config.tracking_uri, output_dir)  # a wrong one is refused here, before a model is loaded
-    world.wait()
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output_dir {output_dir} cannot be made ({error.strerror}); give another") from None
+    world.wait()  # no rank may write there before all have looked
     cache_dir = Path(config.data_cache_dir) if config.data_cache_dir else output_dir.parent / "data_cache"
     return Place(world, output_dir, cache_dir, name)
+
+
+def _check_output_dir(output_dir: Path, resume: str | None) -> None:
+    """The folder is made when the run's record begins: a mistake met before leaves nothing behind."""
+    if (output_dir / "metrics.jsonl").exists():
+        if not resume:
+            raise UserError(
+                f"--output_dir {output_dir} holds a run already; give another, or "
+                "--resume_from_checkpoint latest to go on"
+            )
+        if resume != "latest" and output_dir not in Path(resume).resolve().parents:
+            raise UserError(
+                f"--output_dir {output_dir} holds a run already and --resume_from_checkpoint {resume} is of another; "
+                "give a new --output_dir, or that run's"
+            )
+    existing = next(folder for folder in (output_dir, *output_dir.parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        why = "is not writable" if existing.is_dir() else "is not a folder"
+        raise UserError(f"--output_dir {output_dir} cannot be made: {existing} {why}; give another")
 
 
 def _set_threads() -> None:
@@ -115,7 +127,7 @@ def open_data(
 
 def check_kind_of_records(dataset: ShardedDataset, loss: LossOptions) -> None:
     """UserError when a loss of pairs is given single answers: it would train on nothing."""
-    if any(LOSSES[name].scope == "answer" for name in loss.names):
+    if loss.of_answers:
         return
     single = sum(
         int((np.minimum(part.column("chosen_bytes"), part.column("rejected_bytes")) == 0).sum())

@@ -193,12 +193,19 @@ def _check_numbers(config: RunConfig) -> None:
         0: ("warmup_steps", "eval_steps", "save_steps", "seed", "max_eval_pairs", "num_eval_problems", "weight_decay"),
     }
     at_least[1] += ("gradient_accumulation_steps", "num_mc_samples", "logging_steps", "save_total_limit")
-    at_least[0] += ("max_grad_norm", "dataset_num_workers", "learning_rate")
+    at_least[1] += ("lora_r", "num_generated_pairs", "num_generated_answers", "width", "layers", "heads")
+    at_least[0] += ("max_grad_norm", "dataset_num_workers", "learning_rate", "answer_canvas")
     for least, names in at_least.items():
         for name in names:
-            value = getattr(config, name)
+            value = getattr(config, name, None)  # some belong to one command only
             if value is not None and value < least:
-                raise UserError(f"--{name} is {getattr(config, name)}; it must be at least {least}")
+                raise UserError(f"--{name} is {value}; it must be at least {least}")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0.0 <= getattr(config, name) < 1.0:
+            raise UserError(f"--{name} is {getattr(config, name)}; it must be in [0, 1)")
+    for name in ("adam_epsilon", "lora_alpha"):
+        if getattr(config, name, 1) <= 0:
+            raise UserError(f"--{name} is {getattr(config, name)}; it must be above 0")
     if config.max_steps == 0 or config.max_steps < -1:
         raise UserError(f"--max_steps is {config.max_steps}; give 1 or more, or -1 to train --num_train_epochs")
     if config.max_steps == -1 and config.num_train_epochs <= 0:
@@ -215,6 +222,8 @@ def _check_numbers(config: RunConfig) -> None:
 
 
 def _check_files(config: RunConfig) -> None:
+    if config.run_name is not None and (not config.run_name.strip() or "/" in config.run_name):
+        raise UserError(f"--run_name {config.run_name!r} names a folder; give a name without '/', or use --output_dir")
     if config.engine == "deepspeed" and not config.ds_config:
         raise UserError("--engine deepspeed needs --ds_config, for instance --ds_config ds_configs/4080_offload.json")
     if config.engine == "plain" and config.ds_config:

@@ -5,25 +5,99 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from data_pipeline.dataset import ShardedDataset
 from data_pipeline.reader import PairLoader
 from diffdpo import __version__
-from diffdpo.build import Place, uses_deepspeed
+from diffdpo.build import Place, save_final, total_steps, uses_deepspeed
 from diffdpo.checkpoint import read_state
 from diffdpo.config import RunConfig, read_ds_config, to_yaml
-from diffdpo.engine.base import Engine
+from diffdpo.engine.base import Engine, count_parameters
+from diffdpo.errors import UserError
+from diffdpo.loop import Loop, StepFunction
 from diffdpo.memory.peak import peak_memory_gib
+from diffdpo.models.load import LoadedModel
 from diffdpo.report import Evaluation, comparison, model_card, print_comparison, write_summary
+from diffdpo.step.train_step import StepReport
 from diffdpo.tracking.journal import FILE, read_journal
 from diffdpo.tracking.mlflow_run import Shipped
 from diffdpo.tracking.run import Tracking, open_command, run_tags, tracking_uri
+
+
+class HeldOut(Protocol):
+    """What a command measures on held-out data."""
+
+    def evaluate(self, when: str) -> Evaluation:
+        """Everything, before or after."""
+        ...
+
+    def quick(self) -> dict[str, float]:
+        """Means of what is cheap enough for between steps."""
+        ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a command has built. The rest of a run, :func:`carry_out`, is the same for all commands."""
+
+    config: RunConfig
+    place: Place
+    resume: Path | None  # a checkpoint
+    data: ShardedDataset
+    loader: PairLoader
+    loaded: LoadedModel
+    engine: Engine
+    step: StepFunction
+    held_out: HeldOut
+    check_first: Callable[[StepReport], None]
+    unit: str  # what a record is called
+    base: str  # what was trained, for the model card
+
+
+def carry_out(job: Job) -> int:
+    """Before, train, after; the record of it and the final model. Returns the exit code."""
+    config, place, engine, held_out = job.config, job.place, job.engine, job.held_out
+    state = read_state(job.resume) if job.resume else {}
+    if job.resume:  # before anything of the run's record is touched: a refusal must leave it as it was
+        resume_parts(config, place, job.resume, engine, job.loader)
+    extra = {"data_fingerprint": job.data.fingerprint}
+    tracking = start_tracking(config, place, resume_step=state.get("step"), extra=extra)
+    with finish(place, tracking) as end:
+        before = Evaluation(state["before"]) if job.resume else held_out.evaluate("before")
+        loop = Loop(
+            config=config,
+            output_dir=place.output_dir,
+            engine=engine,
+            loader=job.loader,
+            step=job.step,
+            total_steps=total_steps(config, job.loader),
+            journal=tracking.journal if tracking else None,
+            evaluate=held_out.quick,
+            check_first=job.check_first,
+            unit=job.unit,
+            state={"before": dict(before.values), "config": asdict(config), "held_by": held_by(engine)},
+            done=state.get("step", 0),
+        )
+        if not job.resume:
+            loop.record_evaluation(before.means())
+        if not loop.run():
+            end.stopped(loop.done)
+            return 0
+        folder = place.output_dir / "final"
+        save_final(folder, engine, job.loaded)
+        after = held_out.evaluate("after")
+        loop.record_evaluation(after.means())
+        end.write_card(folder, job.base, to_yaml(config), before, after)
+        end.completed(steps=loop.done, engine=engine)
+    place.world.wait()
+    return 0
 
 
 def start_tracking(
@@ -33,6 +107,7 @@ def start_tracking(
     if not place.world.is_main:
         return None
     output_dir, uri = place.output_dir, tracking_uri(config.tracking_uri, place.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "config.yaml").write_text(to_yaml(config))
     ds_config = read_ds_config(Path(config.ds_config)) if uses_deepspeed(config) and config.ds_config else {}
     (output_dir / "ds_config.json").write_text(json.dumps(ds_config, indent=1))
@@ -64,9 +139,27 @@ FREE_TO_CHANGE = {
 }
 
 
+def held_by(engine: Engine) -> dict[str, Any]:
+    """What must be the same when a checkpoint is read again: its files hold no other engine's state."""
+    return {
+        "engine": engine.describe(),
+        "processes": engine.world.size if engine.saves_per_process else None,
+        "trained_parameters": count_parameters(engine.module)[1],
+    }
+
+
 def resume_parts(config: RunConfig, place: Place, checkpoint: Path, engine: Engine, loader: PairLoader) -> None:
-    """Engine and reader as they were at the checkpoint; settings that have changed since are told."""
-    state = read_state(checkpoint)
+    """Engine and reader as they were at the checkpoint; settings that have changed since are told.
+
+    UserError when the checkpoint was written by another engine, number of processes it matters to, or set of weights.
+    """
+    state, ours = read_state(checkpoint), held_by(engine)
+    for name, value in state["held_by"].items():
+        if value != ours[name]:
+            raise UserError(
+                f"--resume_from_checkpoint {checkpoint}: {name} was {value} and is {ours[name]}; resume with the "
+                "launcher, --ds_config and adapter settings of the run that wrote it"
+            )
     loader.load_state_dict(state["loader"])
     engine.load(checkpoint)
     place.say(f"resumed from {checkpoint} after step {state['step']}")

@@ -5,7 +5,6 @@ response tokens only, the terminator among them, the prompt never masked (Nie et
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 
 from data_pipeline.batch import Fault, PairBatch
 from data_pipeline.dataset import ShardedDataset
@@ -13,16 +12,15 @@ from data_pipeline.records import AnswerRecord
 from data_pipeline.stream import RecordReader
 from diffdpo import build
 from diffdpo.build import Place
-from diffdpo.checkpoint import find_checkpoint, read_state
-from diffdpo.config import SftConfig, to_yaml
+from diffdpo.checkpoint import find_checkpoint
+from diffdpo.config import SftConfig
+from diffdpo.engine.base import count_parameters
 from diffdpo.engine.world import leave_world
 from diffdpo.evaluation.heldout import HeldOutAnswers, SampledAnswers
-from diffdpo.loop import Loop
 from diffdpo.models.from_scratch import new_model, train_tokenizer
 from diffdpo.models.load import LoadedModel, load_model
 from diffdpo.noise.estimators import check_estimator
-from diffdpo.report import Evaluation
-from diffdpo.run import finish, resume_parts, start_tracking
+from diffdpo.run import Job, carry_out
 from diffdpo.step.backward import choose_strategy
 from diffdpo.step.canvas import fill_canvas
 from diffdpo.step.reference import no_reference
@@ -61,60 +59,35 @@ def _sft(config: SftConfig, place: Place) -> int:
     )
     answers = SampledAnswers(config, engine, loaded, batches)
     held_out = HeldOutAnswers(engine, noise, batches, answers, segment_rows=segment_rows, limit=config.max_eval_pairs)
-    total = sum(p.numel() for p in loaded.model.parameters())
     place.say(
-        f"model    {config.model_name_or_path or 'new'}, {total:,} parameters\n"
+        f"model    {config.model_name_or_path or 'new'}, {count_parameters(loaded.model)[0]:,} parameters\n"
         f"data     {config.train_data or 'generated arithmetic-reasoning answers'}: {len(train_set)} answers\n"
         f"engine   {engine.describe()}; segmentation '{strategy}' ({why})\n"
         f"output   {place.output_dir}"
     )
-    state = read_state(resume) if resume else {}
-    extra = {"data_fingerprint": train_set.fingerprint}
-    if resume:
-        resume_parts(config, place, resume, engine, loader)
-    tracking = start_tracking(config, place, resume_step=state.get("step"), extra=extra)
-    with finish(place, tracking) as end:
-        before = Evaluation(state["before"]) if resume else held_out.evaluate("before")
-        score_step = PreferenceStep(
-            engine,
-            no_reference,
-            noise,
-            LossOptions(("sft",), (1.0,), beta=1.0),
-            strategy=strategy,
-            segment_rows=segment_rows,
-        )
+    loss = LossOptions(("sft",), (1.0,), beta=1.0)
+    score_step = PreferenceStep(engine, no_reference, noise, loss, strategy=strategy, segment_rows=segment_rows)
 
-        def step(micro_batches: Sequence[PairBatch], rate: float) -> StepReport:
-            canvas = {"canvas": config.answer_canvas, "terminator_id": loaded.spec.terminator_id, "seed": config.seed}
-            filled = [fill_canvas(b, **canvas) for b in micro_batches] if config.answer_canvas else micro_batches
-            return score_step(filled, rate)
+    def step(micro_batches: Sequence[PairBatch], rate: float) -> StepReport:
+        canvas = {"canvas": config.answer_canvas, "terminator_id": loaded.spec.terminator_id, "seed": config.seed}
+        filled = [fill_canvas(b, **canvas) for b in micro_batches] if config.answer_canvas else micro_batches
+        return score_step(filled, rate)
 
-        loop = Loop(
-            config=config,
-            output_dir=place.output_dir,
-            engine=engine,
-            loader=loader,
-            step=step,
-            total_steps=build.total_steps(config, loader),
-            journal=tracking.journal if tracking else None,
-            evaluate=held_out.quick,
-            check_first=_nothing_to_check,
-            unit="answers",
-            state={"before": dict(before.values), "config": asdict(config)},
-            done=state.get("step", 0),
-        )
-        if not resume:
-            loop.record_evaluation(before.means())
-        if not loop.run():
-            end.stopped(loop.done)
-            return 0
-        build.save_final(place.output_dir / "final", engine, loaded)
-        after = held_out.evaluate("after")
-        loop.record_evaluation(after.means())
-        base = config.model_name_or_path or "random weights"
-        end.write_card(place.output_dir / "final", base, to_yaml(config), before, after)
-        end.completed(steps=loop.done, engine=engine)
-    return 0
+    job = Job(
+        config=config,
+        place=place,
+        resume=resume,
+        data=train_set,
+        loader=loader,
+        loaded=loaded,
+        engine=engine,
+        step=step,
+        held_out=held_out,
+        check_first=_nothing_to_check,
+        unit="answers",
+        base=config.model_name_or_path or "random weights",
+    )
+    return carry_out(job)
 
 
 def _nothing_to_check(report: StepReport) -> None:
@@ -129,11 +102,13 @@ def _load_or_make(config: SftConfig, place: Place, data: ShardedDataset, *, bf16
         loaded.model.requires_grad_(True)
         return loaded
     folder = place.output_dir / "start"
-    if place.world.is_main and not (folder / "config.json").exists():
+    if place.world.is_main and not folder.exists():
         tokenizer = train_tokenizer(_texts(data), vocab_size=config.vocab_size)
         model = new_model(tokenizer, width=config.width, layers=config.layers, heads=config.heads, seed=config.seed)
-        tokenizer.save_pretrained(folder)
-        model.save_pretrained(folder)
+        partial = folder.with_name("start.partial")  # renamed when whole: an interrupted one is never taken for it
+        tokenizer.save_pretrained(partial)
+        model.save_pretrained(partial)
+        partial.rename(folder)
     place.world.wait()
     loaded = load_model(str(folder), device=str(place.world.device))
     loaded.model.requires_grad_(True)

@@ -1,24 +1,21 @@
 """Preference training from settings to final model: what ``launch/train.py`` runs."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 
 from diffdpo import build
 from diffdpo.build import Place
-from diffdpo.checkpoint import find_checkpoint, read_state
-from diffdpo.config import TrainConfig, to_yaml
-from diffdpo.engine.base import Engine
+from diffdpo.checkpoint import find_checkpoint
+from diffdpo.config import TrainConfig
+from diffdpo.engine.base import Engine, count_parameters
 from diffdpo.engine.world import leave_world
 from diffdpo.evaluation.heldout import HeldOutPairs, SampledAnswers
-from diffdpo.loop import Loop
 from diffdpo.models.load import LoadedModel, load_model
 from diffdpo.noise.estimators import MAX_EXACT_LENGTH, check_estimator, num_rows
-from diffdpo.report import Evaluation
-from diffdpo.run import finish, resume_parts, start_tracking
-from diffdpo.step.backward import choose_strategy
+from diffdpo.run import Job, carry_out
+from diffdpo.step.backward import check_segmentation, choose_strategy
 from diffdpo.step.train_step import LossOptions, PreferenceStep, StepReport
-from diffdpo.tracking.run import Tracking
 
 LN2 = float(np.log(2.0))
 LN2_TOLERANCE = {False: 1e-6, True: 1e-2}  # fp32, bf16
@@ -28,18 +25,19 @@ def train(config: TrainConfig) -> int:
     """Run to the end, whatever the number of processes. Returns the exit code."""
     config = build.resolve(config)  # type: ignore[assignment]
     loss = build.make_loss(config)
+    check_segmentation(config.segmentation, whole_batch=loss.whole_batch)
     check_estimator(
         config.score_estimator, num_samples=config.num_mc_samples, num_diffusion_steps=config.num_diffusion_steps
     )
     place = build.find_place(config, "train")
     try:
-        return _Training(config, loss, place).run()
+        return carry_out(_Training(config, loss, place).job())
     finally:
         leave_world()
 
 
 class _Training:
-    """The parts of one run, built in order; ``run`` puts them to work."""
+    """The parts of one run, built in order of the data flow."""
 
     def __init__(self, config: TrainConfig, loss: LossOptions, place: Place):
         self.config, self.loss, self.place = config, loss, place
@@ -88,36 +86,26 @@ class _Training:
         model = add_lora(loaded.model, loaded.spec, r=config.lora_r, alpha=config.lora_alpha, target_modules=targets)
         return replace(loaded, model=model)
 
-    def run(self) -> int:
-        """Before, train, after; the record of it and the final model."""
-        config, place, world = self.config, self.place, self.place.world
+    def job(self) -> Job:
+        """What is to be carried out."""
         strategy = self._announce()
         step = PreferenceStep(
             self.engine, self.reference, self.noise, self.loss, strategy=strategy, segment_rows=self.segment_rows
         )
-        state = read_state(self.resume) if self.resume else {}
-        if self.resume:  # before anything of the run's record is touched: a refusal must leave it as it was
-            resume_parts(config, place, self.resume, self.engine, self.loader)
-        extra = {"data_fingerprint": self.train_set.fingerprint}
-        tracking = start_tracking(config, place, resume_step=state.get("step"), extra=extra)
-        with finish(place, tracking) as end:
-            before = Evaluation(state["before"]) if self.resume else self.held_out.evaluate("before")
-            loop = self._loop(step, before, tracking, done=state.get("step", 0))
-            if not self.resume:
-                loop.record_evaluation(before.means())
-            complete = loop.run()
-            if not complete:
-                end.stopped(loop.done)
-                return 0
-            folder = place.output_dir / "final"
-            build.save_final(folder, self.engine, self.loaded)
-            after = self.held_out.evaluate("after")
-            loop.record_evaluation(after.means())
-            base = config.model_name_or_path or "diffdpo's bundled arithmetic model"
-            end.write_card(folder, base, to_yaml(config), before, after)
-            end.completed(steps=loop.done, engine=self.engine)
-        world.wait()
-        return 0
+        return Job(
+            config=self.config,
+            place=self.place,
+            resume=self.resume,
+            data=self.train_set,
+            loader=self.loader,
+            loaded=self.loaded,
+            engine=self.engine,
+            step=step,
+            held_out=self.held_out,
+            check_first=self._check_first,
+            unit="answers" if self.loss.of_answers else "pairs",
+            base=self.config.model_name_or_path or "diffdpo's bundled arithmetic model",
+        )
 
     def _announce(self) -> str:
         config, place = self.config, self.place
@@ -131,13 +119,13 @@ class _Training:
             whole_batch=self.loss.whole_batch,
         )
         held_out = f"{len(self.eval_set)} held out" if self.eval_set is not None else "none held out"
-        total = sum(p.numel() for p in self.loaded.model.parameters())
-        trainable = sum(p.numel() for p in self.loaded.model.parameters() if p.requires_grad)
+        total, trained = count_parameters(self.loaded.model)
         place.say(
             f"policy     {config.model_name_or_path or 'the bundled arithmetic model'}, "
-            f"{total / 1e6:.2f}M parameters, {trainable / 1e6:.2f}M trained, {'bf16' if self.bf16 else 'fp32'}\n"
+            f"{total / 1e6:.2f}M parameters, {trained / 1e6:.2f}M trained, {'bf16' if self.bf16 else 'fp32'}\n"
             f"reference  {self.reference_text}\n"
-            f"data       {config.train_data or 'generated arithmetic-reasoning pairs'}: {len(self.train_set)} pairs, "
+            f"data       {config.train_data or 'generated arithmetic-reasoning pairs'}: {len(self.train_set)} "
+            f"{'records' if self.loss.of_answers else 'pairs'}, "
             f"{held_out}\n"
             f"engine     {self.engine.describe()}, {place.world.size} process(es) on {place.world.device.type}\n"
             f"scores     {config.score_estimator}, n = {config.num_mc_samples}; loss {', '.join(self.loss.names)}, "
@@ -146,21 +134,6 @@ class _Training:
             f"output     {place.output_dir}"
         )
         return strategy
-
-    def _loop(self, step: PreferenceStep, before: Evaluation, tracking: Tracking | None, *, done: int) -> Loop:
-        return Loop(
-            config=self.config,
-            output_dir=self.place.output_dir,
-            engine=self.engine,
-            loader=self.loader,
-            step=step,
-            total_steps=build.total_steps(self.config, self.loader),
-            journal=tracking.journal if tracking else None,
-            evaluate=self.held_out.quick,
-            check_first=self._check_first,
-            state={"before": dict(before.values), "config": asdict(self.config)},
-            done=done,
-        )
 
     def _check_first(self, report: StepReport) -> None:
         """With policy = reference and shared noise every preference logit is 0, so the sigmoid loss is ln 2."""

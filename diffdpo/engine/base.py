@@ -32,6 +32,7 @@ class Engine(Protocol):
     world: World
     module: nn.Module  # as it was before wrapping: for saving and for generation
     keeps_gradients_sharded: bool  # ZeRO-3: a module used twice in one backward loses the sharding
+    saves_per_process: bool  # what ``save`` writes is read again by as many processes only
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         """The module's forward."""
@@ -64,6 +65,12 @@ class Engine(Protocol):
     def full_state_dict(self) -> Mapping[str, Any] | None:
         """All weights, gathered on rank 0 (None elsewhere); every rank calls."""
         ...
+
+
+def count_parameters(module: nn.Module) -> tuple[int, int]:
+    """(all, trained): numbers of weights, also of those that ZeRO-3 holds in shards."""
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in module.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -27,6 +27,8 @@ OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumula
 class DeepSpeedEngine:
     """A module under ``deepspeed.initialize``."""
 
+    saves_per_process = True
+
     def __init__(
         self,
         module: nn.Module,

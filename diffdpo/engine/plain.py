@@ -15,6 +15,7 @@ class PlainEngine:
     """torch's AdamW on a module that every rank holds whole."""
 
     keeps_gradients_sharded = False
+    saves_per_process = False
 
     def __init__(self, module: nn.Module, world: World, options: OptimizerOptions):
         self.module, self.world, self.options = module.to(world.device), world, options

@@ -105,16 +105,21 @@ def replay(engine: Engine, rows: NoisyRows, gradient_R: torch.Tensor, *, segment
 STRATEGIES: dict[str, Backward] = {"none": none, "checkpoint": checkpoint, "two_pass": two_pass}
 
 
+def check_segmentation(name: str, *, whole_batch: bool) -> None:
+    """UserError for a strategy that cannot serve the loss; what :func:`choose_strategy` would find out later."""
+    if whole_batch and name not in ("auto", "two_pass"):
+        raise UserError(
+            f"--segmentation {name}: this loss couples the pairs of a step, so their scores come first and the "
+            "gradients after; use --segmentation two_pass or auto"
+        )
+
+
 def choose_strategy(
     name: str, *, rows: int, segment_rows: int, keeps_gradients_sharded: bool, whole_batch: bool
 ) -> tuple[str, str]:
     """(strategy, why) for ``--segmentation``. ``whole_batch``: the loss couples the pairs of a global step."""
+    check_segmentation(name, whole_batch=whole_batch)
     if whole_batch:
-        if name not in ("auto", "two_pass"):
-            raise UserError(
-                f"--segmentation {name}: this loss couples the pairs of a step, so their scores come first and the "
-                "gradients after; use --segmentation two_pass or auto"
-            )
         return "two_pass", "the loss couples the pairs of a step"
     if name != "auto":
         return name, "as asked for"

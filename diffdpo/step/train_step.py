@@ -60,6 +60,11 @@ class LossOptions:
         return dict(zip(self.names, self.weights, strict=True)).get("sft", 0.0) if len(self.names) > 1 else 0.0
 
     @property
+    def of_answers(self) -> bool:
+        """Whether a loss takes answers one by one, so that records need not be pairs."""
+        return any(LOSSES[name].scope == "answer" for name in self.names)
+
+    @property
     def whole_batch(self) -> bool:
         """Whether the scores of all pairs of the global step must be known before any loss."""
         return any(LOSSES[name].scope == "batch" or LOSSES[name].needs_kl for name in self.names)
@@ -91,7 +96,7 @@ class StepReport:
     sums: torch.Tensor
     tokens: int  # run through the policy, padding not counted
     records: int  # pairs (or single answers, for losses of those) the loss is the mean over
-    largest_logit: float  # max |h| / β over pairs, of this rank
+    largest_logit: float  # max |h| / β over pairs
 
 
 @dataclass(frozen=True)
@@ -199,6 +204,7 @@ class PreferenceStep:
                 supervised += float(sft_B.sum()) / max(1, records)
             logit_B = (ratio.score_B2[:, 0] - ratio.score_B2[:, 1]).abs()
             largest = max(largest, float(logit_B.max()))
+        largest = float(world.cat(torch.tensor([largest], device=world.device)).max())
         tokens = sum(int(m.rows.lengths_R.sum()) for m in scored)
         extra = torch.tensor([supervised, sum(float(m.loss) for m in scored), tokens], dtype=torch.float64)
         whole = world.sum(torch.cat([sums, extra]).to(world.device)).cpu()
