@@ -228,9 +228,12 @@ def resolve_bf16(config: RunConfig, device: torch.device) -> bool:
         if config.bf16:
             raise UserError("--bf16 trains bfloat16 weights with fp32 masters, which needs --ds_config; leave it out")
         return False
-    if config.bf16 is not None:
-        return config.bf16
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    in_json = read_ds_config(Path(config.ds_config or "")).get("bf16", {}).get("enabled", "auto")
+    if in_json == "auto":
+        return config.bf16 if config.bf16 is not None else device.type == "cuda" and torch.cuda.is_bf16_supported()
+    if config.bf16 is not None and config.bf16 is not in_json:
+        raise UserError(f"--bf16 is {config.bf16} and --ds_config sets bf16.enabled to {in_json}; leave one out")
+    return in_json
 
 
 def wrap(config: RunConfig, loaded: LoadedModel) -> MaskedLogProbs:

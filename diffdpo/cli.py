@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import data_pipeline.cli
 from data_pipeline.errors import DataError
-from diffdpo.errors import UserError
+from diffdpo.errors import TrainingError, UserError
 
 SECONDS_BEHIND = 3.0
 
@@ -22,7 +22,8 @@ class Parser(data_pipeline.cli.Parser):
 
 
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
-    """Run a command's ``main(argv)`` and exit: 0, 2 with one line for a user's mistake, 130 after Ctrl-C."""
+    """Run a command's ``main(argv)`` and exit: 0, 2 with one line for a user's mistake, 1 with one line where a run
+    could not go on, 130 after Ctrl-C."""
 
     def speak_in_turn(argv: list[str]) -> int | None:
         try:
@@ -30,6 +31,10 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         except (UserError, DataError):
             _let_rank_0_speak()
             raise
+        except TrainingError as error:
+            _let_rank_0_speak()
+            print(f"error: {error}", file=sys.stderr)
+            return 1
 
     sys.exit(data_pipeline.cli.exit_code(speak_in_turn, sys.argv[1:], (UserError, DataError)))
 

@@ -1,5 +1,10 @@
-"""The error a user can act on."""
+"""The errors a user can act on."""
 
 
 class UserError(ValueError):
     """Bad input. The message is one line: what was found, what is allowed, what to change. Exit code 2."""
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on, whose input was not at fault. The message is one line: what happened, what to change.
+    Exit code 1."""

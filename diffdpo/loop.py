@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 from data_pipeline.batch import PairBatch
 from data_pipeline.reader import PairLoader
-from diffdpo.checkpoint import save_checkpoint
+from diffdpo.checkpoint import list_checkpoints, save_checkpoint
 from diffdpo.config import RunConfig
 from diffdpo.engine.base import Engine
+from diffdpo.errors import TrainingError
 from diffdpo.losses.metrics import means
 from diffdpo.memory.peak import peak_memory_gib
 from diffdpo.step.schedule import learning_rate
@@ -65,11 +66,13 @@ class Loop:
                 window.add(report, time.perf_counter() - started, waited)
                 if self.done == 1:
                     self.check_first(report)
-                self._refuse_nonfinite(report)
-                if self.done % config.logging_steps == 0 or self.done == self.total_steps:
+                finite = math.isfinite(report.loss) and math.isfinite(report.grad_norm)
+                if self.done % config.logging_steps == 0 or self.done == self.total_steps or not finite:
                     self._log(window, rate, bar)
                     window = _Window()
                 bar.update()
+                if not finite:
+                    raise self._diverged(report)
                 stop = bool(world.sum(torch.tensor(float(asked.is_set()), device=world.device)))
                 self._evaluate_and_save(stop)
                 if stop and self.done < self.total_steps:
@@ -131,12 +134,12 @@ class Loop:
         if self.journal is not None:
             self.journal.write(self.done, {f"eval/{key}": value for key, value in metrics.items()})
 
-    def _refuse_nonfinite(self, report: StepReport) -> None:
-        if not (math.isfinite(report.loss) and math.isfinite(report.grad_norm)):
-            raise FloatingPointError(
-                f"step {self.done}: loss {report.loss}, gradient norm {report.grad_norm}; "
-                "a smaller --learning_rate or --max_grad_norm may help"
-            )
+    def _diverged(self, report: StepReport) -> TrainingError:
+        saved = list_checkpoints(self.output_dir)
+        return TrainingError(
+            f"step {self.done}: loss {report.loss}, gradient norm {report.grad_norm}; a smaller --learning_rate or "
+            f"--max_grad_norm may help; newest checkpoint: {saved[-1] if saved else 'none (see --save_steps)'}"
+        )
 
 
 class _Window:

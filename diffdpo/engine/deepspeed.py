@@ -176,13 +176,12 @@ def import_deepspeed() -> Any:
 
 
 def missing_operators(ds_config: Mapping[str, Any]) -> list[str]:
-    """DeepSpeed's compiled operators this run needs on a CPU that are not in torch's extension cache yet.
+    """DeepSpeed's compiled operators this run needs that are not in torch's extension cache yet.
 
-    UserError when they cannot be compiled here (no C++ compiler, no Python headers).
+    UserError when they cannot be compiled here (no C++ compiler, no Python headers, for a GPU's Adam no CUDA toolkit).
     """
-    if torch.cuda.is_available():
-        return []
-    needed = ["deepspeed_shm_comm"]
+    cuda = torch.cuda.is_available()
+    needed = [] if cuda else ["deepspeed_shm_comm"]
     zero, params = ds_config.get("zero_optimization", {}), ds_config.get("optimizer", {}).get("params", {})
     if not params.get("torch_adam"):
         needed.append("cpu_adam" if zero.get("offload_optimizer", {}).get("device") == "cpu" else "fused_adam")
@@ -191,7 +190,18 @@ def missing_operators(ds_config: Mapping[str, Any]) -> list[str]:
         raise UserError("DeepSpeed compiles its CPU operators once and finds no C++ compiler; install g++")
     if missing and not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
         raise UserError("DeepSpeed compiles its CPU operators once and finds no Python.h; install python3-dev")
+    if cuda and "fused_adam" in missing and not _has_cuda_toolkit():
+        raise UserError(
+            "DeepSpeed compiles its Adam for the GPU and finds no CUDA toolkit; install it and set CUDA_HOME, or put "
+            '"optimizer": {"params": {"torch_adam": true}} into --ds_config'
+        )
     return missing
+
+
+def _has_cuda_toolkit() -> bool:
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    return CUDA_HOME is not None
 
 
 def stale_locks(names: list[str]) -> list[Path]:

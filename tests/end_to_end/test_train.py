@@ -81,6 +81,7 @@ MISTAKES = [
     (["--score_estimator", "guess"], "guess"),
     (["--model_name_or_path", "/nowhere"], "/nowhere"),
     (["--tracking_uri", "ftp://x"], "ftp://x"),
+    (["--loss_type", "aot", "--segmentation", "none"], "--segmentation none"),
 ]
 
 
@@ -90,6 +91,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(command, tmp_path, flags, said):
     assert done.returncode == 2, done.stderr
     lines = [line for line in done.stderr.splitlines() if "error" in line]
     assert len(lines) == 1 and said in lines[0], done.stderr
+    assert not (tmp_path / "run").exists(), "a mistake must leave nothing behind"
 
 
 def test_data_without_a_field_is_named_before_any_model_is_loaded(command, tmp_path):
@@ -164,6 +166,18 @@ def interrupt(arguments: list[str], out: Path, *, after: int, how: int) -> int:
         process.kill()
 
 
+def test_a_run_that_diverges_says_so_and_is_recorded_as_failed(command, tiny_model, pairs_file, tmp_path):
+    out = tmp_path / "run"
+    arguments = flags_of(tiny_model, pairs_file, out, "--tracking_uri", f"sqlite:///{tmp_path}/mlflow.db")
+    done = command([*TRAIN, *arguments, "--learning_rate", "1e30", "--warmup_steps", "0", "--max_grad_norm", "0"])
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr and "a smaller --learning_rate" in done.stderr
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] > 1 and None in (last["loss"], last["grad_norm"])
+    run_id = json.loads((out / "mlflow.json").read_text())["run_id"]
+    assert mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_run(run_id).info.status == "FAILED"
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(command, tiny_model, pairs_file, tmp_path_factory) -> list[tuple[int, float]]:
     out = tmp_path_factory.mktemp("whole") / "run"
@@ -182,3 +196,36 @@ def test_an_interrupted_run_goes_on_to_the_bit(command, tiny_model, pairs_file, 
     done = command([*TRAIN, *arguments, "--resume_from_checkpoint", "latest"])
     assert done.returncode == 0, done.stderr[-3000:]
     assert losses(out) == uninterrupted
+
+
+def test_a_stopped_run_is_recorded_as_killed_and_goes_on_with_two_processes(
+    command, tiny_model, pairs_file, tmp_path, uninterrupted
+):
+    """Another world size: the same samples with the same noise, hence the same curve up to rounding."""
+    out, uri = tmp_path / "run", f"sqlite:///{tmp_path}/mlflow.db"
+    arguments = flags_of(tiny_model, pairs_file, out, "--tracking_uri", uri)
+    assert interrupt(arguments, out, after=3, how=signal.SIGTERM) == 0
+    run_id = json.loads((out / "mlflow.json").read_text())["run_id"]
+    assert mlflow.MlflowClient(uri).get_run(run_id).info.status == "KILLED"
+    halves = ["--per_device_train_batch_size", "2", "--resume_from_checkpoint", "latest"]
+    launcher = [str(BIN / "torchrun"), "--nproc_per_node", "2", "launch/train.py"]
+    done = command([*launcher, *arguments, *halves])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [step for step, _ in losses(out)] == [step for step, _ in uninterrupted]
+    for (_, found), (_, expected) in zip(losses(out), uninterrupted, strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
+    assert mlflow.MlflowClient(uri).get_run(run_id).info.status == "FINISHED"
+
+
+def test_a_killed_run_goes_on_to_the_bit_under_deepspeed(command, tiny_model, pairs_file, tmp_path):
+    arguments = flags_of(tiny_model, pairs_file, tmp_path / "run", "--ds_config", "ds_configs/4080_offload.json")
+    interrupt(arguments, tmp_path / "run", after=5, how=signal.SIGKILL)
+    assert len(losses(tmp_path / "run")) < 8
+    refused = command(
+        [*TRAIN, *flags_of(tiny_model, pairs_file, tmp_path / "run"), "--resume_from_checkpoint", "latest"]
+    )
+    assert refused.returncode == 2 and "DeepSpeed ZeRO-2" in refused.stderr, "plain torch cannot read it"
+    for out, more in ((tmp_path / "run", ["--resume_from_checkpoint", "latest"]), (tmp_path / "whole", [])):
+        done = command([*TRAIN, *arguments, "--output_dir", str(out), *more])
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")

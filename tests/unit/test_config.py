@@ -52,6 +52,11 @@ def test_flags_of_both_spellings_of_true():
         (["--resume_from_checkpoint", "latest"], "--output_dir"),
         (["--per_device_train_batch_size", "0"], "at least 1"),
         (["--seed", "-1"], "at least 0"),
+        (["--adam_beta1", "2"], "--adam_beta1"),
+        (["--adam_epsilon", "-1"], "--adam_epsilon"),
+        (["--lora_r", "0"], "--lora_r"),
+        (["--num_generated_pairs", "0"], "--num_generated_pairs"),
+        (["--run_name", "a/b"], "--run_name"),
     ],
 )
 def test_mistakes_are_named(argv, said):

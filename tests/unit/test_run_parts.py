@@ -1,5 +1,7 @@
 """Settings to parts: what is chosen for the user, and the final model."""
 
+import json
+
 import pytest
 import torch
 
@@ -58,6 +60,40 @@ def test_losses_and_their_weights():
 def test_reference_auto(settings, mode):
     config = TrainConfig(**settings)
     assert build.reference_mode(config, build.make_loss(config)) == mode
+
+
+@pytest.mark.parametrize(("enabled", "flag", "what"), [(True, None, True), (False, False, False), ("auto", True, True)])
+def test_bf16_may_be_set_in_the_json(tmp_path, enabled, flag, what):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}, "bf16": {"enabled": enabled}}))
+    assert build.resolve_bf16(TrainConfig(ds_config=str(path), bf16=flag), torch.device("cpu")) is what
+
+
+def test_json_and_flag_may_not_contradict(tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text('{"zero_optimization": {"stage": 2}, "bf16": {"enabled": true}}')
+    with pytest.raises(UserError, match="--ds_config sets bf16"):
+        build.resolve_bf16(TrainConfig(ds_config=str(path), bf16=False), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("below", ["file", "file/run"])
+def test_an_output_folder_that_cannot_be_made_is_named(tmp_path, below):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is not a folder"):
+        build.find_place(TrainConfig(output_dir=str(tmp_path / below)), "train")
+
+
+def test_a_mistake_leaves_no_folder_behind(tmp_path):
+    build.find_place(TrainConfig(output_dir=str(tmp_path / "run"), tracking_uri="none"), "train")
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_run_s_checkpoint_does_not_overwrite_a_run(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    other = tmp_path / "other" / "checkpoints" / "step-2"
+    with pytest.raises(UserError, match="is of another"):
+        build.find_place(TrainConfig(output_dir=str(tmp_path / "run"), resume_from_checkpoint=str(other)), "train")
 
 
 def test_bf16_needs_master_weights():
