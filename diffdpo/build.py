@@ -140,6 +140,16 @@ def check_kind_of_records(dataset: ShardedDataset, loss: LossOptions) -> None:
         )
 
 
+def check_batch_size(config: TrainConfig, loss: LossOptions, world: World) -> None:
+    """UserError when a step of one record cannot give ``kto`` its reference point."""
+    records = config.per_device_train_batch_size * config.gradient_accumulation_steps * world.size
+    if loss.needs_kl and records < 2:
+        raise UserError(
+            "--loss_type kto sets the answers of a step against each other's prompts and a step has one record; raise "
+            "--per_device_train_batch_size or --gradient_accumulation_steps, or use apo_zero_unpaired"
+        )
+
+
 def generated(config: TrainConfig | SftConfig) -> Callable[[Path], tuple[str, str]]:
     """(training file, held-out file) in the cache, written once; no question stands in both.
 
@@ -326,10 +336,11 @@ def make_loss(config: TrainConfig) -> LossOptions:
         )
     except ValueError:
         raise UserError(f"--loss_weights {config.loss_weights}: give numbers with commas, such as 1.0,0.05") from None
-    check_loss(names, weights=weights, label_smoothing=config.label_smoothing)
+    check_loss(names, weights=weights, label_smoothing=config.label_smoothing, discopop_tau=config.discopop_tau)
     if config.sft_weight:
         names, weights = (*names, "sft"), (*weights, config.sft_weight)
-    return LossOptions(names, weights, config.beta, config.label_smoothing)
+    parameters = ("beta", "label_smoothing", "discopop_tau", "simpo_gamma", "desirable_weight", "undesirable_weight")
+    return LossOptions(names, weights, **{name: getattr(config, name) for name in parameters})
 
 
 def make_noise(config: RunConfig, spec: FamilySpec) -> NoiseOptions:

@@ -91,7 +91,14 @@ class TrainConfig(RunConfig):
     loss_type: str = setting("sigmoid", "one loss, or several with commas; see docs/losses.md")
     loss_weights: str | None = setting(None, "one weight per loss, with commas; default: 1 each")
     label_smoothing: float = setting(0.0, "share of pairs assumed to be labelled the wrong way round")
+    discopop_tau: float = setting(0.05, "temperature of the loss `discopop`")
+    simpo_gamma: float = setting(0.5, "margin of the loss `simpo`")
+    desirable_weight: float = setting(1.0, "weight of desirable answers in `kto` and `apo_zero_unpaired`")
+    undesirable_weight: float = setting(1.0, "weight of undesirable answers in them")
     sft_weight: float = setting(0.0, "adds -sft_weight * score(chosen) / tokens(chosen)")
+    target_stderr: float | None = setting(
+        None, "choose n of each step, 2 to --num_mc_samples, for this standard error of a reward; see docs/training.md"
+    )
     num_diffusion_steps: int | None = setting(None, "T of the `trajectory` estimator")
     segmentation: str = setting("auto", "how rows share memory", choices=("auto", "none", "checkpoint", "two_pass"))
     segment_rows: int = setting(0, "rows in one forward; 0: chosen for you")
@@ -246,6 +253,10 @@ def _check_train(config: TrainConfig) -> None:
         raise UserError(f"--label_smoothing is {config.label_smoothing}; it must be in [0, 0.5)")
     if config.sft_weight < 0:
         raise UserError(f"--sft_weight is {config.sft_weight}; it must be at least 0")
+    for name in ("desirable_weight", "undesirable_weight"):
+        if getattr(config, name) < 0:
+            raise UserError(f"--{name} is {getattr(config, name)}; it must be at least 0")
+    _check_target(config)
     if config.load_in_4bit and not config.use_peft:
         raise UserError("--load_in_4bit freezes the weights, so there is nothing to train; add --use_peft")
     if config.reference == "adapter_off" and not config.use_peft:
@@ -254,6 +265,25 @@ def _check_train(config: TrainConfig) -> None:
         raise UserError(f"--ref_model_name_or_path is not read under --reference {config.reference}; leave one out")
     if config.segment_rows < 0:
         raise UserError(f"--segment_rows is {config.segment_rows}; give 1 or more, or 0 to have it chosen")
+
+
+def _check_target(config: TrainConfig) -> None:
+    """--target_stderr varies n from step to step: not every setting lets it."""
+    if config.target_stderr is None:
+        return
+    why = None
+    if config.target_stderr <= 0:
+        raise UserError(f"--target_stderr is {config.target_stderr}; it must be above 0")
+    if config.num_mc_samples < 3:
+        why = f"chooses n between 2 and --num_mc_samples, which is {config.num_mc_samples}; raise that"
+    elif config.score_estimator == "exact":
+        why = "has nothing to choose with --score_estimator exact, whose scores have no error; leave one out"
+    elif config.score_estimator == "trajectory" and config.num_diffusion_steps is None:
+        why = "would change the T of --score_estimator trajectory with n; give --num_diffusion_steps"
+    elif config.reference == "precomputed":
+        why = "does not know n beforehand, and --reference precomputed needs it; leave one out"
+    if why:
+        raise UserError(f"--target_stderr {why}")
 
 
 def read_ds_config(path: Path) -> dict[str, Any]:

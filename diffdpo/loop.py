@@ -48,6 +48,7 @@ class Loop:
     check_first: Callable[[StepReport], None]
     unit: str = "pairs"  # what a record is called
     state: dict[str, Any] = field(default_factory=dict)
+    step_state: Callable[[], Mapping[str, Any]] = dict  # what the step function must be given back on a resume
     done: int = 0  # steps taken, also by the run that is resumed
 
     def run(self) -> bool:
@@ -126,7 +127,8 @@ class Loop:
         if (due or stop) and not at_end:
             if self.journal is not None:
                 self.journal.sync()
-            state = self.state | {"step": step, "loader": self.loader.state_dict(self.engine.world.sum_numbers)}
+            loader = self.loader.state_dict(self.engine.world.sum_numbers)
+            state = self.state | {"step": step, "loader": loader, "step_state": dict(self.step_state())}
             save_checkpoint(self.output_dir, step, self.engine, state, keep=config.save_total_limit)
 
     def record_evaluation(self, metrics: Mapping[str, float]) -> None:
@@ -162,7 +164,9 @@ class _Window:
         return {
             "loss": sum(report.loss for report in self.reports) / count,
             **({"loss/sft": last.sft_loss} if last.sft_loss is not None else {}),
+            **({"kl/reference_point": last.reference_point} if last.reference_point is not None else {}),
             **means(sums),
+            "noise/num_samples": sum(report.num_samples for report in self.reports) / count,
             "grad_norm": last.grad_norm,
             f"{unit}_per_second": records / self.seconds,
             "tokens_per_second": sum(report.tokens for report in self.reports) / self.seconds,

@@ -43,6 +43,18 @@ class HeldOut(Protocol):
         ...
 
 
+class Stateful(Protocol):
+    """A part of a run that a resumed run must be given back as it was."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values, the same on every rank."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What ``state_dict`` gave."""
+        ...
+
+
 @dataclass(frozen=True)
 class Job:
     """What a command has built. The rest of a run, :func:`carry_out`, is the same for all commands."""
@@ -59,6 +71,7 @@ class Job:
     check_first: Callable[[StepReport], None]
     unit: str  # what a record is called
     base: str  # what was trained, for the model card
+    stateful_step: Stateful | None = None  # ``step``, where a step depends on the one before
 
 
 def carry_out(job: Job) -> int:
@@ -67,6 +80,8 @@ def carry_out(job: Job) -> int:
     state = read_state(job.resume) if job.resume else {}
     if job.resume:  # before anything of the run's record is touched: a refusal must leave it as it was
         resume_parts(config, place, job.resume, engine, job.loader)
+        if job.stateful_step is not None:
+            job.stateful_step.load_state_dict(state["step_state"])
     extra = {"data_fingerprint": job.data.fingerprint}
     tracking = start_tracking(config, place, resume_step=state.get("step"), extra=extra)
     with finish(place, tracking) as end:
@@ -83,6 +98,7 @@ def carry_out(job: Job) -> int:
             check_first=job.check_first,
             unit=job.unit,
             state={"before": dict(before.values), "config": asdict(config), "held_by": held_by(engine)},
+            step_state=job.stateful_step.state_dict if job.stateful_step else dict,
             done=state.get("step", 0),
         )
         if not job.resume:

@@ -46,6 +46,7 @@ class _Training:
             self.resume = find_checkpoint(config.resume_from_checkpoint, place.output_dir)
         self.train_set, self.eval_set = build.open_data(config, place, build.generated(config))
         build.check_kind_of_records(self.train_set, loss)
+        build.check_batch_size(config, loss, place.world)
         self.bf16 = build.resolve_bf16(config, place.world.device)
         self.loaded = self._load_policy()
         self.encoder = build.make_encoder(config, self.loaded.tokenizer, self.loaded.spec)
@@ -88,12 +89,20 @@ class _Training:
 
     def job(self) -> Job:
         """What is to be carried out."""
+        config = self.config
         strategy = self._announce()
         step = PreferenceStep(
-            self.engine, self.reference, self.noise, self.loss, strategy=strategy, segment_rows=self.segment_rows
+            self.engine,
+            self.reference,
+            self.noise,
+            self.loss,
+            strategy=strategy,
+            segment_rows=self.segment_rows,
+            max_length=config.max_length,
+            target_stderr=config.target_stderr,
         )
         return Job(
-            config=self.config,
+            config=config,
             place=self.place,
             resume=self.resume,
             data=self.train_set,
@@ -104,7 +113,8 @@ class _Training:
             held_out=self.held_out,
             check_first=self._check_first,
             unit="answers" if self.loss.of_answers else "pairs",
-            base=self.config.model_name_or_path or "diffdpo's bundled arithmetic model",
+            base=config.model_name_or_path or "diffdpo's bundled arithmetic model",
+            stateful_step=step,
         )
 
     def _announce(self) -> str:
@@ -128,12 +138,18 @@ class _Training:
             f"{'records' if self.loss.of_answers else 'pairs'}, "
             f"{held_out}\n"
             f"engine     {self.engine.describe()}, {place.world.size} process(es) on {place.world.device.type}\n"
-            f"scores     {config.score_estimator}, n = {config.num_mc_samples}; loss {', '.join(self.loss.names)}, "
+            f"scores     {config.score_estimator}, n = {self._samples_text()}; loss {', '.join(self.loss.names)}, "
             f"beta {config.beta}\n"
             f"memory     segmentation '{strategy}' ({why}), {self.segment_rows} rows a segment\n"
             f"output     {place.output_dir}"
         )
         return strategy
+
+    def _samples_text(self) -> str:
+        config = self.config
+        if config.target_stderr is None:
+            return str(config.num_mc_samples)
+        return f"up to {config.num_mc_samples} for a standard error of {config.target_stderr} of a reward"
 
     def _check_first(self, report: StepReport) -> None:
         """With policy = reference and shared noise every preference logit is 0, so the sigmoid loss is ln 2."""

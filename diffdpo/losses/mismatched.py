@@ -3,33 +3,76 @@
 Shape suffixes: B records, 2 sides, T longest row.
 """
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import torch
+import numpy as np
 
 from data_pipeline.batch import PairBatch, collate
 from data_pipeline.encode import TokenAnswer, TokenPair
 
 
-def mismatched(batch: PairBatch) -> PairBatch:
-    """The same batch with each prompt followed by the answer of the answer before it (cyclically), as in KTO, sec. 4.1.
+def mismatched(step: Sequence[Sequence[PairBatch]], *, rank: int, max_length: int | None = None) -> list[PairBatch]:
+    """``rank``'s micro-batches of a global step, each prompt followed by an answer to another one (KTO, section 4.1).
 
-    Order is (pair 0 chosen, pair 0 rejected, pair 1 chosen, ...), absent sides skipped. For ``kl_estimate`` score it
-    under policy and reference without a gradient. A batch with a single answer has nothing to mismatch and is returned
-    with that answer as it is; z then rises with the answer's own reward, so use at least two records a micro-batch.
+    ``step`` holds the micro-batches of every rank, ``step[rank][micro]``. Its answers are put in the order of the data
+    (all chosen ones, then all rejected ones), which is the same however a step is cut into ranks and micro-batches.
+    Each takes the nearest answer before it, cyclically, that has another prompt. Where the step holds one prompt only,
+    nothing can be mismatched and the result has no answers: z is 0. Score the result under policy and reference
+    without a gradient, for ``kl_estimate``.
+
+    ``max_length``: longest row; a longer one is cut as ``Encoder`` cuts, the end of the prompt and the start of the
+    answer staying, the prompt not below half of it.
     """
-    present = [(b, side) for b in range(len(batch.ids)) for side in (0, 1) if batch.lengths_B2[b, side] > 0]
-    cells: dict[tuple[int, int], TokenAnswer] = {}
-    for (b, side), (other, other_side) in zip(present, present[-1:] + present[:-1], strict=True):
-        prompt = int(batch.prompt_lengths_B2[b, side])
-        start, stop = int(batch.prompt_lengths_B2[other, other_side]), int(batch.lengths_B2[other, other_side])
-        joined = torch.cat([batch.input_ids_B2T[b, side, :prompt], batch.input_ids_B2T[other, other_side, start:stop]])
-        cells[b, side] = TokenAnswer(joined.int().numpy(), prompt)
+    answers = [answer for side in (0, 1) for answer in _answers(step, side)]
+    cells: dict[tuple[int, int, int], TokenAnswer] = {}
+    for index, own in enumerate(answers):
+        if own.rank != rank:
+            continue
+        before = answers[:index][::-1] + answers[index + 1 :][::-1]
+        other = next((answer for answer in before if not np.array_equal(answer.prompt, own.prompt)), None)
+        if other is not None:
+            cells[own.micro, own.slot, own.side] = _joined(own.prompt, other.ids, max_length)
+    return [_batch(batch, micro, cells) for micro, batch in enumerate(step[rank])]
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """An answer and where it stands; ``ids`` without the prompt."""
+
+    rank: int
+    micro: int
+    slot: int
+    side: int
+    prompt: np.ndarray
+    ids: np.ndarray
+
+
+def _answers(step: Sequence[Sequence[PairBatch]], side: int) -> list[_Answer]:
+    """The answers of one side in the order of the data: the plan deals the records of each micro-batch over the ranks
+    in turn (``data_pipeline.plan.deal_step``)."""
+    found = []
+    for micro, batches in enumerate(zip(*step, strict=True)):
+        for slot in range(max(len(batch.ids) for batch in batches)):
+            for rank, batch in enumerate(batches):
+                length, prompt = int(batch.lengths_B2[slot, side]), int(batch.prompt_lengths_B2[slot, side])
+                if length:
+                    row = batch.input_ids_B2T[slot, side, :length].numpy()
+                    found.append(_Answer(rank, micro, slot, side, row[:prompt], row[prompt:]))
+    return found
+
+
+def _joined(prompt: np.ndarray, answer: np.ndarray, max_length: int | None) -> TokenAnswer:
+    if max_length is not None:
+        prompt = prompt[-max(max_length // 2, max_length - len(answer)) :]
+        answer = answer[: max_length - len(prompt)]
+    return TokenAnswer(np.concatenate([prompt, answer]).astype(np.int32), len(prompt))
+
+
+def _batch(batch: PairBatch, micro: int, cells: dict[tuple[int, int, int], TokenAnswer]) -> PairBatch:
+    """As many slots as ``batch`` has; ids of their own, hence noise of their own."""
     pairs = [
-        TokenPair(f"{name}/mismatched", cells.get((b, 0)), cells.get((b, 1))) if name else None
+        TokenPair(f"{name}/mismatched", cells.get((micro, b, 0)), cells.get((micro, b, 1))) if name else None
         for b, name in enumerate(batch.ids)
     ]
-    joined_batch = collate(
-        pairs, pad_id=0, epoch=batch.epoch, step=batch.step, micro=batch.micro, last_micro=batch.last_micro
-    )
-    return replace(joined_batch, weight_B2=batch.weight_B2)
+    return collate(pairs, pad_id=0, epoch=batch.epoch, step=batch.step, micro=batch.micro, last_micro=batch.last_micro)

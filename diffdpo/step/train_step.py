@@ -8,19 +8,21 @@ Shape suffixes: B pairs, 2 sides, R rows.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from data_pipeline.batch import PairBatch
 from diffdpo.engine.base import Engine
-from diffdpo.losses.metrics import SUMS, pair_sums
-from diffdpo.losses.mismatched import mismatched
-from diffdpo.losses.preference import LOSSES, kl_estimate, loss_count, preference_loss
+from diffdpo.losses.metrics import SUMS, means, pair_sums
+from diffdpo.losses.preference import LOSSES, loss_count, preference_loss
 from diffdpo.noise.rows import NoisyRows, noisy_rows
+from diffdpo.scores.allocate import next_num_samples
 from diffdpo.scores.fold import PairScores, fold
 from diffdpo.step.backward import STRATEGIES, LossOf, gradient_of, replay, score_rows
 from diffdpo.step.reference import Reference
+from diffdpo.step.reference_point import reference_point
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,10 @@ class LossOptions:
     weights: tuple[float, ...]
     beta: float
     label_smoothing: float = 0.0
+    discopop_tau: float = 0.05
+    simpo_gamma: float = 0.5
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
 
     @property
     def sft_weight(self) -> float:
@@ -67,7 +73,12 @@ class LossOptions:
     @property
     def whole_batch(self) -> bool:
         """Whether the scores of all pairs of the global step must be known before any loss."""
-        return any(LOSSES[name].scope == "batch" or LOSSES[name].needs_kl for name in self.names)
+        return self.needs_kl or any(LOSSES[name].scope == "batch" for name in self.names)
+
+    @property
+    def needs_kl(self) -> bool:
+        """Whether the reference point z must be measured at every step."""
+        return any(LOSSES[name].needs_kl for name in self.names)
 
     def __call__(
         self, policy: PairScores, reference: PairScores, weight_B2: torch.Tensor, *, kl: torch.Tensor | None = None
@@ -82,6 +93,10 @@ class LossOptions:
             weights=list(self.weights),
             beta=self.beta,
             label_smoothing=self.label_smoothing,
+            discopop_tau=self.discopop_tau,
+            simpo_gamma=self.simpo_gamma,
+            desirable_weight=self.desirable_weight,
+            undesirable_weight=self.undesirable_weight,
             kl=kl,
         )
 
@@ -97,6 +112,8 @@ class StepReport:
     tokens: int  # run through the policy, padding not counted
     records: int  # pairs (or single answers, for losses of those) the loss is the mean over
     largest_logit: float  # max |h| / β over pairs
+    num_samples: int  # n of this step
+    reference_point: float | None = None  # z of kto, nats
 
 
 @dataclass(frozen=True)
@@ -111,7 +128,11 @@ class MicroScores:
 
 
 class PreferenceStep:
-    """``step(micro_batches, learning_rate)`` → StepReport."""
+    """``step(micro_batches, learning_rate)`` → StepReport.
+
+    With ``target_stderr`` each step chooses the next one's n, at most that of ``noise``; ``state_dict`` then has what a
+    resumed run must know.
+    """
 
     def __init__(
         self,
@@ -122,18 +143,47 @@ class PreferenceStep:
         *,
         strategy: str,
         segment_rows: int,
+        max_length: int | None = None,
+        target_stderr: float | None = None,
     ):
         self.engine, self.reference, self.noise, self.loss = engine, reference, noise, loss
         self.strategy, self.segment_rows = strategy, segment_rows
+        self.max_length = max_length  # of rows joined from two records (kto)
+        self.target_stderr, self.most_samples = target_stderr, noise.num_samples
 
     def __call__(self, micro_batches: Sequence[PairBatch], learning_rate: float) -> StepReport:
         world = self.engine.world
         count = sum(loss_count(self.loss.names, batch.weight_B2) for batch in micro_batches)
         total = world.sum(torch.as_tensor(count, device=world.device).double()).clamp(min=1).float()
-        run = self._coupled if self.loss.whole_batch else self._independent
-        scored = run(micro_batches, total)
+        kl = self._reference_point(micro_batches)
+        if self.loss.whole_batch:
+            scored = self._coupled(micro_batches, total, kl)
+        else:
+            scored = self._independent(micro_batches, total)
         norm = self.engine.step(learning_rate)
-        return self._report(scored, norm, int(total))
+        report = self._report(scored, norm, int(total), kl)
+        self._choose_samples(report)
+        return report
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next step depends on besides model, data and settings."""
+        return {"num_samples": self.noise.num_samples}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state_dict``; settings that are fixed stay as they are."""
+        if self.target_stderr is not None:
+            self.noise = replace(self.noise, num_samples=min(state["num_samples"], self.most_samples))
+
+    def _choose_samples(self, report: StepReport) -> None:
+        """n of the next step from the standard error of this one's rewards β r, the same on every rank."""
+        if self.target_stderr is None:
+            return
+        stderr = self.loss.beta * means(report.sums).get("noise/ratio_stderr", float("nan"))
+        n = next_num_samples(
+            self.noise.num_samples, stderr=stderr, target=self.target_stderr, maximum=self.most_samples
+        )
+        # the sums are equal on all ranks, but ranks that ran different numbers of rows would wait for ever
+        self.noise = replace(self.noise, num_samples=self.engine.world.same_for_all(n))
 
     def _independent(self, micro_batches: Sequence[PairBatch], total: torch.Tensor) -> list[MicroScores]:
         """The loss of a pair depends on that pair alone: one micro-batch after the other."""
@@ -156,13 +206,14 @@ class PreferenceStep:
         reference, weight_B2 = fold(reference_R, rows), batch.weight_B2.to(reference_R.device)
         return lambda f_R: self.loss(fold(f_R, rows), reference, weight_B2).sum() / total
 
-    def _coupled(self, micro_batches: Sequence[PairBatch], total: torch.Tensor) -> list[MicroScores]:
+    def _coupled(
+        self, micro_batches: Sequence[PairBatch], total: torch.Tensor, kl: torch.Tensor | None
+    ) -> list[MicroScores]:
         """The loss needs all pairs of the step: scores of all ranks first, then every rank replays its own rows."""
         device = self.engine.world.device
         rows = [self.noise.rows(batch, device) for batch in micro_batches]
         reference = [self.reference(*each) for each in zip(rows, micro_batches, strict=True)]
         policy = [score_rows(self.engine, each, segment_rows=self.segment_rows) for each in rows]
-        kl = self._reference_point(micro_batches)
         loss_of = _GlobalLoss(self.loss, self.engine, micro_batches, rows, reference, total, kl)
         gradients = gradient_of(loss_of, torch.cat(policy)).split([len(each) for each in rows])
         for index, (each, gradient_R) in enumerate(zip(rows, gradients, strict=True)):
@@ -171,19 +222,19 @@ class PreferenceStep:
         return [MicroScores(*each, share) for each in zip(micro_batches, rows, reference, policy, strict=True)]
 
     def _reference_point(self, micro_batches: Sequence[PairBatch]) -> torch.Tensor | None:
-        """z of ``kto``: the mean log-ratio of mismatched answers over the global batch; None for other losses."""
-        if not any(LOSSES[name].needs_kl for name in self.loss.names):
+        """z of ``kto`` over the global step; None for other losses."""
+        if not self.loss.needs_kl:
             return None
-        world, tables = self.engine.world, []
-        for batch in map(mismatched, micro_batches):
-            rows = self.noise.rows(batch, world.device)
-            policy_R = score_rows(self.engine, rows, segment_rows=self.segment_rows)
-            ratio_B2 = fold(policy_R - self.reference(rows, batch), rows).score_B2
-            tables.append(torch.stack([ratio_B2, batch.weight_B2.to(world.device)]))
-        ratio_B2, weight_B2 = world.cat(torch.cat(tables, 1).transpose(0, 1).contiguous()).unbind(1)
-        return kl_estimate(ratio_B2, torch.zeros_like(ratio_B2), weight_B2)
+        return reference_point(
+            self.engine,
+            self.reference,
+            lambda batch: self.noise.rows(batch, self.engine.world.device),
+            micro_batches,
+            segment_rows=self.segment_rows,
+            max_length=self.max_length,
+        )
 
-    def _report(self, scored: Sequence[MicroScores], norm: float, records: int) -> StepReport:
+    def _report(self, scored: Sequence[MicroScores], norm: float, records: int, kl: torch.Tensor | None) -> StepReport:
         world, sums, largest = self.engine.world, torch.zeros(len(SUMS), dtype=torch.float64), 0.0
         supervised = 0.0
         for micro in scored:
@@ -209,7 +260,17 @@ class PreferenceStep:
         extra = torch.tensor([supervised, sum(float(m.loss) for m in scored), tokens], dtype=torch.float64)
         whole = world.sum(torch.cat([sums, extra]).to(world.device)).cpu()
         sft_loss = float(whole[-3]) if self.loss.sft_weight else None
-        return StepReport(float(whole[-2] - whole[-3]), sft_loss, norm, whole[:-3], int(whole[-1]), records, largest)
+        return StepReport(
+            loss=float(whole[-2] - whole[-3]),
+            sft_loss=sft_loss,
+            grad_norm=norm,
+            sums=whole[:-3],
+            tokens=int(whole[-1]),
+            records=records,
+            largest_logit=largest,
+            num_samples=self.noise.num_samples,
+            reference_point=None if kl is None else float(kl),
+        )
 
 
 class _GlobalLoss:

@@ -1,0 +1,41 @@
+"""KTO's reference point z: how much likelier than under the reference the policy makes answers to other prompts.
+
+Shape suffixes: B records, 2 sides.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from data_pipeline.batch import PairBatch
+from diffdpo.engine.base import Engine
+from diffdpo.losses.mismatched import mismatched
+from diffdpo.losses.preference import kl_estimate
+from diffdpo.noise.rows import NoisyRows
+from diffdpo.scores.fold import fold
+from diffdpo.step.backward import score_rows
+from diffdpo.step.reference import Reference
+
+
+def reference_point(
+    engine: Engine,
+    reference: Reference,
+    rows_of: Callable[[PairBatch], NoisyRows],
+    micro_batches: Sequence[PairBatch],
+    *,
+    segment_rows: int,
+    max_length: int | None,
+) -> torch.Tensor:
+    """z of ``kto`` over the global step, a scalar in nats, the same on every rank; no graph.
+
+    A function of the step's records: neither the number of ranks nor the size of a micro-batch changes which answer
+    meets which prompt. Every rank calls, with as many micro-batches of one size.
+    """
+    world, tables = engine.world, []
+    for batch in mismatched(world.gather(list(micro_batches)), rank=world.rank, max_length=max_length):
+        rows = rows_of(batch)
+        policy_R = score_rows(engine, rows, segment_rows=segment_rows)
+        ratio_B2 = fold(policy_R - reference(rows, batch), rows).score_B2
+        tables.append(torch.stack([ratio_B2, batch.weight_B2.to(world.device)], 1))
+    ratio_B2, weight_B2 = world.cat(torch.cat(tables)).unbind(1)
+    return kl_estimate(ratio_B2, torch.zeros_like(ratio_B2), weight_B2)
