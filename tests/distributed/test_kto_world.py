@@ -33,7 +33,18 @@ def mixed_file(tmp_path_factory) -> Path:
 def flags(model: Path, data: Path, out: Path, micro: int, accumulation: int) -> list[str]:
     return [
         *("--model_name_or_path", str(model), "--train_data", str(data), "--output_dir", str(out)),
-        *("--loss_type", "kto", "--beta", "0.5", "--learning_rate", "5e-3", "--warmup_steps", "0"),
+        *(
+            "--loss_type",
+            "kto",
+            "--beta",
+            "0.5",
+            "--desirable_weight",
+            "4",
+            "--learning_rate",
+            "5e-3",
+            "--warmup_steps",
+            "0",
+        ),
         *("--max_steps", str(STEPS), "--num_mc_samples", "2", "--max_length", "64", "--max_prompt_length", "48"),
         *("--per_device_train_batch_size", str(micro), "--gradient_accumulation_steps", str(accumulation)),
         *("--eval_fraction", "0", "--tracking_uri", "none", "--segment_rows", "16"),
@@ -54,7 +65,7 @@ def here(model: Path, data: Path, out: Path, micro: int, accumulation: int) -> l
 @pytest.mark.distributed
 def test_same_curve_however_a_step_is_cut(command, tiny_model, mixed_file, tmp_path):
     expected = here(tiny_model, mixed_file, tmp_path / "1x8", 8, 1)
-    assert len(expected) == STEPS and expected[0][0] == pytest.approx(0.5) and expected[-1][0] < 0.49
+    assert len(expected) == STEPS and expected[-1][0] < expected[0][0] - 0.01
     assert max(z for _, _, z in expected) > 0, "with z = 0 throughout the test could not see it"
     for micro, accumulation in ((4, 2), (2, 4)):
         found = here(tiny_model, mixed_file, tmp_path / f"{accumulation}x{micro}", micro, accumulation)
