@@ -83,8 +83,15 @@ class _Training:
             return replace(loaded, model=loaded.model.requires_grad_(True))
         from diffdpo.models.adapters import add_lora
 
-        targets = config.lora_target_modules
-        model = add_lora(loaded.model, loaded.spec, r=config.lora_r, alpha=config.lora_alpha, target_modules=targets)
+        model = add_lora(
+            loaded.model,
+            loaded.spec,
+            r=config.lora_r,
+            alpha=config.lora_alpha,
+            target_modules=config.lora_target_modules,
+            use_dora=config.use_dora,
+            use_rslora=config.use_rslora,
+        )
         return replace(loaded, model=model)
 
     def job(self) -> Job:
