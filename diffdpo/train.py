@@ -64,10 +64,11 @@ class _Training:
             self.engine,
             self.reference,
             self.noise,
+            loss,
             self.batches,
             SampledAnswers(config, self.engine, self.loaded, self.batches),
-            beta=config.beta,
             segment_rows=self.segment_rows,
+            max_length=config.max_length,
             limit=config.max_eval_pairs,
         )
 
