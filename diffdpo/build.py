@@ -20,16 +20,15 @@ from data_pipeline.generate import GENERATOR_VERSION, generate_corpus, generate_
 from data_pipeline.reader import PairLoader
 from diffdpo.config import RunConfig, SftConfig, TrainConfig, read_ds_config
 from diffdpo.engine.base import Engine, OptimizerOptions
-from diffdpo.engine.deepspeed import DeepSpeedEngine, missing_operators, stale_locks
+from diffdpo.engine.deepspeed import DeepSpeedEngine, complete_ds_config, freeze, missing_operators, stale_locks
 from diffdpo.engine.plain import PlainEngine
 from diffdpo.engine.world import World, join_world
 from diffdpo.errors import UserError
-from diffdpo.losses.preference import LOSSES, check_loss
+from diffdpo.losses.preference import check_loss
 from diffdpo.memory.allocator import keep_freed_memory
-from diffdpo.models.load import LoadedModel, load_model
+from diffdpo.models.load import LoadedModel
 from diffdpo.models.spec import FamilySpec
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
-from diffdpo.step.reference import Reference, adapter_off_reference, copy_reference, frozen_copy, no_reference
 from diffdpo.step.train_step import LossOptions, NoiseOptions
 from diffdpo.tracking.run import tracking_uri
 
@@ -210,8 +209,14 @@ def eval_batches(
     """This rank's share of the held-out records, as many batches on every rank; kept for all evaluations."""
     if dataset is None:
         return []
+    loader = eval_loader(config, dataset, encoder, world)
+    return list(islice(loader, eval_steps(config, loader)))
+
+
+def eval_loader(config: RunConfig, dataset: ShardedDataset, encoder: Encoder, world: World) -> PairLoader:
+    """The held-out records of this rank: the same order whatever the training seed."""
     size = config.per_device_eval_batch_size
-    loader = PairLoader(
+    return PairLoader(
         dataset,
         encoder,
         seed=0,
@@ -220,8 +225,12 @@ def eval_batches(
         rank=world.rank,
         world_size=world.size,
     )
-    wanted = -(-config.max_eval_pairs // (size * world.size)) or len(loader)
-    return list(islice(loader, wanted))
+
+
+def eval_steps(config: RunConfig, loader: PairLoader) -> int:
+    """Batches of each rank that ``--max_eval_pairs`` comes to."""
+    size = loader.options.global_batch_size
+    return min(-(-config.max_eval_pairs // size) or len(loader), len(loader))
 
 
 def total_steps(config: RunConfig, loader: PairLoader) -> int:
@@ -253,14 +262,7 @@ def wrap(config: RunConfig, loaded: LoadedModel) -> MaskedLogProbs:
 
 def make_engine(config: RunConfig, module: nn.Module, place: Place, *, bf16: bool) -> Engine:
     """The policy under DeepSpeed or on its own."""
-    assert config.learning_rate is not None, "resolve has chosen one"
-    options = OptimizerOptions(
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        betas=(config.adam_beta1, config.adam_beta2),
-        epsilon=config.adam_epsilon,
-        max_grad_norm=config.max_grad_norm,
-    )
+    options = _optimizer_options(config)
     if not uses_deepspeed(config):
         return PlainEngine(module, place.world, options)
     ds_config = read_ds_config(Path(config.ds_config or ""))
@@ -281,47 +283,31 @@ def make_engine(config: RunConfig, module: nn.Module, place: Place, *, bf16: boo
     )
 
 
-def make_reference(
-    config: TrainConfig, engine: Engine, loss: LossOptions, frozen: nn.Module | None, *, segment_rows: int
-) -> tuple[Reference, str]:
-    """(reference, what it is). ``frozen`` is the copy taken before the engine wrapped the policy."""
-    mode = reference_mode(config, loss)
-    if mode == "none":
-        return no_reference, "none: the loss does not read it"
-    if mode == "adapter_off":
-        policy = engine.module.model
-        assert isinstance(policy, nn.Module)
-        return adapter_off_reference(engine, policy, segment_rows=segment_rows), "the policy with its adapter off"
-    assert frozen is not None
-    what = config.ref_model_name_or_path or "the policy as it starts"
-    return copy_reference(engine, frozen, segment_rows=segment_rows), f"frozen copy of {what}"
+def _optimizer_options(config: RunConfig) -> OptimizerOptions:
+    assert config.learning_rate is not None, "resolve has chosen one"
+    return OptimizerOptions(
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        betas=(config.adam_beta1, config.adam_beta2),
+        epsilon=config.adam_epsilon,
+        max_grad_norm=config.max_grad_norm,
+    )
 
 
-def reference_mode(config: TrainConfig, loss: LossOptions) -> str:
-    """What ``--reference auto`` comes to: none, adapter_off or copy."""
-    free = all(LOSSES[name].reference_free for name in loss.names)
-    if config.reference == "none" and not free:
-        raise UserError(f"--reference none: {', '.join(loss.names)} is measured against a reference; use auto or copy")
-    if config.reference != "auto":
-        return config.reference
-    if free:
-        return "none"
-    return "adapter_off" if config.use_peft and not config.ref_model_name_or_path else "copy"
-
-
-def make_frozen(config: TrainConfig, loss: LossOptions, module: MaskedLogProbs, *, bf16: bool) -> nn.Module | None:
-    """The second model of reference mode ``copy``: the policy before training, or ``--ref_model_name_or_path``."""
-    if reference_mode(config, loss) != "copy":
-        return None
-    if not config.ref_model_name_or_path:
-        return frozen_copy(module)
-    loaded = load_model(config.ref_model_name_or_path, dtype="bfloat16" if bf16 else "float32")
-    if loaded.spec.mask_token_id != module.spec.mask_token_id:
-        raise UserError(
-            f"--ref_model_name_or_path has mask token {loaded.spec.mask_token_id}, the policy "
-            f"{module.spec.mask_token_id}; policy and reference must share a vocabulary"
-        )
-    return wrap(config, loaded).requires_grad_(False)
+def hold_frozen(config: RunConfig, module: nn.Module, place: Place, *, bf16: bool) -> Callable[..., torch.Tensor]:
+    """A module that is never trained, held as the engine would hold it; ``engine.deepspeed.release`` lets go of it."""
+    if not uses_deepspeed(config):
+        return module.to(place.world.device).eval().requires_grad_(False)
+    settings = complete_ds_config(
+        read_ds_config(Path(config.ds_config or "")),
+        _optimizer_options(config),
+        micro_batch_size=config.per_device_train_batch_size,
+        accumulation_steps=config.gradient_accumulation_steps,
+        world_size=place.world.size,
+        bf16=bf16,
+        cuda=place.world.device.type == "cuda",
+    )
+    return freeze(module, place.world, settings)
 
 
 # ------------------------------------------------------------------------------------------------- step

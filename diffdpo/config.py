@@ -103,16 +103,18 @@ class TrainConfig(RunConfig):
     segmentation: str = setting("auto", "how rows share memory", choices=("auto", "none", "checkpoint", "two_pass"))
     segment_rows: int = setting(0, "rows in one forward; 0: chosen for you")
     reference: str = setting(
-        "auto", "where reference scores come from", choices=("auto", "copy", "adapter_off", "none")
+        "auto",
+        "where reference scores come from; see docs/training.md",
+        choices=("auto", "copy", "adapter_off", "precomputed", "none"),
     )
+    reference_cache: str | None = setting(
+        None, "folder of precomputed reference scores; default: one per setting in the data cache"
+    )
+    precompute_only: bool = setting(False, "with --reference precomputed: make the scores and end")
     use_peft: bool = setting(False, "train a LoRA adapter instead of all weights")
     lora_r: int = setting(16, "rank of the adapter")
     lora_alpha: int = setting(32, "scale of the adapter")
-    lora_target_modules: str | None = setting(
-        None, "names in a block with commas, or a regular expression of full names; default: every linear layer"
-    )
-    use_dora: bool = setting(False, "DoRA: learn the size of each weight row apart from its direction")
-    use_rslora: bool = setting(False, "rsLoRA: scale the adapter by lora_alpha / sqrt(lora_r)")
+    lora_target_modules: str | None = setting(None, "names with commas, or a regular expression; default: per family")
     load_in_4bit: bool = setting(False, "hold the frozen weights in NF4 (needs --use_peft)")
     num_generated_pairs: int = setting(1600, "training pairs generated when --train_data is not given")
 
@@ -235,12 +237,6 @@ def _check_numbers(config: RunConfig) -> None:
 def _check_files(config: RunConfig) -> None:
     if config.run_name is not None and (not config.run_name.strip() or "/" in config.run_name):
         raise UserError(f"--run_name {config.run_name!r} names a folder; give a name without '/', or use --output_dir")
-    policy = config.model_name_or_path
-    if policy and (Path(policy) / "adapter_config.json").is_file():
-        raise UserError(
-            f"--model_name_or_path {policy} is a LoRA adapter; merge it first: "
-            f"python launch/export.py --adapter {policy} --output FOLDER"
-        )
     if config.engine == "deepspeed" and not config.ds_config:
         raise UserError("--engine deepspeed needs --ds_config, for instance --ds_config ds_configs/4080_offload.json")
     if config.engine == "plain" and config.ds_config:
@@ -271,9 +267,12 @@ def _check_train(config: TrainConfig) -> None:
         raise UserError("--load_in_4bit freezes the weights, so there is nothing to train; add --use_peft")
     if config.reference == "adapter_off" and not config.use_peft:
         raise UserError("--reference adapter_off needs --use_peft; without an adapter use --reference copy")
-    if config.ref_model_name_or_path and config.reference not in ("auto", "copy"):
+    if config.ref_model_name_or_path and config.reference not in ("auto", "copy", "precomputed"):
         raise UserError(f"--ref_model_name_or_path is not read under --reference {config.reference}; leave one out")
-    _check_lora(config)
+    if config.reference_cache and config.reference not in ("auto", "precomputed"):
+        raise UserError(f"--reference_cache is not read under --reference {config.reference}; leave one of them out")
+    if config.precompute_only and config.reference != "precomputed":
+        raise UserError("--precompute_only makes what --reference precomputed reads; add --reference precomputed")
     if config.segment_rows < 0:
         raise UserError(f"--segment_rows is {config.segment_rows}; give 1 or more, or 0 to have it chosen")
 
@@ -295,16 +294,6 @@ def _check_target(config: TrainConfig) -> None:
         why = "does not know n beforehand, and --reference precomputed needs it; leave one out"
     if why:
         raise UserError(f"--target_stderr {why}")
-
-
-def _check_lora(config: TrainConfig) -> None:
-    if config.lora_r < 1:
-        raise UserError(f"--lora_r is {config.lora_r}; it must be at least 1")
-    if config.lora_alpha < 1:
-        raise UserError(f"--lora_alpha is {config.lora_alpha}; it must be at least 1")
-    for name in ("use_dora", "use_rslora", "lora_target_modules"):
-        if getattr(config, name) and not config.use_peft:
-            raise UserError(f"--{name} is about a LoRA adapter; add --use_peft")
 
 
 def read_ds_config(path: Path) -> dict[str, Any]:

@@ -3,18 +3,22 @@
 from dataclasses import replace
 
 import numpy as np
+from torch import nn
 
 from diffdpo import build
 from diffdpo.build import Place
-from diffdpo.checkpoint import find_checkpoint
+from diffdpo.checkpoint import find_checkpoint, read_state
 from diffdpo.config import TrainConfig
 from diffdpo.engine.base import Engine, count_parameters
 from diffdpo.engine.world import leave_world
 from diffdpo.evaluation.heldout import HeldOutPairs, SampledAnswers
 from diffdpo.models.load import LoadedModel, load_model
 from diffdpo.noise.estimators import MAX_EXACT_LENGTH, check_estimator, num_rows
+from diffdpo.reference.modes import check_reference, choose_mode, make_frozen, make_reference, second_model_share
+from diffdpo.reference.precompute import Precomputed, precompute
 from diffdpo.run import Job, carry_out
 from diffdpo.step.backward import check_segmentation, choose_strategy
+from diffdpo.step.reference import Reference
 from diffdpo.step.train_step import LossOptions, PreferenceStep, StepReport
 
 LN2 = float(np.log(2.0))
@@ -26,14 +30,25 @@ def train(config: TrainConfig) -> int:
     config = build.resolve(config)  # type: ignore[assignment]
     loss = build.make_loss(config)
     check_segmentation(config.segmentation, whole_batch=loss.whole_batch)
+    check_reference(config, loss)
     check_estimator(
         config.score_estimator, num_samples=config.num_mc_samples, num_diffusion_steps=config.num_diffusion_steps
     )
     place = build.find_place(config, "train")
     try:
+        if config.precompute_only:
+            return _precompute_only(config, loss, place)
         return carry_out(_Training(config, loss, place).job())
     finally:
         leave_world()
+
+
+def _precompute_only(config: TrainConfig, loss: LossOptions, place: Place) -> int:
+    train_set, eval_set = build.open_data(config, place, build.generated(config))
+    build.check_kind_of_records(train_set, loss)
+    bf16 = build.resolve_bf16(config, place.world.device)
+    place.say(f"reference  {precompute(config, place, train_set, eval_set, bf16=bf16).text}")
+    return 0
 
 
 class _Training:
@@ -48,6 +63,8 @@ class _Training:
         build.check_kind_of_records(self.train_set, loss)
         build.check_batch_size(config, loss, place.world)
         self.bf16 = build.resolve_bf16(config, place.world.device)
+        self.mode, self.why_mode = choose_mode(config, loss, share=lambda: second_model_share(config, place.world))
+        self.scores = self._precompute() if self.mode == "precomputed" else None  # before another model is in memory
         self.loaded = self._load_policy()
         self.encoder = build.make_encoder(config, self.loaded.tokenizer, self.loaded.spec)
         self.loader = build.train_loader(config, self.train_set, self.encoder, place.world)
@@ -55,22 +72,30 @@ class _Training:
         self.noise = build.make_noise(config, self.loaded.spec)
         self.segment_rows = build.choose_segment_rows(config, place.world.device)
         module = build.wrap(config, self.loaded)
-        frozen = build.make_frozen(config, loss, module, bf16=self.bf16)
+        frozen = make_frozen(config, module, bf16=self.bf16) if self.mode == "copy" else None
         self.engine: Engine = build.make_engine(config, module, place, bf16=self.bf16)
-        self.reference, self.reference_text = build.make_reference(
-            config, self.engine, loss, frozen, segment_rows=self.segment_rows
-        )
+        self.reference, held_out_reference, self.reference_text = self._make_reference(frozen)
         self.held_out = HeldOutPairs(
             self.engine,
-            self.reference,
+            held_out_reference,
             self.noise,
-            loss,
             self.batches,
             SampledAnswers(config, self.engine, self.loaded, self.batches),
+            beta=config.beta,
             segment_rows=self.segment_rows,
-            max_length=config.max_length,
             limit=config.max_eval_pairs,
         )
+
+    def _precompute(self) -> Precomputed:
+        read = read_state(self.resume)["loader"] if self.resume else None
+        return precompute(self.config, self.place, self.train_set, self.eval_set, bf16=self.bf16, read=read)
+
+    def _make_reference(self, frozen: nn.Module | None) -> tuple[Reference, Reference, str]:
+        """(of training, of held-out pairs, what it is)."""
+        if self.scores is not None:
+            return self.scores.train, self.scores.held_out, self.scores.text
+        reference, text = make_reference(self.config, self.mode, self.engine, frozen, segment_rows=self.segment_rows)
+        return reference, reference, text
 
     def _load_policy(self) -> LoadedModel:
         config = self.config
@@ -84,15 +109,8 @@ class _Training:
             return replace(loaded, model=loaded.model.requires_grad_(True))
         from diffdpo.models.adapters import add_lora
 
-        model = add_lora(
-            loaded.model,
-            loaded.spec,
-            r=config.lora_r,
-            alpha=config.lora_alpha,
-            target_modules=config.lora_target_modules,
-            use_dora=config.use_dora,
-            use_rslora=config.use_rslora,
-        )
+        targets = config.lora_target_modules
+        model = add_lora(loaded.model, loaded.spec, r=config.lora_r, alpha=config.lora_alpha, target_modules=targets)
         return replace(loaded, model=model)
 
     def job(self) -> Job:
@@ -141,7 +159,7 @@ class _Training:
         place.say(
             f"policy     {config.model_name_or_path or 'the bundled arithmetic model'}, "
             f"{total / 1e6:.2f}M parameters, {trained / 1e6:.2f}M trained, {'bf16' if self.bf16 else 'fp32'}\n"
-            f"reference  {self.reference_text}\n"
+            f"reference  {self.reference_text} ({self.why_mode})\n"
             f"data       {config.train_data or 'generated arithmetic-reasoning pairs'}: {len(self.train_set)} "
             f"{'records' if self.loss.of_answers else 'pairs'}, "
             f"{held_out}\n"

@@ -81,14 +81,7 @@ class DeepSpeedEngine:
         return float("nan") if norm is None else float(norm)
 
     def freeze(self, module: nn.Module) -> Callable[..., torch.Tensor]:
-        module = module.eval().requires_grad_(False)
-        if zero_stage(self.config) < 3:
-            return module.to(self.world.device)
-        config = {k: v for k, v in self.config.items() if k not in ("optimizer", "gradient_clipping")}
-        config["zero_optimization"] = {
-            k: v for k, v in self.config["zero_optimization"].items() if k != "offload_optimizer"
-        }
-        return import_deepspeed().initialize(model=module, config=config)[0]
+        return freeze(module, self.world, self.config)
 
     def save(self, folder: Path) -> None:
         self.engine.save_checkpoint(str(folder), tag="engine")
@@ -102,6 +95,27 @@ class DeepSpeedEngine:
         if zero_stage(self.config) < 3:
             return self.engine.module.state_dict() if self.world.is_main else None
         return self.engine._zero3_consolidated_16bit_state_dict()
+
+
+def freeze(module: nn.Module, world: World, config: Mapping[str, Any]) -> Callable[..., torch.Tensor]:
+    """A module that is never trained: sharded (and offloaded) under ZeRO-3, else whole on the device.
+
+    ``config`` is what ``complete_ds_config`` gave. No engine need be there before.
+    """
+    module = module.eval().requires_grad_(False)
+    if zero_stage(config) < 3:
+        return module.to(world.device)
+    deepspeed = import_deepspeed()
+    deepspeed.init_distributed(verbose=False)
+    config = {k: v for k, v in config.items() if k not in ("optimizer", "gradient_clipping")}
+    config["zero_optimization"] = {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"}
+    return deepspeed.initialize(model=module, config=config)[0]
+
+
+def release(forward: Callable[..., torch.Tensor]) -> None:
+    """Let go of what ``freeze`` holds; the caller drops its own references to the module."""
+    if hasattr(forward, "destroy"):
+        forward.destroy()
 
 
 def zero_stage(config: Mapping[str, Any]) -> int:

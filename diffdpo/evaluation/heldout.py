@@ -6,11 +6,11 @@ from data_pipeline.batch import PairBatch
 from diffdpo.config import RunConfig
 from diffdpo.engine.base import Engine
 from diffdpo.evaluation.answers import answer_length, exact_match, problems_of
-from diffdpo.evaluation.preferences import answer_losses, score_held_out
+from diffdpo.evaluation.preferences import answer_losses, evaluate_preferences
 from diffdpo.models.load import LoadedModel
 from diffdpo.report import Evaluation
 from diffdpo.step.reference import Reference
-from diffdpo.step.train_step import LossOptions, NoiseOptions
+from diffdpo.step.train_step import NoiseOptions
 
 SAMPLING_TEMPERATURE = 1.0  # answers are drawn from the model's distribution, not its mode
 SAMPLING_SEED = 0
@@ -53,24 +53,22 @@ class SampledAnswers:
 
 
 class HeldOutPairs:
-    """The held-out batches of this rank, pairs or single answers, with everything needed to judge a policy on them."""
+    """The held-out batches of this rank with everything needed to judge a policy on them."""
 
     def __init__(
         self,
         engine: Engine,
         reference: Reference,
         noise: NoiseOptions,
-        loss: LossOptions,
         batches: Sequence[PairBatch],
         answers: SampledAnswers,
         *,
+        beta: float,
         segment_rows: int,
-        max_length: int,
         limit: int,
     ):
-        self.engine, self.reference, self.noise, self.loss = engine, reference, noise, loss
-        self.batches, self.answers = batches, answers
-        self.segment_rows, self.max_length, self.limit = segment_rows, max_length, limit
+        self.engine, self.reference, self.noise, self.batches = engine, reference, noise, batches
+        self.answers, self.beta, self.segment_rows, self.limit = answers, beta, segment_rows, limit
 
     def evaluate(self, when: str) -> Evaluation:
         """Pairs and sampled answers."""
@@ -83,17 +81,16 @@ class HeldOutPairs:
     def _values(self) -> dict[str, list[float]]:
         if not self.batches:
             return {}
-        table = score_held_out(
+        report = evaluate_preferences(
             self.engine,
             self.reference,
             self.batches,
             self.noise,
-            self.loss,
+            beta=self.beta,
             segment_rows=self.segment_rows,
-            max_length=self.max_length,
             limit=self.limit,
         )
-        return table.values(self.loss)
+        return report.values()
 
 
 class HeldOutAnswers:

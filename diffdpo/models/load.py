@@ -15,15 +15,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 from transformers.utils import logging as hf_logging
 
 from diffdpo.errors import UserError
-from diffdpo.models.adapters import ADAPTER_CONFIG, attach_adapter, base_of_adapter
-from diffdpo.models.backbone import refuse_partial
 from diffdpo.models.dream import (
-    A2DLlamaConfig,
-    A2DLlamaLMHeadModel,
-    A2DQwen2Config,
-    A2DQwen2LMHeadModel,
-    A2DQwen3Config,
-    A2DQwen3LMHeadModel,
     DreamConfig,
     DreamModel,
     LlamaDiffusionConfig,
@@ -56,9 +48,6 @@ FAMILIES = {
     "qwen2": Family(Qwen2DiffusionConfig, DreamModel, DECODER_LORA_TARGETS, 1),
     "qwen3": Family(Qwen3DiffusionConfig, DreamModel, DECODER_LORA_TARGETS, 1),
     "llama": Family(LlamaDiffusionConfig, DreamModel, DECODER_LORA_TARGETS, 1),
-    "a2d-qwen2": Family(A2DQwen2Config, A2DQwen2LMHeadModel, DECODER_LORA_TARGETS, 0),
-    "a2d-qwen3": Family(A2DQwen3Config, A2DQwen3LMHeadModel, DECODER_LORA_TARGETS, 0),
-    "a2d-llama": Family(A2DLlamaConfig, A2DLlamaLMHeadModel, DECODER_LORA_TARGETS, 0),
 }
 
 
@@ -87,42 +76,15 @@ def load_model(
     name_or_path = str(name_or_path)
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
-    check_device(device)
-    if is_adapter(name_or_path):
-        return load_adapter(name_or_path, dtype=dtype, device=device, load_in_4bit=load_in_4bit)
+    adapter = Path(name_or_path) / "adapter_config.json"
+    if adapter.is_file():
+        return _load_adapter(adapter, dtype=dtype, device=device, load_in_4bit=load_in_4bit)
     family, config = read_config(name_or_path)
     tokenizer = load_tokenizer(name_or_path)
     spec = make_spec(config, family, tokenizer)
     load_weights = _load_nf4 if load_in_4bit else _load_weights
     model = load_weights(name_or_path, family, config, dtype=dtype, device=device)
     return LoadedModel(model.eval(), tokenizer, spec)
-
-
-def check_device(device: str) -> None:
-    """UserError for a device torch does not know or that is not here."""
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise UserError(f"device {device!r} is unknown; use cpu, cuda, cuda:0, ...") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device {device!r}: no GPU is to be found here; use cpu")
-
-
-def is_adapter(name_or_path: str | Path) -> bool:
-    """Whether this is a folder that peft wrote."""
-    return (Path(name_or_path) / ADAPTER_CONFIG).is_file()
-
-
-def load_adapter(folder: str | Path, *, base: str | None = None, **options) -> LoadedModel:
-    """The model of an adapter folder: its base (or `base`, where that has moved) with the adapter on it.
-
-    `options` are those of `load_model`.
-    """
-    base = base or base_of_adapter(folder)
-    if is_adapter(base):
-        raise UserError(f"{base!r}, the base of the adapter {str(folder)!r}, is an adapter itself: merge it first")
-    loaded = load_model(base, **options)
-    return LoadedModel(attach_adapter(loaded.model, folder), loaded.tokenizer, loaded.spec)
 
 
 def read_config(name_or_path: str) -> tuple[Family, PreTrainedConfig]:
@@ -140,12 +102,6 @@ def read_config(name_or_path: str) -> tuple[Family, PreTrainedConfig]:
     if kind not in FAMILIES:
         raise UserError(
             f"{name_or_path!r} has model_type {kind!r}; supported: {', '.join(FAMILIES)} (docs/models.md adds a family)"
-        )
-    quantised = raw.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        raise UserError(
-            f"{name_or_path!r} holds weights quantised by {method}: load the original; load_in_4bit quantises it here"
         )
     family = FAMILIES[kind]
     return family, family.config_class.from_dict(raw).check()
@@ -166,6 +122,16 @@ def _tokenizer_class(name_or_path: str) -> str | None:
 
     path = cached_file(name_or_path, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False)
     return json.loads(Path(path).read_text()).get("tokenizer_class") if path else None
+
+
+def load_tokenizer_and_spec(name_or_path: str) -> tuple[PreTrainedTokenizerBase, FamilySpec]:
+    """What `load_model` gives besides the model, without reading weights."""
+    adapter = Path(name_or_path) / "adapter_config.json"
+    if adapter.is_file():
+        return load_tokenizer_and_spec(base_of_adapter(adapter))
+    family, config = read_config(name_or_path)
+    tokenizer = load_tokenizer(name_or_path)
+    return tokenizer, make_spec(config, family, tokenizer)
 
 
 def make_spec(config: PreTrainedConfig, family: Family, tokenizer: PreTrainedTokenizerBase) -> FamilySpec:
@@ -189,17 +155,15 @@ def make_spec(config: PreTrainedConfig, family: Family, tokenizer: PreTrainedTok
         raise UserError(f"mask_token_id and eos_token_id are both {mask}: they must differ")
     register_mask_token(tokenizer, mask)
     vocabulary = tokenizer.get_vocab()
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else []
-    stops = dict.fromkeys((*ends, *(vocabulary[token] for token in STOP_TOKENS if token in vocabulary)))
-    shift = getattr(config, "logit_shift", None)
+    stops = tuple(vocabulary[token] for token in STOP_TOKENS if token in vocabulary)
     return FamilySpec(
         name=config.model_type,
         mask_token_id=mask,
         terminator_id=terminator,
-        pad_token_id=cast(int, _first_id(config.pad_token_id, tokenizer.pad_token_id, terminator)),
+        pad_token_id=_first_id(config.pad_token_id, tokenizer.pad_token_id) or terminator,
         block_class=next(iter(family.model_class._no_split_modules or ())),
         lora_targets=family.lora_targets,
-        logit_shift=family.logit_shift if shift is None else shift,
+        logit_shift=getattr(config, "logit_shift", family.logit_shift),
         template="chat" if tokenizer.chat_template else "plain",
         stop_token_ids=tuple(stop for stop in stops if stop != terminator),
     )
@@ -247,10 +211,31 @@ def _load_nf4(name_or_path, family: Family, config, *, dtype: str, device: str) 
         raise UserError(f"cannot load the weights of {name_or_path!r}: {_first_line(error)}") from error
     finally:
         hf_logging.set_verbosity(verbosity)
-    refuse_partial(report, name_or_path)
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[what]:
+            names = sorted(str(key) for key in report[what])
+            raise UserError(f"{name_or_path!r}: {len(names)} {what.replace('_', ' ')}, first {names[0]}")
     if device == "cpu":
         keep_training_kernels(model)
     return model
+
+
+def _load_adapter(adapter: Path, **options) -> LoadedModel:
+    from peft import PeftModel
+
+    base = load_model(base_of_adapter(adapter), **options)
+    return LoadedModel(PeftModel.from_pretrained(base.model, adapter.parent).eval(), base.tokenizer, base.spec)
+
+
+def base_of_adapter(adapter: Path) -> str:
+    """The model that an adapter stands on, from its `adapter_config.json`; UserError when it names none."""
+    try:
+        base_name = json.loads(adapter.read_text())["base_model_name_or_path"]
+    except (ValueError, KeyError):
+        base_name = None
+    if not base_name:
+        raise UserError(f"{adapter} names no base_model_name_or_path: add the directory or hub id of the base model")
+    return base_name
 
 
 def _first_id(*candidates: int | list[int] | None) -> int | None:

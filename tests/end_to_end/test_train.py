@@ -229,3 +229,11 @@ def test_a_killed_run_goes_on_to_the_bit_under_deepspeed(command, tiny_model, pa
         done = command([*TRAIN, *arguments, "--output_dir", str(out), *more])
         assert done.returncode == 0, done.stderr[-3000:]
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_precomputed_reference_scores_give_the_same_run(command, tiny_model, pairs_file, tmp_path, uninterrupted):
+    out = tmp_path / "run"
+    done = command([*TRAIN, *flags_of(tiny_model, pairs_file, out), "--reference", "precomputed"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(out) == uninterrupted, "to the bit"
+    assert "precomputed scores in" in done.stdout and "ln 2 as it must be" in done.stdout

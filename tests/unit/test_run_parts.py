@@ -48,20 +48,6 @@ def test_losses_and_their_weights():
             build.make_loss(TrainConfig(**wrong))
 
 
-@pytest.mark.parametrize(
-    ("settings", "mode"),
-    [
-        ({}, "copy"),
-        ({"use_peft": True}, "adapter_off"),
-        ({"loss_type": "simpo"}, "none"),
-        ({"loss_type": "simpo", "reference": "none"}, "none"),
-    ],
-)
-def test_reference_auto(settings, mode):
-    config = TrainConfig(**settings)
-    assert build.reference_mode(config, build.make_loss(config)) == mode
-
-
 @pytest.mark.parametrize(("enabled", "flag", "what"), [(True, None, True), (False, False, False), ("auto", True, True)])
 def test_bf16_may_be_set_in_the_json(tmp_path, enabled, flag, what):
     path = tmp_path / "ds.json"

@@ -1,0 +1,127 @@
+"""``--reference``: which of the modes is used, and why; and the modes that keep a model.
+
+``none`` for losses that read no reference, ``adapter_off`` with an adapter, else ``copy`` where a second model is small
+beside the memory and ``precomputed`` (see ``precompute.py``) where it is not.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+
+from diffdpo import build
+from diffdpo.config import TrainConfig, read_ds_config
+from diffdpo.engine.base import Engine
+from diffdpo.engine.deepspeed import zero_stage
+from diffdpo.engine.world import World
+from diffdpo.errors import UserError
+from diffdpo.losses.preference import LOSSES
+from diffdpo.models.load import base_of_adapter, load_model
+from diffdpo.models.stream import checkpoint_folder, shard_files
+from diffdpo.scores.masked_log_probs import MaskedLogProbs
+from diffdpo.step.reference import Reference, adapter_off_reference, copy_reference, frozen_copy, no_reference
+from diffdpo.step.train_step import LossOptions
+
+AFFORDABLE = 0.1  # of a process's memory: up to there ``auto`` keeps a second model
+
+
+def check_reference(config: TrainConfig, loss: LossOptions) -> None:
+    """UserError for a ``--reference`` that cannot serve the loss; before anything is opened."""
+    if config.reference == "none" and not _reference_free(loss):
+        raise UserError(f"--reference none: {', '.join(loss.names)} is measured against a reference; use auto or copy")
+    unserved = _not_precomputable(config, loss)
+    if config.reference == "precomputed" and unserved:
+        raise UserError(f"--reference precomputed: {unserved}; use --reference copy or adapter_off")
+
+
+def choose_mode(config: TrainConfig, loss: LossOptions, *, share: Callable[[], float]) -> tuple[str, str]:
+    """(mode, why). ``share()`` says which part of a process's memory a second model would take."""
+    if config.reference != "auto":
+        return config.reference, "as asked for"
+    if _reference_free(loss):
+        return "none", "the loss does not read it"
+    unserved = _not_precomputable(config, loss)
+    if config.reference_cache and not unserved:
+        return "precomputed", "--reference_cache is given"
+    if config.use_peft and not config.ref_model_name_or_path:
+        return "adapter_off", "the policy without its adapter is the reference"
+    if unserved:
+        return "copy", unserved
+    part = share()
+    if part <= AFFORDABLE:
+        return "copy", f"a second model takes {part:.1%} of the memory"
+    return "precomputed", f"a second model would take {part:.0%} of the memory"
+
+
+def _reference_free(loss: LossOptions) -> bool:
+    return all(LOSSES[name].reference_free for name in loss.names)
+
+
+def _not_precomputable(config: TrainConfig, loss: LossOptions) -> str:
+    """Why scores cannot be made beforehand; '' when they can."""
+    coupled = [name for name in loss.names if LOSSES[name].needs_kl]
+    if coupled:
+        return f"{coupled[0]} needs reference scores of mismatched answers, which depend on the batch"
+    if getattr(config, "target_stderr", None):
+        return "--target_stderr draws another number of rows in every step"
+    return ""
+
+
+def second_model_share(config: TrainConfig, world: World) -> float:
+    """Bytes of the reference's weight files over the memory this process computes in; ZeRO-3 shares a copy out."""
+    name = config.ref_model_name_or_path or config.model_name_or_path or str(build.BUNDLED_MODEL)
+    adapter = Path(name) / "adapter_config.json"
+    folder = checkpoint_folder(base_of_adapter(adapter) if adapter.is_file() else name)
+    size = sum(path.stat().st_size for path in shard_files(folder))
+    if world.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(world.device).total_memory
+    else:
+        memory = psutil.virtual_memory().total // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    sharded = config.ds_config is not None and zero_stage(read_ds_config(Path(config.ds_config))) == 3
+    return size / memory / (world.size if sharded else 1)
+
+
+def load_reference(config: TrainConfig, *, bf16: bool, mask_token_id: int) -> MaskedLogProbs:
+    """``--ref_model_name_or_path``, or the policy as it is before training, on the CPU."""
+    named = config.ref_model_name_or_path
+    loaded = load_model(
+        named or config.model_name_or_path or str(build.BUNDLED_MODEL),
+        dtype=dtype_name(bf16),
+        load_in_4bit=config.load_in_4bit and not named,
+    )
+    if loaded.spec.mask_token_id != mask_token_id:
+        raise UserError(
+            f"--ref_model_name_or_path has mask token {loaded.spec.mask_token_id}, the policy {mask_token_id}; policy "
+            "and reference must share a vocabulary"
+        )
+    return build.wrap(config, loaded).requires_grad_(False)
+
+
+def dtype_name(bf16: bool) -> str:
+    """Of the weights."""
+    return "bfloat16" if bf16 else "float32"
+
+
+def make_frozen(config: TrainConfig, module: MaskedLogProbs, *, bf16: bool) -> nn.Module:
+    """The second model of mode ``copy``, to be made before an engine wraps ``module``."""
+    if config.ref_model_name_or_path:
+        return load_reference(config, bf16=bf16, mask_token_id=module.spec.mask_token_id)
+    return frozen_copy(module)
+
+
+def make_reference(
+    config: TrainConfig, mode: str, engine: Engine, frozen: nn.Module | None, *, segment_rows: int
+) -> tuple[Reference, str]:
+    """(reference, what it is) of the modes that look nothing up. ``frozen`` from ``make_frozen``."""
+    if mode == "none":
+        return no_reference, "none"
+    if mode == "adapter_off":
+        policy = engine.module.model
+        assert isinstance(policy, nn.Module)
+        return adapter_off_reference(engine, policy, segment_rows=segment_rows), "the policy with its adapter off"
+    assert frozen is not None
+    what = config.ref_model_name_or_path or "the policy as it starts"
+    return copy_reference(engine, frozen, segment_rows=segment_rows), f"frozen copy of {what}"

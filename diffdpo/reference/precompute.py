@@ -1,0 +1,252 @@
+"""Reference mode ``precomputed``: all rows of the run scored once, before training, by a model that then leaves memory.
+
+The rows are those of training: the same readers, micro-batches, noise and segments, so the numbers are those that mode
+``copy`` would have computed. What is scored already is found in the cache and skipped, by the step; so a pass that was
+killed goes on, and a longer run adds to a shorter one's scores.
+"""
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data_pipeline.batch import PairBatch
+from data_pipeline.dataset import ShardedDataset
+from data_pipeline.plan import as_steps
+from data_pipeline.reader import PairLoader
+from diffdpo import build
+from diffdpo.build import Place
+from diffdpo.config import TrainConfig
+from diffdpo.engine.deepspeed import release
+from diffdpo.engine.world import World
+from diffdpo.models.load import load_tokenizer_and_spec
+from diffdpo.noise.rows import NoisyRows
+from diffdpo.reference.identity import fingerprint, identity_of, weights_digest
+from diffdpo.reference.modes import dtype_name, load_reference
+from diffdpo.reference.store import Part, ScoreStore, open_store
+from diffdpo.step.backward import score_rows
+from diffdpo.step.reference import Reference
+from diffdpo.step.train_step import NoiseOptions
+
+FOLDER = "reference_scores"
+PART_RECORDS = 256  # about how many a part holds: what a kill can cost
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Batches that need reference scores: steps ``first`` to ``last`` of a reader, counted over epochs."""
+
+    name: str  # "train" or "held_out"
+    loader: PairLoader
+    store: ScoreStore
+    first: int
+    last: int
+
+    def epochs(self) -> range:
+        """The epochs these steps lie in."""
+        return range(self.first // len(self.loader), -(-self.last // len(self.loader)))
+
+    def made_with(self, segment_rows: int, device: torch.device) -> dict[str, Any]:
+        """The shapes of this stream's forwards: scores made with others may differ in their last bits."""
+        share = self.loader.share
+        return {
+            "processes": share.world_size,
+            "micro_batch": share.micro_batch_size,
+            "segment_rows": segment_rows,
+            "device": device.type,
+        }
+
+
+@dataclass(frozen=True)
+class Precomputed:
+    """The references of training and of evaluation, and what there is to say of them."""
+
+    train: Reference
+    held_out: Reference
+    text: str
+    same_shapes: bool  # whether all scores were made in this run's shapes, and so are those of ``copy`` to the bit
+
+
+def precompute(
+    config: TrainConfig,
+    place: Place,
+    train_set: ShardedDataset,
+    eval_set: ShardedDataset | None,
+    *,
+    bf16: bool,
+    read: dict[str, Any] | None = None,
+) -> Precomputed:
+    """Score what the run still needs; every rank calls. ``read``: the training reader's state at a resumption.
+
+    UserError when the cache named by ``--reference_cache`` holds another reference's scores.
+    """
+    tokenizer, spec = load_tokenizer_and_spec(config.model_name_or_path or str(build.BUNDLED_MODEL))
+    noise, segment_rows = build.make_noise(config, spec), build.choose_segment_rows(config, place.world.device)
+    streams = _streams(config, place, train_set, eval_set, tokenizer, spec, noise, bf16=bf16, read=read)
+    todo = [(stream, epoch, steps) for stream in streams for epoch, steps in missing_steps(stream, place)]
+    if todo:
+        module = load_reference(config, bf16=bf16, mask_token_id=spec.mask_token_id)
+        forward = build.hold_frozen(config, module, place, bf16=bf16)
+        _score_all(todo, forward, noise, place, segment_rows=segment_rows)
+        release(forward)
+        del module, forward
+        gc.collect()
+        if place.world.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return _result(streams, place, segment_rows)
+
+
+def _streams(
+    config: TrainConfig,
+    place: Place,
+    train_set: ShardedDataset,
+    eval_set: ShardedDataset | None,
+    tokenizer: Any,
+    spec: Any,
+    noise: NoiseOptions,
+    *,
+    bf16: bool,
+    read: dict[str, Any] | None,
+) -> list[Stream]:
+    world, encoder = place.world, build.make_encoder(config, tokenizer, spec)
+    name = config.ref_model_name_or_path or config.model_name_or_path or str(build.BUNDLED_MODEL)
+    quantised = config.load_in_4bit and not config.ref_model_name_or_path
+    weights = world.same_for_all(weights_digest(name) if world.is_main else None)
+    train_loader = build.train_loader(config, train_set, encoder, world)
+    if read:
+        train_loader.load_state_dict(read)
+    start = train_loader.epoch * len(train_loader) + train_loader.step
+    loaders = {"train": (train_loader, start, build.total_steps(config, train_loader))}
+    if eval_set is not None:
+        eval_loader = build.eval_loader(config, eval_set, encoder, world)
+        loaders["held_out"] = (eval_loader, 0, build.eval_steps(config, eval_loader))
+    streams = []
+    for stream, (loader, start, last) in loaders.items():
+        identity = identity_of(
+            weights=weights,
+            dtype=f"nf4 {dtype_name(bf16)}" if quantised else dtype_name(bf16),
+            encoder=encoder,
+            spec=spec,
+            noise=noise,
+            data_fingerprint=loader.dataset.fingerprint,
+        )
+        if config.reference_cache:
+            folder = Path(config.reference_cache).resolve() / stream
+        else:
+            folder = place.cache_dir / FOLDER / f"{fingerprint(identity)}-{stream}"
+        streams.append(Stream(stream, loader, _open(folder, identity, {"reference": name}, world), start, last))
+    return streams
+
+
+def _open(folder: Path, identity: dict[str, Any], about: dict[str, Any], world: World) -> ScoreStore:
+    """One process of each host makes the folder, the others find it made."""
+    if world.local_rank == 0:
+        open_store(folder, identity, about=about, writes=True)
+    world.wait()
+    return open_store(folder, identity, about=about, writes=False)
+
+
+def missing_steps(stream: Stream, place: Place) -> list[tuple[int, np.ndarray]]:
+    """(epoch, steps of it) in portions of about PART_RECORDS records: what some host has no scores of."""
+    loader, world, portions = stream.loader, place.world, []
+    for epoch in stream.epochs():
+        options, dataset = loader.options, loader.dataset
+        records_SG = as_steps(dataset.order(options, epoch), options, epoch, dataset.lengths)
+        known = np.append(stream.store.known(epoch, len(dataset)), True)  # the last for PAD = -1
+        for line in stream.store.damaged(epoch):
+            place.say(f"reference  {line}; its records are scored again")
+        first, last = (min(max(0, step - epoch * len(loader)), len(loader)) for step in (stream.first, stream.last))
+        lacking_S = torch.from_numpy(~known[records_SG[first:last]].all(1)).long()
+        steps = first + np.flatnonzero(world.sum(lacking_S.to(world.device)).cpu().numpy())
+        size = max(1, PART_RECORDS // options.global_batch_size)
+        portions += [(epoch, steps[start : start + size]) for start in range(0, len(steps), size)]
+    return portions
+
+
+def _score_all(
+    todo: Sequence[tuple[Stream, int, np.ndarray]],
+    forward: Callable[..., torch.Tensor],
+    noise: NoiseOptions,
+    place: Place,
+    *,
+    segment_rows: int,
+) -> None:
+    world = place.world
+    total = sum(len(steps) * stream.loader.options.global_batch_size for stream, _, steps in todo)
+    bar = tqdm(total=total, desc="reference", unit="pair", disable=not world.is_main, dynamic_ncols=True)
+    with bar:
+        for stream, epoch, steps in todo:
+            made_with = stream.made_with(segment_rows, world.device)
+            pieces = [_nothing(made_with)]
+            for step in steps.tolist():
+                for batch in _step(stream.loader, epoch, step):
+                    rows = noise.rows(batch, world.device)
+                    f_R = score_rows(forward, rows, segment_rows=segment_rows)
+                    pieces.append(part_of(batch, rows, f_R, made_with))
+                bar.update(stream.loader.options.global_batch_size)
+            part = Part.of([piece for of_rank in world.gather(pieces) for piece in of_rank])
+            if world.local_rank == 0:
+                size = stream.loader.options.global_batch_size
+                stream.store.add(epoch, f"{steps[0]:08d}-{steps[-1]:08d}-of-{size}", part)
+    world.wait()
+    for stream, _, _ in todo:
+        stream.loader.close()
+        stream.store.forget()
+
+
+def _step(loader: PairLoader, epoch: int, step: int) -> list[PairBatch]:
+    """This rank's micro-batches of one step; reading goes straight on from step to step."""
+    loader.epoch, loader.step = epoch, step
+    return next(loader.steps())
+
+
+def part_of(batch: PairBatch, rows: NoisyRows, f_R: torch.Tensor, made_with: dict[str, Any]) -> Part:
+    """The scores of a micro-batch by record. Empty slots are left out; a record without an answer has no rows."""
+    counts_B, present_B = rows_a_slot(batch, rows)
+    records_B = np.asarray(batch.records, np.int64)
+    kept = np.repeat(present_B, counts_B)
+    filled_B = records_B >= 0
+    counts_B = np.where(present_B, counts_B, 0)
+    return Part(records_B[filled_B], counts_B[filled_B], f_R.cpu().numpy()[kept], made_with)
+
+
+def rows_a_slot(batch: PairBatch, rows: NoisyRows) -> tuple[np.ndarray, np.ndarray]:
+    """(counts_B rows of both sides, present_B whether there is something to score)."""
+    counts_A = np.bincount(rows.answer_R.cpu().numpy(), minlength=rows.num_answers)
+    return counts_A.reshape(-1, 2).sum(1), (batch.weight_B2.sum(1) > 0).numpy()
+
+
+def _nothing(made_with: dict[str, Any]) -> Part:
+    return Part(np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32), made_with)
+
+
+def stored_reference(store: ScoreStore) -> Reference:
+    """Scores looked up by record, instead of computed."""
+
+    def score(rows: NoisyRows, batch: PairBatch) -> torch.Tensor:
+        counts_B, present_B = rows_a_slot(batch, rows)
+        f_R = store.lookup(batch.epoch, batch.records, counts_B, present_B)
+        return torch.from_numpy(f_R).to(rows.lengths_R.device)
+
+    return score
+
+
+def _result(streams: Sequence[Stream], place: Place, segment_rows: int) -> Precomputed:
+    same, found = True, []
+    for stream in streams:
+        expected = stream.made_with(segment_rows, place.world.device)
+        shapes = [made for epoch in stream.epochs() for made in stream.store.made_with(epoch)]
+        others = [made for made in shapes if made != expected]
+        if others:
+            same = False
+            found.append(f"{stream.name}: {others[0]}, here {expected}")
+    for line in found:
+        place.say(f"reference  NOTE scores were made in other shapes ({line}); they differ in their last bits")
+    references = [stored_reference(stream.store) for stream in streams]
+    text = f"precomputed scores in {streams[0].store.folder}"
+    return Precomputed(references[0], references[-1], text, same)

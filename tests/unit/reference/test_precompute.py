@@ -1,0 +1,165 @@
+"""The pass before training: the numbers of ``copy`` to the bit, nothing scored twice, nothing left in memory."""
+
+import gc
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+
+from data_pipeline.reader import open_dataset
+from diffdpo import build
+from diffdpo.build import Place
+from diffdpo.config import TrainConfig
+from diffdpo.engine.world import World
+from diffdpo.errors import UserError
+from diffdpo.models.load import load_model
+from diffdpo.reference import precompute as module
+from diffdpo.reference.precompute import precompute
+from diffdpo.step.backward import score_rows
+
+WORLD = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
+
+
+class Run:
+    """A configuration with its data, and how many rows its passes have scored."""
+
+    def __init__(self, tiny_model, pairs_file, tmp_path, monkeypatch):
+        self.place, self.rows, self.stop_after = Place(WORLD, tmp_path / "out", tmp_path / "cache", "run"), 0, None
+        self.config = TrainConfig(
+            model_name_or_path=str(tiny_model),
+            train_data=str(pairs_file),
+            reference="precomputed",
+            per_device_train_batch_size=4,
+            per_device_eval_batch_size=3,
+            num_mc_samples=2,
+            max_length=128,
+            max_prompt_length=64,
+            learning_rate=1e-3,
+            max_steps=18,
+        )
+        options = {"cache_dir": self.place.cache_dir, "eval_fraction": 0.2}
+        self.sets = [open_dataset(str(pairs_file), split=split, **options) for split in ("train", "eval")]
+        monkeypatch.setattr(module, "PART_RECORDS", 16)
+        monkeypatch.setattr(module, "score_rows", self._counted)
+
+    def _counted(self, forward, rows, *, segment_rows):
+        if self.stop_after is not None and self.rows >= self.stop_after:
+            raise KeyboardInterrupt
+        self.rows += len(rows)
+        return score_rows(forward, rows, segment_rows=segment_rows)
+
+    def precompute(self, **changed):
+        self.rows = 0
+        return precompute(replace(self.config, **changed), self.place, *self.sets, bf16=False)
+
+    def compare(self, precomputed, **changed):
+        """(largest difference from scores computed on the fly, of training and held-out rows; pairs compared)."""
+        config = replace(self.config, **changed)
+        loaded = load_model(config.model_name_or_path)
+        forward = build.wrap(config, loaded).requires_grad_(False)
+        encoder, noise = (
+            build.make_encoder(config, loaded.tokenizer, loaded.spec),
+            build.make_noise(config, loaded.spec),
+        )
+        steps = build.train_loader(config, self.sets[0], encoder, WORLD).steps()
+        batches = [next(steps)[0] for _ in range(config.max_steps)]
+        worst, count = 0.0, 0
+        for reference, some in (
+            (precomputed.train, batches),
+            (precomputed.held_out, build.eval_batches(config, self.sets[1], encoder, WORLD)),
+        ):
+            for batch in some:
+                rows = noise.rows(batch, WORLD.device)
+                live_R = score_rows(forward, rows, segment_rows=build.choose_segment_rows(config, WORLD.device))
+                assert live_R.abs().max() > 1
+                worst = max(worst, float((reference(rows, batch) - live_R).abs().max()))
+                count += int((batch.weight_B2.sum(1) > 0).sum())
+        return worst, count
+
+
+@pytest.fixture
+def run(tiny_model, pairs_file, tmp_path, monkeypatch):
+    return Run(tiny_model, pairs_file, tmp_path, monkeypatch)
+
+
+def test_the_numbers_of_a_copy_to_the_bit_over_epochs(run):
+    precomputed = run.precompute()
+    assert precomputed.same_shapes
+    worst, count = run.compare(precomputed)
+    assert worst == 0.0
+    assert count >= 18 * 4 - 3 + len(run.sets[1]) - 2, "more than an epoch, and the held-out pairs"
+
+
+def test_nothing_is_scored_twice(run):
+    run.precompute(max_steps=4)
+    short = run.rows
+    run.precompute()
+    assert short > 0 and run.rows == 14 * 4 * 2 * 2, "a longer run adds the steps it has more"
+    run.precompute()
+    assert run.rows == 0
+    run.precompute(learning_rate=1.0, beta=0.5, loss_type="ipo", output_dir="elsewhere")
+    assert run.rows == 0, "what the reference does not depend on changes nothing"
+    run.precompute(seed=1)
+    assert run.rows > 0
+
+
+def test_a_broken_pass_goes_on_where_it_was(run):
+    run.stop_after = 100
+    with pytest.raises(KeyboardInterrupt):
+        run.precompute()
+    done, run.stop_after = run.rows, None
+    run.precompute()
+    everything = 18 * 4 * 4 + 5 * 3 * 4
+    assert done == 112 and everything - done < run.rows <= everything - done + 16 * 4, "at most a part is lost"
+    assert run.compare(run.precompute())[0] == 0.0
+
+
+def test_damaged_parts_are_named_and_scored_again(run, capsys):
+    run.precompute()
+    path = sorted(run.place.cache_dir.glob("reference_scores/*-train/epoch-0/*.part"))[1]
+    path.write_bytes(path.read_bytes()[:-1])
+    precomputed = run.precompute()
+    assert run.rows == 16 * 4 and f"{path} is damaged" in capsys.readouterr().out
+    assert run.compare(precomputed)[0] == 0.0
+
+
+def test_other_shapes_are_used_and_told(run, capsys):
+    run.precompute()
+    precomputed = run.precompute(per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=18)
+    assert run.rows == 0 and not precomputed.same_shapes
+    assert "micro_batch': 4" in capsys.readouterr().out
+    worst, _ = run.compare(precomputed, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    assert 0 <= worst < 1e-4  # nats; scores of rows are tens to hundreds
+
+
+def test_a_named_cache_of_other_settings_is_refused(run, tmp_path):
+    folder = str(tmp_path / "named")
+    run.precompute(reference_cache=folder)
+    with pytest.raises(UserError, match="made with score_estimator balanced, this run has mask_count"):
+        run.precompute(reference_cache=folder, score_estimator="mask_count")
+    assert run.rows == 0
+    run.precompute(reference_cache=folder)
+    assert run.rows == 0
+
+
+def test_the_model_leaves_memory(run, monkeypatch):
+    seen = []
+    held = build.hold_frozen
+    monkeypatch.setattr(
+        build, "hold_frozen", lambda config, m, *a, **o: (seen.append(weakref.ref(m)), held(config, m, *a, **o))[1]
+    )
+    run.precompute(max_steps=2)
+    gc.collect()
+    assert len(seen) == 1 and seen[0]() is None
+
+
+def test_another_reference_is_read_from_its_folder(run, tiny_model, tmp_path):
+    from diffdpo.models.from_scratch import new_model
+    from diffdpo.models.load import save_model
+
+    tokenizer = load_model(str(tiny_model)).tokenizer
+    save_model(new_model(tokenizer, width=16, layers=1, heads=2, seed=5), tokenizer, tmp_path / "other")
+    precomputed = run.precompute(ref_model_name_or_path=str(tmp_path / "other"), max_steps=2)
+    assert run.compare(precomputed, max_steps=2)[0] > 1e-3, "these are not the policy's scores"
+    assert run.compare(precomputed, max_steps=2, model_name_or_path=str(tmp_path / "other"))[0] == 0.0
