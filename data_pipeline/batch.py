@@ -86,18 +86,19 @@ def collate(
     sides = [(pair.chosen, pair.rejected) if pair else (None, None) for pair in pairs]
     longest = max((len(answer.ids) for both in sides for answer in both if answer), default=1)
     shape = (len(pairs), 2)
-    ids = torch.full((*shape, max(1, longest)), pad_id, dtype=torch.long)
-    lengths, prompts = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    # numpy: a large torch.full would start a team of OpenMP threads in the thread that reads ahead
+    ids = np.full((*shape, max(1, longest)), pad_id, np.int64)
+    lengths, prompts = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     for b, both in enumerate(sides):
         for side, answer in enumerate(both):
             if answer:
-                ids[b, side, : len(answer.ids)] = torch.from_numpy(answer.ids)
+                ids[b, side, : len(answer.ids)] = answer.ids
                 lengths[b, side], prompts[b, side] = len(answer.ids), answer.prompt_length
     return PairBatch(
-        ids,
-        lengths,
-        prompts,
-        (lengths > 0).float(),
+        torch.from_numpy(ids),
+        torch.from_numpy(lengths),
+        torch.from_numpy(prompts),
+        torch.from_numpy((lengths > 0).astype(np.float32)),
         tuple(pair.id if pair else "" for pair in pairs),
         epoch,
         step,

@@ -23,6 +23,7 @@ PROMPT_TRUNCATION = ("keep_end", "keep_start", "drop")
 ANSWER_TRUNCATION = ("cut", "drop")
 # No masks and segments that nobody reads; no warning for texts longer than the model: they are cut here.
 QUIET = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+DROP_KINDS = ("over_long_prompt", "over_long_answer", "equal_after_cut", "special_token", "refused_by_template")
 PLAIN_ROLES = {"user": "Human", "assistant": "Assistant", "system": "System"}
 
 
@@ -46,8 +47,7 @@ class TokenPair:
 
 @dataclass(frozen=True)
 class Drop:
-    """Why a record is left out: over_long_prompt, over_long_answer, equal_after_cut, special_token or
-    refused_by_template (a chat template may raise, for roles that do not alternate for instance)."""
+    """Why a record is left out: one of DROP_KINDS. (A chat template may refuse roles that do not alternate.)"""
 
     reason: str
     detail: str = ""

@@ -6,14 +6,15 @@ State is the number of consumed steps, a few hundred bytes, the same on all rank
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import webdataset as wds
 
+from data_pipeline.ahead import Ahead
 from data_pipeline.batch import Fault, PairBatch
 from data_pipeline.dataset import ShardedDataset, open_dataset
-from data_pipeline.encode import Encoder
+from data_pipeline.encode import DROP_KINDS, Encoder
 from data_pipeline.errors import DataError
 from data_pipeline.index import bad_summary
 from data_pipeline.plan import PlanOptions, num_steps
@@ -23,8 +24,9 @@ __all__ = ["PairLoader", "open_dataset"]
 
 log = logging.getLogger(__name__)
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 FAULT_KINDS = ("missing_shard", "truncated_shard", "changed_record", "invalid_record")
+_KINDS = {"faults": FAULT_KINDS, "dropped": DROP_KINDS}
 REMOTE_SHUFFLE_SHARDS = 8
 FAULTS_LOGGED = 20
 MAX_DROPPED = 0.9  # of the records seen
@@ -87,11 +89,11 @@ class PairLoader:
         if not len(self):
             raise DataError(f"{len(dataset)} records do not fill a step of {global_batch_size} and tail is 'drop'")
         self.epoch, self.step = 0, 0
-        self.seen = 0  # slots of this rank since the start or load; so are the counts below
+        self.seen = 0  # records of this rank since the start or load; so are the counts below
         self.faults, self.dropped = Counter[str](), Counter[str]()
         self.truncated = 0
-        self._seen_before, self._faults_before = 0, Counter[str]()  # of all ranks, before
-        self._stream: Iterator[PairBatch] | None = None
+        self._before = Counter[str]()  # of all ranks, before: seen, truncated, faults and drops by kind
+        self._stream: Ahead[PairBatch] | None = None
         self._next = (0, 0, 0)  # (epoch, step, micro) that the stream gives next
 
     def __len__(self) -> int:
@@ -128,7 +130,7 @@ class PairLoader:
             self.close()
             self._stream, self._next = self._start(), (self.epoch, self.step, 0)
 
-    def _start(self) -> Iterator[PairBatch]:
+    def _start(self) -> Ahead[PairBatch]:
         pad = self.encoder.tokenizer.pad_token_id
         pad_id = self.encoder.terminator if pad is None else pad  # never scored, so any id will do
         pipeline = wds.DataPipeline(
@@ -136,18 +138,23 @@ class PairLoader:
             partial(read_records, dataset=self.dataset),
             partial(encode_batches, encoder=self.encoder, pad_id=int(pad_id or 0)),
         )
+        depth = max(self.prefetch, self.micro_batches)  # the whole next step is made while this one is computed
         if not self.num_workers:
-            return iter(pipeline)
+            return Ahead(iter(pipeline), depth)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork of the workers
-        return iter(
-            wds.WebLoader(pipeline, batch_size=None, num_workers=self.num_workers, prefetch_factor=self.prefetch)
-        )
+        loader = wds.WebLoader(pipeline, batch_size=None, num_workers=self.num_workers, prefetch_factor=self.prefetch)
+        batches = iter(loader)
+        return Ahead(_after(next(batches), batches), depth)  # next: the workers are forked here, not by the thread
 
     def _advance(self) -> PairBatch:
         assert self._stream is not None
-        batch = next(self._stream)
+        try:
+            batch = next(self._stream)
+            self._count(batch)
+        except BaseException:
+            self.close()  # who goes on all the same meets the same batch again
+            raise
         last = batch.last_micro
-        self._count(batch)
         if last:
             self.step = batch.step + 1
         ended = last and self.step == len(self)
@@ -157,13 +164,15 @@ class PairLoader:
         return batch
 
     def close(self) -> None:
-        """Stop the workers. The loader can be used again; it goes on at the first step not consumed."""
+        """Stop reading ahead. The loader can be used again; it goes on at the first step not consumed."""
+        if self._stream is not None:
+            self._stream.close()
         self._stream = None
 
     # ------------------------------------------------------------------------------------------------- faults
 
     def _count(self, batch: PairBatch) -> None:
-        self.seen += len(batch.ids)
+        self.seen += sum(map(bool, batch.ids)) + len(batch.faults) + len(batch.dropped)
         self.truncated += batch.truncated
         self.dropped.update(item.kind for item in batch.dropped)
         for fault in batch.faults:
@@ -186,18 +195,33 @@ class PairLoader:
         """A run in which next to nothing is learned from looks healthy from outside: stop it."""
         dropped = sum(self.dropped.values())
         if self.seen >= min(1000, self.dataset.num_records) and dropped > MAX_DROPPED * self.seen:
-            kinds = ", ".join(f"{kind} {count}" for kind, count in self.dropped.most_common())
             raise DataError(
-                f"{dropped} of {self.seen} records were dropped when encoded ({kinds}); raise max_length, cut instead "
-                "of dropping, or choose another template; `python -m data_pipeline stats --tokenizer` shows what fits"
+                f"{dropped} of {self.seen} records were dropped when encoded ({_listed(self.dropped)}); raise "
+                "max_length, cut instead of dropping, or choose another template; `python -m data_pipeline stats "
+                "--tokenizer` shows what fits"
             )
 
     def totals(self, reduce: Callable[[Sequence[int]], Sequence[int]] | None = None) -> dict:
-        """{seen, faults by kind} since the start of the run. ``reduce`` sums a list of numbers over all ranks."""
-        local = [self.seen, *(self.faults[kind] for kind in FAULT_KINDS)]
-        seen, *faults = reduce(local) if reduce else local
-        counts = {kind: self._faults_before[kind] + int(count) for kind, count in zip(FAULT_KINDS, faults, strict=True)}
-        return {"seen": self._seen_before + int(seen), "faults": {k: n for k, n in counts.items() if n}}
+        """{seen, truncated, faults by kind, dropped by kind}: records since the start of the run.
+
+        ``reduce`` sums a list of numbers over all ranks.
+        """
+        names = ("seen", "truncated", *FAULT_KINDS, *DROP_KINDS)
+        here = Counter(seen=self.seen, truncated=self.truncated) + self.faults + self.dropped
+        local = [here[name] for name in names]
+        summed = zip(names, reduce(local) if reduce else local, strict=True)
+        counts = {name: self._before[name] + int(count) for name, count in summed}
+        kinds = {what: {k: counts[k] for k in some if counts[k]} for what, some in _KINDS.items()}
+        return {"seen": counts["seen"], "truncated": counts["truncated"], **kinds}
+
+    def summary(self, reduce: Callable[[Sequence[int]], Sequence[int]] | None = None) -> str:
+        """One line of what was not learned from as it stands in the data: left out, cut, unreadable. '' if nothing."""
+        totals = self.totals(reduce)
+        dropped, faults, cut = totals["dropped"], totals["faults"], totals["truncated"]
+        parts = [f"{sum(dropped.values())} left out ({_listed(dropped)})"] if dropped else []
+        parts += [f"{cut} cut to fit max_length {self.encoder.max_length}"] if cut else []
+        parts += [f"{sum(faults.values())} unreadable ({_listed(faults)})"] if faults else []
+        return f"of {totals['seen']} records: {', '.join(parts)}" if parts else ""
 
     # -------------------------------------------------------------------------------------------------- state
 
@@ -224,7 +248,7 @@ class PairLoader:
 
         Raises DataError when data, seed, global batch size or order options are not those of the state.
         """
-        missing = sorted(({"epoch", "step", "seen", "faults"} | self._identity().keys()) - state.keys())
+        missing = sorted(({"epoch", "step", *self.totals()} | self._identity().keys()) - state.keys())
         if missing:
             raise DataError(f"the loader state has no {', '.join(missing)}: not a state of this loader")
         for name, value in self._identity().items():
@@ -237,7 +261,13 @@ class PairLoader:
         self.epoch, self.step = int(state["epoch"]), int(state["step"])
         self.seen, self.truncated = 0, 0
         self.faults, self.dropped = Counter(), Counter()
-        self._seen_before, self._faults_before = int(state["seen"]), Counter(state["faults"])
+        self._before = Counter(seen=int(state["seen"]), truncated=int(state["truncated"]))
+        self._before.update({**state["faults"], **state["dropped"]})
+
+
+def _after(first: PairBatch, rest: Iterator[PairBatch]) -> Iterator[PairBatch]:
+    yield first
+    yield from rest
 
 
 def _check_share(share: Share, global_batch_size: int) -> None:
@@ -255,6 +285,10 @@ def _refuse_bad_shards(dataset: ShardedDataset) -> None:
     bad = [item for part in dataset.parts for item in part.index.manifest["bad"]]
     if bad:
         raise DataError(f"{bad_summary(bad)}; without --strict they would be left out")
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{kind} {count}" for kind, count in sorted(counts.items(), key=lambda item: -item[1]))
 
 
 def describe(fault: Fault) -> str:

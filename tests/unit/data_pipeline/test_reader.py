@@ -203,7 +203,31 @@ def test_counts_are_summed_over_ranks_once(corpora, tokenizer):
     assert total("seen", ranks) == 12
     resumed = loaders(corpora[23], Encoder(tokenizer), 2, **options)
     for loader in resumed:
-        loader.load_state_dict(ranks[0].state_dict(lambda _: [12, 0, 0, 3, 0]))
+        loader.load_state_dict(ranks[0].state_dict(lambda local: [12, 0, 0, 0, 3, *local[5:]]))
     assert total("faults", resumed) == {"changed_record": 3}
     take_steps(resumed, 1)
     assert total("seen", resumed) == 16
+
+
+def test_the_summary_says_what_was_cut_and_left_out(tmp_path, jsonl, tokenizer):
+    pairs = [("q", "a", "b"), ("q2", "x" * 30, "y"), ("q3 " + "long" * 9, "a", "b"), ("q4", "<mask>", "c")]
+    rows = [dict(zip(("prompt", "chosen", "rejected"), pair, strict=True)) for pair in pairs]
+    dataset = open_dataset(str(jsonl(tmp_path / "a.jsonl", rows)), cache_dir=tmp_path / "cache")
+    options = {"seed": 1, "global_batch_size": 3, "micro_batch_size": 3}  # two steps, two empty slots
+    loader = PairLoader(dataset, Encoder(tokenizer, max_length=20, truncation="drop"), **options)
+    assert loader.summary() == ""
+    list(loader)
+    first = "of 4 records: 2 left out (over_long_prompt 1, special_token 1), 1 cut to fit max_length 20"
+    assert loader.summary() == first
+    state = json.loads(json.dumps(loader.state_dict()))
+    resumed = PairLoader(dataset, Encoder(tokenizer, max_length=20, truncation="drop"), **options)
+    resumed.load_state_dict(state)
+    assert resumed.summary() == first, "counts go on after a resume"
+    list(resumed)
+    assert resumed.totals() == {
+        "seen": 8,
+        "truncated": 2,
+        "faults": {},
+        "dropped": {"over_long_prompt": 2, "special_token": 2},
+    }
+    assert loader.summary(lambda numbers: [2 * n for n in numbers]).startswith("of 8 records: 4 left out")
