@@ -28,6 +28,7 @@ from scoring import Models, drawn_rows, drawn_scores, load_models, natural_pairs
 from data_pipeline.encode import TokenPair
 from diffdpo.scores.fold import fold
 from diffdpo.step.backward import forward_rows, score_rows
+from diffdpo.step.segments import Segments
 
 STEP = 1e-3  # of the central difference, relative to the norm of the parameters' direction
 
@@ -52,7 +53,7 @@ def shifted_scores(models: Models, vector: list[torch.Tensor], by: float, rows) 
     """Policy scores [D, 2] with the parameters moved ``by`` along the vector."""
     for parameter, part in zip(models.policy.parameters(), vector, strict=True):
         parameter += by * part
-    found = fold(score_rows(models.policy, rows, segment_rows=64), rows).score_B2.double().cpu().numpy()
+    found = fold(score_rows(models.policy, rows, segments=Segments(rows=64)), rows).score_B2.double().cpu().numpy()
     for parameter, part in zip(models.policy.parameters(), vector, strict=True):
         parameter -= by * part
     return found

@@ -27,6 +27,7 @@ from diffdpo.noise.estimators import EPSILON, ESTIMATORS
 from diffdpo.noise.plan import NoiseKey, NoisePlan
 from diffdpo.scores.fold import fold
 from diffdpo.step.backward import forward_rows, score_rows
+from diffdpo.step.segments import Segments
 
 VRPO = ((1, 1), (4, 1), (8, 1), (1, 4), (2, 2))
 BASELINE = ("uniform_t", 8)  # VRPO's training setting
@@ -86,7 +87,7 @@ def gradient_variance(
     total, squares = None, 0.0
     for draw in range(draws):
         rows = drawn_rows(models, pair, setting.plan, range(draw, draw + 1), seed=seed)
-        reference = fold(score_rows(models.reference, rows, segment_rows=64), rows)
+        reference = fold(score_rows(models.reference, rows, segments=Segments(rows=64)), rows)
         scores = fold(forward_rows(models.policy, rows), rows)
         tensors = {"policy_B2": scores.score_B2, "reference_B2": reference.score_B2, "tokens_B2": scores.tokens_B2}
         models.policy.zero_grad()

@@ -23,6 +23,7 @@ from diffdpo.noise.rows import NoisyRows, noisy_rows, rows_of_plans
 from diffdpo.scores.fold import fold
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.step.backward import forward_rows, score_rows
+from diffdpo.step.segments import Segments
 
 Planner = Callable[[int, NoiseKey], NoisePlan]
 
@@ -70,7 +71,7 @@ def train(models: Models, *, steps: int, seed: int, pairs_a_step: int = 8, learn
         batch = collate(pairs, pad_id=0, epoch=0, step=step, micro=0, last_micro=True)
         options = {"estimator": "mask_count_mirror", "num_samples": 2, "seed": seed}
         rows = noisy_rows(batch, mask_token_id=models.mask_token_id, **options).to(models.device)
-        reference = fold(score_rows(models.reference, rows, segment_rows=0), rows)
+        reference = fold(score_rows(models.reference, rows, segments=Segments()), rows)
         scores = fold(forward_rows(models.policy, rows), rows)
         loss = preference_loss(
             "sigmoid", policy_B2=scores.score_B2, reference_B2=reference.score_B2, tokens_B2=scores.tokens_B2
@@ -131,5 +132,5 @@ def drawn_scores(
     """(policy, reference) scores [D, 2] of a pair under each of the draws, noise shared."""
     rows = drawn_rows(models, pair, plan, draws, seed=seed)
     both = (models.policy, models.reference)
-    scores = [fold(score_rows(model, rows, segment_rows=segment_rows), rows).score_B2 for model in both]
+    scores = [fold(score_rows(model, rows, segments=Segments(rows=segment_rows)), rows).score_B2 for model in both]
     return scores[0].double().cpu().numpy(), scores[1].double().cpu().numpy()

@@ -20,7 +20,14 @@ from data_pipeline.generate import GENERATOR_VERSION, generate_corpus, generate_
 from data_pipeline.reader import PairLoader
 from diffdpo.config import RunConfig, SftConfig, TrainConfig, read_ds_config
 from diffdpo.engine.base import Engine, OptimizerOptions
-from diffdpo.engine.deepspeed import DeepSpeedEngine, complete_ds_config, freeze, missing_operators, stale_locks
+from diffdpo.engine.deepspeed import (
+    DeepSpeedEngine,
+    complete_ds_config,
+    freeze,
+    missing_operators,
+    stale_locks,
+    zero_stage,
+)
 from diffdpo.engine.plain import PlainEngine
 from diffdpo.engine.world import World, join_world
 from diffdpo.errors import UserError
@@ -29,6 +36,7 @@ from diffdpo.memory.allocator import keep_freed_memory
 from diffdpo.models.load import LoadedModel
 from diffdpo.models.spec import FamilySpec
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
+from diffdpo.step.segments import Segments
 from diffdpo.step.train_step import LossOptions, NoiseOptions
 from diffdpo.tracking.run import tracking_uri
 
@@ -335,10 +343,14 @@ def make_noise(config: RunConfig, spec: FamilySpec) -> NoiseOptions:
     return NoiseOptions(config.score_estimator, config.num_mc_samples, config.seed, spec.mask_token_id, steps)
 
 
-def choose_segment_rows(config: RunConfig, device: torch.device) -> int:
-    """Rows of one forward: ``--segment_rows``, or as many of the longest as keep a forward to a number of tokens."""
-    given = getattr(config, "segment_rows", 0)
-    return given or max(1, SEGMENT_TOKENS[device.type] // config.max_length)
+def choose_segments(config: RunConfig, world: World) -> Segments:
+    """How rows are cut into forwards: ``--segment_rows``, or as many as keep a forward to a number of tokens."""
+    sharded = uses_deepspeed(config) and zero_stage(read_ds_config(Path(config.ds_config or ""))) >= 2
+    return Segments(
+        rows=getattr(config, "segment_rows", 0),
+        tokens=SEGMENT_TOKENS[world.device.type],
+        equal_over=world if sharded and world.size > 1 else None,
+    )
 
 
 def resolve(config: RunConfig) -> RunConfig:

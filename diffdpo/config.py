@@ -100,8 +100,10 @@ class TrainConfig(RunConfig):
         None, "choose n of each step, 2 to --num_mc_samples, for this standard error of a reward; see docs/training.md"
     )
     num_diffusion_steps: int | None = setting(None, "T of the `trajectory` estimator")
-    segmentation: str = setting("auto", "how rows share memory", choices=("auto", "none", "checkpoint", "two_pass"))
-    segment_rows: int = setting(0, "rows in one forward; 0: chosen for you")
+    segmentation: str = setting(
+        "auto", "how rows share memory", choices=("auto", "none", "checkpoint", "two_pass", "deferred")
+    )
+    segment_rows: int = setting(0, "rows in one forward; 0: by a number of tokens")
     reference: str = setting(
         "auto",
         "where reference scores come from; see docs/training.md",

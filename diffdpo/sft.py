@@ -21,8 +21,8 @@ from diffdpo.models.from_scratch import new_model, train_tokenizer
 from diffdpo.models.load import LoadedModel, load_model
 from diffdpo.noise.estimators import check_estimator
 from diffdpo.run import Job, carry_out
-from diffdpo.step.backward import choose_strategy
 from diffdpo.step.canvas import fill_canvas
+from diffdpo.step.choose import MicroBatchShape, choose_strategy
 from diffdpo.step.reference import no_reference
 from diffdpo.step.train_step import LossOptions, PreferenceStep, StepReport
 
@@ -48,17 +48,13 @@ def _sft(config: SftConfig, place: Place) -> int:
     encoder = build.make_encoder(config, loaded.tokenizer, loaded.spec)
     loader = build.train_loader(config, train_set, encoder, place.world)
     batches = build.eval_batches(config, eval_set, encoder, place.world)
-    noise, segment_rows = build.make_noise(config, loaded.spec), build.choose_segment_rows(config, place.world.device)
+    noise = build.make_noise(config, loaded.spec)
     engine = build.make_engine(config, build.wrap(config, loaded), place, bf16=bf16)
-    strategy, why = choose_strategy(
-        "auto",
-        rows=2 * config.num_mc_samples * config.per_device_train_batch_size,
-        segment_rows=segment_rows,
-        keeps_gradients_sharded=engine.keeps_gradients_sharded,
-        whole_batch=False,
-    )
+    segments = build.choose_segments(config, place.world)
+    shape = MicroBatchShape(config.per_device_train_batch_size, config.num_mc_samples, config.max_length, False)
+    strategy, why = choose_strategy("auto", engine=engine, segments=segments, shape=shape)
     answers = SampledAnswers(config, engine, loaded, batches)
-    held_out = HeldOutAnswers(engine, noise, batches, answers, segment_rows=segment_rows, limit=config.max_eval_pairs)
+    held_out = HeldOutAnswers(engine, noise, batches, answers, segments=segments, limit=config.max_eval_pairs)
     place.say(
         f"model    {config.model_name_or_path or 'new'}, {count_parameters(loaded.model)[0]:,} parameters\n"
         f"data     {config.train_data or 'generated arithmetic-reasoning answers'}: {len(train_set)} answers\n"
@@ -66,7 +62,7 @@ def _sft(config: SftConfig, place: Place) -> int:
         f"output   {place.output_dir}"
     )
     loss = LossOptions(("sft",), (1.0,), beta=1.0)
-    score_step = PreferenceStep(engine, no_reference, noise, loss, strategy=strategy, segment_rows=segment_rows)
+    score_step = PreferenceStep(engine, no_reference, noise, loss, strategy=strategy, segments=segments)
 
     def step(micro_batches: Sequence[PairBatch], rate: float) -> StepReport:
         canvas = {"canvas": config.answer_canvas, "terminator_id": loaded.spec.terminator_id, "seed": config.seed}

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import torch
 from torch import nn
 
 from diffdpo import build
@@ -17,7 +18,7 @@ from diffdpo.noise.estimators import MAX_EXACT_LENGTH, check_estimator, num_rows
 from diffdpo.reference.modes import check_reference, choose_mode, make_frozen, make_reference, second_model_share
 from diffdpo.reference.precompute import Precomputed, precompute
 from diffdpo.run import Job, carry_out
-from diffdpo.step.backward import check_segmentation, choose_strategy
+from diffdpo.step.choose import MicroBatchShape, check_segmentation, choose_strategy
 from diffdpo.step.reference import Reference
 from diffdpo.step.train_step import LossOptions, PreferenceStep, StepReport
 
@@ -70,10 +71,10 @@ class _Training:
         self.loader = build.train_loader(config, self.train_set, self.encoder, place.world)
         self.batches = build.eval_batches(config, self.eval_set, self.encoder, place.world)
         self.noise = build.make_noise(config, self.loaded.spec)
-        self.segment_rows = build.choose_segment_rows(config, place.world.device)
         module = build.wrap(config, self.loaded)
         frozen = make_frozen(config, module, bf16=self.bf16) if self.mode == "copy" else None
         self.engine: Engine = build.make_engine(config, module, place, bf16=self.bf16)
+        self.segments = build.choose_segments(config, place.world)
         self.reference, held_out_reference, self.reference_text = self._make_reference(frozen)
         self.held_out = HeldOutPairs(
             self.engine,
@@ -82,7 +83,7 @@ class _Training:
             self.batches,
             SampledAnswers(config, self.engine, self.loaded, self.batches),
             beta=config.beta,
-            segment_rows=self.segment_rows,
+            segments=self.segments,
             limit=config.max_eval_pairs,
         )
 
@@ -94,7 +95,7 @@ class _Training:
         """(of training, of held-out pairs, what it is)."""
         if self.scores is not None:
             return self.scores.train, self.scores.held_out, self.scores.text
-        reference, text = make_reference(self.config, self.mode, self.engine, frozen, segment_rows=self.segment_rows)
+        reference, text = make_reference(self.config, self.mode, self.engine, frozen, segments=self.segments)
         return reference, reference, text
 
     def _load_policy(self) -> LoadedModel:
@@ -109,6 +110,7 @@ class _Training:
             return replace(loaded, model=loaded.model.requires_grad_(True))
         from diffdpo.models.adapters import add_lora
 
+        torch.manual_seed(config.seed)  # the adapter starts the same on every rank
         targets = config.lora_target_modules
         model = add_lora(loaded.model, loaded.spec, r=config.lora_r, alpha=config.lora_alpha, target_modules=targets)
         return replace(loaded, model=model)
@@ -123,7 +125,7 @@ class _Training:
             self.noise,
             self.loss,
             strategy=strategy,
-            segment_rows=self.segment_rows,
+            segments=self.segments,
             max_length=config.max_length,
             target_stderr=config.target_stderr,
         )
@@ -146,14 +148,10 @@ class _Training:
     def _announce(self) -> str:
         config, place = self.config, self.place
         per_answer = num_rows(config.score_estimator, length=MAX_EXACT_LENGTH, num_samples=config.num_mc_samples)
-        rows = 2 * per_answer * config.per_device_train_batch_size
-        strategy, why = choose_strategy(
-            config.segmentation,
-            rows=rows,
-            segment_rows=self.segment_rows,
-            keeps_gradients_sharded=self.engine.keeps_gradients_sharded,
-            whole_batch=self.loss.whole_batch,
+        shape = MicroBatchShape(
+            config.per_device_train_batch_size, per_answer, config.max_length, self.loss.whole_batch
         )
+        strategy, why = choose_strategy(config.segmentation, engine=self.engine, segments=self.segments, shape=shape)
         held_out = f"{len(self.eval_set)} held out" if self.eval_set is not None else "none held out"
         total, trained = count_parameters(self.loaded.model)
         place.say(
@@ -166,7 +164,7 @@ class _Training:
             f"engine     {self.engine.describe()}, {place.world.size} process(es) on {place.world.device.type}\n"
             f"scores     {config.score_estimator}, n = {self._samples_text()}; loss {', '.join(self.loss.names)}, "
             f"beta {config.beta}\n"
-            f"memory     segmentation '{strategy}' ({why}), {self.segment_rows} rows a segment\n"
+            f"memory     segmentation '{strategy}' ({why}), {self.segments.describe()}\n"
             f"output     {place.output_dir}"
         )
         return strategy

@@ -5,6 +5,7 @@ and over ranks, and never averages: 8 x 1 and 1 x 8 are the same step with no co
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +34,7 @@ class Engine(Protocol):
     module: nn.Module  # as it was before wrapping: for saving and for generation
     keeps_gradients_sharded: bool  # ZeRO-3: a module used twice in one backward loses the sharding
     saves_per_process: bool  # what ``save`` writes is read again by as many processes only
+    parameters: list[nn.Parameter]  # those that are trained
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         """The module's forward."""
@@ -44,6 +46,17 @@ class Engine(Protocol):
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Add the loss's gradients. ``last`` marks the last backward before ``step``; every rank calls as often."""
+        ...
+
+    def why_not_unreduced(self) -> str | None:
+        """What stands against ``unreduced`` here, for the user; None where it can be used."""
+        ...
+
+    def unreduced(self) -> AbstractContextManager[None]:
+        """Inside, gradients add up in ``.grad``, each rank's own, unsharded; when it ends they are reduced.
+
+        Holds all backwards of a step, whatever ``last`` says.
+        """
         ...
 
     def step(self, learning_rate: float) -> float:
@@ -73,9 +86,14 @@ def count_parameters(module: nn.Module) -> tuple[int, int]:
     return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
 
 
+def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Those that get a gradient."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Trainable parameters: matrices are decayed, vectors (norms, biases) are not."""
-    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    trainable = trained_parameters(module)
     # ZeRO-3 holds shards of shape (0,); the true shape is in ds_shape
     dims = [len(getattr(parameter, "ds_shape", parameter.shape)) for parameter in trainable]
     matrices = [parameter for parameter, dim in zip(trainable, dims, strict=True) if dim >= 2]

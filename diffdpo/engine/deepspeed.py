@@ -10,18 +10,21 @@ import os
 import shutil
 import sys
 import sysconfig
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from diffdpo.engine.base import OptimizerOptions, parameter_groups
+from diffdpo.engine.base import OptimizerOptions, count_parameters, parameter_groups, trained_parameters
 from diffdpo.engine.world import World
 from diffdpo.errors import UserError
 
 OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+
+SMALL_SHARE = 0.25  # of trained parameters: whole gradients of a LoRA adapter do not matter beside the frozen weights
 
 
 class DeepSpeedEngine:
@@ -58,7 +61,8 @@ class DeepSpeedEngine:
             model_parameters=parameter_groups(module, options.weight_decay),
             config=self.config,
         )
-        self.module = module
+        self.module, self.parameters = module, trained_parameters(module)
+        self.holding = False  # inside ``unreduced``
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         return self.engine(*inputs)
@@ -70,8 +74,32 @@ class DeepSpeedEngine:
         return ", ".join([f"DeepSpeed ZeRO-{zero_stage(self.config)}", *moved])
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.set_gradient_accumulation_boundary(last or self.holding)
         self.engine.backward(loss * self.world.size, scale_wrt_gas=False)  # it averages over ranks: undo that
+
+    def why_not_unreduced(self) -> str | None:
+        stage, offloads = zero_stage(self.config), "offload_optimizer" in self.config["zero_optimization"]
+        if stage == 0:
+            return "DeepSpeed's stage 0 reduces gradients in every backward (stages 1 to 3 can wait)"
+        if getattr(self.optimizer, "use_grad_accum_attribute", False):
+            return "DeepSpeed's fp32 accumulation (data_types.grad_accum_dtype) keeps gradients out of .grad"
+        sharded = offloads or stage == 3 or (stage == 2 and self.world.size > 1)
+        everything, trained = count_parameters(self.module)
+        if sharded and trained > SMALL_SHARE * everything:
+            what = "offload" if offloads else f"sharding of ZeRO-{stage}"
+            return f"three whole gradients on every device would undo the {what}"
+        return None
+
+    @contextmanager
+    def unreduced(self) -> Iterator[None]:
+        # the boundary must be set before the block, which restores it: ``step`` would do nothing otherwise
+        self.engine.set_gradient_accumulation_boundary(True)
+        with self.engine.coalesce_grad_reduction():
+            self.holding = True
+            try:
+                yield
+            finally:
+                self.holding = False
 
     def step(self, learning_rate: float) -> float:
         for group in self.optimizer.param_groups:

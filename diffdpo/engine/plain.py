@@ -1,13 +1,14 @@
 """One process, or several with one flat sum of the gradients: no library, every number can be followed."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from diffdpo.engine.base import OptimizerOptions, parameter_groups
+from diffdpo.engine.base import OptimizerOptions, parameter_groups, trained_parameters
 from diffdpo.engine.world import World
 
 
@@ -19,7 +20,7 @@ class PlainEngine:
 
     def __init__(self, module: nn.Module, world: World, options: OptimizerOptions):
         self.module, self.world, self.options = module.to(world.device), world, options
-        self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self.parameters = trained_parameters(module)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(module, options.weight_decay),
             lr=options.learning_rate,
@@ -36,6 +37,12 @@ class PlainEngine:
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         loss.backward()
+
+    def why_not_unreduced(self) -> str | None:
+        return None
+
+    def unreduced(self) -> AbstractContextManager[None]:
+        return nullcontext()  # nothing is reduced before ``step``
 
     def step(self, learning_rate: float) -> float:
         self._sum_gradients()

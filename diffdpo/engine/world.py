@@ -42,6 +42,14 @@ class World:
         """The sums of a list of whole numbers over all ranks, on every rank."""
         return [int(n) for n in self.sum(torch.tensor(list(numbers), dtype=torch.int64, device=self.device))]
 
+    def largest(self, number: int) -> int:
+        """The largest of the ranks' numbers, on every rank."""
+        if self.size == 1:
+            return number
+        box = torch.tensor(number, dtype=torch.int64, device=self.device)
+        dist.all_reduce(box, op=dist.ReduceOp.MAX)
+        return int(box)
+
     def cat(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensors of all ranks (of one shape), end to end in rank order, on every rank."""
         if self.size == 1:

@@ -10,6 +10,7 @@ from diffdpo.evaluation.preferences import answer_losses, evaluate_preferences
 from diffdpo.models.load import LoadedModel
 from diffdpo.report import Evaluation
 from diffdpo.step.reference import Reference
+from diffdpo.step.segments import Segments
 from diffdpo.step.train_step import NoiseOptions
 
 SAMPLING_TEMPERATURE = 1.0  # answers are drawn from the model's distribution, not its mode
@@ -64,11 +65,11 @@ class HeldOutPairs:
         answers: SampledAnswers,
         *,
         beta: float,
-        segment_rows: int,
+        segments: Segments,
         limit: int,
     ):
         self.engine, self.reference, self.noise, self.batches = engine, reference, noise, batches
-        self.answers, self.beta, self.segment_rows, self.limit = answers, beta, segment_rows, limit
+        self.answers, self.beta, self.segments, self.limit = answers, beta, segments, limit
 
     def evaluate(self, when: str) -> Evaluation:
         """Pairs and sampled answers."""
@@ -87,7 +88,7 @@ class HeldOutPairs:
             self.batches,
             self.noise,
             beta=self.beta,
-            segment_rows=self.segment_rows,
+            segments=self.segments,
             limit=self.limit,
         )
         return report.values()
@@ -103,11 +104,11 @@ class HeldOutAnswers:
         batches: Sequence[PairBatch],
         answers: SampledAnswers,
         *,
-        segment_rows: int,
+        segments: Segments,
         limit: int,
     ):
         self.engine, self.noise, self.batches = engine, noise, batches
-        self.answers, self.segment_rows, self.limit = answers, segment_rows, limit
+        self.answers, self.segments, self.limit = answers, segments, limit
 
     def evaluate(self, when: str) -> Evaluation:
         """Losses and sampled answers."""
@@ -120,5 +121,5 @@ class HeldOutAnswers:
     def _values(self) -> dict[str, list[float]]:
         if not self.batches:
             return {}
-        options = {"segment_rows": self.segment_rows, "limit": self.limit}
-        return {"loss": answer_losses(self.engine, self.batches, self.noise, **options)}
+        losses = answer_losses(self.engine, self.batches, self.noise, segments=self.segments, limit=self.limit)
+        return {"loss": losses}

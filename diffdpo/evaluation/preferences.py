@@ -18,6 +18,7 @@ from diffdpo.engine.base import Engine
 from diffdpo.scores.fold import fold
 from diffdpo.step.backward import score_rows
 from diffdpo.step.reference import Reference
+from diffdpo.step.segments import Segments
 from diffdpo.step.train_step import NoiseOptions
 
 
@@ -55,14 +56,14 @@ def evaluate_preferences(
     noise: NoiseOptions,
     *,
     beta: float,
-    segment_rows: int,
+    segments: Segments,
     limit: int = 0,
 ) -> PreferenceReport:
     """Score this rank's batches, gather all ranks' (which hold as many, of one size): the first ``limit`` (0: all)."""
     pieces = [torch.zeros(0, 2)]
     for batch in batches:
         rows = noise.rows(batch, engine.world.device)
-        policy_R = score_rows(engine, rows, segment_rows=segment_rows)
+        policy_R = score_rows(engine, rows, segments=segments)
         policy, ratio = fold(policy_R, rows), fold(policy_R - reference(rows, batch), rows)
         per_token_B2 = policy.score_B2 / policy.tokens_B2.clamp(min=1)
         margin_B = beta * (ratio.score_B2[:, 0] - ratio.score_B2[:, 1])
@@ -90,13 +91,13 @@ def _in_order(
 
 @torch.no_grad()
 def answer_losses(
-    engine: Engine, batches: Sequence[PairBatch], noise: NoiseOptions, *, segment_rows: int, limit: int = 0
+    engine: Engine, batches: Sequence[PairBatch], noise: NoiseOptions, *, segments: Segments, limit: int = 0
 ) -> list[float]:
     """-score / tokens of every chosen answer, over all ranks: what supervised training lowers."""
     pieces = [torch.zeros(0, 1)]
     for batch in batches:
         rows = noise.rows(batch, engine.world.device)
-        scores = fold(score_rows(engine, rows, segment_rows=segment_rows), rows)
+        scores = fold(score_rows(engine, rows, segments=segments), rows)
         pieces.append(-(scores.score_B2 / scores.tokens_B2.clamp(min=1))[:, :1].cpu())
     chosen = [batch.weight_B2[:, 0] for batch in batches]
     return _in_order(engine, batches, torch.cat(pieces), chosen, limit)[:, 0].tolist()

@@ -18,6 +18,7 @@ from diffdpo.noise.rows import noisy_rows
 from diffdpo.scores.fold import PairScores, fold
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.step.backward import score_rows
+from diffdpo.step.segments import Segments
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def score_pairs(
         num_diffusion_steps=settings.num_diffusion_steps,
     )
     rows = rows.to(next(models[0].parameters()).device)
-    f = [score_rows(model, rows, segment_rows=settings.segment_rows) for model in models]
+    f = [score_rows(model, rows, segments=Segments(rows=settings.segment_rows)) for model in models]
     ratio = fold(f[0] - f[1], rows) if len(f) == 2 else None
     return [fold(f_R, rows) for f_R in f], ratio
 

@@ -67,6 +67,39 @@ class NoisyRows:
             self.tokens_A,
         )
 
+    def permuted(self, order_R: torch.Tensor) -> "NoisyRows":
+        """Row ``order_R[i]`` in place i. ``answer_R`` is then not ascending: to be scored, not to be folded."""
+        place_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
+        row_M, order_M = place_R[self.row_M].sort(stable=True)
+        return NoisyRows(
+            self.input_ids_RT[order_R],
+            self.lengths_R[order_R],
+            self.answer_R[order_R],
+            self.weight_R[order_R],
+            self.share_R[order_R],
+            row_M,
+            self.position_M[order_M],
+            self.target_M[order_M],
+            self.scale_M[order_M],
+            self.tokens_A,
+        )
+
+    def nothing(self) -> "NoisyRows":
+        """A row of one token with nothing to score, on the same device."""
+        none = self.row_M[:0]
+        return NoisyRows(
+            torch.zeros_like(self.input_ids_RT[:1, :1]),
+            torch.ones_like(self.lengths_R[:1]),
+            self.answer_R[:1],
+            torch.zeros_like(self.weight_R[:1]),
+            torch.zeros_like(self.share_R[:1]),
+            none,
+            none,
+            none,
+            self.scale_M[:0],
+            self.tokens_A,
+        )
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "NoisyRows":
         """The same rows on another device."""
         moved = (getattr(self, field.name).to(device, non_blocking=non_blocking) for field in fields(self))

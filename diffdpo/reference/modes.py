@@ -23,6 +23,7 @@ from diffdpo.models.load import base_of_adapter, load_model
 from diffdpo.models.stream import checkpoint_folder, shard_files
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.step.reference import Reference, adapter_off_reference, copy_reference, frozen_copy, no_reference
+from diffdpo.step.segments import Segments
 from diffdpo.step.train_step import LossOptions
 
 AFFORDABLE = 0.1  # of a process's memory: up to there ``auto`` keeps a second model
@@ -113,7 +114,7 @@ def make_frozen(config: TrainConfig, module: MaskedLogProbs, *, bf16: bool) -> n
 
 
 def make_reference(
-    config: TrainConfig, mode: str, engine: Engine, frozen: nn.Module | None, *, segment_rows: int
+    config: TrainConfig, mode: str, engine: Engine, frozen: nn.Module | None, *, segments: Segments
 ) -> tuple[Reference, str]:
     """(reference, what it is) of the modes that look nothing up. ``frozen`` from ``make_frozen``."""
     if mode == "none":
@@ -121,7 +122,7 @@ def make_reference(
     if mode == "adapter_off":
         policy = engine.module.model
         assert isinstance(policy, nn.Module)
-        return adapter_off_reference(engine, policy, segment_rows=segment_rows), "the policy with its adapter off"
+        return adapter_off_reference(engine, policy, segments=segments), "the policy with its adapter off"
     assert frozen is not None
     what = config.ref_model_name_or_path or "the policy as it starts"
-    return copy_reference(engine, frozen, segment_rows=segment_rows), f"frozen copy of {what}"
+    return copy_reference(engine, frozen, segments=segments), f"frozen copy of {what}"

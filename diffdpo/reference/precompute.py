@@ -31,6 +31,7 @@ from diffdpo.reference.modes import dtype_name, load_reference
 from diffdpo.reference.store import Part, ScoreStore, open_store
 from diffdpo.step.backward import score_rows
 from diffdpo.step.reference import Reference
+from diffdpo.step.segments import Segments
 from diffdpo.step.train_step import NoiseOptions
 
 FOLDER = "reference_scores"
@@ -51,13 +52,13 @@ class Stream:
         """The epochs these steps lie in."""
         return range(self.first // len(self.loader), -(-self.last // len(self.loader)))
 
-    def made_with(self, segment_rows: int, device: torch.device) -> dict[str, Any]:
+    def made_with(self, segments: Segments, device: torch.device) -> dict[str, Any]:
         """The shapes of this stream's forwards: scores made with others may differ in their last bits."""
         share = self.loader.share
         return {
             "processes": share.world_size,
             "micro_batch": share.micro_batch_size,
-            "segment_rows": segment_rows,
+            "segments": segments.describe(),
             "device": device.type,
         }
 
@@ -86,19 +87,19 @@ def precompute(
     UserError when the cache named by ``--reference_cache`` holds another reference's scores.
     """
     tokenizer, spec = load_tokenizer_and_spec(config.model_name_or_path or str(build.BUNDLED_MODEL))
-    noise, segment_rows = build.make_noise(config, spec), build.choose_segment_rows(config, place.world.device)
+    noise, segments = build.make_noise(config, spec), build.choose_segments(config, place.world)
     streams = _streams(config, place, train_set, eval_set, tokenizer, spec, noise, bf16=bf16, read=read)
     todo = [(stream, epoch, steps) for stream in streams for epoch, steps in missing_steps(stream, place)]
     if todo:
         module = load_reference(config, bf16=bf16, mask_token_id=spec.mask_token_id)
         forward = build.hold_frozen(config, module, place, bf16=bf16)
-        _score_all(todo, forward, noise, place, segment_rows=segment_rows)
+        _score_all(todo, forward, noise, place, segments=segments)
         release(forward)
         del module, forward
         gc.collect()
         if place.world.device.type == "cuda":
             torch.cuda.empty_cache()
-    return _result(streams, place, segment_rows)
+    return _result(streams, place, segments)
 
 
 def _streams(
@@ -174,19 +175,19 @@ def _score_all(
     noise: NoiseOptions,
     place: Place,
     *,
-    segment_rows: int,
+    segments: Segments,
 ) -> None:
     world = place.world
     total = sum(len(steps) * stream.loader.options.global_batch_size for stream, _, steps in todo)
     bar = tqdm(total=total, desc="reference", unit="pair", disable=not world.is_main, dynamic_ncols=True)
     with bar:
         for stream, epoch, steps in todo:
-            made_with = stream.made_with(segment_rows, world.device)
+            made_with = stream.made_with(segments, world.device)
             pieces = [_nothing(made_with)]
             for step in steps.tolist():
                 for batch in _step(stream.loader, epoch, step):
                     rows = noise.rows(batch, world.device)
-                    f_R = score_rows(forward, rows, segment_rows=segment_rows)
+                    f_R = score_rows(forward, rows, segments=segments)
                     pieces.append(part_of(batch, rows, f_R, made_with))
                 bar.update(stream.loader.options.global_batch_size)
             part = Part.of([piece for of_rank in world.gather(pieces) for piece in of_rank])
@@ -236,10 +237,10 @@ def stored_reference(store: ScoreStore) -> Reference:
     return score
 
 
-def _result(streams: Sequence[Stream], place: Place, segment_rows: int) -> Precomputed:
+def _result(streams: Sequence[Stream], place: Place, segments: Segments) -> Precomputed:
     same, found = True, []
     for stream in streams:
-        expected = stream.made_with(segment_rows, place.world.device)
+        expected = stream.made_with(segments, place.world.device)
         shapes = [made for epoch in stream.epochs() for made in stream.store.made_with(epoch)]
         others = [made for made in shapes if made != expected]
         if others:

@@ -1,32 +1,36 @@
-"""Segmentation: how the rows of a micro-batch share memory on their way to one gradient.
+"""How the segments of a micro-batch become one gradient.
 
-A segment is a fixed number of rows run in one forward. Every strategy gives the gradient of one graph over all rows:
+A segment is a forward of bounded size (``step.segments``). Every strategy gives the gradient of one graph over all
+rows:
 
-===========  ============================================  ==================  ====================
+===========  ============================================  ==================  =================================
 strategy     how                                           cost (full / LoRA)  memory above weights
-===========  ============================================  ==================  ====================
+===========  ============================================  ==================  =================================
 none         one graph                                     3F / 2F             all rows
 checkpoint   a non-reentrant checkpoint round each         4F / 3F             one segment
              segment, one backward
 two_pass     no graph: dL/df of every row; then forward    4F / 3F             one segment
              and backward of each segment
-===========  ============================================  ==================  ====================
+deferred     backward of each segment at once, with unit   3F / 2F             one segment and two more gradients
+             weight; dL/dS multiplies the sum of an
+             answer's when its pair is complete
+===========  ============================================  ==================  =================================
 
-The number of forwards and backwards depends on the number of rows alone, so ranks stay in step.
+Ranks that must call the model equally often get equally many segments (see ``Segments``).
 
-Shape suffixes: R rows, A answers.
+Shape suffixes: R rows, S rows of a segment, A answers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch.utils.checkpoint import checkpoint as recompute
 
 from diffdpo.engine.base import Engine
-from diffdpo.errors import UserError
 from diffdpo.noise.rows import NoisyRows
 from diffdpo.scores.fold import row_scores
+from diffdpo.step.segments import Segment, Segments, in_order
 
 LossOf = Callable[[torch.Tensor], torch.Tensor]
 """Row scores f_R of the policy → the micro-batch's share of the loss, a scalar."""
@@ -36,7 +40,7 @@ class Backward(Protocol):
     """A strategy: add the gradient of ``loss_of`` at ``rows`` to the engine; return f_R, detached."""
 
     def __call__(
-        self, engine: Engine, rows: NoisyRows, loss_of: LossOf, *, segment_rows: int, last: bool
+        self, engine: Engine, rows: NoisyRows, loss_of: LossOf, *, segments: Segments, last: bool
     ) -> torch.Tensor: ...
 
 
@@ -46,26 +50,21 @@ def forward_rows(forward: Callable[..., torch.Tensor], rows: NoisyRows) -> torch
     return row_scores(logp_M, rows)
 
 
-def segments_of(rows: NoisyRows, segment_rows: int) -> list[NoisyRows]:
-    """The rows in pieces of ``segment_rows`` (0: one piece)."""
-    size = segment_rows or len(rows)
-    return [rows.segment(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
-
-
 @torch.no_grad()
-def score_rows(forward: Callable[..., torch.Tensor], rows: NoisyRows, *, segment_rows: int) -> torch.Tensor:
+def score_rows(forward: Callable[..., torch.Tensor], rows: NoisyRows, *, segments: Segments) -> torch.Tensor:
     """f_R without a graph, segment by segment."""
-    return torch.cat([forward_rows(forward, segment) for segment in segments_of(rows, segment_rows)])
+    pieces = segments(rows)
+    return in_order(pieces, [forward_rows(forward, piece.rows) for piece in pieces])
 
 
-def none(engine: Engine, rows: NoisyRows, loss_of: LossOf, *, segment_rows: int, last: bool) -> torch.Tensor:
-    """One graph over all rows; ``segment_rows`` is not used."""
+def none(engine: Engine, rows: NoisyRows, loss_of: LossOf, *, segments: Segments, last: bool) -> torch.Tensor:
+    """One graph over all rows; ``segments`` is not used."""
     f_R = forward_rows(engine, rows)
     engine.backward(loss_of(f_R), last=last)
     return f_R.detach()
 
 
-def checkpoint(engine: Engine, rows: NoisyRows, loss_of: LossOf, *, segment_rows: int, last: bool) -> torch.Tensor:
+def checkpoint(engine: Engine, rows: NoisyRows, loss_of: LossOf, *, segments: Segments, last: bool) -> torch.Tensor:
     """Each segment recomputed in the backward of one graph: every gradient is reduced (and offloaded) once."""
 
     def run(segment: NoisyRows) -> torch.Tensor:
@@ -75,15 +74,16 @@ def checkpoint(engine: Engine, rows: NoisyRows, loss_of: LossOf, *, segment_rows
             forward_rows, engine, segment, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
         )
 
-    f_R = torch.cat([run(segment) for segment in segments_of(rows, segment_rows)])
+    pieces = segments(rows)
+    f_R = in_order(pieces, [run(piece.rows) for piece in pieces])
     engine.backward(loss_of(f_R), last=last)
     return f_R.detach()
 
 
-def two_pass(engine: Engine, rows: NoisyRows, loss_of: LossOf, *, segment_rows: int, last: bool) -> torch.Tensor:
+def two_pass(engine: Engine, rows: NoisyRows, loss_of: LossOf, *, segments: Segments, last: bool) -> torch.Tensor:
     """Scores first, then gradients: nothing but the weights outlives a segment, and no module is used twice."""
-    f_R = score_rows(engine, rows, segment_rows=segment_rows)
-    replay(engine, rows, gradient_of(loss_of, f_R), segment_rows=segment_rows, last=last)
+    f_R = score_rows(engine, rows, segments=segments)
+    replay(engine, rows, gradient_of(loss_of, f_R), segments=segments, last=last)
     return f_R
 
 
@@ -94,37 +94,74 @@ def gradient_of(loss_of: LossOf, f_R: torch.Tensor) -> torch.Tensor:
         return torch.autograd.grad(loss_of(leaf_R), leaf_R)[0]
 
 
-def replay(engine: Engine, rows: NoisyRows, gradient_R: torch.Tensor, *, segment_rows: int, last: bool) -> None:
+def replay(engine: Engine, rows: NoisyRows, gradient_R: torch.Tensor, *, segments: Segments, last: bool) -> None:
     """Second pass: add Σ_R dL/df · ∇f, one forward and one backward a segment."""
-    pieces = segments_of(rows, segment_rows)
-    for index, (segment, piece_R) in enumerate(zip(pieces, gradient_R.split(segment_rows or len(rows)), strict=True)):
-        loss = (forward_rows(engine, segment) * piece_R).sum()
+    pieces = segments(rows)
+    for index, piece in enumerate(pieces):
+        loss = (forward_rows(engine, piece.rows) * piece.of(gradient_R)).sum()
         engine.backward(loss, last=last and index == len(pieces) - 1)
 
 
-STRATEGIES: dict[str, Backward] = {"none": none, "checkpoint": checkpoint, "two_pass": two_pass}
+def deferred(engine: Engine, rows: NoisyRows, loss_of: LossOf, *, segments: Segments, last: bool) -> torch.Tensor:
+    """∇S of each answer, whatever the loss; then add dL/dS · ∇S of both answers once the pair is complete.
+
+    Inside ``engine.unreduced()``: ``.grad`` is this rank's own. The loss must be a sum over pairs, as a pair's dL/dS is
+    asked for while later pairs are unknown. Three gradients are held: of all before, of one answer, of the other.
+    """
+    parameters, f_R = engine.parameters, torch.zeros(len(rows), device=rows.lengths_R.device)
+    answers = iter(segments.by_answer(rows))
+
+    def gradient_of_score(pieces: list[Segment]) -> torch.Tensor:
+        for piece in pieces:
+            f_S = forward_rows(engine, piece.rows)
+            engine.backward((f_S * piece.rows.weight_R).sum(), last=last)
+            f_R[piece.index_S] = f_S.detach()
+        return torch.cat([piece.index_S for piece in pieces])
+
+    for pair in zip(answers, answers, strict=True):
+        before = _taken(parameters)
+        chosen_S = gradient_of_score(pair[0])
+        unit = _taken(parameters)
+        rejected_S = gradient_of_score(pair[1])
+        gradient_R = gradient_of(loss_of, f_R)
+        slope = [_slope(gradient_R[index_S], rows.weight_R[index_S]) for index_S in (chosen_S, rejected_S)]
+        _combine(parameters, slope[1], unit, slope[0], before)
+    return f_R
 
 
-def check_segmentation(name: str, *, whole_batch: bool) -> None:
-    """UserError for a strategy that cannot serve the loss; what :func:`choose_strategy` would find out later."""
-    if whole_batch and name not in ("auto", "two_pass"):
-        raise UserError(
-            f"--segmentation {name}: this loss couples the pairs of a step, so their scores come first and the "
-            "gradients after; use --segmentation two_pass or auto"
-        )
+def _slope(gradient_S: torch.Tensor, weight_S: torch.Tensor) -> float:
+    """dL/dS of an answer from dL/df = dL/dS · weight of its rows; 0 for an answer that is absent."""
+    norm = float(weight_S @ weight_S)
+    return float(gradient_S @ weight_S) / norm if norm else 0.0
 
 
-def choose_strategy(
-    name: str, *, rows: int, segment_rows: int, keeps_gradients_sharded: bool, whole_batch: bool
-) -> tuple[str, str]:
-    """(strategy, why) for ``--segmentation``. ``whole_batch``: the loss couples the pairs of a global step."""
-    check_segmentation(name, whole_batch=whole_batch)
-    if whole_batch:
-        return "two_pass", "the loss couples the pairs of a step"
-    if name != "auto":
-        return name, "as asked for"
-    if rows <= segment_rows:
-        return "none", f"all {rows} rows of a micro-batch fit in one segment"
-    if keeps_gradients_sharded:
-        return "two_pass", "ZeRO-3 stays sharded when a module is used once a backward"
-    return "checkpoint", "gradients are reduced once a micro-batch"
+def _taken(parameters: Sequence[torch.nn.Parameter]) -> list[torch.Tensor | None]:
+    """The gradients so far, taken from the parameters."""
+    taken = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    return taken
+
+
+def _combine(
+    parameters: Sequence[torch.nn.Parameter],
+    slope: float,
+    unit: Sequence[torch.Tensor | None],
+    unit_slope: float,
+    before: Sequence[torch.Tensor | None],
+) -> None:
+    """grad ← slope · grad + unit_slope · unit + before, in place: ZeRO-3 does not let ``.grad`` be set."""
+    for parameter, unit_grad, old_grad in zip(parameters, unit, before, strict=True):
+        if parameter.grad is None or unit_grad is None:
+            raise RuntimeError("deferred: a trained parameter took no part in a forward; use another --segmentation")
+        parameter.grad.mul_(slope).add_(unit_grad, alpha=unit_slope)
+        if old_grad is not None:
+            parameter.grad.add_(old_grad)
+
+
+STRATEGIES: dict[str, Backward] = {
+    "none": none,
+    "checkpoint": checkpoint,
+    "two_pass": two_pass,
+    "deferred": deferred,
+}

@@ -10,6 +10,7 @@ from data_pipeline.batch import PairBatch
 from diffdpo.engine.base import Engine
 from diffdpo.noise.rows import NoisyRows
 from diffdpo.step.backward import score_rows
+from diffdpo.step.segments import Segments
 
 Reference = Callable[[NoisyRows, PairBatch], torch.Tensor]
 """Rows, and the batch they are of → f_R of the reference, without a graph. The rows carry the noise, so policy and
@@ -21,18 +22,18 @@ def frozen_copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module).eval().requires_grad_(False)
 
 
-def copy_reference(engine: Engine, module: nn.Module, *, segment_rows: int) -> Reference:
+def copy_reference(engine: Engine, module: nn.Module, *, segments: Segments) -> Reference:
     """A second model in memory, held by the engine as it holds the policy."""
     forward = engine.freeze(module)
-    return lambda rows, batch: score_rows(forward, rows, segment_rows=segment_rows)
+    return lambda rows, batch: score_rows(forward, rows, segments=segments)
 
 
-def adapter_off_reference(engine: Engine, peft_model: nn.Module, *, segment_rows: int) -> Reference:
+def adapter_off_reference(engine: Engine, peft_model: nn.Module, *, segments: Segments) -> Reference:
     """The policy with its adapter switched off: no second model."""
 
     def score(rows: NoisyRows, batch: PairBatch) -> torch.Tensor:
         with peft_model.disable_adapter():  # type: ignore[operator]
-            return score_rows(engine, rows, segment_rows=segment_rows)
+            return score_rows(engine, rows, segments=segments)
 
     return score
 

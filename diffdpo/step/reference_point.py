@@ -15,6 +15,7 @@ from diffdpo.noise.rows import NoisyRows
 from diffdpo.scores.fold import fold
 from diffdpo.step.backward import score_rows
 from diffdpo.step.reference import Reference
+from diffdpo.step.segments import Segments
 
 
 def reference_point(
@@ -23,7 +24,7 @@ def reference_point(
     rows_of: Callable[[PairBatch], NoisyRows],
     micro_batches: Sequence[PairBatch],
     *,
-    segment_rows: int,
+    segments: Segments,
     max_length: int | None,
 ) -> torch.Tensor:
     """z of ``kto`` over the global step, a scalar in nats, the same on every rank; no graph.
@@ -34,7 +35,7 @@ def reference_point(
     world, tables = engine.world, []
     for batch in mismatched(world.gather(list(micro_batches)), rank=world.rank, max_length=max_length):
         rows = rows_of(batch)
-        policy_R = score_rows(engine, rows, segment_rows=segment_rows)
+        policy_R = score_rows(engine, rows, segments=segments)
         ratio_B2 = fold(policy_R - reference(rows, batch), rows).score_B2
         tables.append(torch.stack([ratio_B2, batch.weight_B2.to(world.device)], 1))
     ratio_B2, weight_B2 = world.cat(torch.cat(tables)).unbind(1)

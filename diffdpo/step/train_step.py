@@ -8,6 +8,7 @@ Shape suffixes: B pairs, 2 sides, R rows.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +24,7 @@ from diffdpo.scores.fold import PairScores, fold
 from diffdpo.step.backward import STRATEGIES, LossOf, gradient_of, replay, score_rows
 from diffdpo.step.reference import Reference
 from diffdpo.step.reference_point import reference_point
+from diffdpo.step.segments import Segments
 
 
 @dataclass(frozen=True)
@@ -142,12 +144,12 @@ class PreferenceStep:
         loss: LossOptions,
         *,
         strategy: str,
-        segment_rows: int,
+        segments: Segments,
         max_length: int | None = None,
         target_stderr: float | None = None,
     ):
         self.engine, self.reference, self.noise, self.loss = engine, reference, noise, loss
-        self.strategy, self.segment_rows = strategy, segment_rows
+        self.strategy, self.segments = strategy, segments
         self.max_length = max_length  # of rows joined from two records (kto)
         self.target_stderr, self.most_samples = target_stderr, noise.num_samples
 
@@ -156,10 +158,11 @@ class PreferenceStep:
         count = sum(loss_count(self.loss.names, batch.weight_B2) for batch in micro_batches)
         total = world.sum(torch.as_tensor(count, device=world.device).double()).clamp(min=1).float()
         kl = self._reference_point(micro_batches)
-        if self.loss.whole_batch:
-            scored = self._coupled(micro_batches, total, kl)
-        else:
-            scored = self._independent(micro_batches, total)
+        with self.engine.unreduced() if self.strategy == "deferred" else nullcontext():
+            if self.loss.whole_batch:
+                scored = self._coupled(micro_batches, total, kl)
+            else:
+                scored = self._independent(micro_batches, total)
         norm = self.engine.step(learning_rate)
         report = self._report(scored, norm, int(total), kl)
         self._choose_samples(report)
@@ -196,7 +199,7 @@ class PreferenceStep:
                 self.engine,
                 rows,
                 loss_of,
-                segment_rows=self.segment_rows,
+                segments=self.segments,
                 last=index == len(micro_batches) - 1,
             )
             scored.append(MicroScores(batch, rows, reference_R, policy_R, loss_of(policy_R)))
@@ -213,11 +216,11 @@ class PreferenceStep:
         device = self.engine.world.device
         rows = [self.noise.rows(batch, device) for batch in micro_batches]
         reference = [self.reference(*each) for each in zip(rows, micro_batches, strict=True)]
-        policy = [score_rows(self.engine, each, segment_rows=self.segment_rows) for each in rows]
+        policy = [score_rows(self.engine, each, segments=self.segments) for each in rows]
         loss_of = _GlobalLoss(self.loss, self.engine, micro_batches, rows, reference, total, kl)
         gradients = gradient_of(loss_of, torch.cat(policy)).split([len(each) for each in rows])
         for index, (each, gradient_R) in enumerate(zip(rows, gradients, strict=True)):
-            replay(self.engine, each, gradient_R, segment_rows=self.segment_rows, last=index == len(rows) - 1)
+            replay(self.engine, each, gradient_R, segments=self.segments, last=index == len(rows) - 1)
         share = loss_of(torch.cat(policy)) / (len(rows) * self.engine.world.size)  # _report adds up what is whole here
         return [MicroScores(*each, share) for each in zip(micro_batches, rows, reference, policy, strict=True)]
 
@@ -230,7 +233,7 @@ class PreferenceStep:
             self.reference,
             lambda batch: self.noise.rows(batch, self.engine.world.device),
             micro_batches,
-            segment_rows=self.segment_rows,
+            segments=self.segments,
             max_length=self.max_length,
         )
 

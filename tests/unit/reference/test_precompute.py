@@ -43,11 +43,11 @@ class Run:
         monkeypatch.setattr(module, "PART_RECORDS", 16)
         monkeypatch.setattr(module, "score_rows", self._counted)
 
-    def _counted(self, forward, rows, *, segment_rows):
+    def _counted(self, forward, rows, *, segments):
         if self.stop_after is not None and self.rows >= self.stop_after:
             raise KeyboardInterrupt
         self.rows += len(rows)
-        return score_rows(forward, rows, segment_rows=segment_rows)
+        return score_rows(forward, rows, segments=segments)
 
     def precompute(self, **changed):
         self.rows = 0
@@ -71,7 +71,7 @@ class Run:
         ):
             for batch in some:
                 rows = noise.rows(batch, WORLD.device)
-                live_R = score_rows(forward, rows, segment_rows=build.choose_segment_rows(config, WORLD.device))
+                live_R = score_rows(forward, rows, segments=build.choose_segments(config, WORLD.device))
                 assert live_R.abs().max() > 1
                 worst = max(worst, float((reference(rows, batch) - live_R).abs().max()))
                 count += int((batch.weight_B2.sum(1) > 0).sum())

@@ -10,13 +10,13 @@ from data_pipeline.reader import PairLoader, open_dataset
 from diffdpo.engine.base import OptimizerOptions
 from diffdpo.engine.plain import PlainEngine
 from diffdpo.engine.world import World
-from diffdpo.errors import UserError
 from diffdpo.losses.mismatched import mismatched
 from diffdpo.models.load import load_model
 from diffdpo.scores.fold import fold
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
-from diffdpo.step.backward import STRATEGIES, choose_strategy, forward_rows, score_rows
+from diffdpo.step.backward import forward_rows, score_rows
 from diffdpo.step.reference import copy_reference, frozen_copy
+from diffdpo.step.segments import Segments
 from diffdpo.step.train_step import LossOptions, NoiseOptions, PreferenceStep
 
 WORLD = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
@@ -44,11 +44,11 @@ def make_step(tiny_model, strategy: str, segment_rows: int, losses: str = "sigmo
     names = tuple(losses.split(","))
     return PreferenceStep(
         engine,
-        copy_reference(engine, frozen, segment_rows=segment_rows),
+        copy_reference(engine, frozen, segments=Segments(rows=segment_rows)),
         NoiseOptions("mask_count", 3, 0, loaded.spec.mask_token_id),
         LossOptions(names, (1.0,) * len(names), beta=0.1),
         strategy=strategy,
-        segment_rows=segment_rows,
+        segments=Segments(rows=segment_rows),
     )
 
 
@@ -63,7 +63,7 @@ def gradient(step: PreferenceStep, micro_batches) -> tuple[torch.Tensor, float]:
 
 
 @pytest.mark.parametrize("losses", ["sigmoid", "ipo,sft", "hinge"])
-@pytest.mark.parametrize("strategy", ["checkpoint", "two_pass"])
+@pytest.mark.parametrize("strategy", ["checkpoint", "two_pass", "deferred"])
 @pytest.mark.parametrize("segment_rows", [1, 5, 24])
 def test_same_gradient_as_one_graph(tiny_model, batches, strategy, segment_rows, losses):
     expected, loss = gradient(make_step(tiny_model, "none", 0, losses), batches[:2])
@@ -131,20 +131,9 @@ def test_a_slot_without_a_pair_changes_nothing(tiny_model, batches):
 def test_scores_do_not_depend_on_segments(tiny_model, batches):
     step = make_step(tiny_model, "none", 0)
     rows = step.noise.rows(batches[0], WORLD.device)
-    whole = score_rows(step.engine, rows, segment_rows=0)
+    whole = score_rows(step.engine, rows, segments=Segments())
     for size in (1, 3, 10):
-        assert torch.allclose(score_rows(step.engine, rows, segment_rows=size), whole, atol=1e-4)
-
-
-def test_auto_names_its_reason():
-    options = {"rows": 64, "segment_rows": 8, "keeps_gradients_sharded": False, "whole_batch": False}
-    assert choose_strategy("auto", **options)[0] == "checkpoint"
-    assert choose_strategy("auto", **options | {"segment_rows": 64})[0] == "none"
-    assert choose_strategy("auto", **options | {"keeps_gradients_sharded": True})[0] == "two_pass"
-    assert choose_strategy("auto", **options | {"whole_batch": True})[0] == "two_pass"
-    with pytest.raises(UserError, match="two_pass"):
-        choose_strategy("none", **options | {"whole_batch": True})
-    assert set(STRATEGIES) == {"none", "checkpoint", "two_pass"}
+        assert torch.allclose(score_rows(step.engine, rows, segments=Segments(rows=size)), whole, atol=1e-4)
 
 
 def join(a, b):

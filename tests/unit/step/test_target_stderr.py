@@ -13,6 +13,7 @@ from diffdpo.models.load import load_model
 from diffdpo.scores.allocate import next_num_samples
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.step.reference import copy_reference, frozen_copy
+from diffdpo.step.segments import Segments
 from diffdpo.step.train_step import LossOptions, NoiseOptions, PreferenceStep
 
 WORLD = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
@@ -38,11 +39,11 @@ def make_step(tiny_model, target: float | None) -> PreferenceStep:
     engine = PlainEngine(module, WORLD, OptimizerOptions(learning_rate=1e-3))
     return PreferenceStep(
         engine,
-        copy_reference(engine, frozen, segment_rows=0),
+        copy_reference(engine, frozen, segments=Segments()),
         NoiseOptions("balanced", MOST, 0, loaded.spec.mask_token_id),
         LossOptions(("sigmoid",), (1.0,), beta=BETA),
         strategy="none",
-        segment_rows=0,
+        segments=Segments(),
         target_stderr=target,
     )
 

@@ -1,0 +1,52 @@
+"""Which strategy a run uses, and why: one line for the user. What cannot work is refused with the way that does."""
+
+from dataclasses import dataclass
+
+from diffdpo.engine.base import Engine
+from diffdpo.errors import UserError
+from diffdpo.step.segments import Segments
+
+
+@dataclass(frozen=True)
+class MicroBatchShape:
+    """What is known of a micro-batch before any: ``rows_per_answer`` of up to ``max_length`` tokens, two answers each
+    of ``pairs``; ``whole_batch``: the loss couples the pairs of a global step."""
+
+    pairs: int
+    rows_per_answer: int
+    max_length: int
+    whole_batch: bool
+
+    @property
+    def rows(self) -> int:
+        """Rows of the micro-batch."""
+        return 2 * self.pairs * self.rows_per_answer
+
+
+def check_segmentation(name: str, *, whole_batch: bool) -> None:
+    """UserError for a strategy that cannot serve the loss; what :func:`choose_strategy` would find out later."""
+    if whole_batch and name not in ("auto", "two_pass"):
+        raise UserError(
+            f"--segmentation {name}: this loss couples the pairs of a step, so their scores come first and the "
+            "gradients after; use --segmentation two_pass or auto"
+        )
+
+
+def choose_strategy(name: str, *, engine: Engine, segments: Segments, shape: MicroBatchShape) -> tuple[str, str]:
+    """(strategy, why) for ``--segmentation``. UserError for a strategy that this run cannot use."""
+    check_segmentation(name, whole_batch=shape.whole_batch)
+    if shape.whole_batch:
+        return "two_pass", "the loss couples the pairs of a step"
+    obstacle = engine.why_not_unreduced()
+    if name == "deferred" and obstacle:
+        raise UserError(f"--segmentation deferred: {obstacle}; use --segmentation two_pass or auto")
+    if name != "auto":
+        return name, "as asked for"
+    if segments.fit([shape.max_length] * shape.rows) == 1:
+        return "none", f"all {shape.rows} rows of a micro-batch fit in one segment"
+    full = segments.fit([shape.max_length] * shape.rows_per_answer) > 1
+    if full and not obstacle:
+        return "deferred", "the rows of one answer fill a segment, so no row needs a second forward"
+    if engine.keeps_gradients_sharded:
+        return "two_pass", "ZeRO-3 stays sharded when a module is used once a backward"
+    return "checkpoint", "gradients are reduced once a micro-batch"

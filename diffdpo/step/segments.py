@@ -1,0 +1,100 @@
+"""Segments: the rows of a micro-batch cut into forwards of bounded size.
+
+Rows are sorted by length first, so that those of one forward are alike and hardly any padding is computed, and are
+then packed up to a number of tokens (or of rows). How many segments that takes depends on the data; where ranks must
+call the model equally often (sharded weights or gradients) they agree on the largest number, and a rank with fewer
+adds segments of one token with nothing to score.
+
+Shape suffixes: R rows, S rows of one segment, A answers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from diffdpo.engine.world import World
+from diffdpo.noise.rows import NoisyRows
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows of one forward. ``index_S``: where they stand in the micro-batch; empty for a segment that fills up."""
+
+    rows: NoisyRows
+    index_S: torch.Tensor
+
+    def of(self, value_R: torch.Tensor) -> torch.Tensor:
+        """The values of the micro-batch's rows that belong to this segment's rows; 0 for a row that fills up."""
+        return value_R[self.index_S] if len(self.index_S) else value_R.new_zeros(len(self.rows))
+
+
+class Segments:
+    """Cuts rows by ``tokens`` of one forward, or by ``rows`` where that is given (0 and 0: one forward).
+
+    One object serves policy, reference and evaluation, so that all follow when it is made smaller. ``equal_over``:
+    the processes that must all cut into as many segments.
+    """
+
+    def __init__(self, *, rows: int = 0, tokens: int = 0, equal_over: World | None = None):
+        self.rows, self.tokens = rows, 0 if rows else tokens
+        self.world = equal_over
+
+    def __call__(self, rows: NoisyRows) -> list[Segment]:
+        """The micro-batch's rows, longest first."""
+        order_R = rows.lengths_R.argsort(descending=True, stable=True)
+        ordered = rows.permuted(order_R)
+        cuts = self._cuts(ordered.lengths_R.tolist())
+        segments = [Segment(ordered.segment(start, stop), order_R[start:stop]) for start, stop in cuts]
+        return segments + [Segment(rows.nothing(), order_R[:0])] * self._missing(len(segments))
+
+    def by_answer(self, rows: NoisyRows) -> list[list[Segment]]:
+        """The segments of each answer: none holds rows of two."""
+        place_R, lengths = torch.arange(len(rows), device=rows.answer_R.device), rows.lengths_R.tolist()
+        bounds = torch.bincount(rows.answer_R, minlength=rows.num_answers).cumsum(0).tolist()
+        answers = []
+        for first, last in zip([0, *bounds[:-1]], bounds, strict=True):
+            cuts = [(first + start, first + stop) for start, stop in self._cuts(lengths[first:last])]
+            answers.append([Segment(rows.segment(*cut), place_R[slice(*cut)]) for cut in cuts])
+        answers[-1] += [Segment(rows.nothing(), place_R[:0])] * self._missing(sum(map(len, answers)))
+        return answers
+
+    def fit(self, lengths: Sequence[int]) -> int:
+        """Segments that rows of these lengths take."""
+        return len(self._cuts(sorted(lengths, reverse=True)))
+
+    def halve(self) -> bool:
+        """Half the size from now on; False where it is one row already."""
+        if self.rows == 1 or (not self.rows and self.tokens <= 1):
+            return False
+        self.rows, self.tokens = self.rows // 2, self.tokens // 2
+        return True
+
+    def describe(self) -> str:
+        """For the user."""
+        if self.rows:
+            return f"{self.rows} rows a segment"
+        return f"up to {self.tokens} tokens a segment" if self.tokens else "one segment"
+
+    def _cuts(self, lengths: Sequence[int]) -> list[tuple[int, int]]:
+        """Consecutive (start, stop): as many rows as fit, at least one."""
+        cuts, start, tokens = [], 0, 0
+        for row, length in enumerate(lengths):
+            full = row - start == self.rows if self.rows else self.tokens and tokens + length > self.tokens
+            if row > start and full:
+                cuts.append((start, row))
+                start, tokens = row, 0
+            tokens += length
+        return [*cuts, (start, len(lengths))]
+
+    def _missing(self, own: int) -> int:
+        return self.world.largest(own) - own if self.world is not None else 0
+
+
+def in_order(segments: Sequence[Segment], values: Sequence[torch.Tensor]) -> torch.Tensor:
+    """value_R of the micro-batch from the values of each segment's rows; differentiable."""
+    own = [
+        (segment.index_S, value_S) for segment, value_S in zip(segments, values, strict=True) if len(segment.index_S)
+    ]
+    index_R, value_R = torch.cat([index_S for index_S, _ in own]), torch.cat([value_S for _, value_S in own])
+    return value_R[index_R.argsort()]

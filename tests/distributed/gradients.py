@@ -1,0 +1,196 @@
+"""Gradients of one preference step under an engine, against one graph in one plain process. Started by torchrun.
+
+``gradients.py MODEL PAIRS CASES OUT``: CASES is JSON, a list of settings (see ``Case``); OUT gets, for each strategy
+and loss, the relative error of the gradient, and the calls of every rank. The gradient is read from Adam's first moment
+(beta1 = 0), so it is the one the optimizer got: reduced, sharded and gathered again.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data_pipeline.encode import Encoder
+from data_pipeline.reader import PairLoader, open_dataset
+from diffdpo.engine.base import OptimizerOptions
+from diffdpo.engine.deepspeed import DeepSpeedEngine, zero_stage
+from diffdpo.engine.plain import PlainEngine
+from diffdpo.engine.world import World, join_world, leave_world
+from diffdpo.models.adapters import add_lora
+from diffdpo.models.load import load_model
+from diffdpo.scores.masked_log_probs import MaskedLogProbs
+from diffdpo.step.reference import copy_reference, frozen_copy
+from diffdpo.step.segments import Segments
+from diffdpo.step.train_step import LossOptions, NoiseOptions, PreferenceStep
+
+MICRO, ACCUMULATION, TOTAL = 2, 2, 8  # pairs of a micro-batch, micro-batches, pairs of the step over all ranks
+OPTIONS = OptimizerOptions(learning_rate=0.0, betas=(0.0, 0.95))
+
+
+@dataclass(frozen=True)
+class Case:
+    """An engine (``ds``: zero_optimization, None for plain) with what runs under it."""
+
+    name: str
+    strategies: list[str]
+    losses: list[str]
+    ds: dict | None = None
+    lora: bool = False
+    layers: bool = False  # checkpoint each layer as well
+    bf16: bool = False
+    estimator: str = "mask_count"
+    segment: int = 2  # rows
+
+
+class Counted:
+    """An engine that counts its calls."""
+
+    def __init__(self, engine):
+        self.engine, self.calls = engine, [0, 0]
+
+    def __getattr__(self, name):
+        return getattr(self.engine, name)
+
+    def __call__(self, *inputs):
+        self.calls[0] += 1
+        return self.engine(*inputs)
+
+    def backward(self, loss, *, last):
+        self.calls[1] += 1
+        self.engine.backward(loss, last=last)
+
+
+def policy(folder: str, case: Case):
+    """(module, spec): away from the reference, the same on every rank; weights that bf16 holds exactly where asked."""
+    torch.manual_seed(0)  # of the adapter
+    loaded = load_model(folder)
+    model = loaded.model.requires_grad_(True)
+    if case.lora:
+        model = add_lora(loaded.model, loaded.spec, r=1, alpha=2)
+    noise = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=noise)
+            if case.bf16:
+                parameter.copy_(parameter.bfloat16())
+    return MaskedLogProbs(model, loaded.spec, layer_checkpointing=case.layers), loaded
+
+
+def step_of(engine, module, loaded, case: Case, strategy: str, loss: str) -> PreferenceStep:
+    world = engine.world
+    segments = Segments(rows=case.segment, equal_over=world if (case.ds or {}).get("stage", 0) >= 2 else None)
+    names = tuple(loss.split(","))
+    smoothing = 1e-3 if "exo_pair" in names else 0.0
+    return PreferenceStep(
+        engine,
+        copy_reference(engine, module, segments=segments),
+        NoiseOptions(case.estimator, 5, 0, loaded.spec.mask_token_id),
+        LossOptions(names, (1.0,) * len(names), beta=0.1, label_smoothing=smoothing),
+        strategy=strategy,
+        segments=segments,
+    )
+
+
+def micro_batches(data, loaded, world: World) -> list:
+    encoder = Encoder(loaded.tokenizer, max_length=128, max_prompt_length=64)
+    accumulation = TOTAL // MICRO // world.size
+    options = {"global_batch_size": TOTAL, "micro_batch_size": MICRO, "rank": world.rank, "world_size": world.size}
+    loader = iter(PairLoader(data, encoder, seed=0, **options))
+    return [next(loader) for _ in range(accumulation)]
+
+
+def reference_of(folder: str) -> MaskedLogProbs:
+    loaded = load_model(folder)
+    return frozen_copy(MaskedLogProbs(loaded.model, loaded.spec))
+
+
+def plain_gradient(folder: str, data, case: Case, strategy: str, loss: str, world: World) -> tuple[list, float]:
+    module, loaded = policy(folder, case)
+    engine = PlainEngine(module, world, OPTIONS)
+    report = step_of(engine, reference_of(folder), loaded, case, strategy, loss)(
+        micro_batches(data, loaded, world), 0.0
+    )
+    return [engine.optimizer.state[p]["exp_avg"] for p in engine.parameters], report.loss
+
+
+def make_engine(module, case: Case, world: World):
+    if case.ds is None:
+        return PlainEngine(module, world, OPTIONS)
+    config = {
+        "zero_optimization": case.ds,
+        "optimizer": {"params": {"torch_adam": True}},
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    return DeepSpeedEngine(
+        module,
+        world,
+        OPTIONS,
+        ds_config=config,
+        micro_batch_size=MICRO,
+        accumulation_steps=ACCUMULATION,
+        bf16=case.bf16,
+    )
+
+
+def gradients_of(engine) -> list[torch.Tensor]:
+    """The gradient of the step just taken, whole, in fp32; every rank calls."""
+    if isinstance(engine, PlainEngine):
+        return [engine.optimizer.state[p]["exp_avg"] for p in engine.parameters]
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    return [safe_get_full_optimizer_state(p, "exp_avg") for p in engine.parameters]
+
+
+def run(folder: str, data, case: Case, world: World, truth: dict) -> dict[str, dict]:
+    found: dict[str, dict] = {}
+    module, loaded = policy(folder, case)
+    engine = Counted(make_engine(module, case, world))
+    reference = reference_of(folder)
+    if case.bf16:
+        reference = reference.bfloat16()
+    batches = micro_batches(data, loaded, world)
+    for loss in case.losses:
+        key = (case.lora, case.bf16, case.estimator, loss)
+        if key not in truth:
+            whole = "two_pass" if "aot" in loss or "kto" in loss else "none"
+            alone = World(0, 0, 1, world.device)
+            truth[key] = plain_gradient(folder, data, case, whole, loss, alone)
+        expected, expected_loss = truth[key]
+        for strategy in case.strategies:
+            engine.calls = [0, 0]
+            report = step_of(engine, reference, loaded, case, strategy, loss)(batches, 0.0)
+            grads = gradients_of(engine.engine)
+            difference = sum(float((g.cpu() - e).double().pow(2).sum()) for g, e in zip(grads, expected, strict=True))
+            size = sum(float(e.double().pow(2).sum()) for e in expected)
+            found[f"{case.name} {strategy} {loss}"] = {
+                "error": (difference / size) ** 0.5,
+                "loss": [report.loss, expected_loss],
+                "calls": world.gather(engine.calls),
+                "sharded": sum(p.numel() for p in engine.parameters) == 0,
+                "stage": zero_stage(engine.config) if case.ds else None,
+            }
+    return found
+
+
+def main() -> None:
+    folder, pairs, cases, out = sys.argv[1:5]
+    world = join_world(always_distributed=True)
+    results: dict[str, dict] = {}
+    truth: dict = {}
+    for settings in json.loads(cases):
+        case = Case(**settings)
+        data = open_dataset(pairs, cache_dir=Path(out).parent / f"cache-{world.rank}")
+        results |= run(folder, data, case, world, truth)
+        if world.is_main:
+            print(
+                f"{case.name}: {max(r['error'] for n, r in results.items() if n.startswith(case.name)):.1e}", flush=True
+            )
+    if world.is_main:
+        Path(out).write_text(json.dumps(results, indent=1))
+    leave_world()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""The same gradient from every strategy, loss, engine and number of processes: that of one graph in one process."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from diffdpo.losses.preference import LOSSES
+
+BIN = Path(sys.executable).parent
+WORKER = "tests/distributed/gradients.py"
+ALL, DEFERRABLE = ["none", "checkpoint", "two_pass"], ["none", "checkpoint", "two_pass", "deferred"]
+COUPLED = [name for name, loss in LOSSES.items() if loss.scope == "batch" or loss.needs_kl]
+SEPARATE = [name for name in LOSSES if name not in COUPLED]
+SMALL = {"stage3_param_persistence_threshold": 0, "reduce_bucket_size": 10000}
+ZERO = {
+    "plain": None,
+    "ZeRO-1": {"stage": 1, "reduce_bucket_size": 10000},
+    "ZeRO-2": {"stage": 2, "reduce_bucket_size": 10000},
+    "ZeRO-2 offload": {"stage": 2, "reduce_bucket_size": 10000, "offload_optimizer": {"device": "cpu"}},
+    "ZeRO-3": {"stage": 3, **SMALL},
+    "ZeRO-3 offload": {
+        "stage": 3,
+        "offload_optimizer": {"device": "cpu"},
+        "offload_param": {"device": "cpu"},
+        **SMALL,
+    },
+}
+FP32, BF16 = 1e-5, 3e-2
+
+
+def case(name: str, engine: str, **settings) -> dict:
+    return {"name": name, "ds": ZERO[engine], "strategies": ALL, "losses": ["sigmoid"], **settings}
+
+
+@pytest.fixture
+def compare(command, tiny_model, pairs_file, tmp_path):
+    """Run cases on some processes; {case strategy loss: result}, already checked for equal calls."""
+
+    def run(cases: list[dict], *, processes: int, pairs: Path = pairs_file, timeout: float = 240) -> dict[str, dict]:
+        out = tmp_path / "found.json"
+        done = command(
+            [
+                *(str(BIN / "torchrun"), "--nproc_per_node", str(processes), "--master_port", "29617", WORKER),
+                *(str(tiny_model), str(pairs), json.dumps(cases), str(out)),
+            ],
+            timeout=timeout,
+            PYTHONPATH=str(Path.cwd()),
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        found = json.loads(out.read_text())
+        for name, result in found.items():
+            assert result["sharded"] == (result["stage"] == 3 and processes > 1), name
+            if (result["stage"] or 0) >= 2:
+                assert result["calls"] == [result["calls"][0]] * processes, f"{name}: ranks out of step"
+        return found
+
+    return run
+
+
+def check(found: dict[str, dict], limit: float) -> None:
+    wrong = {name: result["error"] for name, result in found.items() if not result["error"] <= limit}
+    assert not wrong, wrong
+    if limit == FP32:
+        for name, result in found.items():
+            assert result["loss"][0] == pytest.approx(result["loss"][1], rel=1e-4), name
+
+
+@pytest.mark.distributed
+def test_lora_and_full_on_two_processes(compare):
+    cases = [
+        case("plain", "plain", strategies=["deferred"], losses=["sigmoid,sft"]),
+        case("ZeRO-2 LoRA", "ZeRO-2", strategies=["deferred"], lora=True),
+        case("ZeRO-3", "ZeRO-3", strategies=["two_pass"]),
+        case("ZeRO-3 LoRA", "ZeRO-3", strategies=["deferred"], lora=True, losses=["nca_pair"]),
+    ]
+    check(compare(cases, processes=2), FP32)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("engine", list(ZERO))
+def test_every_loss_and_strategy(compare, engine, processes):
+    whole = engine in ("plain", "ZeRO-1") or (engine == "ZeRO-2" and processes == 1)
+    cases = [
+        case("full", engine, losses=SEPARATE, strategies=DEFERRABLE if whole else ALL),
+        case("full, layers", engine, layers=True, strategies=DEFERRABLE if whole else ALL),
+        case("LoRA", engine, lora=True, strategies=DEFERRABLE, losses=SEPARATE),
+        case("LoRA, layers", engine, lora=True, layers=True, strategies=DEFERRABLE),
+        case("coupled", engine, losses=COUPLED, strategies=["two_pass"]),
+    ]
+    check(compare(cases, processes=processes, timeout=900), FP32)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("engine", [name for name in ZERO if name != "plain"])
+def test_bf16(compare, engine):
+    cases = [
+        case("full", engine, bf16=True, strategies=["none", "two_pass", "checkpoint"]),
+        case("LoRA", engine, bf16=True, lora=True, strategies=DEFERRABLE),
+    ]
+    check(compare(cases, processes=2, timeout=600), BF16)
+
+
+@pytest.fixture(scope="module")
+def short_pairs(tmp_path_factory) -> Path:
+    """Answers of one to three characters, so that ``exact`` draws 1 to 15 rows or more."""
+    path = tmp_path_factory.mktemp("short") / "pairs.jsonl"
+    lines = [
+        {"prompt": f"{a} + {b} =", "chosen": str(a + b), "rejected": str(a * 100 + b)[: 1 + a % 3]}
+        for a in range(1, 9)
+        for b in (3, 70, 210)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("engine", ["ZeRO-2", "ZeRO-3"])
+def test_exact_draws_as_many_segments_on_every_rank(compare, short_pairs, engine):
+    """Rows of ``exact`` depend on the answers: 2^L - 1. Ranks that must run equally many forwards agree on the most."""
+    cases = [
+        case("exact", engine, estimator="exact", strategies=["checkpoint", "two_pass"], losses=["sigmoid", "aot"][:1]),
+        case("exact LoRA", engine, estimator="exact", lora=True, strategies=["two_pass", "deferred"]),
+        case("exact coupled", engine, estimator="exact", strategies=["two_pass"], losses=COUPLED),
+    ]
+    check(compare(cases, processes=2, pairs=short_pairs), FP32)
