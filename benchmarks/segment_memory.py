@@ -1,0 +1,226 @@
+"""Peak memory of a gradient against the number of forwards a score (n), per strategy, beside the plain way.
+
+    python benchmarks/segment_memory.py                       # every strategy, full and LoRA, n = 2 .. 64
+    python benchmarks/segment_memory.py --numbers 2,8 --strategies two_pass,deferred --trained LoRA
+
+One pair, n rows an answer, one micro-batch. "plain" is the obvious way: all rows in one padded batch, logits of every
+position, log-softmax, gather, one graph. Each point runs in a process of its own: weights and reference are built, a
+step with n = 1 warms up, then the peak of a step (reference scores, policy scores, gradients; without the optimizer's
+update) is measured above what stood before it. On a GPU that is torch's allocator; on the CPU the resident set: the
+kernel's high-water mark is reset through /proc/self/clear_refs, and glibc is told to map every tensor above 64 KiB
+afresh and to unmap it when freed, so that the resident set is what is in use.
+Writes docs/benchmarks/segment_memory.{json,md}.
+"""
+
+import argparse
+import ctypes
+import json
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data_pipeline.batch import PairBatch, collate
+from data_pipeline.encode import TokenAnswer, TokenPair
+from diffdpo.engine.base import OptimizerOptions
+from diffdpo.engine.plain import PlainEngine
+from diffdpo.engine.world import World
+from diffdpo.models.adapters import add_lora
+from diffdpo.models.backbone import native
+from diffdpo.models.llada import LLaDAConfig, LLaDAModelLM
+from diffdpo.models.spec import LLADA_LORA_TARGETS, FamilySpec
+from diffdpo.noise.rows import NoisyRows
+from diffdpo.scores.fold import row_scores
+from diffdpo.scores.masked_log_probs import MaskedLogProbs
+from diffdpo.step.reference import adapter_off_reference, copy_reference, frozen_copy
+from diffdpo.step.segments import Segments
+from diffdpo.step.train_step import LossOptions, NoiseOptions, PreferenceStep
+
+MIB = 2**20
+STRATEGIES = ("plain", "none", "checkpoint", "two_pass", "two_pass + layers", "deferred", "deferred + layers")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement."""
+
+    strategy: str
+    trained: str  # all or LoRA
+    n: int
+    width: int
+    layers: int
+    vocab: int
+    length: int
+    segment_rows: int
+
+
+class AllLogits(torch.nn.Module):
+    """The plain way to the log-probabilities of the masked tokens: logits of everything, in one padded batch."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids_RT, lengths_R, row_M, position_M, target_M) -> torch.Tensor:
+        visible_RT = torch.arange(ids_RT.shape[1], device=ids_RT.device) < lengths_R[:, None]
+        logp_RTV = self.model(ids_RT, attention_mask=visible_RT.long()).logits.float().log_softmax(-1)
+        return logp_RTV[row_M, position_M, target_M]
+
+
+class PlainReference:
+    """The reference of the plain way: a second model, all rows at once."""
+
+    def __init__(self, module: torch.nn.Module):
+        self.module = module
+
+    @torch.no_grad()
+    def __call__(self, rows: NoisyRows, batch: PairBatch) -> torch.Tensor:
+        return row_scores(
+            self.module(rows.input_ids_RT, rows.lengths_R, rows.row_M, rows.position_M, rows.target_M), rows
+        )
+
+
+def make_step(point: Point, device: torch.device) -> PreferenceStep:
+    """A step under the plain engine whose update does nothing."""
+    config = LLaDAConfig.create(
+        d_model=point.width,
+        n_layers=point.layers,
+        n_heads=point.width // 32,
+        mlp_hidden_size=4 * point.width,
+        vocab_size=point.vocab,
+        mask_token_id=point.vocab - 1,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    spec = FamilySpec("llada", point.vocab - 1, 0, 0, "LLaDABlock", LLADA_LORA_TARGETS)
+    model: torch.nn.Module = LLaDAModelLM(config)
+    if point.trained == "LoRA":
+        model = add_lora(model, spec, r=16)
+    strategy, _, layers = point.strategy.partition(" + ")
+    plain = strategy == "plain"
+    module = AllLogits(model) if plain else MaskedLogProbs(model, spec, layer_checkpointing=bool(layers))
+    frozen = frozen_copy(AllLogits(native(model)) if plain else module)
+    engine = PlainEngine(module, World(0, 0, 1, device), OptimizerOptions(learning_rate=0.0))
+    engine.step = lambda learning_rate: 0.0  # type: ignore[method-assign]
+    segments = Segments(rows=point.segment_rows)
+    if plain:
+        reference = PlainReference(frozen.to(device))
+    elif point.trained == "LoRA":
+        reference = adapter_off_reference(engine, module.model, segments=segments)
+    else:
+        reference = copy_reference(engine, frozen, segments=segments)
+    noise = NoiseOptions("balanced", point.n, 0, spec.mask_token_id)
+    loss = LossOptions(("sigmoid",), (1.0,), beta=0.1)
+    strategy = "none" if plain else strategy
+    return PreferenceStep(engine, reference, noise, loss, strategy=strategy, segments=segments)
+
+
+def batch_of(point: Point) -> PairBatch:
+    """One pair whose answers are half of the row."""
+    ids = np.random.default_rng(0).integers(2, point.vocab - 1, (2, point.length)).astype(np.int32)
+    pair = TokenPair("pair", *(TokenAnswer(row, point.length // 2) for row in ids))
+    return collate([pair], pad_id=0, epoch=0, step=0, micro=0, last_micro=True)
+
+
+def measure(point: Point) -> dict[str, float]:
+    """Peak MiB above what stood before the step, and its seconds of CPU time (wall time on a GPU)."""
+    _map_every_tensor()
+    cuda = torch.cuda.is_available()
+    step, batch = make_step(point, torch.device("cuda" if cuda else "cpu")), batch_of(point)
+    noise, step.noise = step.noise, replace(step.noise, num_samples=1)
+    step([batch], 0.0)
+    step.engine.optimizer.zero_grad(set_to_none=True)
+    step.noise = noise
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+    before = torch.cuda.memory_allocated() if cuda else _resident("VmRSS")
+    clock = time.perf_counter if cuda else time.process_time
+    started = clock()
+    step([batch], 0.0)
+    if cuda:
+        torch.cuda.synchronize()
+    seconds = clock() - started
+    peak = torch.cuda.max_memory_allocated() if cuda else _resident("VmHWM")
+    return {"peak_mib": (peak - before) / MIB, "before_mib": before / MIB, "seconds": seconds}
+
+
+def _map_every_tensor() -> None:
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 64 * 1024)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 0)  # M_TRIM_THRESHOLD
+
+
+def _resident(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def in_its_own_process(point: Point) -> dict:
+    """The point with its measurement."""
+    command = [sys.executable, "-m", "benchmarks.segment_memory", "--point", json.dumps(asdict(point))]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return asdict(point) | json.loads(out.splitlines()[-1])
+
+
+def table(records: list[dict], machine: str) -> str:
+    """Markdown: MiB by n, and the growth from the first n to the last."""
+    numbers = sorted({record["n"] for record in records})
+    found = {(r["trained"], r["strategy"], r["n"]): r for r in records}
+    first = records[0]
+    lines = [
+        "# Peak memory against n",
+        "",
+        f"`python benchmarks/segment_memory.py` on {machine}. {first['layers']} layers of width {first['width']}, "
+        f"vocabulary {first['vocab']}, rows of {first['length']} tokens, {first['segment_rows']} rows a segment, "
+        "one pair. MiB above weights and reference, gradients included, the optimizer's update not.",
+        "",
+        f"| trained | strategy | {' | '.join(f'n = {n}' for n in numbers)} | growth | seconds at n = {numbers[-1]} |",
+        "|---|---|" + "---|" * (len(numbers) + 2),
+    ]
+    for trained, strategy in dict.fromkeys((r["trained"], r["strategy"]) for r in records):
+        row = [found[trained, strategy, n] for n in numbers]
+        growth = row[-1]["peak_mib"] / row[0]["peak_mib"] - 1
+        peaks = " | ".join(f"{record['peak_mib']:.1f}" for record in row)
+        lines.append(f"| {trained} | {strategy} | {peaks} | {growth:+.1%} | {row[-1]['seconds']:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--numbers", default="2,4,8,16,32,64", help="values of n")
+    parser.add_argument("--strategies", default=",".join(STRATEGIES))
+    parser.add_argument("--trained", default="all,LoRA")
+    for name, value in {"width": 128, "layers": 6, "vocab": 8192, "length": 256, "segment_rows": 2}.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks/segment_memory"), help="without suffix")
+    parser.add_argument("--point", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.point:
+        print(json.dumps(measure(Point(**json.loads(args.point)))))
+        return
+    shape = {name: getattr(args, name) for name in ("width", "layers", "vocab", "length", "segment_rows")}
+    records = []
+    for trained in args.trained.split(","):
+        for strategy in args.strategies.split(","):
+            for n in map(int, args.numbers.split(",")):
+                records.append(in_its_own_process(Point(strategy, trained, n, **shape)))
+                print(f"{trained:5} {strategy:18} n = {n:3} {records[-1]['peak_mib']:9.1f} MiB", flush=True)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    machine = f"{device}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
+    args.output.with_suffix(".json").write_text(json.dumps({"machine": machine, "points": records}, indent=1) + "\n")
+    text = table(records, machine)
+    args.output.with_suffix(".md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
