@@ -71,7 +71,7 @@ class Run:
         ):
             for batch in some:
                 rows = noise.rows(batch, WORLD.device)
-                live_R = score_rows(forward, rows, segments=build.choose_segments(config, WORLD.device))
+                live_R = score_rows(forward, rows, segments=build.choose_segments(config, WORLD))
                 assert live_R.abs().max() > 1
                 worst = max(worst, float((reference(rows, batch) - live_R).abs().max()))
                 count += int((batch.weight_B2.sum(1) > 0).sum())
