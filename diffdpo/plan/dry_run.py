@@ -1,0 +1,184 @@
+"""A job's forwards and backwards on the meta device, through the strategies of `diffdpo.step.backward` themselves.
+
+Shapes: R rows, M scored positions.
+"""
+
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffdpo.noise.rows import NoisyRows
+from diffdpo.plan.job import Job
+from diffdpo.plan.kernels import device_kernels
+from diffdpo.plan.shapes import Numbers
+from diffdpo.plan.trace import Ledger, Trace, Work
+from diffdpo.scores.masked_log_probs import MaskedLogProbs
+from diffdpo.step.backward import STRATEGIES, score_rows
+
+ACTIVATIONS, LOGITS, GRADIENTS = "activations", "logits", "gradients"
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """Of one micro-batch: ``policy`` and ``reference`` traces (live bytes), and the work of each."""
+
+    policy: Trace
+    reference: Trace | None
+    policy_work: Counter[Work]
+    reference_work: Counter[Work]
+
+
+class MetaRows(NoisyRows):
+    """Rows of equal length, all scored positions at their ends. Lengths are real: the layout reads them."""
+
+    @classmethod
+    def make(cls, count: int, length: int, scored: int) -> "MetaRows":
+        """``count`` rows of ``length`` tokens, ``scored`` positions each."""
+        values = torch.empty(count * scored, dtype=torch.float32, device="meta")
+        index, row = values.long(), torch.empty(count, dtype=torch.float32, device="meta")
+        ids = torch.empty(count, length, dtype=torch.long, device="meta")
+        lengths = torch.full((count,), length)
+        return cls(ids, lengths, row.long(), row, row, index, index, index, values, row.long())
+
+    def segment(self, start: int, stop: int) -> "MetaRows":
+        count = len(self)
+        return self.make(stop - start, self.input_ids_RT.shape[1], self.row_M.shape[0] // count)
+
+
+class DryEngine:
+    """Stands in for the engine: gradients stay in ``.grad``, or leave through a bucket as in ZeRO-2 and ZeRO-3."""
+
+    keeps_gradients_sharded = False
+
+    def __init__(self, module: MaskedLogProbs, job: Job, ledger: Ledger):
+        self.module, self.ledger = module, ledger
+        self.bucketed = job.zero is not None and job.zero.stage >= 2
+        self.bucket = job.zero.reduce_bucket if job.zero else 0
+        self.offload = job.zero is not None and job.zero.optimizer != "device"
+        self.world: Any = SimpleNamespace(size=1, rank=0, is_main=True, device=torch.device("meta"))
+        self.waiting: list[torch.Tensor] = []  # gradients above the bucket's size, until the bucket is reduced
+        self.kept: list[torch.Tensor] = []  # ... and until the backward ends where more backwards follow
+        self.sizes: list[int] = []
+        self.last = True
+        hooks = [self._leave if self.bucketed else self._stay]
+        self.handles = [
+            parameter.register_post_accumulate_grad_hook(hook)
+            for parameter in module.parameters()
+            if parameter.requires_grad
+            for hook in hooks
+        ]
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return self.module(*inputs)
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """The gradients of ``loss``, and where they go."""
+        self.last = last
+        loss.backward()
+        self._reduce()
+        self.kept.clear()
+
+    def close(self) -> None:
+        """Take the hooks and gradients off the module."""
+        for handle in self.handles:
+            handle.remove()
+        for parameter in self.module.parameters():
+            parameter.grad = None
+
+    def _stay(self, parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        self.ledger.retag(parameter.grad, GRADIENTS)
+
+    def _leave(self, parameter: torch.Tensor) -> None:
+        """DeepSpeed's hook: copied into the bucket, which is counted on its own, or past it when too large."""
+        assert parameter.grad is not None
+        if self.sizes and sum(self.sizes) + parameter.numel() > self.bucket:
+            self._reduce()
+        if parameter.numel() > self.bucket:
+            large = parameter.grad.clone() if self.offload else parameter.grad
+            self.ledger.retag(large, GRADIENTS)
+            self.waiting.append(large)
+        self.sizes.append(parameter.numel())
+        parameter.grad = None
+
+    def _reduce(self) -> None:
+        """On its way to the host a bf16 gradient is an fp32 copy on the device, one parameter at a time."""
+        if self.offload and self.last and self.sizes:
+            example = next(p for p in self.module.parameters() if p.requires_grad)
+            if example.element_size() == 2:
+                wide = torch.empty(max(self.sizes), dtype=torch.float32, device="meta")
+                self.ledger.retag(wide, GRADIENTS)
+        if not self.last:
+            self.kept += self.waiting
+        self.waiting.clear()
+        self.sizes.clear()
+
+
+def dry_run(module: MaskedLogProbs, numbers: Numbers, job: Job, *, timed: bool = True) -> DryRun:
+    """Peak and work of a micro-batch. More than two segments add nothing to the peak; their work is extrapolated.
+    Without ``timed`` the work is that of the pieces run, for when only the peak matters."""
+    several = job.segments > 1 or job.backwards > 1
+    once = _policy(module, numbers, job, segments=1) if timed or not several else None
+    twice = _policy(module, numbers, job, segments=2) if several or once is None else once
+    work = Counter((once or twice).work)
+    if once and job.segments > 1:
+        extra = job.rows / job.segment_rows - 1
+        for kind in set(once.work) | set(twice.work):
+            work[kind] += round(extra * (twice.work[kind] - once.work[kind]))
+    reference, reference_work = None, Counter[Work]()
+    if job.reference in ("copy", "adapter_off"):
+        reference = _reference(module, numbers, job)
+        passes = job.rows / min(job.rows, job.segment_rows)
+        reference_work = Counter({kind: round(times * passes) for kind, times in reference.work.items()})
+    return DryRun(twice, reference, work, reference_work)
+
+
+def _ledger(module: nn.Module, numbers: Numbers) -> Ledger:
+    trained = {tuple(p.shape) for p in module.parameters() if p.requires_grad and p.ndim == 2}
+    trained |= {shape[::-1] for shape in trained}
+
+    def kind(tensor: torch.Tensor) -> str:
+        shape = tuple(tensor.shape)
+        if shape in trained:
+            return GRADIENTS
+        return LOGITS if shape[-1:] == (numbers.vocabulary,) else ACTIVATIONS
+
+    ledger = Ledger(kind)
+    ledger.given(module.parameters())
+    return ledger
+
+
+def _policy(module: MaskedLogProbs, numbers: Numbers, job: Job, *, segments: int) -> Trace:
+    """``segments`` of the strategy in one micro-batch; for strategies of one segment, as many micro-batches."""
+    ledger = _ledger(module, numbers)
+    size = job.rows_at_once
+    many = job.segments > 1
+    batches = [size * segments] if many else [size] * segments
+    with device_kernels(cuda=job.cuda), ledger:
+        engine = DryEngine(module, job, ledger)
+        for index, count in enumerate(batches):
+            rows = MetaRows.make(count, job.length, job.scored)
+            weight_R = torch.empty(count, device="meta")
+            STRATEGIES[job.strategy](
+                engine,  # type: ignore[arg-type]
+                rows,
+                lambda f_R, weight_R=weight_R: (f_R * weight_R).sum(),
+                segment_rows=size if many else 0,
+                last=index == len(batches) - 1,
+            )
+            del rows, weight_R
+        engine.close()
+    return ledger.trace
+
+
+def _reference(module: MaskedLogProbs, numbers: Numbers, job: Job) -> Trace:
+    ledger = _ledger(module, numbers)
+    off = module.model.disable_adapter() if job.reference == "adapter_off" else nullcontext()  # type: ignore[operator]
+    with device_kernels(cuda=job.cuda), ledger, off:
+        score_rows(module, MetaRows.make(min(job.rows, job.segment_rows), job.length, job.scored), segment_rows=0)
+    return ledger.trace

@@ -1,0 +1,62 @@
+"""From settings and hardware to a plan: what is needed, whether it is there, how long a step takes."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from diffdpo.build import BUNDLED_MODEL
+from diffdpo.config import TrainConfig
+from diffdpo.plan.dry_run import DryRun, dry_run
+from diffdpo.plan.hardware import Gpu, Host
+from diffdpo.plan.job import Job, resolve
+from diffdpo.plan.memory import DEVICE, HOST, Part, memory_parts, needed
+from diffdpo.plan.roofline import StepTime, step_time
+from diffdpo.plan.shapes import Numbers, count, read_shape, skeleton
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is: one of ``gpus`` equal GPUs a process, all on one host. None: not given, so not judged."""
+
+    gpu: Gpu | None
+    host: Host | None
+    gpus: int = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A planned run. Bytes are of one process, the host's of all."""
+
+    job: Job
+    numbers: Numbers
+    run: DryRun
+    machine: Machine
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        """Memory by part, of one process."""
+        return memory_parts(self.job, self.numbers, self.run)
+
+    def need(self, place: str) -> int:
+        """Bytes of the worst moment, of one GPU or of the host or disk for all processes."""
+        return needed(self.parts, place)[0] * (1 if place == DEVICE else self.machine.gpus)
+
+    def short(self, gpu: Gpu | None = None) -> int:
+        """Bytes missing on the GPU and on the host together; 0 when it fits."""
+        gpu, host = gpu or self.machine.gpu, self.machine.host
+        missing = max(0, self.need(DEVICE) - gpu.memory) if gpu else 0
+        return missing + (max(0, self.need(HOST) - host.memory) if host else 0)
+
+    def time(self, gpu: Gpu) -> StepTime:
+        """Of a step on such a GPU."""
+        return step_time(self.job, self.numbers, self.run, gpu, self.machine.host or Host(0))
+
+
+def make_plan(
+    config: TrainConfig, machine: Machine, *, cuda: bool = True, scored: int | None = None, timed: bool = True
+) -> Plan:
+    """Run the step without data. ``scored`` as in `job.resolve`; without ``timed`` the work is not counted."""
+    job = resolve(config, cuda=cuda, world=machine.gpus, scored=scored)
+    family, shape = read_shape(config.model_name_or_path or str(BUNDLED_MODEL))
+    module = skeleton(family, shape, config, bf16=job.bf16, cast=job.bf16)
+    numbers = count(module)
+    return Plan(job, numbers, dry_run(module, numbers, job, timed=timed), machine)

@@ -1,0 +1,59 @@
+"""Does a run fit, what to change if not, and how long a step takes: planned from a config.json, no weights needed.
+
+    python launch/plan.py --model_name_or_path DIR|config.json --ds_config ds_configs/4080_offload.json \\
+        --gpu "RTX 4080" --host_memory 64GiB --config recipes/llada8b_qlora.yaml
+
+Every flag of launch/train.py is read as there (see its --help), so a training command can be pasted behind this one.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from diffdpo.cli import Parser, run
+from diffdpo.config import TrainConfig, parse_config
+from diffdpo.errors import UserError
+
+
+def build_parser() -> Parser:
+    """The planner's own flags."""
+    parser = Parser(description=__doc__.splitlines()[0], epilog="All flags of launch/train.py are read as well.")
+    parser.formatter_class = argparse.HelpFormatter
+    parser.add_argument("--gpu", help='"RTX 4080", "RTX 4090", A100, H100 or H200')
+    parser.add_argument("--gpu_memory", help="memory of a GPU, like 16GiB; default: that of --gpu")
+    parser.add_argument("--host_memory", help="memory of the host, like 64GiB; default: not judged")
+    parser.add_argument("--num_gpus", type=int, default=1, help="GPUs, all on one host (default: 1)")
+    parser.add_argument("--answer_tokens", type=int, help="longest answer; default: what --max_prompt_length leaves")
+    parser.add_argument("--save_json", type=Path, help="write the plan to this file as well")
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    """Print the plan."""
+    args, rest = build_parser().parse_known_args(argv)
+    config = parse_config(TrainConfig, rest, __doc__ or "")
+    if args.num_gpus < 1:
+        raise UserError(f"--num_gpus is {args.num_gpus}; it must be at least 1")
+    if args.answer_tokens is not None and not 0 < args.answer_tokens < config.max_length:
+        raise UserError(f"--answer_tokens is {args.answer_tokens}; it must be above 0 and below --max_length")
+    if args.save_json and not args.save_json.absolute().parent.is_dir():
+        raise UserError(f"--save_json {args.save_json}: there is no folder {args.save_json.parent}; make it first")
+    from diffdpo.plan.hardware import Host, find_gpu
+    from diffdpo.plan.sizes import parse_size
+
+    memory = parse_size(args.gpu_memory, "gpu_memory") if args.gpu_memory else None
+    gpu = find_gpu(args.gpu, memory)
+    host = Host(parse_size(args.host_memory, "host_memory")) if args.host_memory else None
+    from diffdpo.plan.advise import advise
+    from diffdpo.plan.plan import Machine, make_plan
+    from diffdpo.plan.report import as_json, as_text
+
+    plan = make_plan(config, Machine(gpu, host, args.num_gpus), scored=args.answer_tokens)
+    advice = advise(plan, scored=args.answer_tokens) if plan.short() else None
+    print(as_text(plan, advice))
+    if args.save_json:
+        args.save_json.write_text(json.dumps(as_json(plan, advice), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,63 @@
+"""`launch/plan.py`: what it prints, and one line with exit code 2 for every mistake."""
+
+import json
+
+import pytest
+
+from tests.conftest import ROOT
+
+MODEL = "diffdpo/pretrained/arithmetic"
+
+
+def test_a_plan_and_its_json(command, python, tmp_path):
+    out = tmp_path / "plan.json"
+    flags = ["--model_name_or_path", MODEL, "--ds_config", "ds_configs/4080_offload.json", "--max_length", "128"]
+    flags += ["--max_prompt_length", "64", "--gpu", "RTX 4080", "--host_memory", "64GiB", "--save_json", str(out)]
+    done = command([python, "launch/plan.py", *flags])
+    assert done.returncode == 0, done.stderr
+    assert "RTX 4080: needs" in done.stdout and "fits" in done.stdout and "H200" in done.stdout
+    plan = json.loads(out.read_text())
+    assert plan["fits"] and plan["advice"] is None
+    at_worst = [p for p in plan["parts"] if p["place"] == "device" and plan["needed"]["device"]["moment"] in p["moments"]]
+    assert plan["needed"]["device"]["bytes"] == sum(part["bytes"] for part in at_worst)
+
+
+def test_advice_is_a_setting_that_fits(tmp_path, monkeypatch, capsys):
+    from launch.plan import main
+
+    monkeypatch.chdir(ROOT)
+    out = tmp_path / "plan.json"
+    flags = ["--model_name_or_path", f"{MODEL}/config.json", "--gpu_memory", "0.75GiB", "--num_mc_samples", "64"]
+    main([*flags, "--segmentation", "none", "--save_json", str(out)])
+    printed = capsys.readouterr().out
+    assert "DOES NOT FIT" in printed and "it fits with: --" in printed
+    advice = json.loads(out.read_text())["advice"]
+    assert advice["needed"]["device"] <= 0.75 * 2**30 and "segmentation" in advice["flags"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--model_name_or_path", "nowhere/config.json"], "no such file"),
+        (["--model_name_or_path", "tests"], "has no config.json"),
+        (["--model_name_or_path", MODEL, "--gpu", "RTX 9999"], "RTX 9999"),
+        (["--model_name_or_path", MODEL, "--gpu_memory", "sixteen"], "--gpu_memory"),
+        (["--model_name_or_path", MODEL, "--host_memory", "64"], "--host_memory"),
+        (["--model_name_or_path", MODEL, "--ds_config", "nowhere.json"], "nowhere.json"),
+        (["--model_name_or_path", MODEL, "--num_gpus", "0"], "--num_gpus"),
+        (["--model_name_or_path", MODEL, "--no_such_flag", "1"], "no_such_flag"),
+    ],
+)
+def test_mistakes_end_with_one_line_and_code_2(flags, said, monkeypatch, capsys):
+    import data_pipeline.cli
+    from data_pipeline.errors import DataError
+    from diffdpo.errors import UserError
+    from launch.plan import main
+
+    monkeypatch.chdir(ROOT)
+    try:
+        code = data_pipeline.cli.exit_code(main, flags, (UserError, DataError))
+    except SystemExit as end:
+        code = end.code
+    err = capsys.readouterr().err.strip()
+    assert code == 2 and said in err and "\n" not in err

@@ -1,0 +1,97 @@
+"""What the plan must say of memory whatever the figures: what grows, what does not, what moves where."""
+
+import json
+
+import pytest
+
+from diffdpo.config import TrainConfig
+from diffdpo.plan.hardware import GPUS, Host
+from diffdpo.plan.memory import DEVICE, DISK, HOST
+from diffdpo.plan.plan import Machine, Plan, make_plan
+
+BASE = {"max_length": 64, "max_prompt_length": 32, "per_device_train_batch_size": 2}
+
+
+def planned(path: str, ds: str | None = None, *, cuda: bool = True, world: int = 1, **settings) -> Plan:
+    config = TrainConfig(model_name_or_path=path, ds_config=ds, **(BASE | settings))
+    return make_plan(config, Machine(GPUS["RTX 4080"], Host(2**36), world), cuda=cuda)
+
+
+def bytes_of(plan: Plan, name: str, place: str = DEVICE) -> int:
+    return sum(part.bytes for part in plan.parts if part.name == name and part.place == place)
+
+
+@pytest.fixture
+def ds(tmp_path):
+    def write(**zero) -> str:
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
+        path.write_text(json.dumps({"zero_optimization": zero}))
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize("strategy", ["checkpoint", "two_pass"])
+def test_segments_make_live_memory_independent_of_n(small, strategy):
+    few, many = (
+        planned(small, segmentation=strategy, segment_rows=4, num_mc_samples=n).run.policy.peak for n in (2, 64)
+    )
+    assert many <= 1.001 * few
+    one_graph = [planned(small, segmentation="none", num_mc_samples=n).run.policy.peak for n in (2, 8)]
+    assert one_graph[1] > 3 * one_graph[0]
+
+
+def test_recomputing_layers_saves_and_costs(small):
+    kept, recomputed = (planned(small, gradient_checkpointing=flag) for flag in (False, True))
+    assert bytes_of(recomputed, "activations") < 0.6 * bytes_of(kept, "activations")
+    ratio = sum(w.flops * n for w, n in recomputed.run.policy_work.items()) / sum(
+        w.flops * n for w, n in kept.run.policy_work.items()
+    )
+    assert 1.2 < ratio < 4 / 3
+
+
+def test_checkpoint_holds_a_full_gradient_that_two_pass_gives_away(small, ds):
+    """In one backward every weight is used by every segment, so none of its gradient leaves before the end."""
+    config = ds(stage=2, offload_optimizer={"device": "cpu"}, reduce_bucket_size=200_000)
+    one, two = (
+        planned(small, config, segmentation=name, segment_rows=1, num_mc_samples=2) for name in ("checkpoint", "two_pass")
+    )
+    assert bytes_of(one, "gradients") > 0.7 * one.numbers.trained_bytes
+    assert bytes_of(two, "gradients") < 0.8 * bytes_of(one, "gradients")
+
+
+def test_offload_moves_the_optimizer(small, ds):
+    n = planned(small).numbers.trained
+    near = planned(small, ds(stage=2), segment_rows=1)
+    away = planned(small, ds(stage=2, offload_optimizer={"device": "cpu", "pin_memory": False}), segment_rows=1)
+    assert bytes_of(near, "optimizer: moments") == bytes_of(away, "optimizer: moments", HOST) == 8 * n
+    assert bytes_of(away, "optimizer: fp32 weights", HOST) == bytes_of(away, "gradients in fp32", HOST) == 4 * n
+    disk = planned(
+        small, ds(stage=3, offload_optimizer={"device": "nvme"}, offload_param={"device": "nvme"}), segment_rows=1
+    )
+    assert disk.need(DISK) == (2 + 2 + 16) * n  # weights, the reference's, optimizer and fp32 gradients
+
+
+def test_pinned_memory_comes_in_powers_of_two(small, ds):
+    zero = {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": True}}
+    size = bytes_of(planned(small, ds(**zero), segment_rows=1), "gradients in fp32", HOST)
+    assert size & (size - 1) == 0 and size >= 4 * planned(small).numbers.trained
+
+
+def test_sharding_divides(small, ds):
+    one, four = (planned(small, ds(stage=2), world=world, segment_rows=1) for world in (1, 4))
+    assert bytes_of(four, "optimizer: moments") == bytes_of(one, "optimizer: moments") // 4
+    assert bytes_of(four, "weights") == bytes_of(one, "weights")
+
+
+def test_a_reference_costs_a_copy_or_nothing(small):
+    copied = planned(small)
+    assert bytes_of(copied, "reference copy") == copied.numbers.trained_bytes
+    adapted = planned(small, use_peft=True)
+    assert adapted.job.reference == "adapter_off" and not bytes_of(adapted, "reference copy")
+
+
+def test_the_whole_vocabulary_is_never_held(llada_8b):
+    """The head works in chunks of 256 MiB; a full row of logits would be 0.5 GiB."""
+    plan = planned(llada_8b, use_peft=True, load_in_4bit=True, max_length=1024, max_prompt_length=24, segment_rows=1)
+    assert bytes_of(plan, "logits") < 2 * 256 * 2**20
