@@ -250,14 +250,19 @@ def total_steps(config: RunConfig, loader: PairLoader) -> int:
 
 
 def resolve_bf16(config: RunConfig, device: torch.device) -> bool:
-    """``--bf16``, or whether the hardware has it. The plain engine has no fp32 master weights, so it trains in fp32."""
+    """``--bf16``, or whether the hardware has it."""
+    return choose_bf16(config, able=device.type == "cuda" and torch.cuda.is_bf16_supported())
+
+
+def choose_bf16(config: RunConfig, *, able: bool) -> bool:
+    """``--bf16``, or ``able``. The plain engine has no fp32 master weights, so it trains in fp32."""
     if not uses_deepspeed(config):
         if config.bf16:
             raise UserError("--bf16 trains bfloat16 weights with fp32 masters, which needs --ds_config; leave it out")
         return False
     in_json = read_ds_config(Path(config.ds_config or "")).get("bf16", {}).get("enabled", "auto")
     if in_json == "auto":
-        return config.bf16 if config.bf16 is not None else device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return able if config.bf16 is None else config.bf16
     if config.bf16 is not None and config.bf16 is not in_json:
         raise UserError(f"--bf16 is {config.bf16} and --ds_config sets bf16.enabled to {in_json}; leave one out")
     return in_json

@@ -162,16 +162,13 @@ def _policy(module: MaskedLogProbs, numbers: Numbers, job: Job, *, segments: int
     with device_kernels(cuda=job.cuda), ledger:
         engine = DryEngine(module, job, ledger)
         for index, count in enumerate(batches):
-            rows = MetaRows.make(count, job.length, job.scored)
-            weight_R = torch.empty(count, device="meta")
             STRATEGIES[job.strategy](
                 engine,  # type: ignore[arg-type]
-                rows,
-                lambda f_R, weight_R=weight_R: (f_R * weight_R).sum(),
+                MetaRows.make(count, job.length, job.scored),
+                torch.sum,
                 segment_rows=size if many else 0,
                 last=index == len(batches) - 1,
             )
-            del rows, weight_R
         engine.close()
     return ledger.trace
 

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from diffdpo import build
 from diffdpo.config import TrainConfig, read_ds_config
 from diffdpo.engine.base import OptimizerOptions
 from diffdpo.engine.deepspeed import complete_ds_config, zero_stage
-from diffdpo.errors import UserError
 from diffdpo.noise.estimators import MAX_EXACT_LENGTH, num_rows
 from diffdpo.step.backward import choose_strategy
 
@@ -100,12 +101,9 @@ class Job:
 
 def resolve(config: TrainConfig, *, cuda: bool, world: int, scored: int | None = None) -> Job:
     """Settings → job. ``scored``: scored positions of a row; default: all of the longest answer."""
-    deepspeed = build.uses_deepspeed(config)
-    if config.bf16 and not deepspeed:
-        raise UserError("--bf16 trains bfloat16 weights with fp32 masters, which needs --ds_config; leave it out")
-    bf16 = deepspeed and (cuda if config.bf16 is None else config.bf16)
+    bf16 = build.choose_bf16(config, able=cuda)
     zero = None
-    if deepspeed:
+    if build.uses_deepspeed(config):
         completed = complete_ds_config(
             read_ds_config(Path(config.ds_config or "")),
             OptimizerOptions(learning_rate=1e-6, max_grad_norm=config.max_grad_norm),
@@ -119,7 +117,7 @@ def resolve(config: TrainConfig, *, cuda: bool, world: int, scored: int | None =
     loss = build.make_loss(config)
     per_answer = num_rows(config.score_estimator, length=MAX_EXACT_LENGTH, num_samples=config.num_mc_samples)
     rows = 2 * per_answer * config.per_device_train_batch_size
-    segment_rows = config.segment_rows or max(1, build.SEGMENT_TOKENS["cuda" if cuda else "cpu"] // config.max_length)
+    segment_rows = build.choose_segment_rows(config, torch.device("cuda" if cuda else "cpu"))
     strategy, why = choose_strategy(
         config.segmentation,
         rows=rows,

@@ -23,7 +23,7 @@ NF4_BLOCK, NF4_NESTED_BLOCK = 64, 256
 
 @contextmanager
 def device_kernels(*, cuda: bool) -> Iterator[None]:
-    """Inside, the models' calls of fused kernels go to the stand-ins here: those of a CPU, or with ``cuda`` of a GPU."""
+    """Inside, the models' calls of fused kernels go to the stand-ins: those of a CPU, or with ``cuda`` of a GPU."""
     swaps: list[tuple[Any, str, Any]] = [(F, "scaled_dot_product_attention", _attention)]
     if cuda:
         swaps.append((RMSNorm, "forward", lambda norm, x: norm.weight * _FusedRmsNorm.apply(x)))

@@ -13,12 +13,12 @@ from diffdpo.plan.sizes import gib
 
 TITLES = {DEVICE: "GPU", HOST: "host", DISK: "NVMe"}
 ASSUMPTIONS = (
-    f"{hardware.MATMUL_SHARE:.0%} of the data sheet's rate in matrix products, {hardware.BANDWIDTH_SHARE:.0%} of memory "
-    f"bandwidth, {hardware.LINK_SHARE:.0%} of PCIe's; host memory {hardware.Host(0).bandwidth / 1e9:.0f} GB/s, NVMe "
-    f"{hardware.Host(0).disk / 1e9:.0f} GB/s",
+    f"{hardware.MATMUL_SHARE:.0%} of the data sheet's rate in matrix products, "
+    f"{hardware.BANDWIDTH_SHARE:.0%} of memory bandwidth, {hardware.LINK_SHARE:.0%} of PCIe's; "
+    f"host memory {hardware.Host(0).bandwidth / 1e9:.0f} GB/s, NVMe {hardware.Host(0).disk / 1e9:.0f} GB/s",
     "every row as long as --max_length, every token of the longest answer scored (an upper bound)",
-    f"{gib(hardware.CONTEXT):.1f} GiB of GPU memory for CUDA itself, {hardware.SLACK:.0%} of a step's live tensors lost "
-    f"to fragmentation, {gib(hardware.PROCESS):.0f} GiB of host memory a process",
+    f"{gib(hardware.CONTEXT):.1f} GiB of GPU memory for CUDA itself, {hardware.SLACK:.0%} of a step's live tensors "
+    f"lost to fragmentation, {gib(hardware.PROCESS):.0f} GiB of host memory a process",
     "transfers over PCIe hidden behind compute as far as they go; sums between GPUs not counted",
     "planned, not measured",
 )
@@ -37,7 +37,8 @@ def _header(plan: Plan) -> Iterator[str]:
     engine = f"DeepSpeed ZeRO-{zero.stage}" if zero else "plain torch"
     if zero and zero.stage:
         engine += f", optimizer on {zero.optimizer}, parameters on {zero.parameters}"
-    yield f"model      {n.total / 1e9:.3f}B parameters in {n.layers} layers, {kind}; {n.trained / 1e6:.1f}M trained ({what})"
+    yield f"model      {n.total / 1e9:.3f}B parameters in {n.layers} layers, {kind}"
+    yield f"trained    {n.trained / 1e6:.1f}M parameters ({what})"
     yield f"engine     {engine}; {plan.machine.gpus} process(es)"
     yield f"rows       {job.rows} of {job.length} tokens a micro-batch, {job.rows_at_once} in a forward"
     layers = ", layers recomputed" if config.gradient_checkpointing else ""

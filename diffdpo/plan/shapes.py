@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,7 +39,9 @@ def read_shape(name_or_path: str) -> tuple[Family, PreTrainedConfig]:
     path = Path(name_or_path)
     if path.suffix != ".json":
         if path.is_dir() and not (path / "config.json").is_file():
-            raise UserError(f"--model_name_or_path {path} has no config.json; give a checkpoint folder or a config.json")
+            raise UserError(
+                f"--model_name_or_path {path} has no config.json; give a checkpoint folder or a config.json"
+            )
         return read_config(name_or_path)
     try:
         raw = json.loads(path.read_text())
@@ -57,14 +60,20 @@ def skeleton(family: Family, shape: PreTrainedConfig, config: TrainConfig, *, bf
     adapter too (DeepSpeed does)."""
     dtype = torch.bfloat16 if bf16 else torch.float32
     with torch.device("meta"):
-        model = family.model_class(shape).to(dtype)
+        model: Any = family.model_class(shape).to(dtype)  # type: ignore[arg-type]
     # a shifted family's positions are checked against their values, which meta tensors have not; shapes are the same
     spec = FamilySpec(shape.model_type, 0, 1, 1, "", family.lora_targets, logit_shift=0)
     if config.load_in_4bit:
         quantise(model)
     if config.use_peft:
-        targets = config.lora_target_modules
-        model = add_lora(model, spec, r=config.lora_r, alpha=config.lora_alpha, target_modules=targets)
+        model = add_lora(
+            model,
+            spec,
+            r=config.lora_r,
+            alpha=config.lora_alpha,
+            target_modules=config.lora_target_modules,
+            use_dora=config.use_dora,
+        )
     else:
         model.requires_grad_(True)
     module = MaskedLogProbs(model, spec, layer_checkpointing=config.gradient_checkpointing)

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ class Ledger(TorchDispatchMode):
             self._known[key] = (kind, size)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        rule = RULES.get(func.overloadpacket)
+        rule: Callable[..., Any] | None = RULES.get(func.overloadpacket)
         out = (rule or func)(*args, **(kwargs or {}))
         tensors = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and leaf.is_meta]
         for tensor in tensors:
@@ -134,7 +135,7 @@ def _segment_reduce(data, reduce, *, lengths, **_):
 
 
 aten = torch.ops.aten
-RULES = {  # operations whose output shape depends on data, which meta tensors have not
+RULES: dict[Any, Callable[..., Any]] = {  # operations whose output shape depends on data, which meta tensors have not
     aten.bincount: _bincount,
     aten.segment_reduce: _segment_reduce,
     aten._segment_reduce_backward: lambda grad, out, data, *_, **__: torch.empty_like(data),

@@ -18,7 +18,9 @@ def test_a_plan_and_its_json(command, python, tmp_path):
     assert "RTX 4080: needs" in done.stdout and "fits" in done.stdout and "H200" in done.stdout
     plan = json.loads(out.read_text())
     assert plan["fits"] and plan["advice"] is None
-    at_worst = [p for p in plan["parts"] if p["place"] == "device" and plan["needed"]["device"]["moment"] in p["moments"]]
+    at_worst = [
+        p for p in plan["parts"] if p["place"] == "device" and plan["needed"]["device"]["moment"] in p["moments"]
+    ]
     assert plan["needed"]["device"]["bytes"] == sum(part["bytes"] for part in at_worst)
 
 

@@ -8,6 +8,7 @@ from diffdpo.config import TrainConfig
 from diffdpo.plan.hardware import GPUS, Host
 from diffdpo.plan.memory import DEVICE, DISK, HOST
 from diffdpo.plan.plan import Machine, Plan, make_plan
+from tests.unit.plan.conftest import LLADA_8B
 
 BASE = {"max_length": 64, "max_prompt_length": 32, "per_device_train_batch_size": 2}
 
@@ -54,7 +55,8 @@ def test_checkpoint_holds_a_full_gradient_that_two_pass_gives_away(small, ds):
     """In one backward every weight is used by every segment, so none of its gradient leaves before the end."""
     config = ds(stage=2, offload_optimizer={"device": "cpu"}, reduce_bucket_size=200_000)
     one, two = (
-        planned(small, config, segmentation=name, segment_rows=1, num_mc_samples=2) for name in ("checkpoint", "two_pass")
+        planned(small, config, segmentation=name, segment_rows=1, num_mc_samples=2)
+        for name in ("checkpoint", "two_pass")
     )
     assert bytes_of(one, "gradients") > 0.7 * one.numbers.trained_bytes
     assert bytes_of(two, "gradients") < 0.8 * bytes_of(one, "gradients")
@@ -91,7 +93,8 @@ def test_a_reference_costs_a_copy_or_nothing(small):
     assert adapted.job.reference == "adapter_off" and not bytes_of(adapted, "reference copy")
 
 
-def test_the_whole_vocabulary_is_never_held(llada_8b):
-    """The head works in chunks of 256 MiB; a full row of logits would be 0.5 GiB."""
-    plan = planned(llada_8b, use_peft=True, load_in_4bit=True, max_length=1024, max_prompt_length=24, segment_rows=1)
-    assert bytes_of(plan, "logits") < 2 * 256 * 2**20
+def test_the_whole_vocabulary_is_never_held(write_config):
+    """The head works in chunks of 256 MiB; the logits of a row of 1000 scored tokens would be 0.5 GiB in fp32."""
+    path = write_config(LLADA_8B | {"n_layers": 2})
+    plan = planned(path, use_peft=True, load_in_4bit=True, max_length=1024, max_prompt_length=24, segment_rows=1)
+    assert plan.job.scored == 1000 and 0 < bytes_of(plan, "logits") < 2.1 * 256 * 2**20
