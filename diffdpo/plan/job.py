@@ -1,6 +1,6 @@
 """What a run would do, as far as its memory and time depend on it: settings resolved by the run's own rules."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from diffdpo.config import TrainConfig, read_ds_config
 from diffdpo.engine.base import OptimizerOptions
 from diffdpo.engine.deepspeed import complete_ds_config, zero_stage
 from diffdpo.noise.estimators import MAX_EXACT_LENGTH, num_rows
+from diffdpo.reference.modes import check_reference, choose_mode
 from diffdpo.step.backward import choose_strategy
 
 
@@ -99,8 +100,11 @@ class Job:
         return 2 if self.bf16 else 4
 
 
-def resolve(config: TrainConfig, *, cuda: bool, world: int, scored: int | None = None) -> Job:
-    """Settings → job. ``scored``: scored positions of a row; default: all of the longest answer."""
+def resolve(
+    config: TrainConfig, *, cuda: bool, world: int, second_model: Callable[[], float], scored: int | None = None
+) -> Job:
+    """Settings → job. ``second_model()``: the part of the memory that a copy of the model would take, for
+    ``--reference auto``. ``scored``: scored positions of a row; default: all of the longest answer."""
     bf16 = build.choose_bf16(config, able=cuda)
     zero = None
     if build.uses_deepspeed(config):
@@ -115,6 +119,7 @@ def resolve(config: TrainConfig, *, cuda: bool, world: int, scored: int | None =
         )
         zero = Zero.read(completed, cuda=cuda)
     loss = build.make_loss(config)
+    check_reference(config, loss)
     per_answer = num_rows(config.score_estimator, length=MAX_EXACT_LENGTH, num_samples=config.num_mc_samples)
     rows = 2 * per_answer * config.per_device_train_batch_size
     segment_rows = build.choose_segment_rows(config, torch.device("cuda" if cuda else "cpu"))
@@ -135,7 +140,7 @@ def resolve(config: TrainConfig, *, cuda: bool, world: int, scored: int | None =
         segment_rows=segment_rows,
         strategy=strategy,
         why=why,
-        reference=build.reference_mode(config, loss),
+        reference=choose_mode(config, loss, share=second_model)[0],
         length=config.max_length,
         scored=scored or config.max_length - config.max_prompt_length,
     )

@@ -6,11 +6,11 @@ from functools import cached_property
 from diffdpo.build import BUNDLED_MODEL
 from diffdpo.config import TrainConfig
 from diffdpo.plan.dry_run import DryRun, dry_run
-from diffdpo.plan.hardware import Gpu, Host
+from diffdpo.plan.hardware import GPUS, Gpu, Host
 from diffdpo.plan.job import Job, resolve
 from diffdpo.plan.memory import DEVICE, HOST, Part, memory_parts, needed
 from diffdpo.plan.roofline import StepTime, step_time
-from diffdpo.plan.shapes import Numbers, count, read_shape, skeleton
+from diffdpo.plan.shapes import Numbers, count, read_shape, skeleton, weight_elements
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,13 @@ def make_plan(
     config: TrainConfig, machine: Machine, *, cuda: bool = True, scored: int | None = None, timed: bool = True
 ) -> Plan:
     """Run the step without data. ``scored`` as in `job.resolve`; without ``timed`` the work is not counted."""
-    job = resolve(config, cuda=cuda, world=machine.gpus, scored=scored)
     family, shape = read_shape(config.model_name_or_path or str(BUNDLED_MODEL))
+    memory = (machine.gpu or max(GPUS.values(), key=lambda gpu: gpu.memory)).memory
+
+    def second_model() -> float:
+        return 2 * weight_elements(family, shape) / memory  # files in 16 bits
+
+    job = resolve(config, cuda=cuda, world=machine.gpus, second_model=second_model, scored=scored)
     module = skeleton(family, shape, config, bf16=job.bf16, cast=job.bf16)
     numbers = count(module)
     return Plan(job, numbers, dry_run(module, numbers, job, timed=timed), machine)

@@ -55,6 +55,12 @@ def read_shape(name_or_path: str) -> tuple[Family, PreTrainedConfig]:
     return FAMILIES[kind], FAMILIES[kind].config_class.from_dict(raw).check()
 
 
+def weight_elements(family: Family, shape: PreTrainedConfig) -> int:
+    """Parameters of the published model."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in family.model_class(shape).parameters())
+
+
 def skeleton(family: Family, shape: PreTrainedConfig, config: TrainConfig, *, bf16: bool, cast: bool) -> MaskedLogProbs:
     """What `diffdpo.train` hands its engine, on the meta device. ``cast``: the engine casts everything to bf16, the
     adapter too (DeepSpeed does)."""
@@ -72,7 +78,7 @@ def skeleton(family: Family, shape: PreTrainedConfig, config: TrainConfig, *, bf
             r=config.lora_r,
             alpha=config.lora_alpha,
             target_modules=config.lora_target_modules,
-            use_dora=config.use_dora,
+            use_dora=getattr(config, "use_dora", False),
         )
     else:
         model.requires_grad_(True)
