@@ -2,6 +2,8 @@
 
     python benchmarks/score_variance.py --output docs/benchmarks/score_variance.json --plot docs/score_variance.png
 
+Lines that --output holds already are kept and not measured again, so a run can be extended or taken up again.
+
 Rows "VRPO n_t x n_y" are the settings of VRPO's Table 2 (arXiv 2505.19223): n_t values of t with n_y Bernoulli masks
 each. "unshared" is noise drawn anew for the reference. The variances are over draws of noise for fixed pairs,
 geometric means over pairs; "h" is β times a difference of log-ratios, "grad" the summed variance over all parameters.
@@ -12,6 +14,7 @@ Shape suffixes: D draws, 2 sides (0 chosen, 1 rejected).
 
 import argparse
 import json
+import platform
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -54,11 +57,14 @@ def vrpo(num_t: int, num_y: int) -> Planner:
     return plan
 
 
-def settings(estimators: list[str], counts: list[int], with_vrpo: bool) -> Iterator[Setting]:
-    for name in estimators:
-        for n in counts:
-            yield Setting(name, n, planner(name, n))
-    if with_vrpo:
+def settings(args: argparse.Namespace) -> Iterator[Setting]:
+    """What is measured at each length, in order."""
+    pairs = [(name, n) for name in args.estimators for n in args.num_samples]
+    if args.settings:
+        pairs = [(name, int(n)) for name, n in (text.split(":") for text in args.settings)]
+    for name, n in pairs:
+        yield Setting(name, n, planner(name, n))
+    if not (args.settings or args.no_vrpo):
         for num_t, num_y in VRPO:
             yield Setting(f"VRPO {num_t}x{num_y}", num_t * num_y, vrpo(num_t, num_y))
 
@@ -98,11 +104,13 @@ def gradient_variance(
     return (squares - float(total.square().sum()) / draws) / (draws - 1)
 
 
-def measure(models: Models, args: argparse.Namespace) -> Iterator[dict]:
-    """One line per length and setting."""
+def measure(models: Models, args: argparse.Namespace, done: set[tuple]) -> Iterator[dict]:
+    """One line per length and setting that is not ``done``."""
     for length in args.lengths:
         pairs = pairs_of_length(models, length, number=args.pairs, seed=args.seed)
-        for setting in settings(args.estimators, args.num_samples, not args.no_vrpo):
+        for setting in settings(args):
+            if (length, setting.name, setting.forwards) in done:
+                continue
             started = time.perf_counter()
             draws = max(args.min_draws, args.rows // setting.forwards)
             options = {"gradient_draws": args.gradient_draws, "beta": args.beta, "seed": args.seed}
@@ -113,6 +121,7 @@ def measure(models: Models, args: argparse.Namespace) -> Iterator[dict]:
                 "estimator": setting.name,
                 "n": setting.forwards,
                 "draws": draws,
+                "gradient_draws": args.gradient_draws,
                 "pairs": len(pairs),
                 **means,
                 "h_each": [one["h"] for one in each],
@@ -160,15 +169,23 @@ def plot(lines: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def hardware(device: str) -> str:
+    """Where this was measured; variances do not depend on it, seconds do."""
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or "CPU"
+    return f"{name}, {platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", help="policy; default: the bundled model after --dpo_steps of DPO")
     parser.add_argument("--ref_model_name_or_path", help="reference; with it, the policy is taken as it is")
     parser.add_argument("--dpo_steps", type=int, default=60)
+    parser.add_argument("--dpo_learning_rate", type=float, default=1e-4)
     parser.add_argument("--beta", type=float, default=0.1)
     parser.add_argument("--lengths", type=int, nargs="+", default=[8, 32, 64, 128, 256])
     parser.add_argument("--num_samples", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--estimators", nargs="+", default=[name for name in ESTIMATORS if name != "exact"])
+    parser.add_argument("--settings", nargs="+", help="such as uniform_t:8 balanced:4, instead of all combinations")
     parser.add_argument("--no_vrpo", action="store_true", help="leave out the settings of VRPO's Table 2")
     parser.add_argument("--pairs", type=int, default=4, help="pairs a length")
     parser.add_argument("--rows", type=int, default=400, help="forwards a side, pair, and setting")
@@ -179,16 +196,18 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file")
     parser.add_argument("--plot", type=Path, help="PNG file")
     args = parser.parse_args()
-    options = {"dpo_steps": args.dpo_steps, "device": args.device, "seed": args.seed}
+    options = {"dpo_steps": args.dpo_steps, "learning_rate": args.dpo_learning_rate}
+    options |= {"device": args.device, "seed": args.seed}
     models = load_models(args.model_name_or_path, args.ref_model_name_or_path, **options)
-    lines = []
-    for line in measure(models, args):
+    lines = json.loads(args.output.read_text())["lines"] if args.output and args.output.exists() else []
+    for line in measure(models, args, {(line["length"], line["estimator"], line["n"]) for line in lines}):
         lines.append(line)
         numbers = "  ".join(f"{k} {v:9.3g}" for k, v in line.items() if isinstance(v, float) and k != "seconds")
         print(f"L={line['length']:<4d} {line['estimator']:18s} n={line['n']:<3d} {numbers}", flush=True)
         if args.output:
             command = {name: value for name, value in vars(args).items() if name not in ("output", "plot")}
-            args.output.write_text(json.dumps({"settings": command, "lines": lines}, indent=1) + "\n")
+            content = {"hardware": hardware(args.device), "settings": command, "lines": lines}
+            args.output.write_text(json.dumps(content, indent=1) + "\n")
     print(f"\nvariance relative to {BASELINE[0]} n={BASELINE[1]} (geometric mean over lengths)")
     print("\n".join(relative_to_baseline(lines)))
     if args.plot:

@@ -43,7 +43,9 @@ class Models:
         return next(self.policy.parameters()).device
 
 
-def load_models(policy: str | None, reference: str | None, *, dpo_steps: int, device: str, seed: int) -> Models:
+def load_models(
+    policy: str | None, reference: str | None, *, dpo_steps: int, device: str, seed: int, learning_rate: float = 1e-4
+) -> Models:
     """The named models (None: the bundled one). With one model only, the policy is it after ``dpo_steps`` of DPO."""
     first = load_model(reference or policy or str(BUNDLED_MODEL), device=device)
     models = Models(
@@ -58,11 +60,11 @@ def load_models(policy: str | None, reference: str | None, *, dpo_steps: int, de
             MaskedLogProbs(load_model(policy, device=device).model, first.spec),
             *(models.reference, models.encode, models.mask_token_id, models.terminator_id),
         )
-    train(models, steps=dpo_steps, seed=seed)
+    train(models, steps=dpo_steps, seed=seed, learning_rate=learning_rate)
     return models
 
 
-def train(models: Models, *, steps: int, seed: int, pairs_a_step: int = 8, learning_rate: float = 5e-5) -> None:
+def train(models: Models, *, steps: int, seed: int, learning_rate: float, pairs_a_step: int = 8) -> None:
     """A little DPO, all parameters, so that policy and reference differ as they do in a run."""
     optimizer = torch.optim.AdamW(models.policy.parameters(), lr=learning_rate, weight_decay=0.0)
     records = natural_pairs(models, seed=seed + 1)

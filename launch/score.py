@@ -5,13 +5,13 @@
 A line is {"id", "chosen": {"score", "stderr", "tokens"}, "rejected": {...}}: the ELBO's estimate in nats, summed over
 the answer's tokens and its terminator, its standard error (null with one sample; too large for estimators whose rows
 are coupled, see docs/theory.md), and how many tokens were scored.
-With --output a broken-off run goes on where it stopped.
+With --output a broken-off run goes on where it stopped. A record whose id was met before is left out.
 """
 
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import IO, Any
 
@@ -44,19 +44,21 @@ def main(argv: list[str]) -> None:
     args = build_parser().parse_args(argv)
     check(args)
     records = read_records(args.pairs)
-    done, mode = set(), None
+    done, mode = set[str](), None
     if args.output:
         done = finished_ids(Path(args.output), identity(args))
         mode = open(args.output, "a", encoding="utf-8")  # noqa: SIM115 - closed below, or standard output
     out: IO[str] = mode or sys.stdout
     try:
-        count, dropped = score_all(args, (record for record in records if record.id not in done), out)
+        count, dropped, repeated = score_all(args, records, done, out)
     finally:
         if mode:
             mode.close()
     for name, drop in dropped[:5]:
         print(f"left out {name}: {drop.reason} {drop.detail}".rstrip(), file=sys.stderr)
-    print(f"scored {count}, left out {len(dropped)}, already there {len(done)}", file=sys.stderr)
+    if repeated:
+        print(f"left out {repeated} whose id another record has", file=sys.stderr)
+    print(f"scored {count}, left out {len(dropped) + repeated}, already there {len(done)}", file=sys.stderr)
 
 
 def check(args) -> None:
@@ -111,11 +113,17 @@ def finished_ids(path: Path, settings: dict) -> set[str]:
     """Ids in an output file; an unfinished last line is cut off. UserError if it was made with other settings."""
     side = path.with_name(path.name + ".settings.json")
     if not path.exists() or path.stat().st_size == 0:
-        side.write_text(json.dumps(settings, indent=1) + "\n")
+        partial = side.with_name(side.name + ".partial")  # renamed when whole: a kill must not leave half of it
+        partial.write_text(json.dumps(settings, indent=1) + "\n")
+        partial.replace(side)
         return set()
-    if not side.exists():
-        raise UserError(f"--output {path} exists but {side.name} does not, so it may hold anything; name another file")
-    before = json.loads(side.read_text())
+    try:
+        before = dict(json.loads(side.read_text()))
+    except (OSError, ValueError, TypeError):
+        raise UserError(
+            f"--output {path} exists but {side.name} does not tell how it was made, so it may hold anything; name "
+            "another file"
+        ) from None
     changed = [name for name in settings if before.get(name) != settings[name]]
     if changed:
         found = ", ".join(f"--{name} {before.get(name)}" for name in changed)
@@ -125,11 +133,29 @@ def finished_ids(path: Path, settings: dict) -> set[str]:
     if len(whole) < len(data):
         with path.open("r+b") as file:
             file.truncate(len(whole))
-    return {json.loads(line)["id"] for line in whole.decode().splitlines()}
+    return {_id_of(line, f"--output {path}:{number}") for number, line in enumerate(whole.split(b"\n")[:-1], 1)}
 
 
-def score_all(args, records: Iterator, out: IO[str]) -> tuple[int, list]:
-    """Write a line a record; (how many, what the encoder left out)."""
+def _id_of(line: bytes, where: str) -> str:
+    try:
+        return json.loads(line)["id"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{where} is no line of this command; mend or remove it, or name another file") from None
+
+
+def unmet(records: Iterator, done: Set[str], repeated: list[str]) -> Iterator:
+    """Records whose id is not ``done`` and was not met before; ids met again are appended to ``repeated``."""
+    met = set[str]()
+    for record in records:
+        if record.id in met:
+            repeated.append(record.id)
+        elif record.id not in done:
+            yield record
+        met.add(record.id)
+
+
+def score_all(args, records: Iterator, done: Set[str], out: IO[str]) -> tuple[int, list, int]:
+    """Write a line a record that is not ``done``; (how many, what the encoder left out, records met twice)."""
     from data_pipeline.encode import Drop
     from diffdpo.build import make_encoder
     from diffdpo.evaluation.score_pairs import ScoreSettings, as_line, batches, encoded, score_pairs
@@ -144,14 +170,14 @@ def score_all(args, records: Iterator, out: IO[str]) -> tuple[int, list]:
         args.num_diffusion_steps,
         args.segment_rows,
     )
-    count, dropped = 0, list[tuple[str, Drop]]()
-    for pairs in batches(encoded(records, encoder, dropped), args.batch_size):
+    count, dropped, repeated = 0, list[tuple[str, Drop]](), list[str]()
+    for pairs in batches(encoded(unmet(records, done, repeated), encoder, dropped), args.batch_size):
         scores, ratio = score_pairs(pairs, models, settings)
         for index, pair in enumerate(pairs):
             out.write(json.dumps(as_line(pair, index, scores, ratio), ensure_ascii=False) + "\n")
         out.flush()
         count += len(pairs)
-    return count, dropped
+    return count, dropped, len(repeated)
 
 
 def load_models(args) -> tuple[list, Any, Any]:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,56 @@ def test_output_refuses_other_settings_and_files_it_did_not_write(folder, capsys
     with pytest.raises(UserError, match="may hold anything"):
         lines(capsys, folder, "--output", str(stranger))
     assert stranger.read_text() == "mine\n"
+
+
+def test_output_that_was_tampered_with_is_refused_in_one_line(folder, capsys, tmp_path):
+    output = tmp_path / "scores.jsonl"
+    lines(capsys, folder, "--output", str(output))
+    whole = output.read_text()
+    output.write_text("mine" + whole)
+    with pytest.raises(UserError, match=r"scores\.jsonl:1 is no line"):
+        lines(capsys, folder, "--output", str(output))
+    output.write_text(whole)
+    (tmp_path / "scores.jsonl.settings.json").write_text('{"seed": 0,')
+    with pytest.raises(UserError, match="may hold anything"):
+        lines(capsys, folder, "--output", str(output))
+
+
+def test_records_with_an_id_met_before_are_left_out_and_counted(folder, tmp_path, capsys):
+    """Also over a resume: which record an id stands for must not depend on where the run was broken off."""
+    (tmp_path / "twice.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*PAIRS[:2], PAIRS[0], PAIRS[2]]))
+    flags = ["--pairs", str(tmp_path / "twice.jsonl"), "--output", str(tmp_path / "out"), "--num_mc_samples", "1"]
+    score.main(["--model_name_or_path", str(folder / "model"), *flags])
+    assert "left out 1 whose id another record has\nscored 3" in capsys.readouterr().err
+    written = (tmp_path / "out").read_text().splitlines(keepends=True)
+    (tmp_path / "out").write_text("".join(written[:1]))
+    score.main(["--model_name_or_path", str(folder / "model"), *flags])
+    assert [json.loads(line)["id"] for line in (tmp_path / "out").read_text().splitlines()] == ["a", "b", "c"]
+
+
+def test_killed_at_any_moment_it_goes_on(folder, tmp_path):
+    """kill -9 in the middle of many batches; then the same lines as in one go."""
+    records = [{**record, "id": f"{record['id']}{i}"} for i in range(60) for record in PAIRS]
+    (tmp_path / "many.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    flags = ["--model_name_or_path", str(folder / "model"), "--pairs", str(tmp_path / "many.jsonl")]
+    flags += ["--batch_size", "2", "--num_mc_samples", "8", "--output"]
+    output = tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, str(ROOT / "launch" / "score.py"), *flags, str(output)])
+    try:
+        while process.poll() is None and not (output.exists() and output.stat().st_size > 1000):
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
+    assert 0 < len(output.read_bytes().splitlines()) < len(records)
+    score.main([*flags, str(output)])
+    score.main([*flags, str(tmp_path / "whole")])
+    found, whole = (
+        [json.loads(line) for line in path.read_text().splitlines()] for path in (output, tmp_path / "whole")
+    )
+    assert [line["id"] for line in found] == [line["id"] for line in whole] == [record["id"] for record in records]
+    for a, b in zip(found, whole, strict=True):  # batches may be cut elsewhere, which moves the last digits
+        assert a["chosen"]["score"] == pytest.approx(b["chosen"]["score"], rel=1e-5)
 
 
 def test_exact_names_the_record_that_is_too_long(folder, capsys, tmp_path):

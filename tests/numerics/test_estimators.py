@@ -145,7 +145,7 @@ def test_mean_is_the_exact_score(estimator, length, table):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("length", range(1, 11))
-@pytest.mark.parametrize("num_samples", [1, 4, 5])
+@pytest.mark.parametrize("num_samples", [1, 2, 3, 4])
 @pytest.mark.parametrize("estimator", SAMPLED)
 def test_mean_is_the_exact_score_over_many_draws(estimator, num_samples, length, table):
     if estimator == "quadrature" and length > 2 * num_samples:
