@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffdpo.engine.base import trained_parameters
 from diffdpo.noise.rows import NoisyRows
 from diffdpo.plan.job import Job
 from diffdpo.plan.kernels import device_kernels
@@ -19,6 +20,7 @@ from diffdpo.plan.shapes import Numbers
 from diffdpo.plan.trace import Ledger, Trace, Work
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.step.backward import STRATEGIES, score_rows
+from diffdpo.step.segments import Segment
 
 ACTIVATIONS, LOGITS, GRADIENTS = "activations", "logits", "gradients"
 
@@ -33,21 +35,32 @@ class DryRun:
     reference_work: Counter[Work]
 
 
-class MetaRows(NoisyRows):
-    """Rows of equal length, all scored positions at their ends. Lengths are real: the layout reads them."""
+def meta_rows(count: int, job: Job) -> NoisyRows:
+    """``count`` rows, all as long as the longest, with all their scored positions."""
+    value_M = torch.empty(count * job.scored, device="meta")
+    row_R = torch.empty(count, device="meta")
+    ids_RT = torch.empty(count, job.length, dtype=torch.long, device="meta")
+    index_M, index_R = value_M.long(), row_R.long()
+    return NoisyRows(ids_RT, index_R, index_R, row_R, row_R, index_M, index_M, index_M, value_M, index_R)
 
-    @classmethod
-    def make(cls, count: int, length: int, scored: int) -> "MetaRows":
-        """``count`` rows of ``length`` tokens, ``scored`` positions each."""
-        values = torch.empty(count * scored, dtype=torch.float32, device="meta")
-        index, row = values.long(), torch.empty(count, dtype=torch.float32, device="meta")
-        ids = torch.empty(count, length, dtype=torch.long, device="meta")
-        lengths = torch.full((count,), length)
-        return cls(ids, lengths, row.long(), row, row, index, index, index, values, row.long())
 
-    def segment(self, start: int, stop: int) -> "MetaRows":
-        count = len(self)
-        return self.make(stop - start, self.input_ids_RT.shape[1], self.row_M.shape[0] // count)
+class MetaSegments:
+    """As `diffdpo.step.segments.Segments` cuts rows of equal length."""
+
+    def __init__(self, job: Job, segments: int):
+        self.job, self.segments = job, segments
+
+    def __call__(self, rows: NoisyRows) -> list[Segment]:
+        """Equal pieces of the rows."""
+        count = len(rows) // self.segments
+        return [self._piece(count) for _ in range(self.segments)]
+
+    def by_answer(self, rows: NoisyRows) -> list[list[Segment]]:
+        """The pieces of the two answers of a pair."""
+        return [self(rows), self(rows)]
+
+    def _piece(self, count: int) -> Segment:
+        return Segment(meta_rows(count, self.job), torch.empty(count, dtype=torch.long, device="meta"))
 
 
 class DryEngine:
@@ -57,7 +70,8 @@ class DryEngine:
 
     def __init__(self, module: MaskedLogProbs, job: Job, ledger: Ledger):
         self.module, self.ledger = module, ledger
-        self.bucketed = job.zero is not None and job.zero.stage >= 2
+        self.parameters = trained_parameters(module)
+        self.bucketed = job.zero is not None and job.zero.stage >= 2 and job.strategy != "deferred"
         self.bucket = job.zero.reduce_bucket if job.zero else 0
         self.offload = job.zero is not None and job.zero.optimizer != "device"
         self.world: Any = SimpleNamespace(size=1, rank=0, is_main=True, device=torch.device("meta"))
@@ -67,14 +81,12 @@ class DryEngine:
         self.last = True
         hooks = [self._leave if self.bucketed else self._stay]
         self.handles = [
-            parameter.register_post_accumulate_grad_hook(hook)
-            for parameter in module.parameters()
-            if parameter.requires_grad
-            for hook in hooks
+            parameter.register_post_accumulate_grad_hook(hook) for parameter in self.parameters for hook in hooks
         ]
 
-    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
-        return self.module(*inputs)
+    def __call__(self, ids_RT: torch.Tensor, lengths_R: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+        rows, length = ids_RT.shape
+        return self.module(ids_RT, torch.full((rows,), length), *inputs)  # the layout reads them: real numbers
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """The gradients of ``loss``, and where they go."""
@@ -87,7 +99,7 @@ class DryEngine:
         """Take the hooks and gradients off the module."""
         for handle in self.handles:
             handle.remove()
-        for parameter in self.module.parameters():
+        for parameter in self.parameters:
             parameter.grad = None
 
     def _stay(self, parameter: torch.Tensor) -> None:
@@ -109,7 +121,7 @@ class DryEngine:
     def _reduce(self) -> None:
         """On its way to the host a bf16 gradient is an fp32 copy on the device, one parameter at a time."""
         if self.offload and self.last and self.sizes:
-            example = next(p for p in self.module.parameters() if p.requires_grad)
+            example = self.parameters[0]
             if example.element_size() == 2:
                 wide = torch.empty(max(self.sizes), dtype=torch.float32, device="meta")
                 self.ledger.retag(wide, GRADIENTS)
@@ -120,20 +132,21 @@ class DryEngine:
 
 
 def dry_run(module: MaskedLogProbs, numbers: Numbers, job: Job, *, timed: bool = True) -> DryRun:
-    """Peak and work of a micro-batch. More than two segments add nothing to the peak; their work is extrapolated.
-    Without ``timed`` the work is that of the pieces run, for when only the peak matters."""
+    """Peak and work of a micro-batch. More than two segments (``deferred``: two an answer) add nothing to the peak;
+    their work is extrapolated. Without ``timed`` the work is that of the pieces run, for when only the peak matters."""
     several = job.segments > 1 or job.backwards > 1
-    once = _policy(module, numbers, job, segments=1) if timed or not several else None
-    twice = _policy(module, numbers, job, segments=2) if several or once is None else once
+    once = _policy(module, numbers, job, pieces=1) if timed or not several else None
+    twice = _policy(module, numbers, job, pieces=2) if several or once is None else once
     work = Counter((once or twice).work)
     if once and job.segments > 1:
-        extra = job.rows / job.segment_rows - 1
+        answers = 2 if job.strategy == "deferred" else 1
+        extra = job.rows / (answers * job.rows_at_once) - 1
         for kind in set(once.work) | set(twice.work):
             work[kind] += round(extra * (twice.work[kind] - once.work[kind]))
     reference, reference_work = None, Counter[Work]()
     if job.reference in ("copy", "adapter_off"):
         reference = _reference(module, numbers, job)
-        passes = job.rows / min(job.rows, job.segment_rows)
+        passes = job.rows / job.reference_rows
         reference_work = Counter({kind: round(times * passes) for kind, times in reference.work.items()})
     return DryRun(twice, reference, work, reference_work)
 
@@ -153,22 +166,19 @@ def _ledger(module: nn.Module, numbers: Numbers) -> Ledger:
     return ledger
 
 
-def _policy(module: MaskedLogProbs, numbers: Numbers, job: Job, *, segments: int) -> Trace:
-    """``segments`` of the strategy in one micro-batch; for strategies of one segment, as many micro-batches."""
+def _policy(module: MaskedLogProbs, numbers: Numbers, job: Job, *, pieces: int) -> Trace:
+    """``pieces`` segments of one micro-batch; of a strategy with one segment, as many micro-batches."""
     ledger = _ledger(module, numbers)
-    size = job.rows_at_once
-    many = job.segments > 1
-    batches = [size * segments] if many else [size] * segments
+    many = job.segments > (2 * job.pairs if job.strategy == "deferred" else 1)
+    micro_batches = 1 if many else pieces
+    segments: Any = MetaSegments(job, pieces if many else 1)
     with device_kernels(cuda=job.cuda), ledger:
-        engine = DryEngine(module, job, ledger)
-        for index, count in enumerate(batches):
-            STRATEGIES[job.strategy](
-                engine,  # type: ignore[arg-type]
-                MetaRows.make(count, job.length, job.scored),
-                torch.sum,
-                segment_rows=size if many else 0,
-                last=index == len(batches) - 1,
-            )
+        engine: Any = DryEngine(module, job, ledger)
+        for index in range(micro_batches):
+            rows = meta_rows(job.rows_at_once * (pieces if many else 1), job)
+            last = index == micro_batches - 1
+            STRATEGIES[job.strategy](engine, rows, torch.sum, segments=segments, last=last)
+            del rows
         engine.close()
     return ledger.trace
 
@@ -176,6 +186,9 @@ def _policy(module: MaskedLogProbs, numbers: Numbers, job: Job, *, segments: int
 def _reference(module: MaskedLogProbs, numbers: Numbers, job: Job) -> Trace:
     ledger = _ledger(module, numbers)
     off = module.model.disable_adapter() if job.reference == "adapter_off" else nullcontext()  # type: ignore[operator]
+    segments: Any = MetaSegments(job, 1)
     with device_kernels(cuda=job.cuda), ledger, off:
-        score_rows(module, MetaRows.make(min(job.rows, job.segment_rows), job.length, job.scored), segment_rows=0)
+        engine = DryEngine(module, job, ledger)
+        score_rows(engine, meta_rows(job.reference_rows, job), segments=segments)
+        engine.close()
     return ledger.trace

@@ -2,18 +2,21 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import nn
 
 from diffdpo import build
 from diffdpo.config import TrainConfig, read_ds_config
 from diffdpo.engine.base import OptimizerOptions
-from diffdpo.engine.deepspeed import complete_ds_config, zero_stage
+from diffdpo.engine.deepspeed import DeepSpeedEngine, complete_ds_config, zero_stage
 from diffdpo.noise.estimators import MAX_EXACT_LENGTH, num_rows
 from diffdpo.reference.modes import check_reference, choose_mode
-from diffdpo.step.backward import choose_strategy
+from diffdpo.step.choose import MicroBatchShape, choose_strategy
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,8 @@ class Job:
     cuda: bool
     bf16: bool
     world: int
-    rows: int  # of a micro-batch
-    segment_rows: int
+    rows_per_answer: int
+    segment_rows: int  # of the longest rows, as many as a segment takes
     strategy: str
     why: str
     reference: str
@@ -79,20 +82,38 @@ class Job:
     scored: int  # positions scored in a row
 
     @property
-    def segments(self) -> int:
-        """Forwards with a graph in a micro-batch."""
-        return 1 if self.strategy == "none" else -(-self.rows // self.segment_rows)
+    def pairs(self) -> int:
+        """Of a micro-batch."""
+        return self.config.per_device_train_batch_size
+
+    @property
+    def rows(self) -> int:
+        """Of a micro-batch."""
+        return 2 * self.pairs * self.rows_per_answer
 
     @property
     def rows_at_once(self) -> int:
-        """Rows of the largest forward."""
-        return self.rows if self.strategy == "none" else min(self.rows, self.segment_rows)
+        """Rows of the largest forward with a graph."""
+        most = {"none": self.rows, "deferred": self.rows_per_answer}.get(self.strategy, self.rows)
+        return most if self.strategy == "none" else min(most, self.segment_rows)
+
+    @property
+    def segments(self) -> int:
+        """Forwards with a graph in a micro-batch."""
+        if self.strategy == "deferred":
+            return 2 * self.pairs * -(-self.rows_per_answer // self.rows_at_once)
+        return -(-self.rows // self.rows_at_once)
 
     @property
     def backwards(self) -> int:
-        """Backward calls of an optimizer step."""
-        per_micro = self.segments if self.strategy in ("two_pass", "deferred") else 1
+        """Backwards of an optimizer step after which an engine reduces gradients."""
+        per_micro = self.segments if self.strategy == "two_pass" else 1
         return per_micro * self.config.gradient_accumulation_steps
+
+    @property
+    def reference_rows(self) -> int:
+        """Rows of a forward of the reference."""
+        return min(self.rows, self.segment_rows)
 
     @property
     def width(self) -> int:
@@ -101,46 +122,58 @@ class Job:
 
 
 def resolve(
-    config: TrainConfig, *, cuda: bool, world: int, second_model: Callable[[], float], scored: int | None = None
+    config: TrainConfig,
+    module: nn.Module,
+    *,
+    cuda: bool,
+    world: int,
+    second_model: Callable[[], float],
+    scored: int | None = None,
 ) -> Job:
-    """Settings → job. ``second_model()``: the part of the memory that a copy of the model would take, for
-    ``--reference auto``. ``scored``: scored positions of a row; default: all of the longest answer."""
+    """Settings → job. ``module``: what would be trained, on the meta device. ``second_model()``: the part of the memory
+    that a copy of it would take, for ``--reference auto``. ``scored``: scored positions of a row; default: all of the
+    longest answer."""
     bf16 = build.choose_bf16(config, able=cuda)
-    zero = None
-    if build.uses_deepspeed(config):
-        completed = complete_ds_config(
-            read_ds_config(Path(config.ds_config or "")),
-            OptimizerOptions(learning_rate=1e-6, max_grad_norm=config.max_grad_norm),
-            micro_batch_size=config.per_device_train_batch_size,
-            accumulation_steps=config.gradient_accumulation_steps,
-            world_size=world,
-            bf16=bf16,
-            cuda=cuda,
-        )
-        zero = Zero.read(completed, cuda=cuda)
+    place: Any = SimpleNamespace(size=world, device=torch.device("cuda" if cuda else "cpu"))
+    ds_config = _ds_config(config, bf16=bf16, cuda=cuda, world=world)
+    engine: Any = SimpleNamespace(keeps_gradients_sharded=False, why_not_unreduced=lambda: None)
+    if ds_config is not None:
+        held = SimpleNamespace(config=ds_config, optimizer=None, world=place, module=module)
+        engine.keeps_gradients_sharded = zero_stage(ds_config) == 3
+        engine.why_not_unreduced = partial(DeepSpeedEngine.why_not_unreduced, held)  # type: ignore[arg-type]
     loss = build.make_loss(config)
     check_reference(config, loss)
     per_answer = num_rows(config.score_estimator, length=MAX_EXACT_LENGTH, num_samples=config.num_mc_samples)
-    rows = 2 * per_answer * config.per_device_train_batch_size
-    segment_rows = build.choose_segment_rows(config, torch.device("cuda" if cuda else "cpu"))
-    strategy, why = choose_strategy(
-        config.segmentation,
-        rows=rows,
-        segment_rows=segment_rows,
-        keeps_gradients_sharded=zero is not None and zero.stage == 3,
-        whole_batch=loss.whole_batch,
-    )
+    segments = build.choose_segments(config, place)
+    pairs = config.per_device_train_batch_size
+    shape = MicroBatchShape(pairs, per_answer, config.max_length, loss.whole_batch)
+    strategy, why = choose_strategy(config.segmentation, engine=engine, segments=segments, shape=shape)
     return Job(
         config=config,
-        zero=zero,
+        zero=None if ds_config is None else Zero.read(ds_config, cuda=cuda),
         cuda=cuda,
         bf16=bf16,
         world=world,
-        rows=rows,
-        segment_rows=segment_rows,
+        rows_per_answer=per_answer,
+        segment_rows=segments.rows or max(1, segments.tokens // config.max_length),
         strategy=strategy,
         why=why,
         reference=choose_mode(config, loss, share=second_model)[0],
         length=config.max_length,
         scored=scored or config.max_length - config.max_prompt_length,
+    )
+
+
+def _ds_config(config: TrainConfig, *, bf16: bool, cuda: bool, world: int) -> dict[str, Any] | None:
+    """The DeepSpeed configuration as the run completes it; None for plain torch."""
+    if not build.uses_deepspeed(config):
+        return None
+    return complete_ds_config(
+        read_ds_config(Path(config.ds_config or "")),
+        OptimizerOptions(learning_rate=1e-6, max_grad_norm=config.max_grad_norm),
+        micro_batch_size=config.per_device_train_batch_size,
+        accumulation_steps=config.gradient_accumulation_steps,
+        world_size=world,
+        bf16=bf16,
+        cuda=cuda,
     )

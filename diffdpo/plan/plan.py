@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 
-from diffdpo.build import BUNDLED_MODEL
+from diffdpo.build import BUNDLED_MODEL, choose_bf16
 from diffdpo.config import TrainConfig
 from diffdpo.plan.dry_run import DryRun, dry_run
 from diffdpo.plan.hardware import GPUS, Gpu, Host
@@ -61,7 +61,8 @@ def make_plan(
     def second_model() -> float:
         return 2 * weight_elements(family, shape) / memory  # files in 16 bits
 
-    job = resolve(config, cuda=cuda, world=machine.gpus, second_model=second_model, scored=scored)
-    module = skeleton(family, shape, config, bf16=job.bf16, cast=job.bf16)
+    bf16 = choose_bf16(config, able=cuda)
+    module = skeleton(family, shape, config, bf16=bf16, cast=bf16)
+    job = resolve(config, module, cuda=cuda, world=machine.gpus, second_model=second_model, scored=scored)
     numbers = count(module)
     return Plan(job, numbers, dry_run(module, numbers, job, timed=timed), machine)

@@ -134,9 +134,14 @@ def _segment_reduce(data, reduce, *, lengths, **_):
     return data.new_empty(lengths.shape)
 
 
+def _some_number(tensor):
+    return 1.0 if tensor.is_meta else aten._local_scalar_dense(tensor)
+
+
 aten = torch.ops.aten
 RULES: dict[Any, Callable[..., Any]] = {  # operations whose output shape depends on data, which meta tensors have not
     aten.bincount: _bincount,
+    aten._local_scalar_dense: _some_number,
     aten.segment_reduce: _segment_reduce,
     aten._segment_reduce_backward: lambda grad, out, data, *_, **__: torch.empty_like(data),
 }
