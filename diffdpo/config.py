@@ -18,6 +18,7 @@ import yaml
 
 from diffdpo.cli import Parser
 from diffdpo.errors import UserError
+from diffdpo.models.adapter_folder import is_adapter
 
 # The settings when neither a model nor data is named: those that suit what comes with diffdpo
 BUNDLED_RECIPE = Path(__file__).parent / "pretrained" / "arithmetic" / "train.yaml"
@@ -116,7 +117,11 @@ class TrainConfig(RunConfig):
     use_peft: bool = setting(False, "train a LoRA adapter instead of all weights")
     lora_r: int = setting(16, "rank of the adapter")
     lora_alpha: int = setting(32, "scale of the adapter")
-    lora_target_modules: str | None = setting(None, "names with commas, or a regular expression; default: per family")
+    lora_target_modules: str | None = setting(
+        None, "names in a block with commas, or a regular expression of full names; default: every linear layer"
+    )
+    use_dora: bool = setting(False, "DoRA: learn the size of each weight row apart from its direction")
+    use_rslora: bool = setting(False, "rsLoRA: scale the adapter by lora_alpha / sqrt(lora_r)")
     load_in_4bit: bool = setting(False, "hold the frozen weights in NF4 (needs --use_peft)")
     num_generated_pairs: int = setting(1600, "training pairs generated when --train_data is not given")
 
@@ -239,6 +244,12 @@ def _check_numbers(config: RunConfig) -> None:
 def _check_files(config: RunConfig) -> None:
     if config.run_name is not None and (not config.run_name.strip() or "/" in config.run_name):
         raise UserError(f"--run_name {config.run_name!r} names a folder; give a name without '/', or use --output_dir")
+    policy = config.model_name_or_path
+    if policy and is_adapter(policy):
+        raise UserError(
+            f"--model_name_or_path {policy} is a LoRA adapter; merge it first: "
+            f"python launch/export.py --adapter {policy} --output FOLDER"
+        )
     if config.engine == "deepspeed" and not config.ds_config:
         raise UserError("--engine deepspeed needs --ds_config, for instance --ds_config ds_configs/4080_offload.json")
     if config.engine == "plain" and config.ds_config:
@@ -275,6 +286,7 @@ def _check_train(config: TrainConfig) -> None:
         raise UserError(f"--reference_cache is not read under --reference {config.reference}; leave one of them out")
     if config.precompute_only and config.reference != "precomputed":
         raise UserError("--precompute_only makes what --reference precomputed reads; add --reference precomputed")
+    _check_lora(config)
     if config.segment_rows < 0:
         raise UserError(f"--segment_rows is {config.segment_rows}; give 1 or more, or 0 to have it chosen")
 
@@ -296,6 +308,12 @@ def _check_target(config: TrainConfig) -> None:
         why = "does not know n beforehand, and --reference precomputed needs it; leave one out"
     if why:
         raise UserError(f"--target_stderr {why}")
+
+
+def _check_lora(config: TrainConfig) -> None:
+    for name in ("use_dora", "use_rslora", "lora_target_modules"):
+        if getattr(config, name) and not config.use_peft:
+            raise UserError(f"--{name} is about a LoRA adapter; add --use_peft")
 
 
 def read_ds_config(path: Path) -> dict[str, Any]:

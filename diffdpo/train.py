@@ -111,8 +111,15 @@ class _Training:
         from diffdpo.models.adapters import add_lora
 
         torch.manual_seed(config.seed)  # the adapter starts the same on every rank
-        targets = config.lora_target_modules
-        model = add_lora(loaded.model, loaded.spec, r=config.lora_r, alpha=config.lora_alpha, target_modules=targets)
+        model = add_lora(
+            loaded.model,
+            loaded.spec,
+            r=config.lora_r,
+            alpha=config.lora_alpha,
+            target_modules=config.lora_target_modules,
+            use_dora=config.use_dora,
+            use_rslora=config.use_rslora,
+        )
         return replace(loaded, model=model)
 
     def job(self) -> Job:

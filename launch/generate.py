@@ -57,6 +57,8 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1")
     if args.output and not Path(args.output).absolute().parent.is_dir():
         raise UserError(f"--output {args.output}: its folder does not exist; create it first")
+    if args.output and Path(args.output).is_dir():
+        raise UserError(f"--output {args.output} is a folder; name a file")
     prompts = read_prompts(args)
     options = sampler_options(args)
     loaded = load(args)
@@ -64,12 +66,21 @@ def main(argv: list[str]) -> None:
     from diffdpo.sampling.decode import sample
 
     show = Display(loaded, len(encoded)) if args.stream else None
-    answers = sample(
-        loaded.model, loaded.spec, encoded, seed=args.seed, batch_size=args.batch_size, on_step=show, **options
-    )
-    if show:
-        show.close()
-    write(args, prompts, answers, loaded.tokenizer)
+    with Answers(args, prompts, loaded.tokenizer) as out:
+        try:
+            sample(
+                loaded.model,
+                loaded.spec,
+                encoded,
+                seed=args.seed,
+                batch_size=args.batch_size,
+                on_step=show,
+                on_answer=out.add,
+                **options,
+            )
+        finally:
+            if show:
+                show.close()
 
 
 def read_prompts(args) -> list[tuple[str, object]]:
@@ -78,9 +89,11 @@ def read_prompts(args) -> list[tuple[str, object]]:
     if args.prompts:
         path = Path(args.prompts)
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompts {path}: {error}") from error
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise UserError(f"--prompts {path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+        except OSError as error:
+            raise UserError(f"--prompts {path} cannot be read: {error.strerror}") from error
         numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
         read = json_prompt if path.suffix == ".jsonl" else lambda path, number, line: (str(number), line)
         prompts += [read(path, number, line) for number, line in numbered]
@@ -189,18 +202,34 @@ class Display:
         self.live.stop()
 
 
-def write(args, prompts, answers: list[list[int]], tokenizer) -> None:
-    named = [(key, prompt) for key, prompt in prompts for _ in range(args.num_samples)]
-    texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in answers]
-    if args.output:
-        with open(args.output, "w", encoding="utf-8") as file:
-            for (key, prompt), tokens, text in zip(named, answers, texts, strict=True):
-                line = {"id": key, "prompt": prompt, "answer": text, "tokens": len(tokens)}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        print(f"{len(answers)} answers in {args.output}", file=sys.stderr)
-        return
-    for (key, _), text in zip(named, texts, strict=True):
-        print(f"[{key}] {text}" if len(answers) > 1 else text)
+class Answers:
+    """Where answers go: a line of --output as soon as a batch is done, or printed at the end."""
+
+    def __init__(self, args, prompts: list[tuple[str, object]], tokenizer):
+        self.tokenizer, self.path = tokenizer, args.output
+        self.prompts = [named for named in prompts for _ in range(args.num_samples)]
+        self.texts: list[str] = []
+
+    def __enter__(self) -> "Answers":
+        self.file = open(self.path, "w", encoding="utf-8") if self.path else None
+        return self
+
+    def add(self, index: int, tokens: list[int]) -> None:
+        key, prompt = self.prompts[index]
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        self.texts.append(text)
+        if self.file:
+            line = {"id": key, "prompt": prompt, "answer": text, "tokens": len(tokens)}
+            self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self.file.flush()
+
+    def __exit__(self, *failure) -> None:
+        if self.file:
+            self.file.close()
+            print(f"{len(self.texts)} answers in {self.path}", file=sys.stderr)
+            return
+        for (key, _), text in zip(self.prompts, self.texts, strict=False):
+            print(f"[{key}] {text}" if len(self.prompts) > 1 else text)
 
 
 if __name__ == "__main__":

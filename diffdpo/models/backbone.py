@@ -8,8 +8,10 @@ Shapes: R rows, T padded length, N tokens in the stream, M kept tokens, K hidden
 """
 
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, cast
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, initialization
 from transformers.utils import ModelOutput
 
+from diffdpo.errors import UserError
 from diffdpo.models.layers import RMSNorm, RotaryTable, VocabularyHead
 from diffdpo.models.layout import Layout
 
@@ -74,6 +77,14 @@ def initialise(module: nn.Module, *, num_layers: int) -> None:
         initialization.ones_(module.weight)
 
 
+def refuse_partial(report: dict, name_or_path: str) -> None:
+    """UserError when transformers reports tensors that were missing (and left random), unknown or misshapen."""
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[what]:
+            names = sorted(str(key) for key in report[what])
+            raise UserError(f"{str(name_or_path)!r}: {len(names)} {what.replace('_', ' ')}, first {names[0]}")
+
+
 class MaskedLM(PreTrainedModel):
     """The bidirectional forward over a token stream, and the padded `forward` users of transformers expect."""
 
@@ -105,13 +116,34 @@ class MaskedLM(PreTrainedModel):
     def get_output_embeddings(self) -> VocabularyHead:
         return self.head
 
+    @classmethod
+    def from_pretrained(cls, name_or_path, *args, output_loading_info: bool = False, **kwargs):  # type: ignore[override]
+        """As in transformers, but tensors that are missing, unknown or misshapen are an error, not a warning."""
+        loaded = super().from_pretrained(name_or_path, *args, output_loading_info=True, **kwargs)
+        model, report = cast(tuple[MaskedLM, dict], loaded)
+        refuse_partial(report, name_or_path)
+        return (model, report) if output_loading_info else model
+
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
-        """As in transformers, but `architectures` in config.json stays what the checkpoint said."""
+        """As in transformers, but config.json keeps the checkpoint's `architectures`, and `auto_map` leads to its code.
+
+        The modeling files it names are copied along from a local checkpoint and named by repository for one of the
+        hub; they are never run here.
+        """
         published = self.config.architectures
         super().save_pretrained(save_directory, *args, **kwargs)
-        if published and kwargs.get("is_main_process", True):
-            self.config.architectures = published
-            self.config.save_pretrained(save_directory)
+        if not kwargs.get("is_main_process", True):
+            return
+        self.config.architectures = published or self.config.architectures
+        name = str(self.name_or_path or "")
+        source = Path(name)
+        if name and source.is_dir() and source.resolve() != Path(save_directory).resolve():
+            for file in _modeling_files(self.config):
+                if (source / file).is_file():
+                    shutil.copy(source / file, save_directory)
+        elif name.count("/") == 1 and not source.exists():
+            self.config.auto_map = _named_by_repository(self.config, name)
+        self.config.save_pretrained(save_directory)
 
     def hidden_states(
         self, ids_N: Tensor, layout: RowLayout, *, keep_M: Tensor | None = None, run_block: RunBlock = call_block
@@ -144,3 +176,14 @@ class MaskedLM(PreTrainedModel):
         layout = Layout.padded(lengths, length, device=input_ids.device)
         hidden = self.hidden_states(input_ids.flatten(), layout)
         return MaskedLMOutput(logits=self.head(hidden).unflatten(0, (rows, length)))
+
+
+def _modeling_files(config) -> list[str]:
+    """The .py files of the checkpoint's own code that `auto_map` names."""
+    names = (getattr(config, "auto_map", None) or {}).values()
+    return sorted({f"{name.split('.')[0]}.py" for name in names if "--" not in name})
+
+
+def _named_by_repository(config, repository: str) -> dict[str, str] | None:
+    auto_map = getattr(config, "auto_map", None)
+    return auto_map and {key: name if "--" in name else f"{repository}--{name}" for key, name in auto_map.items()}

@@ -30,6 +30,14 @@ REQUIRED = {
     "rms_norm_eps": float,
     "tie_word_embeddings": bool,
 }
+SUPPORTED: dict[str, tuple] = {
+    "hidden_act": ("silu", None),
+    "attention_dropout": (0.0, None),
+    "use_sliding_window": (False, None),
+    "use_mrope": (False, None),
+    "mlp_bias": (False, None),
+}
+LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 class DreamConfig(PublishedConfig):
@@ -61,27 +69,36 @@ class DreamConfig(PublishedConfig):
     def check(self) -> "DreamConfig":
         """Raise UserError naming every missing or contradictory key; otherwise return self."""
         self.require(REQUIRED)
-        self.refuse([(self.rotary["rope_theta"] is None, "lacks rope_theta: add the key to config.json")])
-        heads, groups, kind = self.num_attention_heads, self.num_key_value_heads, self.rotary["rope_type"]
+        self.allow_only(SUPPORTED)
+        self._check_rotary()
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        layers = set(getattr(self, "layer_types", None) or ()) - {"full_attention"}
         self.refuse(
             [
-                (self.hidden_act not in ("silu", None), f"has hidden_act={self.hidden_act!r}; supported: 'silu'"),
-                (self.attention_dropout, f"has attention_dropout={self.attention_dropout}; supported: 0.0"),
-                (self.use_sliding_window, "has use_sliding_window=true; supported: false"),
-                (kind not in ("default", "llama3"), f"has rotary scaling {kind!r}; supported: 'default', 'llama3'"),
+                (layers, f"has layer_types {', '.join(sorted(layers))}; supported: 'full_attention'"),
                 (heads % groups, f"has num_attention_heads={heads}, not a multiple of num_key_value_heads={groups}"),
                 (
                     not self.head_dim and self.hidden_size % heads,
                     f"has hidden_size={self.hidden_size}, not a multiple of num_attention_heads={heads}",
                 ),
                 (self.head_size % 2, f"gives an odd head size {self.head_size}; rotary positions need an even one"),
-                (
-                    (self.mask_token_id or 0) >= self.vocab_size,
-                    f"has mask_token_id={self.mask_token_id} outside the vocabulary of {self.vocab_size}",
-                ),
             ]
         )
+        self.check_token_ids(self.vocab_size)
         return self
+
+    def _check_rotary(self) -> None:
+        rotary = self.rotary
+        theta, kind = rotary["rope_theta"], rotary["rope_type"]
+        absent = [key for key in LLAMA3_KEYS if kind == "llama3" and rotary.get(key) is None]
+        self.refuse(
+            [
+                (theta is None, "lacks rope_theta: add the key to config.json"),
+                (not isinstance(theta, (int, float)), f"has rope_theta={theta!r}; expected: a number"),
+                (kind not in ("default", "llama3"), f"has rotary scaling {kind!r}; supported: 'default', 'llama3'"),
+                (absent, f"has rotary scaling 'llama3' without {', '.join(absent)}: add the key(s) to config.json"),
+            ]
+        )
 
     @property
     def head_size(self) -> int:
@@ -118,6 +135,24 @@ class LlamaDiffusionConfig(DreamConfig):
 
     model_type = "llama"
     qkv_bias_default = False
+
+
+class A2DQwen2Config(Qwen2DiffusionConfig):
+    """dLLM's conversion of Qwen2, trained without the shift."""
+
+    model_type = "a2d-qwen2"
+
+
+class A2DQwen3Config(Qwen3DiffusionConfig):
+    """dLLM's conversion of Qwen3 (Tiny-A2D), trained without the shift."""
+
+    model_type = "a2d-qwen3"
+
+
+class A2DLlamaConfig(LlamaDiffusionConfig):
+    """dLLM's conversion of Llama, trained without the shift."""
+
+    model_type = "a2d-llama"
 
 
 class SelfAttention(nn.Module):
@@ -244,6 +279,25 @@ class ScaledRotaryTable(RotaryTable):
         return frequency * (ramp + (1 - ramp) / factor)
 
 
-for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM):  # qwen2, qwen3 and llama stay transformers'
-    auto_class.register(DreamConfig, DreamModel)
-AutoConfig.register("Dream", DreamConfig)
+class A2DQwen2LMHeadModel(DreamModel):
+    """Under the published name."""
+
+    config_class = A2DQwen2Config
+
+
+class A2DQwen3LMHeadModel(DreamModel):
+    """Under the published name."""
+
+    config_class = A2DQwen3Config
+
+
+class A2DLlamaLMHeadModel(DreamModel):
+    """Under the published name."""
+
+    config_class = A2DLlamaConfig
+
+
+for model_class in (DreamModel, A2DQwen2LMHeadModel, A2DQwen3LMHeadModel, A2DLlamaLMHeadModel):
+    AutoConfig.register(model_class.config_class.model_type, model_class.config_class)
+    for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM):  # qwen2, qwen3, llama: transformers' own
+        auto_class.register(model_class.config_class, model_class)

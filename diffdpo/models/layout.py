@@ -142,6 +142,6 @@ def _bucket_size(ascending: Sequence[int], max_waste: float) -> int:
 
 
 def _varlen_usable(q: Tensor) -> bool:
-    """The varlen kernel is flash attention: half precision on an Ampere or newer GPU."""
-    half = q.dtype in (torch.bfloat16, torch.float16)
-    return varlen_attn is not None and q.is_cuda and half and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    """The varlen kernel is flash attention: half precision, heads it can tile, on an Ampere or newer GPU."""
+    fits = q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    return varlen_attn is not None and q.is_cuda and fits and torch.cuda.get_device_capability(q.device) >= (8, 0)

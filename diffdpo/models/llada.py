@@ -48,6 +48,7 @@ SUPPORTED: dict[str, tuple] = {
     "attention_dropout": (0.0, None),
     "residual_dropout": (0.0, None),
     "embedding_dropout": (0.0, None),
+    "rope_scaling": (None,),
 }
 
 
@@ -134,16 +135,12 @@ class LLaDAConfig(PublishedConfig):
     def check(self) -> "LLaDAConfig":
         """Raise UserError naming every missing or contradictory key; otherwise return self."""
         self.require(REQUIRED)
-        wrong = [
-            (key, getattr(self, key, None), allowed[0])
-            for key, allowed in SUPPORTED.items()
-            if getattr(self, key, None) not in allowed
-        ]
-        self.refuse((True, f"has {key}={found!r}; supported: {value!r}") for key, found, value in wrong)
+        self.allow_only(SUPPORTED)
         heads, groups, many = self.n_heads, self.kv_heads, self.n_kv_heads not in (None, 1)
         self.refuse(
             [
                 (self.d_model % heads, f"has d_model={self.d_model}, not a multiple of n_heads={heads}"),
+                (self.n_kv_heads == 0, "has n_kv_heads=0; it must be above 0"),
                 (heads % groups, f"has n_heads={heads}, not a multiple of n_kv_heads={groups}"),
                 (
                     (self.d_model // heads) % 2,
@@ -154,12 +151,9 @@ class LLaDAConfig(PublishedConfig):
                     self.embedding_size < self.vocab_size,
                     f"has embedding_size={self.embedding_size} < vocab_size={self.vocab_size}",
                 ),
-                (
-                    self.mask_token_id >= self.embedding_size,
-                    f"has mask_token_id={self.mask_token_id} outside the vocabulary",
-                ),
             ]
         )
+        self.check_token_ids(self.embedding_size)
         return self
 
     @property

@@ -15,7 +15,15 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 from transformers.utils import logging as hf_logging
 
 from diffdpo.errors import UserError
+from diffdpo.models.adapter_folder import base_of_adapter, is_adapter
+from diffdpo.models.backbone import refuse_partial
 from diffdpo.models.dream import (
+    A2DLlamaConfig,
+    A2DLlamaLMHeadModel,
+    A2DQwen2Config,
+    A2DQwen2LMHeadModel,
+    A2DQwen3Config,
+    A2DQwen3LMHeadModel,
     DreamConfig,
     DreamModel,
     LlamaDiffusionConfig,
@@ -25,7 +33,7 @@ from diffdpo.models.dream import (
 from diffdpo.models.llada import LLaDAConfig, LLaDAModelLM
 from diffdpo.models.quantize import keep_training_kernels, nf4_config
 from diffdpo.models.spec import DECODER_LORA_TARGETS, LLADA_LORA_TARGETS, FamilySpec
-from diffdpo.models.stream import checkpoint_folder, stream_weights
+from diffdpo.models.stream import check_folder, checkpoint_folder, stream_weights
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 STOP_TOKENS = ("<|eot_id|>", "<|im_end|>")
@@ -48,6 +56,9 @@ FAMILIES = {
     "qwen2": Family(Qwen2DiffusionConfig, DreamModel, DECODER_LORA_TARGETS, 1),
     "qwen3": Family(Qwen3DiffusionConfig, DreamModel, DECODER_LORA_TARGETS, 1),
     "llama": Family(LlamaDiffusionConfig, DreamModel, DECODER_LORA_TARGETS, 1),
+    "a2d-qwen2": Family(A2DQwen2Config, A2DQwen2LMHeadModel, DECODER_LORA_TARGETS, 0),
+    "a2d-qwen3": Family(A2DQwen3Config, A2DQwen3LMHeadModel, DECODER_LORA_TARGETS, 0),
+    "a2d-llama": Family(A2DLlamaConfig, A2DLlamaLMHeadModel, DECODER_LORA_TARGETS, 0),
 }
 
 
@@ -76,9 +87,9 @@ def load_model(
     name_or_path = str(name_or_path)
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
-    adapter = Path(name_or_path) / "adapter_config.json"
-    if adapter.is_file():
-        return _load_adapter(adapter, dtype=dtype, device=device, load_in_4bit=load_in_4bit)
+    check_device(device)
+    if is_adapter(name_or_path):
+        return load_adapter(name_or_path, dtype=dtype, device=device, load_in_4bit=load_in_4bit)
     family, config = read_config(name_or_path)
     tokenizer = load_tokenizer(name_or_path)
     spec = make_spec(config, family, tokenizer)
@@ -87,11 +98,33 @@ def load_model(
     return LoadedModel(model.eval(), tokenizer, spec)
 
 
+def check_device(device: str) -> None:
+    """UserError for a device torch does not know or that is not here."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise UserError(f"device {device!r} is unknown; use cpu, cuda, cuda:0, ...") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {device!r}: no GPU is to be found here; use cpu")
+
+
+def load_adapter(folder: str | Path, *, base: str | None = None, **options) -> LoadedModel:
+    """The model of an adapter folder: its base (or `base`, where that has moved) with the adapter on it.
+
+    `options` are those of `load_model`.
+    """
+    base = base or base_of_adapter(folder)
+    if is_adapter(base):
+        raise UserError(f"{base!r}, the base of the adapter {str(folder)!r}, is an adapter itself: merge it first")
+    loaded = load_model(base, **options)
+    from diffdpo.models.adapters import attach_adapter  # peft takes seconds to import
+
+    return LoadedModel(attach_adapter(loaded.model, folder), loaded.tokenizer, loaded.spec)
+
+
 def read_config(name_or_path: str) -> tuple[Family, PreTrainedConfig]:
     """The family and checked config of a checkpoint; no weights are read."""
-    looks_local = name_or_path.startswith(("/", ".", "~")) or name_or_path.count("/") > 1
-    if looks_local and not Path(name_or_path).is_dir():
-        raise UserError(f"no model config at {name_or_path!r}: there is no such folder")
+    check_folder(name_or_path)
     try:
         raw, _ = PreTrainedConfig.get_config_dict(name_or_path)
     except (OSError, ValueError) as error:
@@ -102,6 +135,12 @@ def read_config(name_or_path: str) -> tuple[Family, PreTrainedConfig]:
     if kind not in FAMILIES:
         raise UserError(
             f"{name_or_path!r} has model_type {kind!r}; supported: {', '.join(FAMILIES)} (docs/models.md adds a family)"
+        )
+    quantised = raw.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise UserError(
+            f"{name_or_path!r} holds weights quantised by {method}: load the original; load_in_4bit quantises it here"
         )
     family = FAMILIES[kind]
     return family, family.config_class.from_dict(raw).check()
@@ -126,9 +165,8 @@ def _tokenizer_class(name_or_path: str) -> str | None:
 
 def load_tokenizer_and_spec(name_or_path: str) -> tuple[PreTrainedTokenizerBase, FamilySpec]:
     """What `load_model` gives besides the model, without reading weights."""
-    adapter = Path(name_or_path) / "adapter_config.json"
-    if adapter.is_file():
-        return load_tokenizer_and_spec(base_of_adapter(adapter))
+    if is_adapter(name_or_path):
+        return load_tokenizer_and_spec(base_of_adapter(name_or_path))
     family, config = read_config(name_or_path)
     tokenizer = load_tokenizer(name_or_path)
     return tokenizer, make_spec(config, family, tokenizer)
@@ -155,15 +193,17 @@ def make_spec(config: PreTrainedConfig, family: Family, tokenizer: PreTrainedTok
         raise UserError(f"mask_token_id and eos_token_id are both {mask}: they must differ")
     register_mask_token(tokenizer, mask)
     vocabulary = tokenizer.get_vocab()
-    stops = tuple(vocabulary[token] for token in STOP_TOKENS if token in vocabulary)
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else []
+    stops = dict.fromkeys((*ends, *(vocabulary[token] for token in STOP_TOKENS if token in vocabulary)))
+    shift = getattr(config, "logit_shift", None)
     return FamilySpec(
         name=config.model_type,
         mask_token_id=mask,
         terminator_id=terminator,
-        pad_token_id=_first_id(config.pad_token_id, tokenizer.pad_token_id) or terminator,
+        pad_token_id=cast(int, _first_id(config.pad_token_id, tokenizer.pad_token_id, terminator)),
         block_class=next(iter(family.model_class._no_split_modules or ())),
         lora_targets=family.lora_targets,
-        logit_shift=getattr(config, "logit_shift", family.logit_shift),
+        logit_shift=family.logit_shift if shift is None else shift,
         template="chat" if tokenizer.chat_template else "plain",
         stop_token_ids=tuple(stop for stop in stops if stop != terminator),
     )
@@ -175,17 +215,19 @@ def register_mask_token(tokenizer: PreTrainedTokenizerBase, mask_token_id: int) 
         tokenizer.add_special_tokens({"mask_token": tokenizer.convert_ids_to_tokens(mask_token_id)})
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path) -> None:
-    """Write config, safetensors and tokenizer in the published layout. For a peft model: adapter and tokenizer."""
-    model.save_pretrained(directory)
+def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: str | Path, **options) -> None:
+    """Write config, safetensors and tokenizer in the published layout. For a peft model: adapter and tokenizer.
+
+    `options` are transformers' (`max_shard_size`). UserError for 4-bit weights, which the published code cannot read.
+    """
+    if getattr(model, "is_loaded_in_4bit", False):
+        raise UserError("4-bit weights are not written: save the original model, or an adapter on it")
+    cast(Any, model).save_pretrained(directory, **options)
     tokenizer.save_pretrained(directory)
 
 
 def _load_weights(name_or_path, family: Family, config, *, dtype: str, device: str) -> PreTrainedModel:
-    try:
-        folder = checkpoint_folder(name_or_path)
-    except OSError as error:
-        raise UserError(f"cannot load the weights of {name_or_path!r}: {_first_line(error)}") from error
+    folder = checkpoint_folder(name_or_path)
     config.dtype = DTYPES[dtype]
     with torch.device("meta"):
         model = family.model_class(config)
@@ -211,31 +253,10 @@ def _load_nf4(name_or_path, family: Family, config, *, dtype: str, device: str) 
         raise UserError(f"cannot load the weights of {name_or_path!r}: {_first_line(error)}") from error
     finally:
         hf_logging.set_verbosity(verbosity)
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[what]:
-            names = sorted(str(key) for key in report[what])
-            raise UserError(f"{name_or_path!r}: {len(names)} {what.replace('_', ' ')}, first {names[0]}")
+    refuse_partial(report, name_or_path)
     if device == "cpu":
         keep_training_kernels(model)
     return model
-
-
-def _load_adapter(adapter: Path, **options) -> LoadedModel:
-    from peft import PeftModel
-
-    base = load_model(base_of_adapter(adapter), **options)
-    return LoadedModel(PeftModel.from_pretrained(base.model, adapter.parent).eval(), base.tokenizer, base.spec)
-
-
-def base_of_adapter(adapter: Path) -> str:
-    """The model that an adapter stands on, from its `adapter_config.json`; UserError when it names none."""
-    try:
-        base_name = json.loads(adapter.read_text())["base_model_name_or_path"]
-    except (ValueError, KeyError):
-        base_name = None
-    if not base_name:
-        raise UserError(f"{adapter} names no base_model_name_or_path: add the directory or hub id of the base model")
-    return base_name
 
 
 def _first_id(*candidates: int | list[int] | None) -> int | None:

@@ -14,16 +14,14 @@ import numpy as np
 
 from data_pipeline.encode import Encoder
 from data_pipeline.shards import file_sha256
-from diffdpo.errors import UserError
-from diffdpo.models.load import base_of_adapter
+from diffdpo.models.adapter_folder import ADAPTER_CONFIG, base_of_adapter, is_adapter
 from diffdpo.models.spec import FamilySpec
 from diffdpo.models.stream import checkpoint_folder
 from diffdpo.noise.estimators import MAX_EXACT_LENGTH, draw_plan
 from diffdpo.noise.plan import NoiseKey
 from diffdpo.step.train_step import NoiseOptions
 
-ADAPTER = "adapter_config.json"
-HASHED_FILES = ("*.safetensors", "config.json", ADAPTER)
+HASHED_FILES = ("*.safetensors", "config.json", ADAPTER_CONFIG)
 PROBE_LENGTHS = (1, MAX_EXACT_LENGTH - 5, MAX_EXACT_LENGTH)
 
 
@@ -59,16 +57,12 @@ def weights_digest(name_or_path: str) -> str:
 
     Read from disk, at the disk's or sha256's speed, one thread a file: no model is loaded.
     """
-    try:
-        folder = checkpoint_folder(name_or_path)
-    except OSError as error:
-        raise UserError(f"cannot load the weights of {name_or_path!r}: {str(error).splitlines()[0]}") from None
+    folder = checkpoint_folder(name_or_path)
     paths = sorted(path for pattern in HASHED_FILES for path in folder.glob(pattern))
     with ThreadPoolExecutor() as pool:
         digests = [f"{path.name} {digest}" for path, digest in zip(paths, pool.map(file_sha256, paths), strict=True)]
-    adapter = folder / ADAPTER
-    if adapter.is_file():
-        digests.append(weights_digest(base_of_adapter(adapter)))
+    if is_adapter(folder):
+        digests.append(weights_digest(base_of_adapter(folder)))
     return _digest("\n".join(digests).encode())
 
 

@@ -19,7 +19,8 @@ from diffdpo.engine.deepspeed import zero_stage
 from diffdpo.engine.world import World
 from diffdpo.errors import UserError
 from diffdpo.losses.preference import LOSSES
-from diffdpo.models.load import base_of_adapter, load_model
+from diffdpo.models.adapter_folder import base_of_adapter, is_adapter
+from diffdpo.models.load import load_model
 from diffdpo.models.stream import checkpoint_folder, shard_files
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.step.reference import Reference, adapter_off_reference, copy_reference, frozen_copy, no_reference
@@ -74,8 +75,7 @@ def _not_precomputable(config: TrainConfig, loss: LossOptions) -> str:
 def second_model_share(config: TrainConfig, world: World) -> float:
     """Bytes of the reference's weight files over the memory this process computes in; ZeRO-3 shares a copy out."""
     name = config.ref_model_name_or_path or config.model_name_or_path or str(build.BUNDLED_MODEL)
-    adapter = Path(name) / "adapter_config.json"
-    folder = checkpoint_folder(base_of_adapter(adapter) if adapter.is_file() else name)
+    folder = checkpoint_folder(base_of_adapter(name) if is_adapter(name) else name)
     size = sum(path.stat().st_size for path in shard_files(folder))
     if world.device.type == "cuda":
         memory = torch.cuda.get_device_properties(world.device).total_memory

@@ -9,6 +9,7 @@ a prompt whose answer has ended leaves the batch. None of the three changes an a
 Shapes: R rows, T padded length, B block length, M masked positions, V vocabulary.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -57,8 +58,8 @@ class Decoding:
                 self.steps < 1 or self.steps % self.num_blocks,
                 f"steps {self.steps} must be a positive multiple of the {self.num_blocks} blocks",
             ),
-            (self.temperature < 0, f"temperature is {self.temperature}; it must be 0 or more"),
-            (self.cfg_scale < 0, f"cfg_scale is {self.cfg_scale}; it must be 0 or more"),
+            (not 0 <= self.temperature < math.inf, f"temperature is {self.temperature}; it must be 0 or more"),
+            (not 0 <= self.cfg_scale < math.inf, f"cfg_scale is {self.cfg_scale}; it must be 0 or more"),
             (self.remasking not in orders, f"remasking {self.remasking!r} is unknown; use one of {', '.join(orders)}"),
             (
                 self.threshold is not None and not 0 < self.threshold < 1,
@@ -85,7 +86,7 @@ class Decoding:
         return [base + (step < extra) for step in range(steps)]
 
 
-OnStep = Callable[[int, list[int]], None]
+OnTokens = Callable[[int, list[int]], None]
 
 
 def sample(
@@ -95,18 +96,21 @@ def sample(
     *,
     seed: int | Sequence[int] = 0,
     batch_size: int | None = None,
-    on_step: OnStep | None = None,
+    on_step: OnTokens | None = None,
+    on_answer: OnTokens | None = None,
     **options,
 ) -> list[list[int]]:
     """Answers, one per prompt, up to and excluding the terminator. `options` are the fields of `Decoding`.
 
     Prompts differ in length; each answer follows its own prompt. Noise is a function of (`seed`, index of the
     prompt), or of `seed[i]` when one is given per prompt, so `batch_size` changes only speed. `on_step(i, tokens)` is
-    called after each step with the answer region of prompt i, masks included.
+    called after each step with the answer region of prompt i, masks included; `on_answer(i, answer)` when its batch is
+    done, in the order of the prompts. UserError for an impossible option and for a prompt the context cannot hold.
     """
     decoding = Decoding(**options)
     if spec.logit_shift and not all(prompts):
         raise UserError(f"{spec.name} cannot answer an empty prompt: its first token is never predicted; add one")
+    _check_context(native(model), prompts, decoding.gen_length)
     seeds = [(seed, i) for i in range(len(prompts))] if isinstance(seed, int) else [(s,) for s in seed]
     if len(seeds) != len(prompts):
         raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one seed, or one per prompt")
@@ -122,9 +126,22 @@ def sample(
                     for row in range(len(canvas)):
                         on_step(start + row, canvas.region(row))
             answers += [canvas.answer(row) for row in range(len(canvas))]
+            if on_answer:
+                for i in range(start, len(answers)):
+                    on_answer(i, answers[i])
     finally:
         model.train(training)
     return answers
+
+
+def _check_context(model: MaskedLM, prompts: Sequence[Sequence[int]], gen_length: int) -> None:
+    context = getattr(model.config, "max_position_embeddings", None)
+    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]), default=None)
+    if context and longest is not None and len(prompts[longest]) + gen_length > context:
+        raise UserError(
+            f"prompt {longest} has {len(prompts[longest])} tokens and gen_length is {gen_length}: together more than "
+            f"the model's context of {context}; shorten one of them"
+        )
 
 
 @torch.no_grad()

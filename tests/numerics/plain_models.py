@@ -77,6 +77,11 @@ def llada_logits(weights, config, ids):
 
         h = rms_norm(x, w("attn_norm"), eps)
         q, k, v = h @ w("q_proj").T, h @ w("k_proj").T, h @ w("v_proj").T
+        if config.get("include_qkv_bias"):
+            bias = f"{top}blocks.{layer}."
+            q, k, v = (
+                t + weights[f"{bias}{name}_proj.bias"] for t, name in zip((q, k, v), ("q", "k", "v"), strict=True)
+            )
         mixed = attention(q, k, v, heads=heads, kv_heads=config["n_kv_heads"], frequencies=frequencies)
         x = x + mixed @ w("attn_out").T
         h = rms_norm(x, w("ff_norm"), eps)

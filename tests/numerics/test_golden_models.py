@@ -62,6 +62,11 @@ FAMILIES = {
         0,
         -12.736786789776179,
     ),
+    "llada_biased_mqa": (
+        lambda: LLaDAModelLM(llada_config(n_kv_heads=1, include_qkv_bias=True)),
+        0,
+        -19.664987613556146,
+    ),
     "dream": (lambda: DreamModel(DreamConfig(**DECODER)), 1, -11.003689004406272),
     "qwen2_tied": (
         lambda: DreamModel(Qwen2DiffusionConfig(**DECODER | {"tie_word_embeddings": True})),

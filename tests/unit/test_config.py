@@ -47,6 +47,10 @@ def test_flags_of_both_spellings_of_true():
         (["--reference", "adapter_off"], "--use_peft"),
         (["--reference", "copy", "--reference_cache", "x"], "--reference_cache"),
         (["--precompute_only"], "--reference precomputed"),
+        (["--use_peft", "--lora_r", "0"], "--lora_r is 0"),
+        (["--use_peft", "--lora_alpha", "0"], "--lora_alpha is 0"),
+        (["--use_dora"], "add --use_peft"),
+        (["--lora_target_modules", "q_proj"], "add --use_peft"),
         (["--engine", "deepspeed"], "--ds_config"),
         (["--ds_config", "nowhere.json"], "no such file"),
         (["--train_data", "nowhere.jsonl"], "nowhere.jsonl"),
@@ -126,3 +130,10 @@ def test_target_stderr_is_refused_where_it_cannot_work(flags, said):
 def test_target_stderr_goes_with_a_trajectory_of_fixed_steps():
     flags = ["--target_stderr", "0.1", "--score_estimator", "trajectory", "--num_diffusion_steps", "16"]
     assert parse_config(TrainConfig, flags, "").target_stderr == 0.1
+
+
+@pytest.mark.parametrize("config_class", [TrainConfig, SftConfig])
+def test_an_adapter_is_no_policy_to_train(config_class, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="is a LoRA adapter; merge it first"):
+        parse_config(config_class, ["--model_name_or_path", str(tmp_path)], "")

@@ -1,15 +1,17 @@
 import importlib.util
+import json
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from diffdpo.errors import UserError
 from diffdpo.models.adapters import add_lora, merge, reference
 from diffdpo.models.backbone import native
-from diffdpo.models.load import load_model, save_model
+from diffdpo.models.from_scratch import new_model
+from diffdpo.models.load import load_adapter, load_model, save_model
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 
 
@@ -70,16 +72,104 @@ def test_saved_adapter_loads_with_plain_peft_and_through_load_model(base, tmp_pa
     assert torch.equal(scores(again.model, again.spec), expected)
 
 
-@pytest.mark.parametrize("text", ["{", "{}", '{"base_model_name_or_path": null}'])
-def test_an_adapter_without_a_base_is_an_error(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "adapter_config.json cannot be read"),
+        ("{}", "names no base_model_name_or_path"),
+        ('{"base_model_name_or_path": null}', "names no base_model_name_or_path"),
+        ('{"base_model_name_or_path": "x", "peft_type": "IA3"}', "peft_type 'IA3'; supported: 'LORA'"),
+    ],
+)
+def test_an_adapter_config_that_says_too_little_is_an_error(tmp_path, text, words):
     (tmp_path / "adapter_config.json").write_text(text)
-    with pytest.raises(UserError, match="base_model_name_or_path"):
+    with pytest.raises(UserError, match=words):
         load_model(tmp_path)
+
+
+@pytest.fixture
+def adapter(base, tmp_path):
+    loaded = load_model(base)
+    save_model(add_lora(loaded.model, loaded.spec, r=2), loaded.tokenizer, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def point_at(adapter, base):
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": str(base)}))
+
+
+def test_an_adapter_on_the_wrong_base_is_an_error(adapter, tokenizer, tmp_path):
+    save_model(new_model(tokenizer, width=64, layers=2, heads=4, seed=0), tokenizer, tmp_path / "wide")
+    save_model(new_model(tokenizer, width=32, layers=3, heads=4, seed=0), tokenizer, tmp_path / "deep")
+    for base, words in (
+        (tmp_path / "wide", "does not fit .*wide'.*size mismatch"),
+        (tmp_path / "deep", "lacks 14 tensors, first base_model"),
+        (tmp_path / "gone", "no such folder"),
+        (adapter, "an adapter itself: merge it first"),
+    ):
+        point_at(adapter, base)
+        with pytest.raises(UserError, match=words):
+            load_model(adapter)
+
+
+def test_damaged_adapter_weights_are_an_error(adapter):
+    weights = adapter / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    save_file({**tensors, "base_model.model.other.lora_A.weight": torch.zeros(2, 2)}, weights)
+    with pytest.raises(UserError, match="has no place for 1 tensors"):
+        load_model(adapter)
+    weights.write_bytes(b"junk")
+    with pytest.raises(UserError, match="does not fit"):
+        load_model(adapter)
+    weights.unlink()
+    with pytest.raises(UserError, match=r"no adapter_model.safetensors"):
+        load_model(adapter)
+
+
+def test_a_moved_base_can_be_named(adapter, base):
+    expected = scores(load_model(adapter).model, load_model(adapter).spec)
+    point_at(adapter, "/gone")
+    loaded = load_adapter(adapter, base=base)
+    assert torch.equal(scores(loaded.model, loaded.spec), expected)
+
+
+def test_an_adapter_on_an_adapter_is_refused(adapter):
+    loaded = load_model(adapter)
+    with pytest.raises(UserError, match="has an adapter already"):
+        add_lora(loaded.model, loaded.spec)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"), [({"r": 0}, "lora_r is 0"), ({"r": -1}, "lora_r is -1"), ({"alpha": 0}, "lora_alpha is 0")]
+)
+def test_ranks_and_scales_that_cannot_be_meant_are_errors(base, options, words):
+    loaded = load_model(base)
+    with pytest.raises(UserError, match=words):
+        add_lora(loaded.model, loaded.spec, **options)
+
+
+@pytest.mark.parametrize(
+    ("targets", "per_block"),
+    [(None, 7), ("all-linear", 7), ("ff_out", 1), ("q_proj, v_proj,ff_out", 3), (r".*blocks\.0\.(q|k)_proj", 1)],
+)
+def test_targets_by_name_or_expression(base, targets, per_block):
+    loaded = load_model(base)
+    adapted = add_lora(loaded.model, loaded.spec, target_modules=targets)
+    names = [name for name, _ in adapted.named_parameters() if "lora_A" in name]
+    assert len(names) == 2 * per_block
+    assert all(".blocks." in name for name in names)
 
 
 @pytest.mark.parametrize(
     ("pattern", "words"),
-    [("o_proj", "matches no linear"), ("(", "no regular expression"), (r".*ff_out", "matches the LM head")],
+    [
+        ("o_proj", "'o_proj' is no linear module of a block; llada has attn_out, ff_out, ff_proj, k_proj"),
+        ("q_proj,down_proj", "'down_proj' is no linear"),
+        (r".*o_proj", "matches no linear"),
+        ("(", "no regular expression"),
+        (r".*ff_out", "matches the LM head"),
+    ],
 )
 def test_targets_that_cannot_be_meant_are_errors(base, pattern, words):
     loaded = load_model(base)

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -46,3 +48,28 @@ def test_an_empty_row_counts_as_one_token_and_gives_no_nan():
     layout = Layout.padded([0, 3], 4)
     x = torch.ones(len(layout), 2, 4)
     assert layout.attend(x, x, x).isfinite().all()
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_the_varlen_call_means_the_same_attention(kv_heads, monkeypatch):
+    """The GPU kernel is replaced by a plain one of its documented meaning: what is tested is how it is called."""
+
+    def plain_varlen(q, k, v, cuts_q, cuts_k, longest_q, longest_k):
+        assert cuts_q.dtype == torch.int32 and torch.equal(cuts_q, cuts_k)
+        assert q.shape == k.shape and longest_q == longest_k == (cuts_q[1:] - cuts_q[:-1]).max()
+        parts = []
+        for start, stop in itertools.pairwise(cuts_q.tolist()):
+            qr, kr, vr = (t[start:stop].transpose(0, 1) for t in (q, k, v))
+            parts.append((qr @ kr.transpose(1, 2) / 8**0.5).softmax(-1) @ vr)
+        return torch.cat(parts, dim=1).transpose(0, 1)
+
+    layout = Layout.packed(LENGTHS, 9)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(len(layout), heads, 8, generator=generator, dtype=torch.float64)
+        for heads in (4, kv_heads, kv_heads)
+    )
+    per_bucket = layout.attend(q, k, v)
+    monkeypatch.setattr("diffdpo.models.layout.varlen_attn", plain_varlen)
+    monkeypatch.setattr("diffdpo.models.layout._varlen_usable", lambda q: True)
+    assert torch.allclose(layout.attend(q, k, v), per_bucket, atol=1e-12)

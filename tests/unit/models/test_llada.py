@@ -63,8 +63,16 @@ def test_a_missing_key_is_named(key):
         ({"multi_query_attention": True, "n_kv_heads": 4}, "multi_query_attention"),
         ({"embedding_size": 20}, "embedding_size=20"),
         ({"mask_token_id": 40}, "mask_token_id=40"),
-        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps='1e-5'; it must be a float"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps='1e-5'; expected: float"),
         ({"weight_tying": 1}, "weight_tying=1"),
+        ({"n_layers": 0}, "n_layers=0; it must be above 0"),
+        ({"mask_token_id": -1}, "mask_token_id=-1, no token"),
+        ({"eos_token_id": 40}, "eos_token_id=40, no token"),
+        ({"pad_token_id": -1}, "pad_token_id=-1, no token"),
+        ({"eos_token_id": "end"}, "eos_token_id='end', no token"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+        ({"num_experts": 64}, "num_experts=64; supported: 0"),
+        ({"logit_shift": 2}, "logit_shift=2; supported: 0, 1"),
     ],
 )
 def test_a_contradiction_is_named(changes, words):

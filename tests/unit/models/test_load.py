@@ -95,7 +95,7 @@ def test_a_checkpoint_that_contradicts_its_config_is_an_error(directory, changes
 def test_user_errors(directory, tmp_path):
     with pytest.raises(UserError, match="dtype 'int8'"):
         load_model(str(directory), dtype="int8")
-    with pytest.raises(UserError, match="no model config"):
+    with pytest.raises(UserError, match="no such folder"):
         load_model(str(tmp_path / "nowhere"))
     (tmp_path / "bare").mkdir()
     shutil.copy(directory / "config.json", tmp_path / "bare")

@@ -226,6 +226,10 @@ def test_reveal_counts_are_even_with_the_remainder_first():
         ({"steps": 3}, "multiple of the 4 blocks"),
         ({"temperature": -1.0}, "temperature"),
         ({"cfg_scale": -1.0}, "cfg_scale"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"cfg_scale": float("nan")}, "cfg_scale is nan"),
+        ({"gen_length": 4096, "steps": 4096, "block_length": 64}, "prompt 2 has 9 tokens .* context of 4096"),
         ({"remasking": "best"}, "low_confidence, top_margin, entropy, random"),
         ({"threshold": 1.5}, "between 0 and 1"),
         ({"threshold": 0.9, "remasking": "entropy"}, "threshold needs"),
@@ -235,6 +239,12 @@ def test_reveal_counts_are_even_with_the_remainder_first():
 def test_user_errors(model, options, words):
     with pytest.raises(UserError, match=words):
         sample(model, SPEC, PROMPTS, **options)
+
+
+def test_answers_are_told_batch_by_batch_in_order(model):
+    told = []
+    answers = sample(model, SPEC, PROMPTS, batch_size=2, on_answer=lambda i, tokens: told.append((i, tokens)), **SMALL)
+    assert told == list(enumerate(answers))
 
 
 def test_shifted_models_need_a_prompt_and_seeds_must_match(model):

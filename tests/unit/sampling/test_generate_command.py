@@ -61,6 +61,9 @@ def test_display_stops_at_the_terminator(folder):
         (["--prompt", "x", "--steps", "7"], "multiple of the 4 blocks"),
         (["--prompt", "x", "--output", "/no/such/folder/x"], "folder does not exist"),
         (["--prompt", "x", "--model_name_or_path", "/no/such/model"], "no such folder"),
+        (["--prompt", "x", "--output", "/"], "is a folder"),
+        (["--prompts", "/"], "cannot be read: Is a directory"),
+        (["--prompt", "x", "--temperature", "nan"], "temperature is nan"),
     ],
 )
 def test_user_errors(arguments, words):
@@ -73,3 +76,25 @@ def test_a_bad_line_is_named(tmp_path, line):
     (tmp_path / "in.jsonl").write_text('{"prompt": "fine"}\n' + line)
     with pytest.raises(UserError, match="line 2"):
         generate.main(["--prompts", str(tmp_path / "in.jsonl")])
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "in.txt").write_bytes(b"fine\n\xff\xfe")
+    with pytest.raises(UserError, match=r"in\.txt is not UTF-8 text .*at byte 5"):
+        generate.main(["--prompts", str(tmp_path / "in.txt")])
+
+
+def test_answers_before_a_failure_are_kept(folder, tmp_path, monkeypatch):
+    (tmp_path / "in.txt").write_text("\ufeff1\n2\n3\n", encoding="utf-8")  # with the mark some editors put first
+    out = tmp_path / "out.jsonl"
+
+    def one_answer(model, spec, prompts, *, on_answer, **options):
+        on_answer(0, [5, 6])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("diffdpo.sampling.decode.sample", one_answer)
+    arguments = ["--prompts", str(tmp_path / "in.txt"), "--gen_length", "8", "--batch_size", "1"]
+    with pytest.raises(KeyboardInterrupt):
+        generate.main([*arguments, "--model_name_or_path", folder, "--output", str(out)])
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(line["prompt"], line["tokens"]) for line in lines] == [("1", 2)]

@@ -2,7 +2,13 @@ import pytest
 import torch
 
 from diffdpo.errors import UserError
-from diffdpo.models.dream import DreamModel, Qwen3DiffusionConfig
+from diffdpo.models.dream import (
+    DreamConfig,
+    DreamModel,
+    LlamaDiffusionConfig,
+    Qwen2DiffusionConfig,
+    Qwen3DiffusionConfig,
+)
 from diffdpo.models.llada import LLaDAConfig, LLaDAModelLM
 from diffdpo.models.spec import LLADA_LORA_TARGETS, FamilySpec
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
@@ -11,18 +17,29 @@ MASK, VOCAB = 29, 30
 LENGTHS = [7, 12, 12, 1, 9]
 
 
+DECODERS = {
+    "dream": DreamConfig,
+    "qwen2": Qwen2DiffusionConfig,
+    "qwen3": Qwen3DiffusionConfig,
+    "llama": LlamaDiffusionConfig,
+}
+FAMILIES = ("llada", "llada_mqa_tied", *DECODERS)
+
+
 def make(family):
     torch.manual_seed(0)
-    if family == "llada":
+    if family.startswith("llada"):
+        kind = {"n_kv_heads": 2} if family == "llada" else {"n_kv_heads": 1, "weight_tying": True}
         config = LLaDAConfig.create(
-            d_model=24, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=VOCAB, mask_token_id=MASK, eos_token_id=1,
-            pad_token_id=1,
+            d_model=24, n_layers=3, n_heads=4, vocab_size=VOCAB, mask_token_id=MASK, eos_token_id=1, pad_token_id=1,
+            **kind,
         )  # fmt: skip
         model, shift = LLaDAModelLM(config), 0
     else:
-        config = Qwen3DiffusionConfig(
+        config = DECODERS[family](
             hidden_size=24, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=32,
-            vocab_size=VOCAB, rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=True, mask_token_id=MASK,
+            vocab_size=VOCAB, rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=family == "qwen3",
+            mask_token_id=MASK,
         )  # fmt: skip
         model, shift = DreamModel(config), 1
     for parameter in model.parameters():
@@ -41,7 +58,7 @@ def batch(padding=0):
     return ids, torch.tensor(LENGTHS), row, position, target
 
 
-@pytest.mark.parametrize("family", ["llada", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("max_waste", [0.0, 0.2, 1.0])
 @pytest.mark.parametrize("layer_checkpointing", [False, True])
 def test_packed_rows_score_as_each_row_alone(family, max_waste, layer_checkpointing):
@@ -60,7 +77,7 @@ def test_packed_rows_score_as_each_row_alone(family, max_waste, layer_checkpoint
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llada", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_padding_content_and_other_rows_change_nothing(family):
     model, spec = make(family)
     scorer = MaskedLogProbs(model, spec, max_waste=1.0)
