@@ -23,12 +23,11 @@ from diffdpo import build
 from diffdpo.build import Place
 from diffdpo.config import TrainConfig
 from diffdpo.engine.deepspeed import release
-from diffdpo.engine.world import World
 from diffdpo.models.load import load_tokenizer_and_spec
 from diffdpo.noise.rows import NoisyRows
 from diffdpo.reference.identity import fingerprint, identity_of, weights_digest
 from diffdpo.reference.modes import dtype_name, load_reference
-from diffdpo.reference.store import Part, ScoreStore, open_store
+from diffdpo.reference.store import Part, ScoreStore, make_folder, open_store
 from diffdpo.step.backward import score_rows
 from diffdpo.step.reference import Reference
 from diffdpo.step.segments import Segments
@@ -40,27 +39,20 @@ PART_RECORDS = 256  # about how many a part holds: what a kill can cost
 
 @dataclass(frozen=True)
 class Stream:
-    """Batches that need reference scores: steps ``first`` to ``last`` of a reader, counted over epochs."""
+    """Batches that need reference scores: steps ``first`` to ``last`` of a reader, counted over epochs.
 
-    name: str  # "train" or "held_out"
+    ``shapes`` of the forwards: scores made in others may differ in their last bits.
+    """
+
     loader: PairLoader
     store: ScoreStore
+    shapes: dict[str, Any]
     first: int
     last: int
 
     def epochs(self) -> range:
         """The epochs these steps lie in."""
         return range(self.first // len(self.loader), -(-self.last // len(self.loader)))
-
-    def made_with(self, segments: Segments, device: torch.device) -> dict[str, Any]:
-        """The shapes of this stream's forwards: scores made with others may differ in their last bits."""
-        share = self.loader.share
-        return {
-            "processes": share.world_size,
-            "micro_batch": share.micro_batch_size,
-            "segments": segments.describe(),
-            "device": device.type,
-        }
 
 
 @dataclass(frozen=True)
@@ -86,70 +78,80 @@ def precompute(
 
     UserError when the cache named by ``--reference_cache`` holds another reference's scores.
     """
-    tokenizer, spec = load_tokenizer_and_spec(config.model_name_or_path or str(build.BUNDLED_MODEL))
-    noise, segments = build.make_noise(config, spec), build.choose_segments(config, place.world)
-    streams = _streams(config, place, train_set, eval_set, tokenizer, spec, noise, bf16=bf16, read=read)
+    job = _Pass(config, place, bf16=bf16)
+    streams = [job.training(train_set, read)] + ([job.held_out(eval_set)] if eval_set is not None else [])
     todo = [(stream, epoch, steps) for stream in streams for epoch, steps in missing_steps(stream, place)]
     if todo:
-        module = load_reference(config, bf16=bf16, mask_token_id=spec.mask_token_id)
-        forward = build.hold_frozen(config, module, place, bf16=bf16)
-        _score_all(todo, forward, noise, place, segments=segments)
+        job.score(todo)
+    return _result(streams, place)
+
+
+class _Pass:
+    """What the pass shares between training and held-out records. The reference is in memory during ``score`` only."""
+
+    def __init__(self, config: TrainConfig, place: Place, *, bf16: bool):
+        self.config, self.place, self.bf16 = config, place, bf16
+        policy = config.model_name_or_path or str(build.BUNDLED_MODEL)
+        tokenizer, self.spec = load_tokenizer_and_spec(policy)
+        self.encoder = build.make_encoder(config, tokenizer, self.spec)
+        self.noise = build.make_noise(config, self.spec)
+        self.segments = build.choose_segments(config, place.world)
+        self.reference = config.ref_model_name_or_path or policy
+        self.weights = place.world.same_for_all(weights_digest(self.reference) if place.world.is_main else None)
+
+    def training(self, dataset: ShardedDataset, read: dict[str, Any] | None) -> Stream:
+        """What the run trains on from where it stands."""
+        loader = build.train_loader(self.config, dataset, self.encoder, self.place.world)
+        if read:
+            loader.load_state_dict(read)
+        first = loader.epoch * len(loader) + loader.step
+        shapes = shapes_of(loader, self.segments, self.place.world.device)
+        return Stream(loader, self._store("train", dataset), shapes, first, build.total_steps(self.config, loader))
+
+    def held_out(self, dataset: ShardedDataset) -> Stream:
+        """What evaluations score. Parts of other shapes are not used: an evaluation must find margins of exactly 0
+        before training, and its pairs are few."""
+        loader = build.eval_loader(self.config, dataset, self.encoder, self.place.world)
+        shapes = shapes_of(loader, self.segments, self.place.world.device)
+        store = self._store("held_out", dataset, shapes)
+        return Stream(loader, store, shapes, 0, build.eval_steps(self.config, loader))
+
+    def _store(self, name: str, dataset: ShardedDataset, shapes: dict[str, Any] | None = None) -> ScoreStore:
+        quantised = self.config.load_in_4bit and not self.config.ref_model_name_or_path
+        identity = identity_of(
+            weights=self.weights,
+            dtype=f"nf4 {dtype_name(self.bf16)}" if quantised else dtype_name(self.bf16),
+            encoder=self.encoder,
+            spec=self.spec,
+            noise=self.noise,
+            data_fingerprint=dataset.fingerprint,
+        )
+        if self.config.reference_cache:
+            folder = Path(self.config.reference_cache).resolve() / name
+        else:
+            folder = self.place.cache_dir / FOLDER / f"{fingerprint(identity)}-{name}"
+        if self.place.world.local_rank == 0:
+            make_folder(folder, identity, about={"reference": self.reference})
+        self.place.world.wait()
+        return open_store(folder, identity, shapes=shapes)
+
+    def score(self, todo: Sequence[tuple[Stream, int, np.ndarray]]) -> None:
+        """Load the reference, score the steps, let go of it."""
+        module = load_reference(self.config, bf16=self.bf16, mask_token_id=self.spec.mask_token_id)
+        forward = build.hold_frozen(self.config, module, self.place, bf16=self.bf16)
+        _score_all(todo, forward, self.noise, self.place, segments=self.segments)
         release(forward)
         del module, forward
         gc.collect()
-        if place.world.device.type == "cuda":
+        if self.place.world.device.type == "cuda":
             torch.cuda.empty_cache()
-    return _result(streams, place, segments)
 
 
-def _streams(
-    config: TrainConfig,
-    place: Place,
-    train_set: ShardedDataset,
-    eval_set: ShardedDataset | None,
-    tokenizer: Any,
-    spec: Any,
-    noise: NoiseOptions,
-    *,
-    bf16: bool,
-    read: dict[str, Any] | None,
-) -> list[Stream]:
-    world, encoder = place.world, build.make_encoder(config, tokenizer, spec)
-    name = config.ref_model_name_or_path or config.model_name_or_path or str(build.BUNDLED_MODEL)
-    quantised = config.load_in_4bit and not config.ref_model_name_or_path
-    weights = world.same_for_all(weights_digest(name) if world.is_main else None)
-    train_loader = build.train_loader(config, train_set, encoder, world)
-    if read:
-        train_loader.load_state_dict(read)
-    start = train_loader.epoch * len(train_loader) + train_loader.step
-    loaders = {"train": (train_loader, start, build.total_steps(config, train_loader))}
-    if eval_set is not None:
-        eval_loader = build.eval_loader(config, eval_set, encoder, world)
-        loaders["held_out"] = (eval_loader, 0, build.eval_steps(config, eval_loader))
-    streams = []
-    for stream, (loader, start, last) in loaders.items():
-        identity = identity_of(
-            weights=weights,
-            dtype=f"nf4 {dtype_name(bf16)}" if quantised else dtype_name(bf16),
-            encoder=encoder,
-            spec=spec,
-            noise=noise,
-            data_fingerprint=loader.dataset.fingerprint,
-        )
-        if config.reference_cache:
-            folder = Path(config.reference_cache).resolve() / stream
-        else:
-            folder = place.cache_dir / FOLDER / f"{fingerprint(identity)}-{stream}"
-        streams.append(Stream(stream, loader, _open(folder, identity, {"reference": name}, world), start, last))
-    return streams
-
-
-def _open(folder: Path, identity: dict[str, Any], about: dict[str, Any], world: World) -> ScoreStore:
-    """One process of each host makes the folder, the others find it made."""
-    if world.local_rank == 0:
-        open_store(folder, identity, about=about, writes=True)
-    world.wait()
-    return open_store(folder, identity, about=about, writes=False)
+def shapes_of(loader: PairLoader, segments: Segments, device: torch.device) -> dict[str, Any]:
+    """What besides its identity the last bits of a score depend on."""
+    share = loader.share
+    sizes = {"processes": share.world_size, "micro_batch": share.micro_batch_size}
+    return sizes | {"segments": segments.describe(), "device": device.type}
 
 
 def missing_steps(stream: Stream, place: Place) -> list[tuple[int, np.ndarray]]:
@@ -182,13 +184,12 @@ def _score_all(
     bar = tqdm(total=total, desc="reference", unit="pair", disable=not world.is_main, dynamic_ncols=True)
     with bar:
         for stream, epoch, steps in todo:
-            made_with = stream.made_with(segments, world.device)
-            pieces = [_nothing(made_with)]
+            pieces = [_nothing(stream.shapes)]
             for step in steps.tolist():
                 for batch in _step(stream.loader, epoch, step):
                     rows = noise.rows(batch, world.device)
                     f_R = score_rows(forward, rows, segments=segments)
-                    pieces.append(part_of(batch, rows, f_R, made_with))
+                    pieces.append(part_of(batch, rows, f_R, stream.shapes))
                 bar.update(stream.loader.options.global_batch_size)
             part = Part.of([piece for of_rank in world.gather(pieces) for piece in of_rank])
             if world.local_rank == 0:
@@ -237,17 +238,14 @@ def stored_reference(store: ScoreStore) -> Reference:
     return score
 
 
-def _result(streams: Sequence[Stream], place: Place, segments: Segments) -> Precomputed:
-    same, found = True, []
-    for stream in streams:
-        expected = stream.made_with(segments, place.world.device)
-        shapes = [made for epoch in stream.epochs() for made in stream.store.made_with(epoch)]
-        others = [made for made in shapes if made != expected]
-        if others:
-            same = False
-            found.append(f"{stream.name}: {others[0]}, here {expected}")
-    for line in found:
-        place.say(f"reference  NOTE scores were made in other shapes ({line}); they differ in their last bits")
+def _result(streams: Sequence[Stream], place: Place) -> Precomputed:
+    train = streams[0]
+    others = [made for epoch in train.epochs() for made in train.store.made_with(epoch) if made != train.shapes]
+    if others:
+        place.say(
+            f"reference  NOTE scores made in other shapes are used; they differ in their last bits: {others[0]}, here "
+            f"{train.shapes}"
+        )
     references = [stored_reference(stream.store) for stream in streams]
-    text = f"precomputed scores in {streams[0].store.folder}"
-    return Precomputed(references[0], references[-1], text, same)
+    text = f"precomputed scores in {train.store.folder}"
+    return Precomputed(references[0], references[-1], text, not others)

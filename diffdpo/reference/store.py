@@ -94,10 +94,10 @@ class _Epoch:
 
 
 class ScoreStore:
-    """The scores in ``folder``; use ``open_store``."""
+    """The scores in ``folder``; use ``open_store``. ``shapes``: parts made with others are left aside (None: none)."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, shapes: dict[str, Any] | None = None):
+        self.folder, self.shapes = folder, shapes
         self._epochs: dict[int, _Epoch] = {}  # the one in use
         self._mapped = lru_cache(MAPPED_PARTS)(lambda path: read_part(path).f_R)
 
@@ -157,11 +157,11 @@ class ScoreStore:
     def _epoch(self, epoch: int) -> _Epoch:
         if epoch not in self._epochs:
             self._epochs.clear()
-            self._epochs[epoch] = _open_epoch(self.folder / f"epoch-{epoch}")
+            self._epochs[epoch] = _open_epoch(self.folder / f"epoch-{epoch}", self.shapes)
         return self._epochs[epoch]
 
 
-def _open_epoch(folder: Path) -> _Epoch:
+def _open_epoch(folder: Path, shapes: dict[str, Any] | None) -> _Epoch:
     paths, damaged, made_with = list[Path](), list[str](), list[dict]()
     columns: list[list[np.ndarray]] = [[np.zeros(0, np.int64)] for _ in range(4)]
     for path in sorted(folder.glob(f"*{SUFFIX}")):
@@ -169,6 +169,8 @@ def _open_epoch(folder: Path) -> _Epoch:
             part = read_part(path)
         except (OSError, ValueError, KeyError) as error:
             damaged.append(f"{path} is damaged: {error}")
+            continue
+        if shapes not in (None, part.made_with):
             continue
         starts_P = np.cumsum(part.counts_P, dtype=np.int64) - part.counts_P
         numbers_P = np.full(len(part.records_P), len(paths))
@@ -186,24 +188,19 @@ def _open_epoch(folder: Path) -> _Epoch:
 # ---------------------------------------------------------------------------------------------- identity
 
 
-def open_store(folder: Path, identity: dict[str, Any], *, about: dict[str, Any], writes: bool) -> ScoreStore:
-    """The store in ``folder``, made if there is none. UserError when it holds the scores of another ``identity``.
-
-    ``writes``: this process makes the folder (one a host); the others must call afterwards. ``about`` is kept beside
-    the identity for people to read.
-    """
+def make_folder(folder: Path, identity: dict[str, Any], *, about: dict[str, Any]) -> None:
+    """Make a store, if there is none: one process of each host calls. ``about`` is for people to read."""
     path = folder / IDENTITY
-    if not path.exists() and writes:
+    if not path.exists():
         if any(folder.glob(f"epoch-*/*{SUFFIX}")):
             raise UserError(f"--reference_cache: {folder} holds scores but no {IDENTITY}; delete it or name another")
         text = json.dumps({"schema": SCHEMA, "identity": identity, "about": about}, indent=1) + "\n"
         _write_whole(path, text.encode())
-    check_identity(path, identity)
-    return ScoreStore(folder)
 
 
-def check_identity(path: Path, identity: dict[str, Any]) -> None:
-    """UserError naming the first thing that differs."""
+def open_store(folder: Path, identity: dict[str, Any], *, shapes: dict[str, Any] | None = None) -> ScoreStore:
+    """The store in ``folder``. UserError when it holds the scores of another ``identity``, naming what differs."""
+    path = folder / IDENTITY
     try:
         found = json.loads(path.read_bytes())
         schema, known = found["schema"], dict(found["identity"])
@@ -221,6 +218,7 @@ def check_identity(path: Path, identity: dict[str, Any]) -> None:
             f"--reference_cache: {path.parent} was made with {name} {known.get(name)}, this run has "
             f"{identity.get(name)}{more}; name another folder, or leave the flag out to have one chosen"
         )
+    return ScoreStore(folder, shapes)
 
 
 def _write_whole(path: Path, data: bytes) -> None:

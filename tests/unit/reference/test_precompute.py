@@ -133,6 +133,13 @@ def test_other_shapes_are_used_and_told(run, capsys):
     assert 0 <= worst < 1e-4  # nats; scores of rows are tens to hundreds
 
 
+def test_held_out_scores_are_made_in_the_run_s_own_shapes(run):
+    run.precompute(max_steps=2)
+    precomputed = run.precompute(max_steps=2, per_device_eval_batch_size=5)
+    assert run.rows == 3 * 5 * 4 and precomputed.same_shapes
+    assert run.compare(precomputed, max_steps=2, per_device_eval_batch_size=5)[0] == 0.0
+
+
 def test_a_named_cache_of_other_settings_is_refused(run, tmp_path):
     folder = str(tmp_path / "named")
     run.precompute(reference_cache=folder)

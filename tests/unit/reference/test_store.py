@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffdpo.errors import UserError
-from diffdpo.reference.store import Part, open_store, read_part, write_part
+from diffdpo.reference.store import Part, make_folder, open_store, read_part, write_part
 
 IDENTITY = {"reference_weights": "aa", "num_mc_samples": 4, "seed": 0}
 MADE = {"processes": 1, "micro_batch": 2}
@@ -18,7 +18,8 @@ def part(records: list[int], counts: list[int], first: float = 0.0) -> Part:
 
 
 def make_store(folder):
-    return open_store(folder, IDENTITY, about={}, writes=True)
+    make_folder(folder, IDENTITY, about={})
+    return open_store(folder, IDENTITY)
 
 
 @pytest.fixture
@@ -81,7 +82,7 @@ def test_damage_is_found_and_named(store, damage):
 @pytest.mark.parametrize("name", list(IDENTITY))
 def test_another_setting_is_refused_and_named(store, name):
     with pytest.raises(UserError, match=f"made with {name} {IDENTITY[name]}, this run has other") as caught:
-        open_store(store.folder, IDENTITY | {name: "other"}, about={}, writes=True)
+        open_store(store.folder, IDENTITY | {name: "other"})
     assert "\n" not in str(caught.value)
 
 
@@ -97,6 +98,12 @@ def test_scores_of_nobody_knows_what_are_refused(store):
     (store.folder / "identity.json").unlink()
     with pytest.raises(UserError, match=r"holds scores but no identity\.json"):
         make_store(store.folder)
+
+
+def test_parts_of_other_shapes_can_be_left_aside(store):
+    store.add(0, "a", part([1], [2]))
+    assert open_store(store.folder, IDENTITY, shapes=MADE).known(0, 2)[1]
+    assert not open_store(store.folder, IDENTITY, shapes=MADE | {"processes": 2}).known(0, 2)[1]
 
 
 def test_the_identity_can_be_read_by_people(store):
