@@ -141,9 +141,17 @@ def freeze(module: nn.Module, world: World, config: Mapping[str, Any]) -> Callab
 
 
 def release(forward: Callable[..., torch.Tensor]) -> None:
-    """Let go of what ``freeze`` holds; the caller drops its own references to the module."""
-    if hasattr(forward, "destroy"):
-        forward.destroy()
+    """Free the weights of a module that ``freeze`` made a ZeRO-3 engine of; any other goes with its last reference.
+
+    By emptying them: DeepSpeed keeps references to a destroyed engine and to the module's parameters.
+    """
+    if not hasattr(forward, "destroy"):
+        return
+    forward.destroy()
+    for parameter in forward.module.parameters():  # type: ignore[attr-defined]
+        for held in (parameter, getattr(parameter, "ds_tensor", None)):
+            if held is not None:
+                held.data = torch.empty(0, dtype=held.dtype, device=held.device)
 
 
 def zero_stage(config: Mapping[str, Any]) -> int:
