@@ -270,7 +270,12 @@ def choose_bf16(config: RunConfig, *, able: bool) -> bool:
 
 def wrap(config: RunConfig, loaded: LoadedModel) -> MaskedLogProbs:
     """The module that engines hold: log-probabilities at masked positions."""
-    return MaskedLogProbs(loaded.model, loaded.spec, layer_checkpointing=config.gradient_checkpointing)
+    return MaskedLogProbs(
+        loaded.model,
+        loaded.spec,
+        layer_checkpointing=config.gradient_checkpointing,
+        use_liger=config.use_liger_kernel,
+    )
 
 
 def make_engine(config: RunConfig, module: nn.Module, place: Place, *, bf16: bool) -> Engine:

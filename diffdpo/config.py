@@ -67,6 +67,7 @@ class RunConfig:
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm; 0: never")
     bf16: bool | None = setting(None, "bfloat16 weights; default: on a GPU that has it")
     gradient_checkpointing: bool = setting(False, "recompute each layer in the backward pass (saves memory)")
+    use_liger_kernel: bool = setting(False, "LM head through Liger's fused kernel (GPU; for trained heads)")
     score_estimator: str = setting("balanced", "how masks and weights are drawn; see docs/theory.md")
     num_mc_samples: int = setting(4, "forwards a score (n)")
     engine: str = setting("auto", "auto: deepspeed when --ds_config is given", choices=("auto", "deepspeed", "plain"))

@@ -79,7 +79,7 @@ def target_pattern(model: nn.Module, spec: FamilySpec, target_modules: str | Non
     if unknown:
         raise UserError(f"LoRA target {unknown[0]!r} is no linear module of a block; {spec.name} has {_listed(there)}")
     prefix = next(name for name, module in base.named_modules() if module is base.blocks)
-    return rf".*\.{re.escape(prefix.rpartition('.')[2])}\.\d+\.(.*\.)?({'|'.join(names)})"
+    return rf"(.*\.)?{re.escape(prefix.rpartition('.')[2])}\.\d+\.(.*\.)?({'|'.join(names)})"
 
 
 def adapted_modules(model: nn.Module, pattern: str) -> list[str]:

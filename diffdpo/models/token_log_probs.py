@@ -14,8 +14,13 @@ Shapes: M tokens, C tokens of one chunk, K hidden size, V vocabulary.
 import torch
 from torch import Tensor
 
+from diffdpo.errors import UserError
+
 DEFAULT_LOGITS_BUDGET = 256 * 2**20
 """Bytes of the largest logits chunk, fp32."""
+
+
+LIGER_TOLERANCE = 1e-2  # TF32 matrix products are allowed; a wrong gradient is off by its own size
 
 
 def token_log_probs(hidden_MK: Tensor, weight_VK: Tensor, target_M: Tensor, *, logits_budget: int | None) -> Tensor:
@@ -30,12 +35,35 @@ def token_log_probs(hidden_MK: Tensor, weight_VK: Tensor, target_M: Tensor, *, l
 def liger_log_probs(hidden_MK: Tensor, weight_VK: Tensor, target_M: Tensor) -> Tensor:
     """The same through Liger's fused linear cross-entropy (Triton, GPU only), which recomputes in the backward.
 
-    Its per-token form (`reduction="none"`) weights each token's gradient before summing into dW, as ours does. Worth
-    trying with a trainable head; a frozen head's gradient is cheaper above.
+    Worth trying with a trainable head; a frozen head's gradient is cheaper above.
     """
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     return -LigerFusedLinearCrossEntropyLoss(reduction="none")(weight_VK, hidden_MK, target_M).float()
+
+
+def check_liger(device: torch.device | str) -> None:
+    """UserError unless Liger's kernel gives our numbers on a small example.
+
+    Its `reduction="none"` took the first token's upstream gradient for every token until linkedin/Liger-Kernel#1298
+    (July 2026): right losses, wrong gradients, no message.
+    """
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, upstream = (
+        torch.randn(shape, generator=generator).to(device) for shape in ((24, 64), (512, 64), (24,))
+    )
+    target = torch.randint(0, 512, (24,), generator=generator).to(device)
+    leaves = (hidden.requires_grad_(), weight.requires_grad_())
+    found = []
+    for logp in (liger_log_probs(*leaves, target), token_log_probs(*leaves, target, logits_budget=None)):
+        found.append((logp, *torch.autograd.grad(logp, leaves, upstream)))
+    for what, liger, ours in zip(("scores", "gradients", "weight gradients"), *found, strict=True):
+        off = ((liger - ours).norm() / ours.norm()).item()
+        if off > LIGER_TOLERANCE:
+            raise UserError(
+                f"this version of liger-kernel gives other {what} (off by {off:.1e}): install the one of "
+                "constraints.txt, or leave --use_liger_kernel out"
+            )
 
 
 def _chunks(hidden: Tensor, weight: Tensor, budget: int) -> list[slice]:

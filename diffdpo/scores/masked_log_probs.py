@@ -19,6 +19,7 @@ from diffdpo.errors import UserError
 from diffdpo.models.backbone import call_block, native
 from diffdpo.models.layout import Layout
 from diffdpo.models.spec import FamilySpec
+from diffdpo.models.token_log_probs import check_liger
 
 MAX_WASTE = 0.05
 """Share of padding a bucket of rows may hold before it is split: below it, fewer and larger attention calls win."""
@@ -29,7 +30,8 @@ class MaskedLogProbs(nn.Module):
 
     `layer_checkpointing` recomputes each block in the backward (non-reentrant). `logits_budget`: bytes of the largest
     logits chunk (default `token_log_probs.DEFAULT_LOGITS_BUDGET`). `max_waste`: padding allowed inside a length
-    bucket; 1.0 is one padded batch. `use_liger`: the head through Liger's fused kernel (GPU only).
+    bucket; 1.0 is one padded batch. `use_liger`: the head through Liger's fused kernel, GPU only, after a check that it
+    gives the same numbers; UserError where it cannot.
     """
 
     def __init__(
@@ -43,8 +45,12 @@ class MaskedLogProbs(nn.Module):
         use_liger: bool = False,
     ):
         super().__init__()
-        if use_liger and not (torch.cuda.is_available() and importlib.util.find_spec("liger_kernel")):
-            raise UserError("use_liger needs a GPU and liger-kernel: pip install 'diffdpo[gpu]', or leave it off")
+        if use_liger:
+            if not (torch.cuda.is_available() and importlib.util.find_spec("liger_kernel")):
+                raise UserError(
+                    "--use_liger_kernel needs a GPU and liger-kernel: pip install 'diffdpo[gpu]', or leave it out"
+                )
+            check_liger("cuda")
         self.use_liger = use_liger
         self.model = model
         self.spec = spec

@@ -1,8 +1,10 @@
 import pytest
 import torch
 
+from diffdpo.errors import UserError
+from diffdpo.models import token_log_probs as head_module
 from diffdpo.models.layers import RMSNorm, RotaryTable, VocabularyHead, rotate
-from diffdpo.models.token_log_probs import token_log_probs
+from diffdpo.models.token_log_probs import check_liger, token_log_probs
 
 
 def test_hand_written_backwards_of_norm_and_rotation():
@@ -70,3 +72,31 @@ def test_extreme_logits_do_not_overflow():
     weight = torch.tensor([[300.0], [-300.0]])
     logp = token_log_probs(torch.ones(2, 1), weight, torch.tensor([0, 1]), logits_budget=None)
     assert logp.tolist() == [0.0, -600.0]
+
+
+class FirstTokensGradient(torch.autograd.Function):
+    """Right losses, every gradient weighted as the first token's: what liger-kernel did until July 2026."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, target):
+        logits = hidden @ weight.T
+        ctx.save_for_backward(hidden, weight, logits.softmax(-1), target)
+        return logits.log_softmax(-1).gather(-1, target[:, None]).squeeze(-1)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        hidden, weight, p, target = ctx.saved_tensors
+        logits = (torch.nn.functional.one_hot(target, p.shape[1]) - p) * upstream[0]
+        return logits @ weight, logits.T @ hidden, None
+
+
+def test_a_liger_kernel_with_other_numbers_is_refused(monkeypatch):
+    plain = lambda h, w, t: (h @ w.T).log_softmax(-1).gather(-1, t[:, None]).squeeze(-1)  # noqa: E731
+    monkeypatch.setattr(head_module, "liger_log_probs", plain)
+    check_liger("cpu")
+    monkeypatch.setattr(head_module, "liger_log_probs", FirstTokensGradient.apply)
+    with pytest.raises(UserError, match="gives other gradients"):
+        check_liger("cpu")
+    monkeypatch.setattr(head_module, "liger_log_probs", lambda h, w, t: plain(h, w, t) * 1.1)
+    with pytest.raises(UserError, match="gives other scores"):
+        check_liger("cpu")

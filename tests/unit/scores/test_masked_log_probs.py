@@ -108,7 +108,7 @@ def test_the_first_token_of_a_shifted_model_cannot_be_scored():
 
 def test_liger_is_refused_where_it_cannot_run(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="use_liger needs a GPU"):
+    with pytest.raises(UserError, match="use_liger_kernel needs a GPU"):
         MaskedLogProbs(*make("llada"), use_liger=True)
 
 
