@@ -12,11 +12,12 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from data_pipeline.convert import HASHES, ConvertJob, ConvertOptions, Dropped, convert_chunk
@@ -73,18 +74,53 @@ def build(
     wrong with the input, naming file and line, and when ``out`` is something else.
     """
     out = Path(out)
+    if not out.name or out.name == "..":
+        raise DataError(f"out is {str(out)!r}; give the folder to make a name of its own, such as shards")
     out.parent.mkdir(parents=True, exist_ok=True)
     signature = job_signature(sources, options)
-    with FileLock(out.parent / f".{out.name}.lock"):
+    with _one_at_a_time(out):
         if (done := _built(out, signature)) is not None:
             return done
         work = out.with_name(out.name + ".building")
         _prepare(work, signature)
-        dropped, rows = _convert(sources, work, options, workers, progress)
-        manifest = _write(work, options, dropped, rows, json.loads(signature), workers, progress)
-        (work / "result").rename(out)
+        with _kept_or_removed(work):
+            dropped, rows = _convert(sources, work, options, workers, progress)
+            manifest = _write(work, options, dropped, rows, json.loads(signature), workers, progress)
+            (work / "result").rename(out)
         shutil.rmtree(work)
     return manifest
+
+
+@contextmanager
+def _one_at_a_time(out: Path) -> Iterator[None]:
+    lock = FileLock(out.parent / f".{out.name}.lock")
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        log.warning("%s is being built by another process: waiting for it", out)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _kept_or_removed(work: Path) -> Iterator[None]:
+    """A build that fails for its input will not be repeated with the same input: its work goes. What was interrupted
+    or met a full disk can go on, so its work stays, and the user is told."""
+    again = f"what is finished stays in {work}: the same command goes on there; or remove it"
+    try:
+        yield
+    except DataError:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    except OSError as error:
+        reason = str(error) if error.errno or isinstance(error, ChildProcessError) else f"{error} (is the disk full?)"
+        raise DataError(f"the build stopped: {reason}; {again}") from error
+    except KeyboardInterrupt:
+        log.warning("the build was interrupted; %s", again)
+        raise
 
 
 def job_signature(sources: Sequence[str], options: BuildOptions) -> str:

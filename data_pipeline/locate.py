@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import os
-from glob import glob, has_magic
+from glob import glob
 from pathlib import Path
 
 from braceexpand import braceexpand
@@ -25,12 +25,11 @@ from data_pipeline.index import (
     save_index,
 )
 from data_pipeline.parallel import ordered_map
-from data_pipeline.remote import cached_file, expand_remote, is_remote
-from data_pipeline.shards import Bad, ShardScan, scan_shard
+from data_pipeline.remote import cached_file, expand_remote, is_glob, is_remote
+from data_pipeline.shards import TAR, Bad, ShardScan, scan_shard
 
 log = logging.getLogger(__name__)
 
-TAR = (".tar", ".tar.gz", ".tgz")
 LARGE = 32 << 20  # bytes of input from which several processes pay
 
 
@@ -61,12 +60,12 @@ def expand(pattern: str) -> list[str]:
     path = Path(pattern).expanduser()
     if not is_remote(pattern) and path.exists():
         return [str(path.resolve())]
-    if not (has_magic(pattern) or "{" in pattern or pattern.endswith(TAR)):
+    if not (is_glob(pattern) or "{" in pattern or pattern.endswith(TAR)):
         return [pattern]
     found: list[str] = []
     for name in braceexpand(pattern):
         if is_remote(name):
-            found += expand_remote(name) if has_magic(name) else [name]
+            found += expand_remote(name) if is_glob(name) else [name]
         else:
             found += _glob(name)
     return sorted(set(found))
@@ -75,7 +74,7 @@ def expand(pattern: str) -> list[str]:
 def _glob(name: str) -> list[str]:
     paths = [str(Path(path).resolve()) for path in glob(str(Path(name).expanduser()))]
     if not paths:
-        raise DataError(f"{name} matches no file" if has_magic(name) else f"{name} does not exist")
+        raise DataError(f"{name} matches no file" if is_glob(name) else f"{name} does not exist")
     return paths
 
 

@@ -8,6 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from glob import has_magic
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -25,6 +26,11 @@ CHUNK = 1 << 20
 def is_remote(source: str) -> bool:
     """True for URLs of another scheme than file."""
     return "://" in source and not source.startswith("file://")
+
+
+def is_glob(source: str) -> bool:
+    """True when * ? or [ in it stand for any letters. In a web address ? begins the query and [ is no pattern."""
+    return "*" in source.split("?")[0] if source.startswith(("http://", "https://")) else has_magic(source)
 
 
 def default_cache_dir() -> Path:

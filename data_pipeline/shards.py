@@ -29,6 +29,7 @@ from data_pipeline.records import (
     text_bytes,
 )
 
+TAR = (".tar", ".tar.gz", ".tgz")
 BLOCK = 512
 MAX_SOURCES = 256  # told apart in a corpus; what comes later is counted as one
 END_OF_ARCHIVE = 2 * BLOCK  # zero bytes that must follow the last member

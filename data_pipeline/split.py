@@ -15,7 +15,9 @@ def eval_mask(prompts: np.ndarray, fraction: float, seed: int = 0) -> np.ndarray
     unique = np.unique(salted)
     count = max(1, round(fraction * len(unique)))
     if count >= len(unique):
-        raise DataError(f"eval_fraction {fraction} of {len(unique)} prompts leaves nothing to train on; lower it")
+        remedy = "lower it" if len(unique) > 1 else "set it to 0 and name other data to evaluate on"
+        found = f"{len(unique)} prompts" if len(unique) != 1 else "a single prompt"
+        raise DataError(f"eval_fraction {fraction} of {found} leaves nothing to train on; {remedy}")
     # the hashes are uniform, but their order under xor with a salt is not a fresh draw: mix the bits once more
     return _mix(salted) <= np.sort(_mix(unique))[count - 1]
 

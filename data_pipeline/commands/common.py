@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import replace
+from pathlib import Path
 
 from data_pipeline.build import BuildOptions
 from data_pipeline.convert import ConvertOptions
@@ -31,6 +32,23 @@ def dataset_of(args: argparse.Namespace) -> ShardedDataset:
         build_options=replace(build_options(args), on_error="skip"),
         allow_damaged=True,
     )
+
+
+def check_writable(*paths: Path | None) -> None:
+    """DataError for a file that cannot be written: before the work that fills it, not after. Folders are made."""
+    for path in paths:
+        if path is None:
+            continue
+        if path.is_dir():
+            raise DataError(f"{str(path)!r} is a folder; name a file to write")
+        there = path.exists()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("ab").close()
+        except OSError as error:
+            raise DataError(f"{path} cannot be written: {error.strerror}") from error
+        if not there:
+            path.unlink()
 
 
 def load_tokenizer(name: str):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.batch import Fault
-from data_pipeline.commands.common import dataset_of, encoder_of
+from data_pipeline.commands.common import check_writable, dataset_of, encoder_of
 from data_pipeline.dataset import ShardedDataset
 from data_pipeline.encode import Drop, Encoder
 from data_pipeline.errors import DataError
@@ -22,6 +22,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the figures; write them as JSON and as histograms where asked."""
     if args.plot and args.plot.suffix != ".png":
         raise DataError(f"--plot {args.plot} must end in .png")
+    check_writable(args.plot, args.json)
     encoder = encoder_of(args)
     dataset = dataset_of(args)
     figures, lengths, unit = *byte_figures(dataset), "bytes"
@@ -182,7 +183,6 @@ def plot(figures: dict, lengths: dict[str, np.ndarray], unit: str, path: Path, m
     names = list(figures["sources"])[:12][::-1]
     axes[1, 2].barh(names, [figures["sources"][name] for name in names])
     axes[1, 2].set(title="sources", xlabel="records")
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -7,17 +7,18 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.commands.common import check_writable
 from data_pipeline.dataset import open_dataset
 from data_pipeline.errors import DataError
 from data_pipeline.index import MANIFEST, Index
-from data_pipeline.locate import TAR
-from data_pipeline.shards import file_sha256, scan_shard, to_json
+from data_pipeline.shards import TAR, file_sha256, scan_shard, to_json
 
 LOST_SHOWN = 10
 
 
 def run(args: argparse.Namespace) -> int:
     """Print one line a shard and the lost records of the damaged ones. 1 when anything is lost or unusable."""
+    check_writable(args.json)
     reports = []
     for source in _sources(args.source):
         dataset = open_dataset(source, cache_dir=args.cache_dir, allow_damaged=True)

@@ -12,12 +12,13 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO, Any, NamedTuple, cast
 
 from data_pipeline.errors import DataError
 from data_pipeline.records import RecordError, parse_json
 from data_pipeline.remote import cached_file, is_remote
-from data_pipeline.shards import scan_shard
+from data_pipeline.shards import TAR, Bad, scan_shard, unpack_gzip
 
 csv.field_size_limit(1 << 27)
 TORN = (EOFError, gzip.BadGzipFile, zlib.error)  # what reading a cut or damaged .gz raises
@@ -63,7 +64,7 @@ def expand_folder(source: str, options: SourceOptions) -> list[str]:
     files = [str(p) for p in source_files(path) if _suffix(p) in READERS]
     if not files:
         raise DataError(f"{path}: the folder has no data file; allowed: {', '.join(sorted(READERS))}, or shards (.tar)")
-    return [name for name in files if name.endswith(".tar")] or files  # beside shards lies their index
+    return [name for name in files if name.endswith(TAR)] or files  # beside shards lies their index
 
 
 def named_split(source: str, options: SourceOptions) -> tuple[str, SourceOptions]:
@@ -199,9 +200,19 @@ def _parquet_rows(path: Path, name: str) -> Iterator[Row]:
                 yield Row(f"{name}, row {number}", item)
 
 
-def _tar_rows(path: Path, name: str) -> Iterator[Row]:
+def _tar_gz_rows(path: Path, name: str) -> Iterator[Row]:
+    """The records of a compressed shard, unpacked for the while."""
+    with TemporaryDirectory(prefix="diffdpo-") as folder:
+        plain = Path(folder) / "shard.tar"
+        fault = unpack_gzip(path, plain)
+        yield from _tar_rows(plain, name, fault)
+
+
+def _tar_rows(path: Path, name: str, fault: str = "") -> Iterator[Row]:
     """The records of a shard; what the scan finds wrong with it is raised behind the last of them."""
     scan = scan_shard(path)
+    if fault:
+        scan.bad.insert(0, Bad("damaged_gzip", "", fault))
     with path.open("rb") as file:
         for key, entry in zip(scan.keys, scan.entries, strict=True):
             file.seek(int(entry["offset"]))
@@ -221,6 +232,8 @@ READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
     ".tsv": _csv_rows,
     ".parquet": _parquet_rows,
     ".tar": _tar_rows,
+    ".tar.gz": _tar_gz_rows,
+    ".tgz": _tar_gz_rows,
 }
 
 
