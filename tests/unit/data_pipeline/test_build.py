@@ -1,5 +1,6 @@
 """Building: the same bytes for the same input, whole or not at all, nothing done twice, prompts on one side."""
 
+import gzip
 import signal
 import subprocess
 import sys
@@ -150,7 +151,7 @@ def test_a_finished_build_appears_by_one_rename(tmp_path, jsonl, make_rows, monk
         raise OSError("no rename")
 
     monkeypatch.setattr(Path, "rename", refused)
-    with pytest.raises(OSError, match="no rename"):
+    with pytest.raises(DataError, match="no rename"):
         build([str(jsonl(tmp_path / "a.jsonl", make_rows(5)))], tmp_path / "out", BuildOptions())
     assert not (tmp_path / "out").exists()
 
@@ -277,6 +278,21 @@ def test_shards_are_a_source_too(tmp_path, jsonl, make_rows):
     manifest = build([str(tmp_path / "one")], tmp_path / "three", BuildOptions(on_error="skip"))
     assert 10 < manifest["num_records"] < 20
     assert dropped(manifest) == {"damaged_shard": 1}
+
+
+def test_compressed_shards_are_a_source_too(tmp_path, jsonl, make_rows):
+    build([str(jsonl(tmp_path / "a.jsonl", make_rows(20)))], tmp_path / "one", BuildOptions(shard_size=10))
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    for shard, ending in zip(sorted((tmp_path / "one").glob("*.tar")), ("tar.gz", "tgz"), strict=True):
+        (packed / f"{shard.stem}.{ending}").write_bytes(gzip.compress(shard.read_bytes()))
+    whole = build([str(packed)], tmp_path / "two", BuildOptions())
+    assert whole["fingerprint"] == load_index(tmp_path / "one").fingerprint
+    cut = packed / "shard-00001.tgz"
+    cut.write_bytes(cut.read_bytes()[:-60])
+    with pytest.raises(DataError, match=r"shard-00001\.tgz: \d faults, first damaged_gzip.*--on_error skip"):
+        build([str(packed)], tmp_path / "three", BuildOptions())
+    assert 10 <= build([str(packed)], tmp_path / "three", BuildOptions(on_error="skip"))["num_records"] < 20
 
 
 def test_manifest_says_where_it_comes_from(tmp_path, jsonl, make_rows):

@@ -112,6 +112,11 @@ WRONG = [
     (["inspect", "SOURCE", "--sample_seed", "-2"], "--sample_seed is -2"),
     (["inspect", "SOURCE", "--side", "eval"], "not split"),
     (["stats", "SOURCE", "--plot", "x.jpg"], "must end in .png"),
+    (["stats", "nowhere.jsonl", "--plot", "/proc/none/x.png"], "/proc/none/x.png cannot be written"),  # said first
+    (["stats", "nowhere.jsonl", "--json", ""], "'.' is a folder"),
+    (["verify", "nowhere", "--json", "/proc/none/x.json"], "/proc/none/x.json cannot be written"),
+    (["build", "SOURCE", "--out", ""], "a name of its own"),
+    (["build", "ONE", "--out", "OUT", "--eval_fraction", "0.1"], "a single prompt .* set it to 0"),
     (["stats", "SOURCE", "--tokenizer", "TOKENIZER", "--max_length", "1"], "max_length is 1"),
     (["stats", "SOURCE", "--tokenizer", "TOKENIZER", "--max_prompt_length", "5000"], "max_prompt_length is 5000"),
     (["verify", "TMP"], "no data file|is not"),
@@ -129,7 +134,14 @@ def test_wrong_input_is_one_line_and_exit_code_2(
     monkeypatch.setenv("DIFFDPO_CACHE", str(cache))
     empty = tmp_path / "folder"
     empty.mkdir()
-    names = {"SOURCE": source, "OUT": str(tmp_path / "out"), "TMP": str(empty), "TOKENIZER": tokenizer_folder}
+    (tmp_path / "one.jsonl").write_text('{"prompt": "q", "chosen": "a", "rejected": "b"}\n')
+    names = {
+        "ONE": str(tmp_path / "one.jsonl"),
+        "SOURCE": source,
+        "OUT": str(tmp_path / "out"),
+        "TMP": str(empty),
+        "TOKENIZER": tokenizer_folder,
+    }
     try:
         code = exit_code(main, [names.get(argument, argument) for argument in arguments])
     except SystemExit as stop:

@@ -174,6 +174,7 @@ def test_hf_urls(hub, cache):
     assert found == [IDS] * len(ways) + ["hf://datasets/no/one/a.jsonl does not exist"]
 
 
+@pytest.mark.slow  # ten seconds of imports; the default run has the same with a stand-in for `datasets`
 def test_a_data_set_by_name(hub, cache):
     shutil.rmtree(hub.folder / "pairs")
     endpoint = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}"}

@@ -7,27 +7,36 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data_pipeline.build import BuildOptions, build
 from data_pipeline.encode import Encoder
 from data_pipeline.errors import DataError
 from data_pipeline.reader import PairLoader, open_dataset
 
-SIZES = (1, 2, 7, 23, 60, 97)
+LARGEST = 97
+
+
+class Corpora(dict):
+    """Number of records, 1 to LARGEST → data set in shards of 10."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.shards = folder / "shards"
+        rows = [
+            {"id": f"r{i}", "prompt": f"q{i}", "chosen": "a" * (i % 13 + 1), "rejected": "b" * (i % 7 + 1)}
+            for i in range(LARGEST)
+        ]
+        path = folder / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        build([str(path)], self.shards, BuildOptions(shard_size=10))
+
+    def __missing__(self, count):
+        self[count] = open_dataset(str(self.shards), max_records=count)
+        return self[count]
 
 
 @pytest.fixture(scope="module")
-def corpora(tmp_path_factory, tokenizer):
-    """Number of records → data set."""
-    folder = tmp_path_factory.mktemp("corpora")
-    made = {}
-    for count in SIZES:
-        rows = [
-            {"id": f"r{i}", "prompt": f"q{i}", "chosen": "a" * (i % 13 + 1), "rejected": "b" * (i % 7 + 1)}
-            for i in range(count)
-        ]
-        path = folder / f"n{count}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        made[count] = open_dataset(str(path), cache_dir=folder / "cache")
-    return made
+def corpora(tmp_path_factory):
+    return Corpora(tmp_path_factory.mktemp("corpora"))
 
 
 def loaders(dataset, encoder, world_size, **options):
@@ -51,7 +60,7 @@ def take_steps(ranks, count):
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    records=st.sampled_from(SIZES),
+    records=st.integers(1, LARGEST),
     world_size=st.integers(1, 8),
     micro=st.integers(1, 3),
     accumulation=st.integers(1, 3),
@@ -89,6 +98,37 @@ def test_any_interruption_and_world_size_gives_the_uninterrupted_order(
         ids = [i for (e, _), step in taken.items() if e == number for i in step if i]
         assert len(ids) == len(set(ids))
         assert len(ids) == (records if tail == "pad" else epoch * size)
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    records=st.integers(1, LARGEST),
+    size=st.sampled_from([8, 12]),
+    seed=st.integers(0, 2**31),
+    shuffle_shards=st.sampled_from([0, 2]),
+    data=st.data(),
+)
+def test_any_interruption_with_other_workers_before_and_after(
+    corpora, tokenizer, records, size, seed, shuffle_shards, data
+):
+    """The ranks run one after the other here, which a real run's do not: few processes at a time, the same order."""
+    dataset, encoder = corpora[records], Encoder(tokenizer)
+    order = {"seed": seed, "global_batch_size": size, "shuffle_shards": shuffle_shards}
+    expected = take_steps(loaders(dataset, encoder, 1, micro_batch_size=size, **order), 4)
+    ways = [w for w in range(1, 9) if size % w == 0]
+    first, state, taken = data.draw(st.integers(0, 4)), None, {}
+    for begin, end in ((0, first), (first, 4)):
+        world_size, workers = data.draw(st.sampled_from(ways)), data.draw(st.integers(0, 3))
+        for loader in loaders(dataset, encoder, world_size, micro_batch_size=1, num_workers=workers, **order):
+            if state:
+                loader.load_state_dict(state)
+            steps = loader.steps()
+            for _ in range(begin, end):
+                for batch in next(steps):
+                    taken.setdefault((batch.epoch, batch.step), []).extend(batch.ids)
+            loader.close()
+        state = loader.state_dict()
+    assert {place: sorted(ids) for place, ids in taken.items()} == expected
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])

@@ -62,11 +62,15 @@ def test_raw_transcripts_give_the_prompts_their_authors_cut(real_data, cache):
         assert not any("\n\nHuman:" in turn["content"] for turn in record.prompt)
 
 
-@pytest.mark.parametrize("layout", ["lists", "objects", "models", "long"])
-def test_candidates_from_graded_solutions(real_data, tmp_path, cache, layout):
+GRADED = [("gsm8k_model_vs_model_pairs", layout) for layout in ("lists", "objects", "models", "long")]
+GRADED += [("gsm8k_groundtruth_vs_wrong_pairs", "lists"), ("llada_gsm8k_onpolicy_pairs", "lists")]
+
+
+@pytest.mark.parametrize(("name", "layout"), GRADED)
+def test_candidates_from_graded_solutions(real_data, tmp_path, cache, name, layout):
     """The graded model solutions, gathered by question and paired again: the published pairs, right against wrong."""
     by_question: dict[str, dict[str, bool]] = {}
-    for row in rows_of(real_data, "gsm8k_model_vs_model_pairs"):
+    for row in rows_of(real_data, name):
         answers = by_question.setdefault(row["prompt"], {})
         answers |= {row["chosen"]: True, row["rejected"]: False}
     if layout == "lists":
@@ -93,7 +97,9 @@ def test_candidates_from_graded_solutions(real_data, tmp_path, cache, layout):
         counts[policy] = len(records)
         assert all(by_question[r.prompt][r.chosen] and not by_question[r.prompt][r.rejected] for r in records)
     assert counts["one"] == len(by_question)
-    assert counts["all"] >= 1944 > counts["matched"] > counts["one"]
+    assert counts["all"] >= EXPECTED[name][0] >= counts["matched"] >= counts["one"]
+    if name == "gsm8k_model_vs_model_pairs":
+        assert counts["all"] >= 1944 > counts["matched"] > counts["one"]
 
 
 @pytest.mark.parametrize("kind", ["json", "csv", "parquet", "datasets"])
@@ -115,45 +121,71 @@ def test_every_file_type_holds_the_same_pairs(real_data, tmp_path, cache, kind):
     assert made.fingerprint == original.fingerprint
 
 
-def test_unpaired_ultrafeedback_and_conversational_layouts(real_data, tmp_path, cache):
-    """The same pairs in the other layouts of the field."""
-    rows = rows_of(real_data, "hh_rlhf_raw_sample")
-    original = {
-        (json.dumps(r.prompt), r.chosen[0]["content"], r.rejected[0]["content"]): r
-        for r in records_of(open_dataset(str(real_data / "hh_rlhf_raw_sample.jsonl.gz"), cache_dir=cache))
-    }
-    assert len(original) == 399 and len(rows) == 400
+PAIRS = [name for name, (_, _, kind, _) in EXPECTED.items() if kind is PreferenceRecord]
+PARTS = [300, pytest.param(0, marks=pytest.mark.slow, id="all")]  # records of each file
+QUESTIONS = [name for name in EXPECTED if name not in PAIRS]
 
-    def pairs(name, made):
-        path = tmp_path / f"{name}.jsonl"
+
+def as_turns(text, role):
+    return text if isinstance(text, tuple) else ({"role": role, "content": text},)
+
+
+@pytest.mark.parametrize("count", PARTS)
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_same_pairs_in_the_other_layouts_of_the_field(real_data, tmp_path, cache, name, count):
+    """Every file of pairs as explicit, implicit and UltraFeedback-like conversations, as rows of text, as unpaired."""
+    records = records_of(open_dataset(str(real_data / f"{name}.jsonl.gz"), cache_dir=cache, max_records=count))
+    turns = [
+        (as_turns(r.prompt, "user"), as_turns(r.chosen, "assistant"), as_turns(r.rejected, "assistant"))
+        for r in records
+    ]
+
+    def read(layout, made):
+        path = tmp_path / f"{layout}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in made))
         return records_of(open_dataset(str(path), cache_dir=cache))
 
-    def keys(records):
-        return {(json.dumps(r.prompt), r.chosen[0]["content"], r.rejected[0]["content"]) for r in records}
+    def keys(found):
+        return {json.dumps([r.prompt, r.chosen, r.rejected]) for r in found}
 
-    records = list(original.values())
-    explicit = [{"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected} for r in records]
-    implicit = [{"chosen": r.prompt + r.chosen, "rejected": r.prompt + r.rejected} for r in records]
-    feedback = [
-        {
-            "prompt": r.prompt[0]["content"],
-            "chosen": r.prompt + r.chosen,
-            "rejected": r.prompt + r.rejected,
-            "score_chosen": 9,
-        }
-        for r in records
-    ]
-    assert keys(pairs("explicit", explicit)) == keys(pairs("implicit", implicit)) == set(original)
-    assert keys(pairs("feedback", feedback)) == set(original)
+    original = {json.dumps(parts) for parts in turns}
+    explicit = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in turns]
+    implicit = [{"chosen": p + c, "rejected": p + r} for p, c, r in turns]
+    feedback = [{"prompt": p[0]["content"], "chosen": p + c, "rejected": p + r, "score_chosen": 9} for p, c, r in turns]
+    texts = [{"prompt": str(p), "chosen": c[0]["content"], "rejected": r[0]["content"]} for p, c, r in turns]
+    assert keys(read("explicit", explicit)) == keys(read("implicit", implicit)) == original
+    assert keys(read("feedback", feedback)) == original
+    assert [(r.chosen, r.rejected) for r in read("texts", texts)] == [(t["chosen"], t["rejected"]) for t in texts]
     single = [
-        {"prompt": r.prompt, "completion": answer, "label": label}
-        for r in records
-        for answer, label in ((r.chosen, True), (r.rejected, False))
+        {"prompt": p, "completion": answer, "label": label}
+        for p, c, r in turns
+        for answer, label in ((c, True), (r, False))
     ]
-    unpaired = pairs("unpaired", single)
+    unpaired = read("unpaired", single)
     assert all(isinstance(r, AnswerRecord) for r in unpaired)
-    assert 2 * 399 - len(unpaired) < 10  # the same answer under one prompt, twice
+    assert len(unpaired) == len({json.dumps(row) for row in single})
+
+
+@pytest.mark.parametrize("count", PARTS)
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_the_same_answers_in_the_other_layouts(real_data, tmp_path, cache, name, count):
+    rows = rows_of(real_data, name)[: count or None]
+    whole = open_dataset(str(real_data / f"{name}.jsonl.gz"), cache_dir=cache, max_records=count)
+    expected = [(r.prompt, r.answer) for r in records_of(whole)]
+    layouts = {
+        "completion": [{"prompt": row["question"], "completion": row["answer"]} for row in rows],
+        "messages": [
+            {"messages": [*as_turns(row["question"], "user"), *as_turns(row["answer"], "assistant")]} for row in rows
+        ],
+        "labelled": [{"prompt": row["question"], "completion": row["answer"], "label": True} for row in rows],
+    }
+    for layout, made in layouts.items():
+        path = tmp_path / f"{layout}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in made))
+        found = [(r.prompt, r.answer) for r in records_of(open_dataset(str(path), cache_dir=cache))]
+        if layout == "messages":
+            found = [(prompt[0]["content"], answer[0]["content"]) for prompt, answer in found]
+        assert found == expected
 
 
 def test_pairs_of_a_question_stay_together(real_data, tmp_path):

@@ -212,3 +212,19 @@ def test_a_folder_built_anew_behind_its_url_is_fetched_anew(served, tmp_path, js
         reader = RecordReader(dataset)
         assert len({reader(number).id for number in range(12)}) == 12
         shutil.rmtree(folder)
+
+
+def test_files_behind_urls(served, jsonl, make_rows, cache, tmp_path):
+    """Lists of files that are no shards, addresses with a query; a folder without index is refused in one line."""
+    folder, base, _ = served
+    for number in range(2):
+        jsonl(folder / f"part-{number}.jsonl", make_rows(5, start=5 * number))
+    for way in ("part-{0,1}.jsonl", "part-{0..1}.jsonl?download=true", "{part-0,part-1}.jsonl", "part-*.jsonl"):
+        dataset = open_dataset(f"{base}/{way}", cache_dir=cache)
+        assert [RecordReader(dataset)(number).id for number in range(len(dataset))] == [f"r{i}" for i in range(10)]
+    assert build([f"{base}/part-0.jsonl?download=true"], tmp_path / "out", BuildOptions())["num_records"] == 5
+    for ways in ("{a,b}", "folder"):
+        with pytest.raises(DataError, match="is no folder made by"):
+            open_dataset(f"{base}/{ways}", cache_dir=cache)
+    with pytest.raises(DataError, match="to build from a folder behind a URL, name its files or shards"):
+        build([f"{base}/folder"], tmp_path / "other", BuildOptions())
