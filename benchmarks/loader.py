@@ -225,18 +225,18 @@ def anonymous():
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("Anonymous")) / 1024
 before, rss = anonymous(), psutil.Process().memory_info().rss
-started = time.perf_counter()
+started, cpu = time.perf_counter(), time.process_time()
 dataset = ShardedDataset((Part("x", load_index(sys.argv[1])),), Path("."))
 dataset.fingerprint
 plans = micro_plans(dataset, PlanOptions(1, 64), Share(0, 1, 8), step=1000)
 list(islice(plans, 100))
-seconds = time.perf_counter() - started
-print(anonymous() - before, (psutil.Process().memory_info().rss - rss) / 2**20, seconds)
+seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+print(anonymous() - before, (psutil.Process().memory_info().rss - rss) / 2**20, seconds, cpu)
 """
 
 
-def memory(work: Path, records: int = 1_000_000) -> dict:
-    """What an index of a million records and the plan of an epoch cost a process, measured in a fresh one."""
+def memory(work: Path, records: int) -> dict:
+    """What an index of so many records and the plan of an epoch cost a process, measured in a fresh one."""
     folder = work / f"index-{records}"
     if not (folder / "manifest.json").exists():
         folder.mkdir(parents=True)
@@ -250,7 +250,8 @@ def memory(work: Path, records: int = 1_000_000) -> dict:
         manifest = {"schema": 1, "num_records": records, "shards": shards, "sources": [""], "bad": []}
         save_index(folder, manifest | {"fingerprint": "0" * 16}, entries, np.full(records * 9, 48, np.uint8))
     probe = [sys.executable, "-c", MEMORY_PROBE, str(folder)]
-    own, rss, seconds = map(float, subprocess.run(probe, capture_output=True, check=True, text=True).stdout.split())
+    printed = subprocess.run(probe, capture_output=True, check=True, text=True).stdout
+    own, rss, seconds, cpu = map(float, printed.split())
     disk = sum(path.stat().st_size for path in folder.iterdir()) / 2**20
     return {
         "records": records,
@@ -258,6 +259,7 @@ def memory(work: Path, records: int = 1_000_000) -> dict:
         "with_mapped_index_mib": round(rss, 1),
         "index_on_disk_mib": round(disk, 1),
         "open_and_first_plans_s": round(seconds, 3),
+        "of_it_cpu_s": round(cpu, 3),
     }
 
 
@@ -312,7 +314,7 @@ def main() -> None:
         "rates": rates(folder, encoder, dataset, args),
         "coverage_8_ranks": coverage(folder, dataset, encoder),
         "padding": padding(dataset, encoder),
-        "memory_of_index": memory(args.work),
+        "memory_of_index": [memory(args.work, records) for records in (1_000_000, 5_000_000)],
         "memory_of_process_mib": round(psutil.Process().memory_info().rss / 2**20),
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -190,6 +190,8 @@ def make_encoder(config: RunConfig, tokenizer, spec: FamilySpec) -> Encoder:
         tokenizer,
         max_length=config.max_length,
         max_prompt_length=config.max_prompt_length,
+        truncation=config.truncation,
+        answer_truncation=config.answer_truncation,
         template="chat" if spec.template == "chat" and getattr(tokenizer, "chat_template", None) else "auto",
         terminator=spec.terminator_id,
         forbidden_ids=(spec.mask_token_id,),
@@ -208,6 +210,7 @@ def train_loader(config: RunConfig, dataset: ShardedDataset, encoder: Encoder, w
         rank=world.rank,
         world_size=world.size,
         num_workers=config.dataset_num_workers,
+        strict=config.strict,
     )
 
 

@@ -44,7 +44,14 @@ class RunConfig:
     data_cache_dir: str | None = setting(None, "where unsharded data is sharded once; default: beside --output_dir")
     max_length: int = setting(1024, "most tokens of prompt and answer together")
     max_prompt_length: int = setting(512, "most tokens of the prompt")
-    dataset_num_workers: int = setting(0, "processes that read and tokenise; 0 reads in the training process")
+    truncation: str = setting(
+        "keep_end", "what stays of a prompt that does not fit", choices=("keep_end", "keep_start", "drop")
+    )
+    answer_truncation: str = setting(
+        "cut", "an answer that does not fit: cut, without terminator, or left out", choices=("cut", "drop")
+    )
+    strict: bool = setting(False, "stop at a record that cannot be read, instead of skipping and counting it")
+    dataset_num_workers: int = setting(0, "processes that read and tokenise; 0: a thread of the training process")
     output_dir: str | None = setting(None, "default: outputs/<run_name>")
     run_name: str | None = setting(None, "default: the command and the time")
     experiment_name: str = setting("diffdpo", "MLflow experiment")

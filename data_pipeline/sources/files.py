@@ -61,6 +61,10 @@ def expand_folder(source: str, options: SourceOptions) -> list[str]:
     path = local_path(source, options)
     if path is None or not path.is_dir() or any((path / name).exists() for name in SAVED_DATASET):
         return [source]
+    if all((path / side / "manifest.json").exists() for side in ("train", "eval")):
+        raise DataError(
+            f"{path} holds a train/eval split, which a build would mix; name {path}/train, {path}/eval or both"
+        )
     files = [str(p) for p in source_files(path) if _suffix(p) in READERS]
     if not files:
         raise DataError(f"{path}: the folder has no data file; allowed: {', '.join(sorted(READERS))}, or shards (.tar)")

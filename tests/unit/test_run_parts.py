@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 
+from data_pipeline.dataset import open_dataset
+from data_pipeline.errors import DataError
 from diffdpo import build
 from diffdpo.config import SftConfig, TrainConfig
 from diffdpo.engine.base import OptimizerOptions
@@ -86,3 +88,16 @@ def test_bf16_needs_master_weights():
     with pytest.raises(UserError, match="ds_config"):
         build.resolve_bf16(TrainConfig(bf16=True), torch.device("cpu"))
     assert build.resolve_bf16(TrainConfig(), torch.device("cpu")) is False
+
+
+def test_flags_of_truncation_and_of_damaged_records_reach_the_loader(tiny_model, tmp_path):
+    loaded = load_model(str(tiny_model))
+    config = TrainConfig(truncation="drop", answer_truncation="drop", strict=True, per_device_train_batch_size=1)
+    encoder = build.make_encoder(config, loaded.tokenizer, loaded.spec)
+    assert (encoder.truncation, encoder.answer_truncation) == ("drop", "drop")
+    (tmp_path / "a.jsonl").write_text('{"prompt": "q", "chosen": "a", "rejected": "b"}\n')
+    dataset = open_dataset(str(tmp_path / "a.jsonl"), cache_dir=tmp_path / "cache")
+    (shard,) = (tmp_path / "cache").rglob("*.tar")
+    shard.write_bytes(bytes(shard.stat().st_size))
+    with pytest.raises(DataError, match=r"changed_record.*without --strict"):
+        next(build.train_loader(config, dataset, encoder, WORLD).steps())

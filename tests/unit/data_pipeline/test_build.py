@@ -280,6 +280,13 @@ def test_shards_are_a_source_too(tmp_path, jsonl, make_rows):
     assert dropped(manifest) == {"damaged_shard": 1}
 
 
+def test_the_sides_of_a_split_are_not_mixed_by_a_build(tmp_path, jsonl, make_rows):
+    build([str(jsonl(tmp_path / "a.jsonl", make_rows(20)))], tmp_path / "one", BuildOptions(eval_fraction=0.2))
+    with pytest.raises(DataError, match="holds a train/eval split, which a build would mix"):
+        build([str(tmp_path / "one")], tmp_path / "two", BuildOptions())
+    assert build([str(tmp_path / "one" / "train")], tmp_path / "two", BuildOptions())["num_records"] == 16
+
+
 def test_compressed_shards_are_a_source_too(tmp_path, jsonl, make_rows):
     build([str(jsonl(tmp_path / "a.jsonl", make_rows(20)))], tmp_path / "one", BuildOptions(shard_size=10))
     packed = tmp_path / "packed"
