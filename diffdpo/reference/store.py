@@ -7,7 +7,7 @@ written whole or not at all, in this layout, little-endian:
 
 Records ascend; a record's rows (chosen side first) follow those of the record before it. A count of 0 stands for a
 record that could not be read or encoded. Parts are checked when an epoch is opened; their scores stay on disk and are
-mapped, so a million pairs cost about 30 MB of memory for their record numbers.
+mapped, so a million pairs cost 23 MB of memory, for their index.
 
 Shape suffixes: P records of a part, E records of an epoch, B slots of a micro-batch, R rows.
 """
