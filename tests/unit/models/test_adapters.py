@@ -6,6 +6,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from diffdpo.errors import UserError
 from diffdpo.models.adapters import add_lora, merge, reference
@@ -204,3 +205,35 @@ def test_hidden_layers_are_linear_after_merging(base):
     loaded = load_model(base)
     merged = merge(add_lora(loaded.model, loaded.spec, r=2))
     assert type(merged.blocks[0].ff_out) is nn.Linear
+
+
+def test_plain_peft_puts_an_adapter_on_the_published_module(tmp_path, tokenizer):
+    """Qwen2 is published in transformers itself: the adapter trained on our module gives the same logits on theirs."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Qwen2Config(vocab_size=len(tokenizer), intermediate_size=48, eos_token_id=1, pad_token_id=1, **shape)
+    config._attn_implementation = "eager"
+    published = Qwen2ForCausalLM(config).eval()
+    save_model(published, tokenizer, tmp_path / "base")
+    loaded = load_model(tmp_path / "base")
+    adapted = add_lora(loaded.model, loaded.spec, r=4)
+    randomise(adapted)
+    save_model(adapted, tokenizer, tmp_path / "adapter")
+    theirs = PeftModel.from_pretrained(published, str(tmp_path / "adapter")).eval()
+    ids, everything_visible = torch.arange(5, 17)[None], torch.zeros(1, 1, 12, 12)
+    expected = adapted(ids).logits
+    assert torch.allclose(theirs(ids, attention_mask=everything_visible).logits, expected, atol=2e-5)
+    with adapted.disable_adapter():
+        assert not torch.allclose(adapted(ids).logits, expected, atol=1e-2)
+
+
+def test_added_tokens_survive_saving_and_loading(base, tmp_path):
+    loaded = load_model(base)
+    loaded.tokenizer.add_tokens(["<step>", "<answer>"])
+    loaded.model.resize_token_embeddings(len(loaded.tokenizer))
+    save_model(loaded.model, loaded.tokenizer, tmp_path / "grown")
+    again = load_model(tmp_path / "grown")
+    assert again.tokenizer("<step>").input_ids == [len(loaded.tokenizer) - 2]
+    ids = torch.arange(5, 17)[None]
+    assert torch.equal(again.model(ids).logits, loaded.model(ids).logits)
+    assert again.model(ids).logits.shape[-1] == len(loaded.tokenizer)
