@@ -237,3 +237,16 @@ def test_precomputed_reference_scores_give_the_same_run(command, tiny_model, pai
     assert done.returncode == 0, done.stderr[-3000:]
     assert losses(out) == uninterrupted, "to the bit"
     assert "precomputed scores in" in done.stdout and "ln 2 as it must be" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_killed_run_on_precomputed_scores_goes_on_to_the_bit(
+    command, tiny_model, pairs_file, tmp_path, uninterrupted
+):
+    out = tmp_path / "run"
+    arguments = flags_of(tiny_model, pairs_file, out, "--reference", "precomputed")
+    assert interrupt(arguments, out, after=5, how=signal.SIGKILL) == -signal.SIGKILL
+    assert len(losses(out)) < 8, "the run must have been stopped before its end for this test to mean anything"
+    done = command([*TRAIN, *arguments, "--resume_from_checkpoint", "latest"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(out) == uninterrupted
