@@ -220,7 +220,7 @@ def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: 
 
     `options` are transformers' (`max_shard_size`). UserError for 4-bit weights, which the published code cannot read.
     """
-    if getattr(model, "is_loaded_in_4bit", False):
+    if getattr(model, "is_loaded_in_4bit", False) and not hasattr(model, "peft_config"):
         raise UserError("4-bit weights are not written: save the original model, or an adapter on it")
     cast(Any, model).save_pretrained(directory, **options)
     tokenizer.save_pretrained(directory)

@@ -179,7 +179,7 @@ def test_targets_that_cannot_be_meant_are_errors(base, pattern, words):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
-def test_nf4_quantises_blocks_only_and_trains_adapters(base):
+def test_nf4_quantises_blocks_only_and_trains_adapters(base, tmp_path):
     full = load_model(base, dtype="bfloat16")
     loaded = load_model(base, dtype="bfloat16", load_in_4bit=True)
     kinds = {name: type(module).__name__ for name, module in loaded.model.named_modules()}
@@ -188,6 +188,8 @@ def test_nf4_quantises_blocks_only_and_trains_adapters(base):
     assert set(linear.values()) == {"Linear4bit"}
     assert native(loaded.model).head.weight.dtype == torch.bfloat16
     assert (scores(loaded.model, loaded.spec) - scores(full.model, full.spec)).abs().max() < 0.1
+    with pytest.raises(UserError, match="4-bit weights are not written"):
+        save_model(loaded.model, loaded.tokenizer, tmp_path / "full")
     adapted = add_lora(loaded.model, loaded.spec, r=2)
     with torch.no_grad(), reference(adapted):
         frozen = scores(adapted, loaded.spec)
@@ -199,6 +201,8 @@ def test_nf4_quantises_blocks_only_and_trains_adapters(base):
     assert all(p.grad is not None and p.dtype == torch.float32 for p in trained)
     with pytest.raises(UserError, match="4-bit"):
         merge(adapted)
+    save_model(adapted, loaded.tokenizer, tmp_path / "adapter")  # and it stands on the original weights
+    assert hasattr(load_adapter(tmp_path / "adapter", base=base, dtype="bfloat16").model, "peft_config")
 
 
 def test_hidden_layers_are_linear_after_merging(base):
