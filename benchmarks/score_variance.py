@@ -34,6 +34,7 @@ from diffdpo.step.segments import Segments
 
 VRPO = ((1, 1), (4, 1), (8, 1), (1, 4), (2, 2))
 BASELINE = ("uniform_t", 8)  # VRPO's training setting
+DEFAULT = ("balanced", 4)  # ours
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,31 @@ def plot(lines: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def plot_by_length(lines: list[dict], path: Path) -> None:
+    """The default estimator at half the forwards against the baseline, by length of the answer: below 1 it wins."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    cells = {(line["length"], line["estimator"], line["n"]): line for line in lines}
+    name, n = DEFAULT
+    lengths = sorted(L for L, *key in cells if tuple(key) == BASELINE and (L, name, n) in cells)
+    figure, axis = pyplot.subplots(figsize=(5.2, 3.8))
+    for quantity, title in {"score": "score S", "h": "logit h", "loss": "loss", "grad": "gradient"}.items():
+        measured = [L for L in lengths if quantity in cells[L, name, n]]
+        quotients = [cells[L, name, n][quantity] / cells[(L, *BASELINE)][quantity] for L in measured]
+        axis.loglog(measured, quotients, marker="o", markersize=3, label=title)
+    axis.axhline(1, color="black", linewidth=0.7)
+    axis.set_xticks(lengths, [str(L) for L in lengths])
+    axis.set_xlabel("tokens of the answer")
+    axis.set_title(f"variance, {name} n = {n} over {BASELINE[0]} n = {BASELINE[1]}", fontsize=9)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
 def hardware(device: str) -> str:
     """Where this was measured; variances do not depend on it, seconds do."""
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or "CPU"
@@ -194,7 +220,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="JSON file")
-    parser.add_argument("--plot", type=Path, help="PNG file")
+    parser.add_argument("--plot", type=Path, help="PNG file: variances against the number of forwards")
+    parser.add_argument("--plot_by_length", type=Path, help="PNG file: the default against the baseline by length")
     args = parser.parse_args()
     options = {"dpo_steps": args.dpo_steps, "learning_rate": args.dpo_learning_rate}
     options |= {"device": args.device, "seed": args.seed}
@@ -205,13 +232,17 @@ def main() -> None:
         numbers = "  ".join(f"{k} {v:9.3g}" for k, v in line.items() if isinstance(v, float) and k != "seconds")
         print(f"L={line['length']:<4d} {line['estimator']:18s} n={line['n']:<3d} {numbers}", flush=True)
         if args.output:
-            command = {name: value for name, value in vars(args).items() if name not in ("output", "plot")}
+            command = {
+                name: value for name, value in vars(args).items() if name not in ("output", "plot", "plot_by_length")
+            }
             content = {"hardware": hardware(args.device), "settings": command, "lines": lines}
             args.output.write_text(json.dumps(content, indent=1) + "\n")
     print(f"\nvariance relative to {BASELINE[0]} n={BASELINE[1]} (geometric mean over lengths)")
     print("\n".join(relative_to_baseline(lines)))
     if args.plot:
         plot(lines, args.plot)
+    if args.plot_by_length:
+        plot_by_length(lines, args.plot_by_length)
 
 
 if __name__ == "__main__":
