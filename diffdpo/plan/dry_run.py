@@ -74,6 +74,7 @@ class DryEngine:
         self.bucketed = job.zero is not None and job.zero.stage >= 2 and job.strategy != "deferred"
         self.bucket = job.zero.reduce_bucket if job.zero else 0
         self.offload = job.zero is not None and job.zero.optimizer != "device"
+        self.sharded = job.zero is not None and job.zero.stage == 3
         self.world: Any = SimpleNamespace(size=1, rank=0, is_main=True, device=torch.device("meta"))
         self.waiting: list[torch.Tensor] = []  # gradients above the bucket's size, until the bucket is reduced
         self.kept: list[torch.Tensor] = []  # ... and until the backward ends where more backwards follow
@@ -112,20 +113,21 @@ class DryEngine:
         if self.sizes and sum(self.sizes) + parameter.numel() > self.bucket:
             self._reduce()
         if parameter.numel() > self.bucket:
-            large = parameter.grad.clone() if self.offload else parameter.grad
+            large = parameter.grad.clone() if self.offload and not self.sharded else parameter.grad
             self.ledger.retag(large, GRADIENTS)
             self.waiting.append(large)
         self.sizes.append(parameter.numel())
         parameter.grad = None
 
     def _reduce(self) -> None:
-        """On its way to the host a bf16 gradient is an fp32 copy on the device, one parameter at a time."""
+        """On its way to the host a bf16 gradient is an fp32 copy on the device, one parameter at a time. ZeRO-2 keeps
+        what went past the bucket to the end of a backward that is not the last; ZeRO-3 lets it go."""
         if self.offload and self.last and self.sizes:
             example = self.parameters[0]
             if example.element_size() == 2:
                 wide = torch.empty(max(self.sizes), dtype=torch.float32, device="meta")
                 self.ledger.retag(wide, GRADIENTS)
-        if not self.last:
+        if not self.last and not self.sharded:
             self.kept += self.waiting
         self.waiting.clear()
         self.sizes.clear()
