@@ -98,3 +98,12 @@ def test_the_whole_vocabulary_is_never_held(write_config):
     path = write_config(LLADA_8B | {"n_layers": 2})
     plan = planned(path, use_peft=True, load_in_4bit=True, max_length=1024, max_prompt_length=24, segment_rows=1)
     assert plan.job.scored == 1000 and 0 < bytes_of(plan, "logits") < 2.1 * 256 * 2**20
+
+
+def test_deferred_holds_two_more_gradients_and_runs_no_forward_twice(small):
+    settings = {"segment_rows": 2, "num_mc_samples": 8, "use_peft": True}
+    late, twice = (planned(small, segmentation=name, **settings) for name in ("deferred", "two_pass"))
+    trained = late.numbers.trained_bytes
+    assert bytes_of(late, "gradients") - bytes_of(twice, "gradients") <= 2.1 * trained
+    flops = [sum(w.flops * n for w, n in p.run.policy_work.items()) for p in (late, twice)]
+    assert flops[0] < 0.75 * flops[1]
