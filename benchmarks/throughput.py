@@ -1,0 +1,316 @@
+"""Pairs per second of preference training with LoRA: this package's step against the plain one, in one run.
+
+    python benchmarks/throughput.py                          # the shapes that suit this device
+    python benchmarks/throughput.py --shapes small --repeats 5
+
+The plain step is what implementations of the field do: a row for every mask, padded to the longest of the micro-batch,
+logits of every position in fp32, a second model as the reference, layers recomputed in the backward, one graph, noise
+as in VRPO (t uniform, `uniform_t`). Ours is `PreferenceStep` as `launch/train.py` builds it, with the reference as the
+policy without its adapter or from scores computed before. Same weights, same pairs, same optimizer; the two gradients
+are compared first with the same rows (`difference`).
+
+"Same variance" sets ours at n = 4 against the plain step at n = 8: the default estimator's variance at 4 is at most that
+of `uniform_t` at 8 (docs/benchmarks/score_variance.json).
+
+Model FLOPs are those of real tokens: forward of policy and reference and the policy's backward with respect to
+activations, 2 FLOPs a weight and token in each, attention, and the head at scored tokens. Nothing recomputed and no
+padding counts. Utilisation is their rate over that of large matrix products, measured in the same run.
+
+Writes docs/benchmarks/throughput.{json,md}.
+"""
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import logsigmoid
+from torch.utils.checkpoint import checkpoint
+
+from data_pipeline.batch import PairBatch, collate
+from data_pipeline.encode import TokenAnswer, TokenPair
+from diffdpo.engine.base import OptimizerOptions
+from diffdpo.engine.plain import PlainEngine
+from diffdpo.engine.world import World
+from diffdpo.models.adapters import add_lora
+from diffdpo.models.backbone import native
+from diffdpo.models.llada import LLaDAConfig, LLaDAModelLM
+from diffdpo.models.spec import LLADA_LORA_TARGETS, FamilySpec
+from diffdpo.noise.rows import NoisyRows
+from diffdpo.scores.masked_log_probs import MaskedLogProbs
+from diffdpo.step.backward import score_rows
+from diffdpo.step.choose import MicroBatchShape, choose_strategy
+from diffdpo.step.reference import adapter_off_reference
+from diffdpo.step.segments import Segments
+from diffdpo.step.train_step import LossOptions, NoiseOptions, PreferenceStep
+
+BETA, RATE, RANK = 0.1, 1e-5, 16
+OURS, FIELD = "balanced", "uniform_t"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model of LLaDA's layout, and pairs whose prompts and answers have log-normal lengths round these medians."""
+
+    width: int
+    layers: int
+    heads: int
+    mlp: int
+    vocab: int
+    pairs: int
+    prompt: int
+    answer: int
+    max_length: int
+    dtype: str = "float32"
+
+
+SHAPES = {
+    "tiny": Shape(128, 4, 4, 512, 512, 8, 24, 40, 160),
+    "small": Shape(384, 6, 6, 1024, 8192, 4, 60, 100, 384),
+    "medium": Shape(768, 12, 12, 2048, 32000, 2, 60, 100, 384),
+    "small_llada_vocab": Shape(384, 6, 6, 1024, 126464, 2, 60, 100, 384),
+    "1b": Shape(2048, 16, 16, 5632, 126464, 4, 200, 300, 1024, "bfloat16"),
+    "8b": Shape(4096, 32, 32, 12288, 126464, 2, 200, 300, 1024, "bfloat16"),
+}
+ON_CPU, ON_GPU = ("tiny", "small", "medium", "small_llada_vocab"), ("small", "medium", "1b", "8b")
+SPREAD = 0.6  # of the logarithm of a length
+
+
+def make_model(shape: Shape, device: torch.device) -> tuple[nn.Module, FamilySpec]:
+    """Random weights with LoRA on every block; the adapter's second factor is not 0, so that its first learns."""
+    config = LLaDAConfig.create(
+        d_model=shape.width,
+        n_layers=shape.layers,
+        n_heads=shape.heads,
+        mlp_hidden_size=shape.mlp,
+        vocab_size=shape.vocab,
+        mask_token_id=shape.vocab - 1,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    spec = FamilySpec("llada", shape.vocab - 1, 0, 0, "LLaDABlock", LLADA_LORA_TARGETS)
+    torch.set_default_dtype(getattr(torch, shape.dtype))
+    with device:
+        model = add_lora(LLaDAModelLM(config), spec, r=RANK)
+    torch.set_default_dtype(torch.float32)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.01)
+    return model, spec
+
+
+def make_batch(shape: Shape) -> PairBatch:
+    """Pairs of random tokens with the shape's lengths."""
+    generator = np.random.default_rng(0)
+
+    def length(median: int, most: int) -> int:
+        return int(np.clip(round(median * np.exp(SPREAD * generator.standard_normal())), 4, most))
+
+    def pair(number: int) -> TokenPair:
+        prompt = generator.integers(1, shape.vocab - 1, length(shape.prompt, shape.max_length // 2))
+        room = shape.max_length - len(prompt)
+        answers = (generator.integers(1, shape.vocab - 1, length(shape.answer, room)) for _ in range(2))
+        sides = [TokenAnswer(np.concatenate([prompt, answer]).astype(np.int32), len(prompt)) for answer in answers]
+        return TokenPair(f"pair-{number}", *sides)
+
+    pairs = [pair(number) for number in range(shape.pairs)]
+    return collate(pairs, pad_id=0, epoch=0, step=0, micro=0, last_micro=True)
+
+
+# ------------------------------------------------------------------------------------------------- the plain step
+
+
+def plain_row_scores(model: nn.Module, rows: NoisyRows) -> torch.Tensor:
+    """f_R with everything computed: padding, every position's logits, and recomputed layers where gradients flow."""
+    base, columns = native(model), torch.arange(rows.input_ids_RT.shape[1], device=rows.lengths_R.device)
+    blocks = list(base.blocks)
+    for block in blocks:
+        if torch.is_grad_enabled():
+            whole = type(block).forward
+            block.forward = lambda *args, block=block, whole=whole: checkpoint(whole, block, *args, use_reentrant=False)
+    logits = base(rows.input_ids_RT, attention_mask=(columns < rows.lengths_R[:, None]).long()).logits
+    for block in blocks:
+        block.__dict__.pop("forward", None)
+    logp_RTV = logits.float().log_softmax(-1)
+    logp_M = logp_RTV[rows.row_M, rows.position_M].gather(-1, rows.target_M[:, None]).squeeze(-1)
+    return logp_M.new_zeros(len(rows)).index_add(0, rows.row_M, logp_M * rows.scale_M)
+
+
+class PlainStep:
+    """One graph of all rows, a second model, AdamW."""
+
+    def __init__(self, policy: nn.Module, noise: NoiseOptions, device: torch.device):
+        self.policy, self.noise, self.device = policy, noise, device
+        self.reference = copy.deepcopy(policy).requires_grad_(False)
+        self.trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=RATE)
+
+    def __call__(self, batch: PairBatch) -> None:
+        self.gradients(batch)
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def gradients(self, batch: PairBatch) -> None:
+        rows = self.noise.rows(batch, self.device)
+        with torch.no_grad(), self.reference.disable_adapter():
+            reference_R = plain_row_scores(self.reference, rows)
+        ratio_R = (plain_row_scores(self.policy, rows) - reference_R) * rows.weight_R
+        ratio_A = ratio_R.new_zeros(rows.num_answers).index_add(0, rows.answer_R, ratio_R)
+        (-logsigmoid(BETA * (ratio_A[0::2] - ratio_A[1::2])).mean()).backward()
+
+
+# ------------------------------------------------------------------------------------------------- ours
+
+
+def our_step(
+    policy: nn.Module, spec: FamilySpec, noise: NoiseOptions, shape: Shape, device: torch.device, *, precomputed: bool
+) -> tuple[PreferenceStep, str]:
+    """The step as it is built for training, and its strategy. ``precomputed``: the reference's scores are at hand."""
+    engine = PlainEngine(MaskedLogProbs(policy, spec), World(0, 0, 1, device), OptimizerOptions(RATE, max_grad_norm=1.0))
+    segments = Segments(tokens=16384 if device.type == "cuda" else 8192)
+    reference = adapter_off_reference(engine, policy, segments=segments)
+    if precomputed:
+        kept: dict[int, torch.Tensor] = {}
+        computed = reference
+
+        def reference(rows: NoisyRows, batch: PairBatch) -> torch.Tensor:
+            if len(rows) not in kept:
+                kept[len(rows)] = computed(rows, batch)
+            return kept[len(rows)]
+
+    loss = LossOptions(("sigmoid",), (1.0,), BETA)
+    place = MicroBatchShape(shape.pairs, noise.num_samples, shape.max_length, whole_batch=False)
+    strategy, _ = choose_strategy("auto", engine=engine, segments=segments, shape=place)
+    return PreferenceStep(engine, reference, noise, loss, strategy=strategy, segments=segments), strategy
+
+
+def gradient_difference(policy: nn.Module, spec: FamilySpec, batch: PairBatch, noise: NoiseOptions, device) -> float:
+    """Largest relative difference of the two ways' row scores, same rows: they must be the same computation."""
+    rows = noise.rows(batch, device)
+    ours_R = score_rows(MaskedLogProbs(policy, spec), rows, segments=Segments())
+    with torch.no_grad():
+        plain_R = plain_row_scores(policy, rows)
+    return float(((ours_R - plain_R).abs() / plain_R.abs().clamp(min=1)).max())
+
+
+# ------------------------------------------------------------------------------------------------- measuring
+
+
+def model_flops(shape: Shape, noise: NoiseOptions, batch: PairBatch, *, reference: bool) -> float:
+    """FLOPs of a step that a perfect implementation cannot avoid: see the module's docstring."""
+    rows = noise.rows(batch, torch.device("cpu"))
+    tokens, squares = float(rows.lengths_R.sum()), float((rows.lengths_R.double() ** 2).sum())
+    weights = shape.layers * (4 * shape.width**2 + 3 * shape.width * shape.mlp)
+    one = 2 * weights * tokens + 4 * shape.layers * shape.width * squares + 2 * shape.width * shape.vocab * len(rows.row_M)
+    return one * (3 if reference else 2)
+
+
+def peak_flops(device: torch.device, dtype: str) -> float:
+    """FLOP/s of a large matrix product, best of several."""
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device, dtype=getattr(torch, dtype))
+    return 2 * size**3 / min(timed(lambda: a @ a, device) for _ in range(12))
+
+
+def timed(run: Callable[[], object], device: torch.device) -> float:
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def compare(name: str, device: torch.device, repeats: int) -> list[dict]:
+    """One record a way; the ways take turns, so that a busy moment of the machine meets all of them."""
+    shape = SHAPES[name]
+    batch, peak = make_batch(shape), peak_flops(device, shape.dtype)
+    ways: dict[str, tuple[Callable[[], object], int, float, str]] = {}
+    difference = 0.0
+    for n in (4, 8):
+        policy, spec = make_model(shape, device)
+        noise = {estimator: NoiseOptions(estimator, n, 0, shape.vocab - 1) for estimator in (OURS, FIELD)}
+        difference = max(difference, gradient_difference(policy, spec, batch, noise[OURS], device))
+        for precomputed in (False, True):
+            step, strategy = our_step(
+                copy.deepcopy(policy), spec, noise[OURS], shape, device, precomputed=precomputed
+            )
+            label = "ours, reference scores precomputed" if precomputed else "ours, reference = adapter off"
+            flops = model_flops(shape, noise[OURS], batch, reference=not precomputed)
+            ways[f"{label} | {n}"] = (lambda step=step: step([batch], RATE), n, flops, strategy)
+        plain = PlainStep(policy, noise[FIELD], device)
+        flops = model_flops(shape, noise[FIELD], batch, reference=True)
+        ways[f"plain | {n}"] = (lambda plain=plain: plain(batch), n, flops, "one graph")
+    seconds: dict[str, list[float]] = {key: [] for key in ways}
+    for turn in range(repeats + 1):
+        for key, (run, *_) in ways.items():
+            taken = timed(run, device)
+            if turn:  # the first warms up
+                seconds[key].append(taken)
+    records = []
+    for key, (_, n, flops, strategy) in ways.items():
+        median = statistics.median(seconds[key])
+        records.append(
+            {
+                "shape": name,
+                "way": key.split(" | ")[0],
+                "n": n,
+                "strategy": strategy,
+                "seconds": round(median, 5),
+                "pairs_per_second": round(shape.pairs / median, 4),
+                "utilisation": round(flops / median / peak, 4),
+                "difference": difference,
+            }
+        )
+    return records
+
+
+def table(records: list[dict], machine: str) -> str:
+    lines = [
+        "# Pairs per second with LoRA: ours against the plain step",
+        "",
+        f"`python benchmarks/throughput.py` on {machine}. Last column: against the plain step at n = 8, whose variance is "
+        "not below that of ours at n = 4. Utilisation: model FLOPs over the rate of a large matrix product.",
+        "",
+        "| shape | way | n | strategy | seconds a step | pairs/s | utilisation | faster, same n | same variance |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in records:
+        plain = {b["n"]: b["seconds"] for b in records if b["shape"] == r["shape"] and b["way"] == "plain"}
+        same_n = f"{plain[r['n']] / r['seconds']:.2f}"
+        same_variance = f"{plain[8] / r['seconds']:.2f}" if r["n"] == 4 and r["way"] != "plain" else ""
+        cells = (r["shape"], r["way"], r["n"], r["strategy"], f"{r['seconds']:.3f}", f"{r['pairs_per_second']:.2f}")
+        lines.append("| " + " | ".join(map(str, (*cells, f"{r['utilisation']:.0%}", same_n, same_variance))) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--shapes", default=",".join(ON_GPU if device.type == "cuda" else ON_CPU))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs/benchmarks/throughput")
+    args = parser.parse_args()
+    records = []
+    for name in args.shapes.split(","):
+        found = compare(name, device, args.repeats)
+        records += found
+        print(json.dumps(found), flush=True)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
+    machine = f"{name}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
+    args.output.with_suffix(".json").write_text(json.dumps({"machine": machine, "records": records}, indent=1) + "\n")
+    args.output.with_suffix(".md").write_text(table(records, machine))
+    print(table(records, machine))
+
+
+if __name__ == "__main__":
+    main()
