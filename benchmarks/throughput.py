@@ -9,8 +9,8 @@ as in VRPO (t uniform, `uniform_t`). Ours is `PreferenceStep` as `launch/train.p
 policy without its adapter or from scores computed before. Same weights, same pairs, same optimizer; the two gradients
 are compared first with the same rows (`difference`).
 
-"Same variance" sets ours at n = 4 against the plain step at n = 8: the default estimator's variance at 4 is at most that
-of `uniform_t` at 8 (docs/benchmarks/score_variance.json).
+"Same variance" sets ours at n = 4 against the plain step at n = 8: the default estimator's variance at 4 is at most
+that of `uniform_t` at 8 (docs/benchmarks/score_variance.json).
 
 Model FLOPs are those of real tokens: forward of policy and reference and the policy's backward with respect to
 activations, 2 FLOPs a weight and token in each, attention, and the head at scored tokens. Nothing recomputed and no
@@ -176,7 +176,9 @@ def our_step(
     policy: nn.Module, spec: FamilySpec, noise: NoiseOptions, shape: Shape, device: torch.device, *, precomputed: bool
 ) -> tuple[PreferenceStep, str]:
     """The step as it is built for training, and its strategy. ``precomputed``: the reference's scores are at hand."""
-    engine = PlainEngine(MaskedLogProbs(policy, spec), World(0, 0, 1, device), OptimizerOptions(RATE, max_grad_norm=1.0))
+    engine = PlainEngine(
+        MaskedLogProbs(policy, spec), World(0, 0, 1, device), OptimizerOptions(RATE, max_grad_norm=1.0)
+    )
     segments = Segments(tokens=16384 if device.type == "cuda" else 8192)
     reference = adapter_off_reference(engine, policy, segments=segments)
     if precomputed:
@@ -211,7 +213,11 @@ def model_flops(shape: Shape, noise: NoiseOptions, batch: PairBatch, *, referenc
     rows = noise.rows(batch, torch.device("cpu"))
     tokens, squares = float(rows.lengths_R.sum()), float((rows.lengths_R.double() ** 2).sum())
     weights = shape.layers * (4 * shape.width**2 + 3 * shape.width * shape.mlp)
-    one = 2 * weights * tokens + 4 * shape.layers * shape.width * squares + 2 * shape.width * shape.vocab * len(rows.row_M)
+    one = (
+        2 * weights * tokens
+        + 4 * shape.layers * shape.width * squares
+        + 2 * shape.width * shape.vocab * len(rows.row_M)
+    )
     return one * (3 if reference else 2)
 
 
@@ -241,9 +247,7 @@ def compare(name: str, device: torch.device, repeats: int) -> list[dict]:
         noise = {estimator: NoiseOptions(estimator, n, 0, shape.vocab - 1) for estimator in (OURS, FIELD)}
         difference = max(difference, gradient_difference(policy, spec, batch, noise[OURS], device))
         for precomputed in (False, True):
-            step, strategy = our_step(
-                copy.deepcopy(policy), spec, noise[OURS], shape, device, precomputed=precomputed
-            )
+            step, strategy = our_step(copy.deepcopy(policy), spec, noise[OURS], shape, device, precomputed=precomputed)
             label = "ours, reference scores precomputed" if precomputed else "ours, reference = adapter off"
             flops = model_flops(shape, noise[OURS], batch, reference=not precomputed)
             ways[f"{label} | {n}"] = (lambda step=step: step([batch], RATE), n, flops, strategy)
@@ -278,8 +282,8 @@ def table(records: list[dict], machine: str) -> str:
     lines = [
         "# Pairs per second with LoRA: ours against the plain step",
         "",
-        f"`python benchmarks/throughput.py` on {machine}. Last column: against the plain step at n = 8, whose variance is "
-        "not below that of ours at n = 4. Utilisation: model FLOPs over the rate of a large matrix product.",
+        f"`python benchmarks/throughput.py` on {machine}. Last column: against the plain step at n = 8, whose variance "
+        "is not below that of ours at n = 4. Utilisation: model FLOPs over the rate of a large matrix product.",
         "",
         "| shape | way | n | strategy | seconds a step | pairs/s | utilisation | faster, same n | same variance |",
         "|---|---|---|---|---|---|---|---|---|",
