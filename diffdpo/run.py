@@ -103,7 +103,10 @@ def carry_out(job: Job) -> int:
         )
         if not job.resume:
             loop.record_evaluation(before.means())
-        if not loop.run():
+        complete = loop.run()
+        if not_learned := job.loader.summary(engine.world.sum_numbers):
+            place.say(f"data    {not_learned}")
+        if not complete:
             end.stopped(loop.done)
             return 0
         folder = place.output_dir / "final"
