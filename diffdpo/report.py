@@ -15,9 +15,12 @@ TITLES = {
     "rewards/accuracies": "preference accuracy (reward margin above 0)",
     "rewards/margins": "reward margin",
     "scores/accuracies": "chosen likelier per token",
+    "rewards/separation": "desirable above undesirable (AUC of the reward)",
+    "rewards/chosen": "reward of desirable answers",
+    "rewards/rejected": "reward of undesirable answers",
     "exact_match": "exact match of sampled answers",
 }
-PERCENT = ("rewards/accuracies", "scores/accuracies", "exact_match")
+PERCENT = ("rewards/accuracies", "scores/accuracies", "rewards/separation", "exact_match")
 DIGITS = 3
 
 

@@ -80,10 +80,11 @@ class _Training:
             self.engine,
             held_out_reference,
             self.noise,
+            loss,
             self.batches,
             SampledAnswers(config, self.engine, self.loaded, self.batches),
-            beta=config.beta,
             segments=self.segments,
+            max_length=config.max_length,
             limit=config.max_eval_pairs,
         )
 

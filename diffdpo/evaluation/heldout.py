@@ -6,12 +6,12 @@ from data_pipeline.batch import PairBatch
 from diffdpo.config import RunConfig
 from diffdpo.engine.base import Engine
 from diffdpo.evaluation.answers import answer_length, exact_match, problems_of
-from diffdpo.evaluation.preferences import answer_losses, evaluate_preferences
+from diffdpo.evaluation.preferences import answer_losses, score_held_out
 from diffdpo.models.load import LoadedModel
 from diffdpo.report import Evaluation
 from diffdpo.step.reference import Reference
 from diffdpo.step.segments import Segments
-from diffdpo.step.train_step import NoiseOptions
+from diffdpo.step.train_step import LossOptions, NoiseOptions
 
 SAMPLING_TEMPERATURE = 1.0  # answers are drawn from the model's distribution, not its mode
 SAMPLING_SEED = 0
@@ -54,22 +54,24 @@ class SampledAnswers:
 
 
 class HeldOutPairs:
-    """The held-out batches of this rank with everything needed to judge a policy on them."""
+    """The held-out batches of this rank, pairs or single answers, with everything needed to judge a policy on them."""
 
     def __init__(
         self,
         engine: Engine,
         reference: Reference,
         noise: NoiseOptions,
+        loss: LossOptions,
         batches: Sequence[PairBatch],
         answers: SampledAnswers,
         *,
-        beta: float,
         segments: Segments,
+        max_length: int,
         limit: int,
     ):
-        self.engine, self.reference, self.noise, self.batches = engine, reference, noise, batches
-        self.answers, self.beta, self.segments, self.limit = answers, beta, segments, limit
+        self.engine, self.reference, self.noise, self.loss = engine, reference, noise, loss
+        self.batches, self.answers = batches, answers
+        self.segments, self.max_length, self.limit = segments, max_length, limit
 
     def evaluate(self, when: str) -> Evaluation:
         """Pairs and sampled answers."""
@@ -82,16 +84,17 @@ class HeldOutPairs:
     def _values(self) -> dict[str, list[float]]:
         if not self.batches:
             return {}
-        report = evaluate_preferences(
+        table = score_held_out(
             self.engine,
             self.reference,
             self.batches,
             self.noise,
-            beta=self.beta,
+            self.loss,
             segments=self.segments,
+            max_length=self.max_length,
             limit=self.limit,
         )
-        return report.values()
+        return table.values(self.loss)
 
 
 class HeldOutAnswers:

@@ -1,9 +1,9 @@
-"""Held-out pairs: does the policy put the chosen answer above the rejected one, and by how much?
+"""Held-out records under policy and reference: does the policy prefer what it should, and by how much?
 
 Every evaluation uses the same rows (the noise is a function of the records), so a change between two evaluations is a
 change of the policy.
 
-Shape suffixes: B pairs, 2 sides, P pairs of all batches and ranks.
+Shape suffixes: B records, 2 sides, P records of all batches and ranks, D desirable and U undesirable answers.
 """
 
 from collections.abc import Sequence
@@ -11,66 +11,135 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.nn.functional import logsigmoid
+from torch import Tensor
 
 from data_pipeline.batch import PairBatch
 from diffdpo.engine.base import Engine
-from diffdpo.scores.fold import fold
+from diffdpo.scores.fold import PairScores, fold
 from diffdpo.step.backward import score_rows
 from diffdpo.step.reference import Reference
+from diffdpo.step.reference_point import reference_point
 from diffdpo.step.segments import Segments
-from diffdpo.step.train_step import NoiseOptions
+from diffdpo.step.train_step import LossOptions, NoiseOptions
 
 
 @dataclass(frozen=True)
-class PreferenceReport:
-    """One value a held-out pair, in the order of the batches.
+class ScoreTable:
+    """Scores of held-out records, float64 on the CPU, in the order of the data; ``weight_P2`` is 0 for absent sides.
 
-    ``margin_P``  β [(S_w - R_w) - (S_l - R_l)], the implicit reward margin.
-    ``likelier_P`` 1 where the chosen answer has the higher score per token (no reference involved), else 0.
+    ``kl`` is the reference point z of ``kto`` over these records, None for other losses.
     """
 
-    margin_P: np.ndarray
-    likelier_P: np.ndarray
+    policy_P2: Tensor
+    reference_P2: Tensor
+    tokens_P2: Tensor
+    weight_P2: Tensor
+    kl: Tensor | None = None
 
-    @property
-    def correct_P(self) -> np.ndarray:
-        """1 where the margin is positive, 1/2 where it is 0 (policy and reference agree), else 0."""
-        return np.sign(self.margin_P) / 2 + 0.5
+    def values(self, loss: LossOptions) -> dict[str, list[float]]:
+        """One value an item, by the names of the training metrics (docs/losses.md); names without an item left out."""
+        reward_P2 = loss.beta * (self.policy_P2 - self.reference_P2)
+        per_token_P2 = self.policy_P2 / self.tokens_P2.clamp(min=1)
+        pair_P = self.weight_P2.prod(1) > 0
+        margin_P, gap_P = (side_P2[pair_P, 0] - side_P2[pair_P, 1] for side_P2 in (reward_P2, per_token_P2))
+        found = {"loss": self.losses(loss)}
+        if pair_P.any():
+            found |= {
+                # 1/2 where the margin is 0: policy and reference agree
+                "rewards/accuracies": (margin_P.sign() / 2 + 0.5).tolist(),
+                "rewards/margins": margin_P.tolist(),
+                "scores/accuracies": (gap_P > 0).double().tolist(),
+            }
+        if (self.weight_P2.sum(1) == 1).any():
+            chosen_D, rejected_U = (reward_P2[self.weight_P2[:, side] > 0, side] for side in (0, 1))
+            found |= {
+                "rewards/chosen": chosen_D.tolist(),
+                "rewards/rejected": rejected_U.tolist(),
+                "rewards/separation": separation(chosen_D.numpy(), rejected_U.numpy()).tolist(),
+            }
+        return {name: values for name, values in found.items() if values}
 
-    def values(self) -> dict[str, list[float]]:
-        """Per pair, by the names of the training metrics. ``loss`` is -log σ(margin)."""
-        return {
-            "loss": (-logsigmoid(torch.from_numpy(self.margin_P))).tolist(),
-            "rewards/accuracies": self.correct_P.tolist(),
-            "rewards/margins": self.margin_P.tolist(),
-            "scores/accuracies": self.likelier_P.tolist(),
-        }
+    def losses(self, loss: LossOptions) -> list[float]:
+        """The run's loss without its sft term, one value a pair, or an answer for losses of answers.
+
+        ``aot`` sorts over the held-out records as one batch: of its values only the mean has a meaning.
+        """
+        alone = loss.without_sft()
+        if not alone.of_answers:
+            present_P = self.weight_P2[:, 0] > 0 if alone.names == ("sft",) else self.weight_P2.prod(1) > 0
+            return self._loss(alone, self.weight_P2)[present_P].tolist()
+        sides = []
+        for side in (0, 1):
+            present_P2 = torch.zeros_like(self.weight_P2)
+            present_P2[:, side] = self.weight_P2[:, side]
+            sides.append(self._loss(alone, present_P2)[present_P2[:, side] > 0])
+        return torch.cat(sides).tolist()
+
+    def _loss(self, loss: LossOptions, weight_P2: Tensor) -> Tensor:
+        unknown_P2 = torch.zeros_like(self.policy_P2)
+        policy, reference = (
+            PairScores(score_P2, unknown_P2, self.tokens_P2) for score_P2 in (self.policy_P2, self.reference_P2)
+        )
+        return loss(policy, reference, weight_P2, kl=self.kl)
+
+
+def separation(chosen_D: np.ndarray, rejected_U: np.ndarray) -> np.ndarray:
+    """[D + U] values whose mean is AUC = P(reward of a desirable answer > that of an undesirable one), ties as 1/2.
+
+    It needs no threshold and no pairs; 1/2 is chance. The values are AUC plus each answer's influence on it, so that
+    their standard error of the mean is that of DeLong et al. (Biometrics 44, 1988) to order 1 / (D + U), also for the
+    change between two evaluations. Empty where one kind of answer is missing.
+    """
+    count_d, count_u = len(chosen_D), len(rejected_U)
+    if not count_d or not count_u:
+        return np.zeros(0)
+    above_D = _share_below(chosen_D, rejected_U)
+    below_U = 1 - _share_below(rejected_U, chosen_D)
+    auc, total = above_D.mean(), count_d + count_u
+    return auc + np.concatenate([(above_D - auc) * total / count_d, (below_U - auc) * total / count_u])
+
+
+def _share_below(values: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """For each value the share of ``others`` below it, equal ones counting half."""
+    ordered = np.sort(others)
+    ends = [np.searchsorted(ordered, values, side=side) for side in ("left", "right")]
+    return (ends[0] + ends[1]) / (2 * len(others))
 
 
 @torch.no_grad()
-def evaluate_preferences(
+def score_held_out(
     engine: Engine,
     reference: Reference,
     batches: Sequence[PairBatch],
     noise: NoiseOptions,
+    loss: LossOptions,
     *,
-    beta: float,
     segments: Segments,
+    max_length: int | None = None,
     limit: int = 0,
-) -> PreferenceReport:
+) -> ScoreTable:
     """Score this rank's batches, gather all ranks' (which hold as many, of one size): the first ``limit`` (0: all)."""
-    pieces = [torch.zeros(0, 2)]
+    pieces = [torch.zeros(0, 4, 2)]
     for batch in batches:
         rows = noise.rows(batch, engine.world.device)
-        policy_R = score_rows(engine, rows, segments=segments)
-        policy, ratio = fold(policy_R, rows), fold(policy_R - reference(rows, batch), rows)
-        per_token_B2 = policy.score_B2 / policy.tokens_B2.clamp(min=1)
-        margin_B = beta * (ratio.score_B2[:, 0] - ratio.score_B2[:, 1])
-        likelier_B = (per_token_B2[:, 0] > per_token_B2[:, 1]).float()
-        pieces.append(torch.stack([margin_B, likelier_B], 1).cpu())
-    table_P2 = _in_order(engine, batches, torch.cat(pieces), [batch.pair_weight_B for batch in batches], limit)
-    return PreferenceReport(table_P2[:, 0], table_P2[:, 1])
+        policy = fold(score_rows(engine, rows, segments=segments), rows)
+        reference_B2 = fold(reference(rows, batch), rows).score_B2
+        columns = (policy.score_B2, reference_B2, policy.tokens_B2.float(), batch.weight_B2.to(reference_B2))
+        pieces.append(torch.stack(columns, 1).cpu())
+    kl = None
+    if loss.needs_kl:
+        kl = reference_point(
+            engine,
+            reference,
+            lambda batch: noise.rows(batch, engine.world.device),
+            batches,
+            segments=segments,
+            max_length=max_length,
+        )
+    weights = [batch.weight_B2.amax(1) for batch in batches]
+    table_P42 = torch.from_numpy(_in_order(engine, batches, torch.cat(pieces), weights, limit))
+    policy_P2, reference_P2, tokens_P2, weight_P2 = table_P42.unbind(1)
+    return ScoreTable(policy_P2, reference_P2, tokens_P2, weight_P2, kl if kl is None else kl.cpu().double())
 
 
 def _in_order(

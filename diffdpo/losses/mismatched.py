@@ -29,7 +29,7 @@ def mismatched(step: Sequence[Sequence[PairBatch]], *, rank: int, max_length: in
     for index, own in enumerate(answers):
         if own.rank != rank:
             continue
-        before = answers[:index][::-1] + answers[index + 1 :][::-1]
+        before = (answers[(index - back) % len(answers)] for back in range(1, len(answers)))
         other = next((answer for answer in before if not np.array_equal(answer.prompt, own.prompt)), None)
         if other is not None:
             cells[own.micro, own.slot, own.side] = _joined(own.prompt, other.ids, max_length)

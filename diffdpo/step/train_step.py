@@ -67,6 +67,14 @@ class LossOptions:
         """Weight of ``sft`` beside another loss; 0 where there is none."""
         return dict(zip(self.names, self.weights, strict=True)).get("sft", 0.0) if len(self.names) > 1 else 0.0
 
+    def without_sft(self) -> "LossOptions":
+        """The preference loss alone; ``sft`` where there is nothing else."""
+        kept = [(name, w) for name, w in zip(self.names, self.weights, strict=True) if name != "sft"]
+        if not kept:
+            return self
+        names, weights = zip(*kept, strict=True)
+        return replace(self, names=names, weights=weights)
+
     @property
     def of_answers(self) -> bool:
         """Whether a loss takes answers one by one, so that records need not be pairs."""

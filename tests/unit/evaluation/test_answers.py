@@ -9,7 +9,6 @@ from data_pipeline.reader import PairLoader, open_dataset
 from diffdpo.engine.world import World
 from diffdpo.evaluation.answers import answer_length, exact_match, problems_of, read_arithmetic, read_gsm8k
 from diffdpo.evaluation.estimate import Estimate, paired_difference
-from diffdpo.evaluation.preferences import PreferenceReport
 from diffdpo.models.load import load_model
 
 WORLD = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
@@ -42,13 +41,6 @@ def test_problems_come_from_the_pairs_and_are_judged(tiny_model, pairs_file, tmp
     again, same = exact_match(*args, seed=0, **options)
     assert right.shape == (4,) and texts == same and np.array_equal(right, again)
     assert exact_match(*args, seed=1, **options)[1] != texts
-
-
-def test_ties_count_half():
-    report = PreferenceReport(np.array([1.0, 0.0, -2.0]), np.array([1.0, 0.0, 1.0]))
-    values = report.values()
-    assert values["rewards/accuracies"] == [1.0, 0.5, 0.0]
-    assert values["loss"][1] == pytest.approx(np.log(2))
 
 
 def test_error_bars_by_hand():
