@@ -1,7 +1,8 @@
 """Segments: the rows of a micro-batch cut into forwards of bounded size.
 
 Rows are sorted by length first, so that those of one forward are alike and hardly any padding is computed, and are
-then packed up to a number of tokens (or of rows). How many segments that takes depends on the data; where ranks must
+then packed up to a number of tokens (or of rows). Rows of one answer stand so that any few neighbours have about as
+many masked tokens. How many segments that takes depends on the data; where ranks must
 call the model equally often (sharded weights or gradients) they agree on the largest number, and a rank with fewer
 adds segments of one token with nothing to score.
 
@@ -10,6 +11,7 @@ Shape suffixes: R rows, S rows of one segment, A answers.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 
@@ -42,21 +44,18 @@ class Segments:
 
     def __call__(self, rows: NoisyRows) -> list[Segment]:
         """The micro-batch's rows, longest first."""
-        order_R = rows.lengths_R.argsort(descending=True, stable=True)
+        order_R = _by_length(rows)
         ordered = rows.permuted(order_R)
-        cuts = self._cuts(ordered.lengths_R.tolist())
-        segments = [Segment(ordered.segment(start, stop), order_R[start:stop]) for start, stop in cuts]
+        segments = self._cut(ordered, order_R, 0, len(rows))
         return segments + [Segment(rows.nothing(), order_R[:0])] * self._missing(len(segments))
 
     def by_answer(self, rows: NoisyRows) -> list[list[Segment]]:
         """The segments of each answer: none holds rows of two."""
-        place_R, lengths = torch.arange(len(rows), device=rows.answer_R.device), rows.lengths_R.tolist()
+        order_R = _spread(rows)
+        ordered = rows.permuted(order_R)
         bounds = torch.bincount(rows.answer_R, minlength=rows.num_answers).cumsum(0).tolist()
-        answers = []
-        for first, last in zip([0, *bounds[:-1]], bounds, strict=True):
-            cuts = [(first + start, first + stop) for start, stop in self._cuts(lengths[first:last])]
-            answers.append([Segment(rows.segment(*cut), place_R[slice(*cut)]) for cut in cuts])
-        answers[-1] += [Segment(rows.nothing(), place_R[:0])] * self._missing(sum(map(len, answers)))
+        answers = [self._cut(ordered, order_R, *span) for span in zip([0, *bounds[:-1]], bounds, strict=True)]
+        answers[-1] += [Segment(rows.nothing(), order_R[:0])] * self._missing(sum(map(len, answers)))
         return answers
 
     def fit(self, lengths: Sequence[int]) -> int:
@@ -76,6 +75,10 @@ class Segments:
             return f"{self.rows} rows a segment"
         return f"up to {self.tokens} tokens a segment" if self.tokens else "one segment"
 
+    def _cut(self, ordered: NoisyRows, order_R: torch.Tensor, first: int, last: int) -> list[Segment]:
+        cuts = [(first + start, first + stop) for start, stop in self._cuts(ordered.lengths_R[first:last].tolist())]
+        return [Segment(ordered.segment(start, stop), order_R[start:stop]) for start, stop in cuts]
+
     def _cuts(self, lengths: Sequence[int]) -> list[tuple[int, int]]:
         """Consecutive (start, stop): as many rows as fit, at least one."""
         cuts, start, tokens = [], 0, 0
@@ -89,6 +92,30 @@ class Segments:
 
     def _missing(self, own: int) -> int:
         return self.world.largest(own) - own if self.world is not None else 0
+
+
+def _spread(rows: NoisyRows) -> torch.Tensor:
+    """Rows answer by answer, within one by turns the most and the least masked of those that are left.
+
+    Logits are made of masked tokens, so a segment's memory depends on how many it has: this makes them alike.
+    """
+    masked_R = torch.bincount(rows.row_M, minlength=len(rows)).tolist()
+    members: list[list[int]] = [[] for _ in range(rows.num_answers)]
+    for row, answer in enumerate(rows.answer_R.tolist()):
+        members[answer].append(row)
+    order = []
+    for own in members:
+        own.sort(key=lambda row: -masked_R[row])
+        half = (len(own) + 1) // 2
+        both = zip_longest(own[:half], reversed(own[half:]))
+        order += [row for pair in both for row in pair if row is not None]
+    return torch.tensor(order, device=rows.row_M.device)
+
+
+def _by_length(rows: NoisyRows) -> torch.Tensor:
+    """The same, answers with long rows first."""
+    order_R = _spread(rows)
+    return order_R[rows.lengths_R[order_R].argsort(descending=True, stable=True)]
 
 
 def in_order(segments: Sequence[Segment], values: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -76,6 +76,14 @@ def test_by_answer_keeps_answers_apart():
     assert torch.equal(in_order(flat, [pretend_scores(piece.rows) for piece in flat]), pretend_scores(rows))
 
 
+def test_segments_have_about_as_many_masked_tokens():
+    """Their logits are what a segment of few rows needs memory for."""
+    rows = rows_of([(60, 60)], n=32)
+    own = [len(piece.rows.row_M) for piece in Segments(rows=2)(rows)]
+    as_drawn = [int(((rows.row_M >= start) & (rows.row_M < start + 2)).sum()) for start in range(0, len(rows), 2)]
+    assert max(own) < max(as_drawn) and max(own) <= 1.25 * sum(own) / len(own)
+
+
 def test_halving_ends_at_a_row():
     segments = Segments(rows=5)
     assert segments.halve() and segments.rows == 2 and segments.halve() and not segments.halve()
