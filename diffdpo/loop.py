@@ -65,6 +65,7 @@ class Loop:
                 report = self.step(micro_batches, rate)
                 self.done += 1
                 window.add(report, time.perf_counter() - started, waited)
+                self._tell(report)
                 if self.done == 1:
                     self.check_first(report)
                 finite = math.isfinite(report.loss) and math.isfinite(report.grad_norm)
@@ -90,6 +91,15 @@ class Loop:
             warmup=config.warmup_steps,
             kind=config.lr_scheduler_type,
         )
+
+    def _tell(self, report: StepReport) -> None:
+        """Adjustments of the step: on the screen and in the journal, at the step they were made in."""
+        if report.notes and self.engine.world.is_main:
+            for note in report.notes:
+                tqdm.write(f"step {self.done}: {note}")
+            if self.journal is not None:
+                sizes = {"memory/segment_rows": report.segment_rows, "memory/segment_tokens": report.segment_tokens}
+                self.journal.write(self.done, sizes)
 
     def _bar(self) -> tqdm:
         return tqdm(
@@ -171,6 +181,9 @@ class _Window:
             f"{unit}_per_second": records / self.seconds,
             "tokens_per_second": sum(report.tokens for report in self.reports) / self.seconds,
             "step_seconds": self.seconds / count,
+            "data/padding_share": sum(r.padding_tokens for r in self.reports)
+            / max(1, sum(r.computed_tokens for r in self.reports)),
+            "memory/step_retries": sum(len(report.notes) for report in self.reports),
             "data_wait_share": self.waited / self.seconds,
         }
 

@@ -59,6 +59,14 @@ class Engine(Protocol):
         """
         ...
 
+    def why_not_repeat(self) -> str | None:
+        """What stands against taking a step again that broke off (out of memory), for the user; None if nothing."""
+        ...
+
+    def discard(self) -> None:
+        """Forget the gradients since the last ``step``, also those of a backward that broke off."""
+        ...
+
     def step(self, learning_rate: float) -> float:
         """Clip, update, zero. Returns the gradient's norm before clipping."""
         ...

@@ -101,6 +101,19 @@ class DeepSpeedEngine:
             finally:
                 self.holding = False
 
+    def why_not_repeat(self) -> str | None:
+        stage = zero_stage(self.config)
+        if stage == 3:
+            return "ZeRO-3 gathers weights inside forwards and cannot take one up again"
+        if self.world.size > 1 and self.why_not_unreduced() is not None:
+            return f"other processes wait for this one's gradients in every backward of ZeRO-{stage}"
+        return None
+
+    def discard(self) -> None:
+        self.engine.zero_grad()
+        if hasattr(self.optimizer, "ipg_buckets"):
+            _forget(self.optimizer)
+
     def step(self, learning_rate: float) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -152,6 +165,25 @@ def release(forward: Callable[..., torch.Tensor]) -> None:
         for held in (parameter, getattr(parameter, "ds_tensor", None)):
             if held is not None:
                 held.data = torch.empty(0, dtype=held.dtype, device=held.device)
+
+
+def _forget(optimizer: Any) -> None:
+    """ZeRO-1/2's private state as it is between two steps; a broken backward leaves any of it half done."""
+    optimizer._backward_hook_state.backward_active_depth = 0
+    optimizer._backward_hook_state.reset_for_new_step()
+    for bucket in optimizer.ipg_buckets.values():
+        bucket.clear()
+    optimizer._clear_previous_reduced_grads()
+    optimizer._release_ipg_buffers()
+    optimizer._release_preflattened_grad_buffers()
+    optimizer.params_already_reduced[:] = [False] * len(optimizer.params_already_reduced)
+    optimizer.micro_step_id = -1
+    optimizer.zero_grad(set_to_none=True)
+    if optimizer.cpu_offload:
+        optimizer.reset_cpu_buffers()
+        optimizer._offload_accumulated_param_ids = set()
+    for group in optimizer.averaged_gradients:
+        optimizer.averaged_gradients[group] = optimizer.all_grad_tensors[group] = None
 
 
 def zero_stage(config: Mapping[str, Any]) -> int:

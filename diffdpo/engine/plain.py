@@ -44,6 +44,12 @@ class PlainEngine:
     def unreduced(self) -> AbstractContextManager[None]:
         return nullcontext()  # nothing is reduced before ``step``
 
+    def why_not_repeat(self) -> str | None:
+        return None
+
+    def discard(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
     def step(self, learning_rate: float) -> float:
         self._sum_gradients()
         limit = self.options.max_grad_norm or float("inf")

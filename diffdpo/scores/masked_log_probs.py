@@ -9,6 +9,7 @@ Shapes: R rows, T padded length, N tokens in the stream, M scored positions.
 """
 
 import importlib.util
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -23,6 +24,14 @@ from diffdpo.models.token_log_probs import check_liger
 
 MAX_WASTE = 0.05
 """Share of padding a bucket of rows may hold before it is split: below it, fewer and larger attention calls win."""
+
+
+@dataclass
+class TokenCount:
+    """Tokens run through a model so far, and how many of them were padding."""
+
+    computed: int = 0
+    padding: int = 0
 
 
 class MaskedLogProbs(nn.Module):
@@ -57,6 +66,7 @@ class MaskedLogProbs(nn.Module):
         self.layer_checkpointing = layer_checkpointing
         self.logits_budget = logits_budget
         self.max_waste = max_waste
+        self.counted = TokenCount()
 
     def forward(
         self, input_ids_RT: Tensor, lengths_R: Tensor, row_M: Tensor, position_M: Tensor, target_M: Tensor
@@ -66,10 +76,10 @@ class MaskedLogProbs(nn.Module):
         Tokens at or beyond a row's length are padding: never computed with, never attended to. With M = 0 the result
         is empty but part of the graph, so that collectives of a sharding engine run on every rank.
         """
-        base, device = native(self.model), input_ids_RT.device
-        layout = Layout.packed(
-            lengths_R.tolist(), input_ids_RT.shape[1], device=device, max_waste=self._max_waste(device)
-        )
+        base, device, lengths = native(self.model), input_ids_RT.device, lengths_R.tolist()
+        layout = Layout.packed(lengths, input_ids_RT.shape[1], device=device, max_waste=self._max_waste(device))
+        self.counted.computed += len(layout)
+        self.counted.padding += len(layout) - sum(lengths)
         output_M = position_M - self.spec.logit_shift
         if self.spec.logit_shift and output_M.numel() and int(output_M.min()) < 0:
             raise ValueError(f"{self.spec.name} never predicts position 0: a scored token needs one before it")

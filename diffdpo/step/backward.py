@@ -58,8 +58,8 @@ def score_rows(forward: Callable[..., torch.Tensor], rows: NoisyRows, *, segment
 
 
 def none(engine: Engine, rows: NoisyRows, loss_of: LossOf, *, segments: Segments, last: bool) -> torch.Tensor:
-    """One graph over all rows; ``segments`` is not used."""
-    f_R = forward_rows(engine, rows)
+    """One graph over all rows, whatever the size of ``segments``."""
+    f_R = forward_rows(engine, segments.whole(rows))
     engine.backward(loss_of(f_R), last=last)
     return f_R.detach()
 

@@ -15,6 +15,7 @@ from diffdpo.noise.rows import NoisyRows
 from diffdpo.scores.fold import fold
 from diffdpo.step.backward import score_rows
 from diffdpo.step.reference import Reference
+from diffdpo.step.retry import together
 from diffdpo.step.segments import Segments
 
 
@@ -32,11 +33,15 @@ def reference_point(
     A function of the step's records: neither the number of ranks nor the size of a micro-batch changes which answer
     meets which prompt. Every rank calls, with as many micro-batches of one size.
     """
-    world, tables = engine.world, []
-    for batch in mismatched(world.gather(list(micro_batches)), rank=world.rank, max_length=max_length):
+    world = engine.world
+    batches = mismatched(world.gather(list(micro_batches)), rank=world.rank, max_length=max_length)
+
+    def table(batch: PairBatch) -> torch.Tensor:
         rows = rows_of(batch)
         policy_R = score_rows(engine, rows, segments=segments)
         ratio_B2 = fold(policy_R - reference(rows, batch), rows).score_B2
-        tables.append(torch.stack([ratio_B2, batch.weight_B2.to(world.device)], 1))
+        return torch.stack([ratio_B2, batch.weight_B2.to(world.device)], 1)
+
+    tables = together(engine, lambda: [table(batch) for batch in batches])
     ratio_B2, weight_B2 = world.cat(torch.cat(tables)).unbind(1)
     return kl_estimate(ratio_B2, torch.zeros_like(ratio_B2), weight_B2)

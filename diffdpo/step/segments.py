@@ -31,6 +31,14 @@ class Segment:
         return value_R[self.index_S] if len(self.index_S) else value_R.new_zeros(len(self.rows))
 
 
+@dataclass(frozen=True)
+class Size:
+    """The most rows, and the most tokens, of any segment."""
+
+    rows: int
+    tokens: int
+
+
 class Segments:
     """Cuts rows by ``tokens`` of one forward, or by ``rows`` where that is given (0 and 0: one forward).
 
@@ -41,6 +49,7 @@ class Segments:
     def __init__(self, *, rows: int = 0, tokens: int = 0, equal_over: World | None = None):
         self.rows, self.tokens = rows, 0 if rows else tokens
         self.world = equal_over
+        self.most = Size(0, 0)  # of any segment cut so far
 
     def __call__(self, rows: NoisyRows) -> list[Segment]:
         """The micro-batch's rows, longest first."""
@@ -62,11 +71,20 @@ class Segments:
         """Segments that rows of these lengths take."""
         return len(self._cuts(sorted(lengths, reverse=True)))
 
-    def halve(self) -> bool:
-        """Half the size from now on; False where it is one row already."""
-        if self.rows == 1 or (not self.rows and self.tokens <= 1):
+    def whole(self, rows: NoisyRows) -> NoisyRows:
+        """All rows as one segment, whatever the size."""
+        self._note(len(rows), int(rows.lengths_R.sum()))
+        return rows
+
+    def halve(self, most: Size) -> bool:
+        """Half of the size that was used (``most``, over all ranks) from now on; False where that was a single row."""
+        if most.rows <= 1:
             return False
-        self.rows, self.tokens = self.rows // 2, self.tokens // 2
+        if self.rows:
+            self.rows = min(self.rows, most.rows) // 2
+        else:
+            self.tokens = min(self.tokens or most.tokens, most.tokens) // 2
+        self.most = Size(0, 0)
         return True
 
     def describe(self) -> str:
@@ -85,10 +103,15 @@ class Segments:
         for row, length in enumerate(lengths):
             full = row - start == self.rows if self.rows else self.tokens and tokens + length > self.tokens
             if row > start and full:
+                self._note(row - start, tokens)
                 cuts.append((start, row))
                 start, tokens = row, 0
             tokens += length
+        self._note(len(lengths) - start, tokens)
         return [*cuts, (start, len(lengths))]
+
+    def _note(self, rows: int, tokens: int) -> None:
+        self.most = Size(max(rows, self.most.rows), max(tokens, self.most.tokens))
 
     def _missing(self, own: int) -> int:
         return self.world.largest(own) - own if self.world is not None else 0

@@ -10,7 +10,7 @@ Shape suffixes: B pairs, 2 sides, R rows.
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -21,9 +21,11 @@ from diffdpo.losses.preference import LOSSES, loss_count, preference_loss
 from diffdpo.noise.rows import NoisyRows, noisy_rows
 from diffdpo.scores.allocate import next_num_samples
 from diffdpo.scores.fold import PairScores, fold
+from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.step.backward import STRATEGIES, LossOf, gradient_of, replay, score_rows
 from diffdpo.step.reference import Reference
 from diffdpo.step.reference_point import reference_point
+from diffdpo.step.retry import StepTooLarge, make_smaller, together
 from diffdpo.step.segments import Segments
 
 
@@ -124,6 +126,11 @@ class StepReport:
     largest_logit: float  # max |h| / β over pairs
     num_samples: int  # n of this step
     reference_point: float | None = None  # z of kto, nats
+    computed_tokens: int = 0  # through the policy in all forwards of the step, padding included ...
+    padding_tokens: int = 0  # ... and the padding among them
+    segment_rows: int = 0  # size of a segment, where it is a number of rows,
+    segment_tokens: int = 0  # or of tokens
+    notes: tuple[str, ...] = ()  # what the user should be told
 
 
 @dataclass(frozen=True)
@@ -165,16 +172,38 @@ class PreferenceStep:
         world = self.engine.world
         count = sum(loss_count(self.loss.names, batch.weight_B2) for batch in micro_batches)
         total = world.sum(torch.as_tensor(count, device=world.device).double()).clamp(min=1).float()
-        kl = self._reference_point(micro_batches)
-        with self.engine.unreduced() if self.strategy == "deferred" else nullcontext():
-            if self.loss.whole_batch:
-                scored = self._coupled(micro_batches, total, kl)
-            else:
-                scored = self._independent(micro_batches, total)
+        notes: list[str] = []
+        while True:
+            try:
+                kl, scored = self._gradients(micro_batches, total)
+                break
+            except StepTooLarge as failure:
+                self.engine.discard()
+                notes.append(make_smaller(self.engine, self.segments, str(failure)))
+                self.strategy = "two_pass" if self.strategy == "none" else self.strategy
         norm = self.engine.step(learning_rate)
-        report = self._report(scored, norm, int(total), kl)
+        report = replace(self._report(scored, norm, int(total), kl), notes=tuple(notes))
         self._choose_samples(report)
         return report
+
+    def _gradients(
+        self, micro_batches: Sequence[PairBatch], total: torch.Tensor
+    ) -> tuple[torch.Tensor | None, list[MicroScores]]:
+        """Add the gradient of the step; (KTO's reference point, the scores). StepTooLarge on all ranks."""
+        kl = self._reference_point(micro_batches)
+        with self.engine.unreduced() if self._waits() else nullcontext():
+            try:
+                if self.loss.whole_batch:
+                    return kl, self._coupled(micro_batches, total, kl)
+                return kl, together(self.engine, lambda: self._independent(micro_batches, total))
+            except StepTooLarge:
+                self.engine.discard()  # or the end of the block would reduce what there is
+                raise
+
+    def _waits(self) -> bool:
+        """Whether gradients are reduced at the end of the step: always where that costs nothing, as ranks can then
+        fail and repeat together."""
+        return self.strategy == "deferred" or (self.engine.world.size > 1 and self.engine.why_not_repeat() is None)
 
     def state_dict(self) -> dict[str, Any]:
         """What the next step depends on besides model, data and settings."""
@@ -223,14 +252,24 @@ class PreferenceStep:
         """The loss needs all pairs of the step: scores of all ranks first, then every rank replays its own rows."""
         device = self.engine.world.device
         rows = [self.noise.rows(batch, device) for batch in micro_batches]
-        reference = [self.reference(*each) for each in zip(rows, micro_batches, strict=True)]
-        policy = [score_rows(self.engine, each, segments=self.segments) for each in rows]
+        reference, policy = together(self.engine, lambda: self._scores(rows, micro_batches))
         loss_of = _GlobalLoss(self.loss, self.engine, micro_batches, rows, reference, total, kl)
         gradients = gradient_of(loss_of, torch.cat(policy)).split([len(each) for each in rows])
-        for index, (each, gradient_R) in enumerate(zip(rows, gradients, strict=True)):
-            replay(self.engine, each, gradient_R, segments=self.segments, last=index == len(rows) - 1)
+
+        def replay_all() -> None:
+            for index, (each, gradient_R) in enumerate(zip(rows, gradients, strict=True)):
+                replay(self.engine, each, gradient_R, segments=self.segments, last=index == len(rows) - 1)
+
+        together(self.engine, replay_all)
         share = loss_of(torch.cat(policy)) / (len(rows) * self.engine.world.size)  # _report adds up what is whole here
         return [MicroScores(*each, share) for each in zip(micro_batches, rows, reference, policy, strict=True)]
+
+    def _scores(
+        self, rows: Sequence[NoisyRows], micro_batches: Sequence[PairBatch]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """f_R of each micro-batch under reference and policy."""
+        reference = [self.reference(*each) for each in zip(rows, micro_batches, strict=True)]
+        return reference, [score_rows(self.engine, each, segments=self.segments) for each in rows]
 
     def _reference_point(self, micro_batches: Sequence[PairBatch]) -> torch.Tensor | None:
         """z of ``kto`` over the global step; None for other losses."""
@@ -268,20 +307,33 @@ class PreferenceStep:
             largest = max(largest, float(logit_B.max()))
         largest = float(world.cat(torch.tensor([largest], device=world.device)).max())
         tokens = sum(int(m.rows.lengths_R.sum()) for m in scored)
-        extra = torch.tensor([supervised, sum(float(m.loss) for m in scored), tokens], dtype=torch.float64)
+        computed, padding = self._computed()
+        loss = sum(float(m.loss) for m in scored)
+        extra = torch.tensor([computed, padding, supervised, loss, tokens], dtype=torch.float64)
         whole = world.sum(torch.cat([sums, extra]).to(world.device)).cpu()
         sft_loss = float(whole[-3]) if self.loss.sft_weight else None
         return StepReport(
             loss=float(whole[-2] - whole[-3]),
             sft_loss=sft_loss,
             grad_norm=norm,
-            sums=whole[:-3],
+            sums=whole[:-5],
             tokens=int(whole[-1]),
             records=records,
             largest_logit=largest,
             num_samples=self.noise.num_samples,
             reference_point=None if kl is None else float(kl),
+            computed_tokens=int(whole[-5]),
+            padding_tokens=int(whole[-4]),
+            segment_rows=self.segments.rows,
+            segment_tokens=self.segments.tokens,
         )
+
+    def _computed(self) -> tuple[int, int]:
+        """(tokens, padding among them) that this rank's policy has run since the last call."""
+        counted = cast(MaskedLogProbs, self.engine.module).counted
+        found = counted.computed, counted.padding
+        counted.computed = counted.padding = 0
+        return found
 
 
 class _GlobalLoss:

@@ -84,9 +84,21 @@ def test_segments_have_about_as_many_masked_tokens():
     assert max(own) < max(as_drawn) and max(own) <= 1.25 * sum(own) / len(own)
 
 
-def test_halving_ends_at_a_row():
-    segments = Segments(rows=5)
-    assert segments.halve() and segments.rows == 2 and segments.halve() and not segments.halve()
-    segments = Segments(tokens=5)
-    assert segments.halve() and segments.tokens == 2 and segments.halve() and not segments.halve()
-    assert not Segments().halve()
+def test_halving_starts_from_what_was_used_and_ends_at_a_row():
+    rows = rows_of([(8, 8)], n=5)
+    segments = Segments(rows=100)
+    assert len(segments(rows)) == 1 and segments.halve(segments.most) and segments.rows == 5
+    for expected in (2, 1):
+        segments(rows)
+        assert segments.halve(segments.most) and segments.rows == expected
+    segments(rows)
+    assert not segments.halve(segments.most)
+    segments = Segments(tokens=10**6)
+    sizes = []
+    segments(rows)
+    while segments.halve(segments.most):
+        sizes.append(max(len(piece.rows) for piece in segments(rows)))
+    assert sizes == [5, 2, 1]
+    whole = Segments()
+    whole.whole(rows)
+    assert whole.halve(whole.most) and max(len(piece.rows) for piece in whole(rows)) == 5
