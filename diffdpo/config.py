@@ -113,6 +113,9 @@ class TrainConfig(RunConfig):
         "auto", "how rows share memory", choices=("auto", "none", "checkpoint", "two_pass", "deferred")
     )
     segment_rows: int = setting(0, "rows in one forward; 0: by a number of tokens")
+    max_memory: float = setting(
+        0.0, "find the size of segments that fits in this share of the device's memory by measuring; 0: do not"
+    )
     reference: str = setting(
         "auto",
         "where reference scores come from; see docs/training.md",
@@ -295,6 +298,10 @@ def _check_train(config: TrainConfig) -> None:
     if config.precompute_only and config.reference != "precomputed":
         raise UserError("--precompute_only makes what --reference precomputed reads; add --reference precomputed")
     _check_lora(config)
+    if not 0.0 <= config.max_memory < 1.0:
+        raise UserError(f"--max_memory is {config.max_memory}; give a share of the device's memory, 0 to below 1")
+    if config.max_memory and config.segment_rows:
+        raise UserError("--max_memory finds the size of segments, --segment_rows sets it; leave one out")
     if config.segment_rows < 0:
         raise UserError(f"--segment_rows is {config.segment_rows}; give 1 or more, or 0 to have it chosen")
 

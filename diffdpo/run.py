@@ -154,7 +154,7 @@ def _device_name(device: torch.device) -> str:
 
 FREE_TO_CHANGE = {
     *("output_dir", "run_name", "data_cache_dir", "resume_from_checkpoint", "tracking_uri", "dataset_num_workers"),
-    *("logging_steps", "eval_steps", "save_steps", "save_total_limit", "segmentation", "segment_rows"),
+    *("logging_steps", "eval_steps", "save_steps", "save_total_limit", "segmentation", "segment_rows", "max_memory"),
     *("reference_cache", "precompute_only", "strict"),
 }
 

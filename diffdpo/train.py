@@ -20,6 +20,7 @@ from diffdpo.reference.precompute import Precomputed, precompute
 from diffdpo.run import Job, carry_out
 from diffdpo.step.choose import MicroBatchShape, check_segmentation, choose_strategy
 from diffdpo.step.reference import Reference
+from diffdpo.step.sizing import fit_segments, suggestion
 from diffdpo.step.train_step import LossOptions, PreferenceStep, StepReport
 
 LN2 = float(np.log(2.0))
@@ -153,12 +154,20 @@ class _Training:
             stateful_step=step,
         )
 
+    def _fit(self, shape: MicroBatchShape) -> str:
+        """Segments as large as ``--max_memory`` allows; what was measured and what could be better, as lines."""
+        fit = fit_segments(self.engine, self.segments, shape, fraction=self.config.max_memory)
+        better = suggestion(fit, shape, self.config.gradient_accumulation_steps)
+        lines = [fit.describe(shape.max_length), *([better] if better else [])]
+        return "".join(f"           {line}\n" for line in lines)
+
     def _announce(self) -> str:
         config, place = self.config, self.place
         per_answer = num_rows(config.score_estimator, length=MAX_EXACT_LENGTH, num_samples=config.num_mc_samples)
         shape = MicroBatchShape(
             config.per_device_train_batch_size, per_answer, config.max_length, self.loss.whole_batch
         )
+        measured = self._fit(shape) if config.max_memory else ""
         strategy, why = choose_strategy(config.segmentation, engine=self.engine, segments=self.segments, shape=shape)
         held_out = f"{len(self.eval_set)} held out" if self.eval_set is not None else "none held out"
         total, trained = count_parameters(self.loaded.model)
@@ -173,6 +182,7 @@ class _Training:
             f"scores     {config.score_estimator}, n = {self._samples_text()}; loss {', '.join(self.loss.names)}, "
             f"beta {config.beta}\n"
             f"memory     segmentation '{strategy}' ({why}), {self.segments.describe()}\n"
+            f"{measured}"
             f"output     {place.output_dir}"
         )
         return strategy

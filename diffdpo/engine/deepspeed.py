@@ -111,7 +111,7 @@ class DeepSpeedEngine:
 
     def discard(self) -> None:
         self.engine.zero_grad()
-        if hasattr(self.optimizer, "ipg_buckets"):
+        if zero_stage(self.config) in (1, 2):
             _forget(self.optimizer)
 
     def step(self, learning_rate: float) -> float:

@@ -55,6 +55,9 @@ class MetaSegments:
         count = len(rows) // self.segments
         return [self._piece(count) for _ in range(self.segments)]
 
+    def whole(self, rows: Any) -> Any:
+        return rows
+
     def by_answer(self, rows: NoisyRows) -> list[list[Segment]]:
         """The pieces of the two answers of a pair."""
         return [self(rows), self(rows)]

@@ -76,6 +76,10 @@ class Segments:
         self._note(len(rows), int(rows.lengths_R.sum()))
         return rows
 
+    def resize(self, tokens: int) -> None:
+        """Cut by so many tokens from now on."""
+        self.rows, self.tokens, self.most = 0, tokens, Size(0, 0)
+
     def halve(self, most: Size) -> bool:
         """Half of the size that was used (``most``, over all ranks) from now on; False where that was a single row."""
         if most.rows <= 1:

@@ -19,6 +19,7 @@ from diffdpo.engine.deepspeed import DeepSpeedEngine, zero_stage
 from diffdpo.engine.plain import PlainEngine
 from diffdpo.engine.world import World, join_world, leave_world
 from diffdpo.models.adapters import add_lora
+from diffdpo.models.backbone import native
 from diffdpo.models.load import load_model
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.step.reference import copy_reference, frozen_copy
@@ -42,6 +43,34 @@ class Case:
     bf16: bool = False
     estimator: str = "mask_count"
     segment: int = 2  # rows
+    greedy: bool = False  # on the last rank, backwards of more than 2 rows run out of memory from the third on
+
+
+class Greedy(torch.autograd.Function):
+    """The identity; its backward asks for more memory than any machine has."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad + torch.empty(2**60)[0]
+
+
+def fail_late(module: MaskedLogProbs) -> None:
+    """Break off inside the model's backward: gradients of the layers above are there, those of the layers below not."""
+    block, seen = native(module.model).blocks[1], []
+    forward = block.forward
+
+    def greedy(x, rope, layout, *rest):
+        if not torch.is_grad_enabled():
+            return forward(x, rope, layout, *rest)
+        rows = sum(bucket.rows for bucket in layout.buckets)
+        seen.append(rows)
+        return forward(Greedy.apply(x) if rows > 2 and len(seen) > 2 else x, rope, layout, *rest)
+
+    block.forward = greedy
 
 
 class Counted:
@@ -138,6 +167,15 @@ def gradients_of(engine) -> list[torch.Tensor]:
     """The gradient of the step just taken, whole, in fp32; every rank calls."""
     if isinstance(engine, PlainEngine):
         return [engine.optimizer.state[p]["exp_avg"] for p in engine.parameters]
+    if engine.world.size == 1 and zero_stage(engine.config) < 3:
+        # DeepSpeed 0.19.8 does not link the states of a second parameter group here: read the flat ones
+        optimizer, found = engine.optimizer, {}
+        for members, flat in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
+            pieces = optimizer.optimizer.state[flat]["exp_avg"].split(
+                [p.numel() for p in members] + [flat.numel() - sum(p.numel() for p in members)]
+            )
+            found |= {id(p): piece.view_as(p) for p, piece in zip(members, pieces, strict=False)}
+        return [found[id(p)] for p in engine.parameters]
     from deepspeed.utils import safe_get_full_optimizer_state
 
     return [safe_get_full_optimizer_state(p, "exp_avg") for p in engine.parameters]
@@ -147,6 +185,8 @@ def run(folder: str, data, case: Case, world: World, truth: dict) -> dict[str, d
     found: dict[str, dict] = {}
     module, loaded = policy(folder, case)
     engine = Counted(make_engine(module, case, world))
+    if case.greedy and world.rank == world.size - 1:
+        fail_late(module)
     reference = reference_of(folder)
     if case.bf16:
         reference = reference.bfloat16()
@@ -169,6 +209,7 @@ def run(folder: str, data, case: Case, world: World, truth: dict) -> dict[str, d
                 "loss": [report.loss, expected_loss],
                 "calls": world.gather(engine.calls),
                 "sharded": sum(p.numel() for p in engine.parameters) == 0,
+                "repeated": bool(report.notes),
                 "stage": zero_stage(engine.config) if case.ds else None,
             }
     return found

@@ -1,0 +1,77 @@
+"""The size of segments under ``--max_memory``: measured on the run's own engine before the first step."""
+
+from dataclasses import replace
+
+import torch
+
+from diffdpo.engine.base import Engine
+from diffdpo.memory.sizing import Fit, largest_fit, memory_budget, peak_of
+from diffdpo.noise.rows import NoisyRows
+from diffdpo.step.backward import forward_rows
+from diffdpo.step.choose import MicroBatchShape
+from diffdpo.step.retry import StepTooLarge, together
+from diffdpo.step.segments import Segments
+
+TOO_MUCH = 2**62
+
+
+def fit_segments(engine: Engine, segments: Segments, shape: MicroBatchShape, *, fraction: float) -> Fit:
+    """Measure, and set the tokens of ``segments`` to what fits in ``fraction`` of the device's memory."""
+    world = engine.world
+
+    def measure(rows: int) -> int:
+        probe = longest_rows(rows, shape.max_length).to(world.device)
+
+        def run() -> None:
+            # weight 0: a backward of the usual size that adds nothing to the gradient
+            engine.backward((forward_rows(engine, probe) * 0.0).sum(), last=False)
+
+        try:
+            peak = together(engine, lambda: peak_of(run, world.device))
+        except StepTooLarge:
+            return TOO_MUCH
+        finally:
+            engine.discard()
+        return world.largest(peak)
+
+    budget = -world.largest(-memory_budget(fraction, world.device, reserve=_reserve(engine)))
+    fit = largest_fit(measure, budget=budget, most=shape.rows)
+    segments.resize(fit.rows * shape.max_length)
+    return fit
+
+
+def longest_rows(rows: int, length: int) -> NoisyRows:
+    """Rows of ``length`` tokens, all but the first masked and scored: as much as a row can ask for."""
+    place_RT = torch.arange(length).expand(rows, length)[:, 1:]
+    row_M = torch.arange(rows).repeat_interleave(length - 1)
+    ones_R = torch.ones(rows)
+    return NoisyRows(
+        torch.zeros(rows, length, dtype=torch.long),
+        torch.full((rows,), length),
+        torch.zeros(rows, dtype=torch.long),
+        *(ones_R, ones_R),
+        *(row_M, place_RT.reshape(-1), torch.zeros_like(row_M)),
+        torch.ones(len(row_M)),
+        torch.tensor([length - 1]),
+    )
+
+
+def suggestion(fit: Fit, shape: MicroBatchShape, accumulation: int) -> str | None:
+    """A micro-batch of the same step whose rows are never computed twice; None where there is none to suggest."""
+    pairs = min(shape.pairs, fit.rows // (2 * shape.rows_per_answer))
+    while pairs > 1 and shape.pairs % pairs:
+        pairs -= 1
+    if not 0 < pairs < shape.pairs or shape.whole_batch:
+        return None
+    smaller = replace(shape, pairs=pairs)
+    return (
+        f"--per_device_train_batch_size {pairs} --gradient_accumulation_steps {accumulation * shape.pairs // pairs} is "
+        f"the same step with all {smaller.rows} rows of a micro-batch in one graph, none computed twice"
+    )
+
+
+def _reserve(engine: Engine) -> int:
+    """Bytes that are not there yet: Adam's moments (which DeepSpeed has made by now), the buffers of ``deferred``."""
+    trained = sum(p.numel() * p.element_size() for p in engine.parameters)
+    moments = 0 if engine.saves_per_process else 2 * trained
+    return moments + (0 if engine.why_not_unreduced() else 2 * trained)
