@@ -182,8 +182,8 @@ def _forget(optimizer: Any) -> None:
     if optimizer.cpu_offload:
         optimizer.reset_cpu_buffers()
         optimizer._offload_accumulated_param_ids = set()
-    for group in optimizer.averaged_gradients:
-        optimizer.averaged_gradients[group] = optimizer.all_grad_tensors[group] = None
+    optimizer.all_grad_tensors.clear()
+    optimizer.averaged_gradients.clear()
 
 
 def zero_stage(config: Mapping[str, Any]) -> int:

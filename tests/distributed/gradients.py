@@ -167,14 +167,13 @@ def gradients_of(engine) -> list[torch.Tensor]:
     """The gradient of the step just taken, whole, in fp32; every rank calls."""
     if isinstance(engine, PlainEngine):
         return [engine.optimizer.state[p]["exp_avg"] for p in engine.parameters]
-    if engine.world.size == 1 and zero_stage(engine.config) < 3:
-        # DeepSpeed 0.19.8 does not link the states of a second parameter group here: read the flat ones
+    if zero_stage(engine.config) < 3:
+        # DeepSpeed 0.19.8 does not link the states of a second group to its parameters: read the flat partitions
         optimizer, found = engine.optimizer, {}
-        for members, flat in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
-            pieces = optimizer.optimizer.state[flat]["exp_avg"].split(
-                [p.numel() for p in members] + [flat.numel() - sum(p.numel() for p in members)]
-            )
-            found |= {id(p): piece.view_as(p) for p, piece in zip(members, pieces, strict=False)}
+        for members, own in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
+            flat, sizes = engine.world.cat(optimizer.optimizer.state[own]["exp_avg"]), [p.numel() for p in members]
+            pieces = flat[: sum(sizes)].split(sizes)
+            found |= {id(p): piece.view_as(p) for p, piece in zip(members, pieces, strict=True)}
         return [found[id(p)] for p in engine.parameters]
     from deepspeed.utils import safe_get_full_optimizer_state
 
