@@ -165,6 +165,8 @@ class PreferenceStep:
     ):
         self.engine, self.reference, self.noise, self.loss = engine, reference, noise, loss
         self.strategy, self.segments = strategy, segments
+        if engine.why_not_repeat() is None:
+            segments.world = None  # nothing is reduced before the end: ranks may differ, and must not ask meanwhile
         self.max_length = max_length  # of rows joined from two records (kto)
         self.target_stderr, self.most_samples = target_stderr, noise.num_samples
 

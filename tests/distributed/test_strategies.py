@@ -52,7 +52,7 @@ def compare(command, tiny_model, pairs_file, tmp_path):
         found = json.loads(out.read_text())
         for name, result in found.items():
             assert result["sharded"] == (result["stage"] == 3 and processes > 1), name
-            if (result["stage"] or 0) >= 2 and not result["repeated"]:
+            if result["stage"] == 3 or (result["stage"] == 2 and "LoRA" not in name and not result["repeated"]):
                 assert result["calls"] == [result["calls"][0]] * processes, f"{name}: ranks out of step"
         return found
 
