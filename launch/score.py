@@ -32,6 +32,10 @@ def build_parser() -> Parser:
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--max_length", type=int, default=1024, help="most tokens of prompt and answer")
     parser.add_argument("--max_prompt_length", type=int, default=512, help="most tokens of the prompt")
+    parser.add_argument(
+        "--truncation", default="keep_end", choices=("keep_end", "keep_start", "drop"), help="of prompts"
+    )
+    parser.add_argument("--answer_truncation", default="cut", choices=("cut", "drop"), help="of answers")
     parser.add_argument("--batch_size", type=int, default=8, help="records scored at a time")
     parser.add_argument("--segment_rows", type=int, default=64, help="rows in one forward")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -83,7 +87,10 @@ def check(args) -> None:
 def identity(args) -> dict:
     """The settings that scores in one file must share."""
     names = "model_name_or_path ref_model_name_or_path score_estimator num_mc_samples num_diffusion_steps seed"
-    return {name: getattr(args, name) for name in f"{names} max_length max_prompt_length dtype".split()}
+    return {
+        name: getattr(args, name)
+        for name in f"{names} max_length max_prompt_length truncation answer_truncation dtype".split()
+    }
 
 
 def read_records(source: str) -> Iterator:

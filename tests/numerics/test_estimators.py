@@ -113,25 +113,33 @@ def t_step_elbo(table_CL: np.ndarray, steps: int) -> float:
     return sum(elbo_at(table_CL, t / steps) for t in range(1, steps + 1)) / steps
 
 
-def draws_of(estimator: str, table_CL: np.ndarray, num_samples: int, draws: int) -> np.ndarray:
+def draws_of(estimator: str, table_CL: np.ndarray, num_samples: int, draws: int, *, seed: int = 11) -> np.ndarray:
     """Estimates of the score from independent plans."""
     length = table_CL.shape[1]
     steps = STEPS if estimator == "trajectory" else None
     found = np.empty(draws)
     for draw in range(draws):
-        key = NoiseKey(11, 0, f"{estimator}/{length}", 0, draw)
+        key = NoiseKey(seed, 0, f"{estimator}/{length}", 0, draw)
         plan = draw_plan(estimator, length=length, num_samples=num_samples, key=key, num_diffusion_steps=steps)
         found[draw] = plan.estimate(table_CL[code(plan.masked_NL)])
     return found
 
 
 def check_mean(estimator: str, table_CL: np.ndarray, num_samples: int, draws: int) -> None:
-    estimates = draws_of(estimator, table_CL, num_samples, draws)
+    """Within 3 standard errors. One in 370 is beyond them by chance, so that four times as many new draws decide."""
+    first, allowed = error_of(estimator, table_CL, draws_of(estimator, table_CL, num_samples, draws))
+    if first > allowed:
+        again = draws_of(estimator, table_CL, num_samples, 4 * draws, seed=12)
+        second, allowed = error_of(estimator, table_CL, again)
+        assert second <= allowed, (first, second, allowed)
+
+
+def error_of(estimator: str, table_CL: np.ndarray, estimates: np.ndarray) -> tuple[float, float]:
+    """(distance of the mean from the exact score, what is allowed: 3 standard errors and a bias that is known)."""
     target = t_step_elbo(table_CL, STEPS) if estimator == "trajectory" else any_order_elbo(table_CL)
     # t > EPSILON leaves out the mean of elbo_at over (0, EPSILON); quadrature is exact only for L <= 2 n
     bias = EPSILON * abs(any_order_elbo(table_CL) - elbo_at(table_CL, EPSILON)) if estimator.endswith("_t") else 1e-9
-    error = abs(estimates.mean() - target)
-    assert error <= 3 * estimates.std(ddof=1) / np.sqrt(draws) + bias, (error, estimates.std(ddof=1))
+    return abs(estimates.mean() - target), 3 * estimates.std(ddof=1) / np.sqrt(len(estimates)) + bias
 
 
 SAMPLED = [name for name in ESTIMATORS if name != "exact"]
