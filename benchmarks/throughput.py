@@ -6,11 +6,9 @@
 The plain step is what implementations of the field do: a row for every mask, padded to the longest of the micro-batch,
 logits of every position in fp32, a second model as the reference, layers recomputed in the backward, one graph, noise
 as in VRPO (t uniform, `uniform_t`). Ours is `PreferenceStep` as `launch/train.py` builds it, with the reference as the
-policy without its adapter or from scores computed before. Same weights, same pairs, same optimizer; the two gradients
-are compared first with the same rows (`difference`).
-
-"Same variance" sets ours at n = 4 against the plain step at n = 8: the default estimator's variance at 4 is at most
-that of `uniform_t` at 8 (docs/benchmarks/score_variance.json).
+policy without its adapter or from scores computed before, and with segments sized by `--max_memory 0.5`. Same weights,
+same pairs, same optimizer; the row scores of both are compared first (`difference`). At the same n ours has the lower
+variance; the last column sets ours at n = 4 against the plain step at n = 8 (docs/theory.md, section 3, compares those).
 
 Model FLOPs are those of real tokens: forward of policy and reference and the policy's backward with respect to
 activations, 2 FLOPs a weight and token in each, attention, and the head at scored tokens. Nothing recomputed and no
@@ -50,9 +48,10 @@ from diffdpo.step.backward import score_rows
 from diffdpo.step.choose import MicroBatchShape, choose_strategy
 from diffdpo.step.reference import adapter_off_reference
 from diffdpo.step.segments import Segments
+from diffdpo.step.sizing import fit_segments
 from diffdpo.step.train_step import LossOptions, NoiseOptions, PreferenceStep
 
-BETA, RATE, RANK = 0.1, 1e-5, 16
+BETA, RATE, RANK, MAX_MEMORY = 0.1, 1e-5, 16, 0.5
 OURS, FIELD = "balanced", "uniform_t"
 
 
@@ -180,6 +179,8 @@ def our_step(
         MaskedLogProbs(policy, spec), World(0, 0, 1, device), OptimizerOptions(RATE, max_grad_norm=1.0)
     )
     segments = Segments(tokens=16384 if device.type == "cuda" else 8192)
+    place = MicroBatchShape(shape.pairs, noise.num_samples, shape.max_length, whole_batch=False)
+    fit_segments(engine, segments, place, fraction=MAX_MEMORY)
     reference = adapter_off_reference(engine, policy, segments=segments)
     if precomputed:
         kept: dict[int, torch.Tensor] = {}
@@ -191,12 +192,11 @@ def our_step(
             return kept[len(rows)]
 
     loss = LossOptions(("sigmoid",), (1.0,), BETA)
-    place = MicroBatchShape(shape.pairs, noise.num_samples, shape.max_length, whole_batch=False)
     strategy, _ = choose_strategy("auto", engine=engine, segments=segments, shape=place)
     return PreferenceStep(engine, reference, noise, loss, strategy=strategy, segments=segments), strategy
 
 
-def gradient_difference(policy: nn.Module, spec: FamilySpec, batch: PairBatch, noise: NoiseOptions, device) -> float:
+def score_difference(policy: nn.Module, spec: FamilySpec, batch: PairBatch, noise: NoiseOptions, device) -> float:
     """Largest relative difference of the two ways' row scores, same rows: they must be the same computation."""
     rows = noise.rows(batch, device)
     ours_R = score_rows(MaskedLogProbs(policy, spec), rows, segments=Segments())
@@ -245,7 +245,7 @@ def compare(name: str, device: torch.device, repeats: int) -> list[dict]:
     for n in (4, 8):
         policy, spec = make_model(shape, device)
         noise = {estimator: NoiseOptions(estimator, n, 0, shape.vocab - 1) for estimator in (OURS, FIELD)}
-        difference = max(difference, gradient_difference(policy, spec, batch, noise[OURS], device))
+        difference = max(difference, score_difference(policy, spec, batch, noise[OURS], device))
         for precomputed in (False, True):
             step, strategy = our_step(copy.deepcopy(policy), spec, noise[OURS], shape, device, precomputed=precomputed)
             label = "ours, reference scores precomputed" if precomputed else "ours, reference = adapter off"
@@ -282,18 +282,18 @@ def table(records: list[dict], machine: str) -> str:
     lines = [
         "# Pairs per second with LoRA: ours against the plain step",
         "",
-        f"`python benchmarks/throughput.py` on {machine}. Last column: against the plain step at n = 8, whose variance "
-        "is not below that of ours at n = 4. Utilisation: model FLOPs over the rate of a large matrix product.",
+        f"`python benchmarks/throughput.py` on {machine}. Last column: ours at n = 4 against the plain "
+        "step at n = 8. Utilisation: model FLOPs over the rate of a large matrix product.",
         "",
-        "| shape | way | n | strategy | seconds a step | pairs/s | utilisation | faster, same n | same variance |",
+        "| shape | way | n | strategy | seconds a step | pairs/s | utilisation | faster, same n | n = 4 against 8 |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in records:
         plain = {b["n"]: b["seconds"] for b in records if b["shape"] == r["shape"] and b["way"] == "plain"}
         same_n = f"{plain[r['n']] / r['seconds']:.2f}"
-        same_variance = f"{plain[8] / r['seconds']:.2f}" if r["n"] == 4 and r["way"] != "plain" else ""
+        against_8 = f"{plain[8] / r['seconds']:.2f}" if r["n"] == 4 and r["way"] != "plain" else ""
         cells = (r["shape"], r["way"], r["n"], r["strategy"], f"{r['seconds']:.3f}", f"{r['pairs_per_second']:.2f}")
-        lines.append("| " + " | ".join(map(str, (*cells, f"{r['utilisation']:.0%}", same_n, same_variance))) + " |")
+        lines.append("| " + " | ".join(map(str, (*cells, f"{r['utilisation']:.0%}", same_n, against_8))) + " |")
     return "\n".join(lines) + "\n"
 
 
