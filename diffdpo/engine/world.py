@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from diffdpo.errors import UserError
+
 TIMEOUT = timedelta(minutes=30)
 
 
@@ -84,7 +86,7 @@ def join_world(*, always_distributed: bool = False) -> World:
     """Read the launcher's environment, pick the device and, with several processes, join the process group.
 
     ``always_distributed`` fills in the environment of a single process started by plain ``python``, which DeepSpeed
-    needs (it looks for MPI otherwise).
+    needs (it looks for MPI otherwise). UserError when the port that several processes meet at is taken.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -94,10 +96,19 @@ def join_world(*, always_distributed: bool = False) -> World:
     else:
         device, backend = torch.device("cpu"), "gloo"
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns of what was just found out
-    if always_distributed and "RANK" not in os.environ:
+    if always_distributed and size == 1 and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
+        # nobody else has to find the port, so the launcher's fixed one, which another run may hold, need not be used
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        try:
+            dist.init_process_group(backend, timeout=TIMEOUT)
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise UserError(
+                f"port {os.environ['MASTER_PORT']} is taken, perhaps by another run on this host; give the launcher "
+                "(deepspeed or torchrun) another one with --master_port"
+            ) from None
     return World(rank, local_rank, size, device)
 
 
