@@ -33,6 +33,7 @@ from data_pipeline.split import eval_mask
 
 log = logging.getLogger(__name__)
 
+SKIP = "shard it with python -m data_pipeline build --on_error skip"
 ROWS_PER_CHUNK = 2000
 
 
@@ -180,7 +181,7 @@ def _convert(
         for result in ordered_map(convert_chunk, jobs, workers=workers):
             dropped.merge(result.dropped)
             if dropped.malformed and options.on_error == "raise":
-                raise DataError(f"{dropped.malformed}; mend it, or pass --on_error skip to drop and count such rows")
+                raise DataError(f"{dropped.malformed}; mend it, or {SKIP} to drop and count such rows")
             rows += result.rows
             bar.update(result.rows)
     return dropped, rows
@@ -204,7 +205,7 @@ def _until_torn(rows: Iterator[Row], on_error: str, dropped: Dropped) -> Iterato
         yield from rows
     except RecordError as error:
         if on_error == "raise":
-            raise DataError(f"{error}; get it again, or pass --on_error skip to use what is good") from error
+            raise DataError(f"{error}; get it again, or {SKIP} to use what is good") from error
         dropped.add(error, "source")
 
 

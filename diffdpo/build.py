@@ -1,5 +1,6 @@
 """From settings to the parts of a run: processes, data, models, engine. One function a part, in order of the flow."""
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -343,6 +344,10 @@ def make_loss(config: TrainConfig) -> LossOptions:
         )
     except ValueError:
         raise UserError(f"--loss_weights {config.loss_weights}: give numbers with commas, such as 1.0,0.05") from None
+    if not all(math.isfinite(weight) for weight in weights):
+        raise UserError(f"--loss_weights {config.loss_weights}: every weight must be a finite number")
+    if config.sft_weight and "sft" in names:
+        raise UserError("--sft_weight adds the sft loss that --loss_type names already; use one of the two")
     check_loss(names, weights=weights, label_smoothing=config.label_smoothing, discopop_tau=config.discopop_tau)
     if config.sft_weight:
         names, weights = (*names, "sft"), (*weights, config.sft_weight)

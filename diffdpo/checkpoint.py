@@ -7,15 +7,21 @@ the seed and the step, so there is no generator state to keep.
 
 import json
 import os
+import pickle
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from diffdpo.engine.base import Engine
-from diffdpo.errors import UserError
+from diffdpo.errors import TrainingError, UserError
 
 FOLDER, STATE = "checkpoints", "run.json"
+NEEDED = ("step", "loader", "step_state", "before", "config", "held_by")
 NAME = re.compile(r"step-(\d+)")
 
 
@@ -27,11 +33,13 @@ def save_checkpoint(output_dir: Path, step: int, engine: Engine, state: dict[str
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     engine.world.wait()
-    engine.save(partial)
+    with told_if_unwritable(partial):
+        engine.save(partial)
     engine.world.wait()
     if engine.world.is_main:
-        (partial / STATE).write_text(json.dumps(state, indent=1))
-        _sync_tree(partial)
+        with told_if_unwritable(partial):
+            (partial / STATE).write_text(json.dumps(state, indent=1))
+            _sync_tree(partial)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         for old in list_checkpoints(output_dir)[:-keep]:
@@ -43,7 +51,23 @@ def save_checkpoint(output_dir: Path, step: int, engine: Engine, state: dict[str
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     found = [path for path in (output_dir / FOLDER).glob("step-*") if NAME.fullmatch(path.name)]
-    return sorted((p for p in found if (p / STATE).exists()), key=lambda p: int(p.name.split("-")[1]))
+    return sorted((p for p in found if (p / STATE).exists()), key=_step_of)
+
+
+def set_aside_after(output_dir: Path, step: int) -> list[Path]:
+    """Rename checkpoints after ``step`` to ``step-N.aside``: a run that goes on from ``step`` has given them up, and
+    they must be neither 'latest' nor counted among those to keep. The new names."""
+    renamed = []
+    for path in list_checkpoints(output_dir):
+        if _step_of(path) > step:
+            aside = path.with_name(path.name + ".aside")
+            shutil.rmtree(aside, ignore_errors=True)
+            renamed.append(path.rename(aside))
+    return renamed
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
 
 
 def find_checkpoint(name: str, output_dir: Path) -> Path:
@@ -60,8 +84,39 @@ def find_checkpoint(name: str, output_dir: Path) -> Path:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """``run.json`` of a checkpoint."""
-    return json.loads((checkpoint / STATE).read_text())
+    """``run.json`` of a checkpoint. UserError when it is damaged or of another version."""
+    try:
+        state = json.loads((checkpoint / STATE).read_text())
+        return {**state, **{key: state[key] for key in NEEDED}}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{checkpoint / STATE} is damaged or of another version ({error!r}); resume from another checkpoint"
+        ) from None
+
+
+@contextmanager
+def told_if_unreadable(checkpoint: Path) -> Iterator[None]:
+    """A damaged file of the engine's, which torch tells of in many ways, as one line."""
+    try:
+        yield
+    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = (str(error).splitlines() or [repr(error)])[0][:150]
+        raise UserError(f"{checkpoint} cannot be read ({reason}); resume from another checkpoint") from error
+
+
+@contextmanager
+def told_if_unwritable(folder: Path) -> Iterator[None]:
+    """A full disk, which torch and safetensors tell of in their own ways, as one line that names the folder."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [repr(error)])[0][:150]
+        raise TrainingError(
+            f"{folder} cannot be written ({reason}); free some space and go on from the newest checkpoint with "
+            "--resume_from_checkpoint latest"
+        ) from error
 
 
 def _sync_tree(folder: Path) -> None:

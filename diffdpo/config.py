@@ -184,7 +184,10 @@ def parse_config(config_class: type[RunConfig], argv: Sequence[str], description
     recipe, _ = flags.pop("config"), flags.pop("local_rank")
     given = {**(read_recipe(config_class, Path(recipe)) if recipe else {}), **flags}
     if config_class is TrainConfig and not (given.get("model_name_or_path") or given.get("train_data")):
-        given = {**read_recipe(config_class, BUNDLED_RECIPE), **given}
+        bundled = read_recipe(config_class, BUNDLED_RECIPE)
+        if "sft" in str(given.get("loss_type", "")).split(","):
+            bundled.pop("sft_weight", None)  # the user weights that loss
+        given = {**bundled, **given}
     return make_config(config_class, given)
 
 
@@ -342,9 +345,21 @@ def read_ds_config(path: Path) -> dict[str, Any]:
         raise UserError(f"--ds_config {path} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"--ds_config {path} must hold a JSON object, found {type(content).__name__}")
-    for key in ("zero_optimization", "optimizer", "bf16", "fp16"):
-        if not isinstance(content.get(key, {}), dict):
-            raise UserError(f"--ds_config {path}: {key} must be an object, found {content[key]!r}")
+    zero, optimizer = "zero_optimization", "optimizer"
+    for keys in (
+        *((zero,), (optimizer,), ("bf16",), ("fp16",), (optimizer, "params")),
+        *((zero, "offload_optimizer"), (zero, "offload_param")),
+    ):
+        found: Any = content
+        for key in keys:
+            found = found.get(key, {})
+        if not isinstance(found, dict):
+            raise UserError(f"--ds_config {path}: {'.'.join(keys)} must be an object, found {found!r}")
+    if content.get("scheduler"):
+        raise UserError(
+            f"--ds_config {path} sets a scheduler; the rate is set by --lr_scheduler_type and --warmup_steps, so leave "
+            "it out of the JSON"
+        )
     stage = content.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise UserError(f"--ds_config {path}: zero_optimization.stage is {stage!r}; allowed: 0, 1, 2, 3")
@@ -382,9 +397,11 @@ def _boolean(text: str) -> bool:
 
 def _convert(config_class: type, name: str, value: Any, where: str) -> Any:
     """A YAML value as the field's type. ``1e-5`` is text in YAML 1.1, so numbers may come as text."""
-    if value is None:
-        return None
     kind = _flag_type(config_class, name)
+    if value is None:
+        if type(None) not in typing.get_args(typing.get_type_hints(config_class)[name]):
+            raise UserError(f"{where}: {name} has no value; give one, or leave the line out")
+        return None
     try:
         if kind is bool:
             converted: Any = value if isinstance(value, bool) else _boolean(str(value))

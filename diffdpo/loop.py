@@ -69,14 +69,16 @@ class Loop:
                 if self.done == 1:
                     self.check_first(report)
                 finite = math.isfinite(report.loss) and math.isfinite(report.grad_norm)
-                if self.done % config.logging_steps == 0 or self.done == self.total_steps or not finite:
+                stop = bool(world.sum(torch.tensor(float(asked.is_set()), device=world.device)))
+                save = stop or bool(config.save_steps and self.done % config.save_steps == 0)
+                # before a checkpoint too: what a resumed run goes on with is an empty window
+                if self.done % config.logging_steps == 0 or self.done == self.total_steps or save or not finite:
                     self._log(window, rate, bar)
                     window = _Window()
                 bar.update()
                 if not finite:
                     raise self._diverged(report)
-                stop = bool(world.sum(torch.tensor(float(asked.is_set()), device=world.device)))
-                self._evaluate_and_save(stop)
+                self._evaluate_and_save(save)
                 if stop and self.done < self.total_steps:
                     return False
         return True
@@ -128,13 +130,12 @@ class Loop:
         shown = {short: f"{metrics[key]:.3f}" for key, short in ON_THE_BAR.items() if key in metrics}
         bar.set_postfix(shown | {f"{self.unit}/s": f"{metrics[f'{self.unit}_per_second']:.1f}"}, refresh=False)
 
-    def _evaluate_and_save(self, stop: bool) -> None:
+    def _evaluate_and_save(self, save: bool) -> None:
         config, step = self.config, self.done
         at_end = step == self.total_steps
         if config.eval_steps and step % config.eval_steps == 0 and not at_end:
             self.record_evaluation(self.evaluate())
-        due = config.save_steps and step % config.save_steps == 0
-        if (due or stop) and not at_end:
+        if save and not at_end:
             if self.journal is not None:
                 self.journal.sync()
             loader = self.loader.state_dict(self.engine.world.sum_numbers)

@@ -17,7 +17,7 @@ from data_pipeline.dataset import ShardedDataset
 from data_pipeline.reader import PairLoader
 from diffdpo import __version__
 from diffdpo.build import Place, save_final, total_steps, uses_deepspeed
-from diffdpo.checkpoint import read_state
+from diffdpo.checkpoint import read_state, set_aside_after, told_if_unreadable, told_if_unwritable
 from diffdpo.config import RunConfig, read_ds_config, to_yaml
 from diffdpo.engine.base import Engine, count_parameters
 from diffdpo.errors import UserError
@@ -110,7 +110,8 @@ def carry_out(job: Job) -> int:
             end.stopped(loop.done)
             return 0
         folder = place.output_dir / "final"
-        save_final(folder, engine, job.loaded)
+        with told_if_unwritable(folder):
+            save_final(folder, engine, job.loaded)
         after = held_out.evaluate("after")
         loop.record_evaluation(after.means())
         end.write_card(folder, job.base, to_yaml(config), before, after)
@@ -140,11 +141,14 @@ def start_tracking(
         **extra,
     }
     (output_dir / "environment.json").write_text(json.dumps(environment, indent=1))
+    for path in set_aside_after(output_dir, resume_step) if resume_step is not None else ():
+        place.say(f"{path.name} is set aside: this run goes on from step {resume_step}")
     tracking = Tracking(output_dir, resume_step=resume_step)
     if uri is not None:
         params = {**asdict(config), **environment, "ds_config_json": json.dumps(ds_config)}
         texts = {key: str(value) for key, value in params.items()}
-        tracking.start_mlflow(Shipped(uri, config.experiment_name, place.run_name, texts, run_tags()))
+        shipped = Shipped(uri, config.experiment_name, place.run_name, texts, run_tags())
+        tracking.start_mlflow(shipped, elsewhere=config.tracking_uri is not None)
     return tracking
 
 
@@ -174,6 +178,11 @@ def resume_parts(config: RunConfig, place: Place, checkpoint: Path, engine: Engi
     UserError when the checkpoint was written by another engine, number of processes it matters to, or set of weights.
     """
     state, ours = read_state(checkpoint), held_by(engine)
+    if total_steps(config, loader) <= state["step"]:
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint} has taken {state['step']} steps already; give a larger --max_steps "
+            "or --num_train_epochs"
+        )
     for name, value in state["held_by"].items():
         if value != ours[name]:
             raise UserError(
@@ -181,7 +190,8 @@ def resume_parts(config: RunConfig, place: Place, checkpoint: Path, engine: Engi
                 "launcher, --ds_config and adapter settings of the run that wrote it"
             )
     loader.load_state_dict(state["loader"])
-    engine.load(checkpoint)
+    with told_if_unreadable(checkpoint):
+        engine.load(checkpoint)
     place.say(f"resumed from {checkpoint} after step {state['step']}")
     for name, value in asdict(config).items():
         if name not in FREE_TO_CHANGE and state["config"].get(name) != value:

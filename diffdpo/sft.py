@@ -4,6 +4,7 @@ The loss of an answer is -score / tokens, with the same rows and weights (L/k fo
 response tokens only, the terminator among them, the prompt never masked (Nie et al., LLaDA, arXiv 2502.09992, eq. 5).
 """
 
+import shutil
 from collections.abc import Iterator, Sequence
 
 from data_pipeline.batch import Fault, PairBatch
@@ -98,7 +99,8 @@ def _load_or_make(config: SftConfig, place: Place, data: ShardedDataset, *, bf16
         loaded.model.requires_grad_(True)
         return loaded
     folder = place.output_dir / "start"
-    if place.world.is_main and not folder.exists():
+    if place.world.is_main and not (config.resume_from_checkpoint and folder.exists()):
+        shutil.rmtree(folder, ignore_errors=True)  # of a start that was broken off, perhaps with other settings
         tokenizer = train_tokenizer(_texts(data), vocab_size=config.vocab_size)
         model = new_model(tokenizer, width=config.width, layers=config.layers, heads=config.heads, seed=config.seed)
         partial = folder.with_name("start.partial")  # renamed when whole: an interrupted one is never taken for it

@@ -200,7 +200,7 @@ class _Training:
             return
         off = abs(config.beta * report.largest_logit) / 2  # |loss - ln 2| of the worst pair, to first order
         same = self.scores is None or self.scores.same_shapes
-        if off > LN2_TOLERANCE[self.bf16] * (1 if same else 10):
+        if not off <= LN2_TOLERANCE[self.bf16] * (1 if same else 10):
             self.place.say(
                 f"WARNING: the first step's loss should be ln 2 = {LN2:.6f} (policy = reference, shared noise) but a "
                 f"pair is off by {off:.2e}: policy and reference do not compute the same numbers"

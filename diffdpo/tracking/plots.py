@@ -32,7 +32,8 @@ def plot_curves(output_dir: Path) -> Path | None:
             _draw(axis, lines, f"eval/{key}", "o", f"eval/{key}" if len(keys) > 1 else "held out")
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        if axis.has_data():
+            axis.legend(fontsize=8)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     path = output_dir / "plots" / "curves.png"

@@ -20,10 +20,15 @@ class Tracking:
         self.journal = Journal(output_dir, resume_step=resume_step)
         self.mlflow: MlflowRun | None = None
 
-    def start_mlflow(self, shipped: Shipped) -> None:
-        """Begin a run, or go on with the one this folder already has."""
+    def start_mlflow(self, shipped: Shipped, *, elsewhere: bool = False) -> None:
+        """Begin a run, or go on with the one this folder already has.
+
+        ``elsewhere``: the user named a store; if the folder's run is in another, a new run there gets everything.
+        """
         if (self.output_dir / STATE_FILE).exists():
-            shipped = Shipped.read(self.output_dir)
+            known = Shipped.read(self.output_dir)
+            if not elsewhere or known.tracking_uri == shipped.tracking_uri:
+                shipped = known
         self.mlflow = MlflowRun(self.output_dir, shipped)
         self.mlflow.start()
 

@@ -217,6 +217,17 @@ def test_a_stopped_run_is_recorded_as_killed_and_goes_on_with_two_processes(
     assert mlflow.MlflowClient(uri).get_run(run_id).info.status == "FINISHED"
 
 
+def test_a_finished_run_is_not_undone_by_fewer_steps(command, tiny_model, pairs_file, tmp_path):
+    out = tmp_path / "run"
+    arguments = flags_of(tiny_model, pairs_file, out)
+    assert command([*TRAIN, *arguments]).returncode == 0
+    journal, weights = (out / "metrics.jsonl").read_bytes(), (out / "final" / "model.safetensors").read_bytes()
+    again = command([*TRAIN, *arguments, "--max_steps", "2", "--resume_from_checkpoint", "latest"])
+    assert again.returncode == 2 and "has taken 6 steps already" in again.stderr
+    assert (out / "metrics.jsonl").read_bytes() == journal
+    assert (out / "final" / "model.safetensors").read_bytes() == weights
+
+
 def test_a_killed_run_goes_on_to_the_bit_under_deepspeed(command, tiny_model, pairs_file, tmp_path):
     arguments = flags_of(tiny_model, pairs_file, tmp_path / "run", "--ds_config", "ds_configs/4080_offload.json")
     interrupt(arguments, tmp_path / "run", after=5, how=signal.SIGKILL)

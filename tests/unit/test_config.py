@@ -97,6 +97,25 @@ def test_mistakes_in_a_recipe_are_named(tmp_path, text, said):
         parse("--config", str(tmp_path / "recipe.yaml"))
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}', "offload_optimizer must be an object"),
+        ('{"zero_optimization": {"stage": 2, "offload_optimizer": null}}', "offload_optimizer must be an object"),
+        ('{"optimizer": {"params": "auto"}}', "optimizer.params must be an object"),
+        ('{"scheduler": {"type": "WarmupLR"}}', "--lr_scheduler_type"),
+    ],
+)
+def test_a_ds_config_of_another_shape_is_named(tmp_path, content, said):
+    (tmp_path / "ds.json").write_text(content)
+    with pytest.raises(UserError, match=said):
+        parse("--ds_config", str(tmp_path / "ds.json"))
+
+
+def test_sft_in_the_losses_replaces_the_bundled_recipe_s():
+    assert parse().sft_weight == 1.0 and parse("--loss_type", "sigmoid,sft").sft_weight == 0.0
+
+
 def test_a_broken_ds_config_is_named(tmp_path):
     (tmp_path / "ds.json").write_text("{")
     with pytest.raises(UserError, match="not JSON"):

@@ -84,6 +84,18 @@ def test_another_run_s_checkpoint_does_not_overwrite_a_run(tmp_path):
         build.find_place(TrainConfig(output_dir=str(tmp_path / "run"), resume_from_checkpoint=str(other)), "train")
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"loss_type": "sigmoid,sft", "sft_weight": 0.1}, "use one of the two"),
+        ({"loss_type": "sigmoid,sft", "loss_weights": "1,nan"}, "finite"),
+    ],
+)
+def test_losses_that_are_refused(settings, said):
+    with pytest.raises(UserError, match=said):
+        build.make_loss(TrainConfig(**settings))
+
+
 def test_bf16_needs_master_weights():
     with pytest.raises(UserError, match="ds_config"):
         build.resolve_bf16(TrainConfig(bf16=True), torch.device("cpu"))
