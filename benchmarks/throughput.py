@@ -305,15 +305,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs/benchmarks/throughput")
     args = parser.parse_args()
-    records = []
-    for name in args.shapes.split(","):
-        found = compare(name, device, args.repeats)
-        records += found
-        print(json.dumps(found), flush=True)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
     machine = f"{name}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
-    args.output.with_suffix(".json").write_text(json.dumps({"machine": machine, "records": records}, indent=1) + "\n")
-    args.output.with_suffix(".md").write_text(table(records, machine))
+    records = []
+    for name in args.shapes.split(","):
+        records += compare(name, device, args.repeats)  # written shape by shape: a long one may be broken off
+        content = json.dumps({"machine": machine, "records": records}, indent=1) + "\n"
+        args.output.with_suffix(".json").write_text(content)
+        args.output.with_suffix(".md").write_text(table(records, machine))
     print(table(records, machine))
 
 
