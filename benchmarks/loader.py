@@ -319,7 +319,10 @@ def main() -> None:
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(results, indent=1) + "\n")
-    args.out.with_suffix(".md").write_text("# Loader\n\n" + table(results) + "\n")
+    page = args.out.with_suffix(".md")
+    written = page.read_text() if page.exists() else ""
+    _, heading, notes = written.partition("\nHow to read it")  # by hand: kept
+    page.write_text("# Loader\n\n" + table(results) + "\n" + heading + notes)
     print(table(results))
 
 
