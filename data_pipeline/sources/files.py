@@ -19,6 +19,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.records import RecordError, parse_json
 from data_pipeline.remote import cached_file, is_remote
 from data_pipeline.shards import TAR, Bad, scan_shard, unpack_gzip
+from data_pipeline.sources.hub import hub_items
 
 csv.field_size_limit(1 << 27)
 TORN = (EOFError, gzip.BadGzipFile, zlib.error)  # what reading a cut or damaged .gz raises
@@ -254,15 +255,5 @@ def _saved_dataset_rows(path: Path, options: SourceOptions) -> Iterator[Row]:
 
 
 def _hub_rows(source: str, options: SourceOptions) -> Iterator[Row]:
-    import datasets
-
-    try:
-        data = datasets.load_dataset(source, options.config, split=options.split)
-    except Exception as error:  # many kinds, of several libraries: all mean that the source cannot be had
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise DataError(
-            f"{source!r} is no file or folder here, and as a data set on the hub (split {options.split!r}) "
-            f"it cannot be loaded: {reason}"
-        ) from error
-    for number, item in enumerate(data, 1):
+    for number, item in enumerate(hub_items(source, options.config, options.split), 1):
         yield Row(f"{source}[{options.split}], row {number}", item)

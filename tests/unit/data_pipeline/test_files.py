@@ -194,19 +194,59 @@ def test_sources_that_do_not_exist(cache, source):
         open_dataset(source, cache_dir=cache)
 
 
-def test_an_unknown_name_is_one_line(cache, monkeypatch):
+@pytest.fixture
+def hub_says(monkeypatch):
+    """Make the hub answer the question whether it has a data set: raise an error, or nothing."""
+    hub = pytest.importorskip("huggingface_hub")
+
+    def answer(error: Exception | None = None):
+        def dataset_info(*_, **__):
+            if error is not None:
+                raise error
+
+        monkeypatch.setattr(hub.HfApi, "dataset_info", dataset_info)
+
+    return answer
+
+
+def test_a_data_set_that_cannot_be_loaded_is_one_line(cache, monkeypatch, hub_says):
     datasets = pytest.importorskip("datasets")
 
     def refuse(*_, **__):
         raise ConnectionError("no\nroute")
 
+    hub_says()
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(DataError, match=r"'some/name' is no file or folder here.*no route"):
         open_dataset("some/name", cache_dir=cache)
 
 
-def test_a_name_on_the_hub(cache, monkeypatch, make_rows):
+def test_a_name_the_hub_does_not_have_is_not_loaded(cache, monkeypatch):
     datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked for"))
+    with pytest.raises(DataError, match=r"'some name' is no file or folder here.*no data set of this name"):
+        open_dataset("some name", cache_dir=cache)  # which cannot be a name there, so nobody is asked
+
+
+def test_without_the_hub_only_what_is_kept_here_is_looked_into(cache, monkeypatch, hub_says):
+    datasets = pytest.importorskip("datasets")
+    hub_says(ConnectionError("no network"))
+    seen = []
+
+    def load(*_, **__):
+        seen.append(datasets.config.HF_HUB_OFFLINE)
+        raise FileNotFoundError("nothing kept")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    before = datasets.config.HF_HUB_OFFLINE
+    with pytest.raises(DataError, match=r"no copy is kept here, and the hub does not answer: no network"):
+        open_dataset("some/name", cache_dir=cache)
+    assert seen == [True] and before == datasets.config.HF_HUB_OFFLINE
+
+
+def test_a_name_on_the_hub(cache, monkeypatch, make_rows, hub_says):
+    datasets = pytest.importorskip("datasets")
+    hub_says()
     data = datasets.Dataset.from_list(make_rows(4))
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: asked.append((args, kwargs)) or data)

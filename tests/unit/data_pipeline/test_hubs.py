@@ -181,4 +181,9 @@ def test_a_data_set_by_name(hub, cache):
     found, refused, absent = read_elsewhere(cache, "org/set", "org/set:test", "no/one", **endpoint)
     assert found == IDS
     assert refused.startswith("'org/set' is no file or folder here, and as a data set on the hub (split 'test')")
-    assert absent.startswith("'no/one' is no file or folder here, and as a data set on the hub (split 'train')")
+    assert absent.endswith("the hub has no data set of this name, or does not show it to you")
+    # of another cache of ours, so that it is built again from what `datasets` has kept of it
+    away = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(cache / "hub")}
+    kept, absent = read_elsewhere(cache / "other", "org/set", "no/one", **away)
+    assert kept == IDS
+    assert "no copy is kept here, and the hub does not answer" in absent
