@@ -160,9 +160,9 @@ def run(case: Case, world) -> None:
     from diffdpo import build
     from diffdpo.plan.shapes import read_shape
     from diffdpo.reference.modes import make_reference
+    from diffdpo.reference.scorers import frozen_copy
     from diffdpo.scores.masked_log_probs import MaskedLogProbs
     from diffdpo.step.backward import STRATEGIES
-    from diffdpo.step.reference import frozen_copy
 
     with tempfile.TemporaryDirectory() as folder:
         config = settings(case if "max_length" not in case.flags else _short(case), Path(folder))

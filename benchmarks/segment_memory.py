@@ -34,12 +34,13 @@ from diffdpo.models.adapters import add_lora
 from diffdpo.models.backbone import native
 from diffdpo.models.llada import LLaDAConfig, LLaDAModelLM
 from diffdpo.models.spec import LLADA_LORA_TARGETS, FamilySpec
+from diffdpo.noise.options import NoiseOptions
 from diffdpo.noise.rows import NoisyRows
+from diffdpo.reference.scorers import adapter_off_reference, copy_reference, frozen_copy
 from diffdpo.scores.fold import row_scores
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
-from diffdpo.step.reference import adapter_off_reference, copy_reference, frozen_copy
 from diffdpo.step.segments import Segments
-from diffdpo.step.train_step import LossOptions, NoiseOptions, PreferenceStep
+from diffdpo.step.train_step import LossOptions, PreferenceStep
 
 MIB = 2**20
 STRATEGIES = ("plain", "none", "checkpoint", "two_pass", "two_pass + layers", "deferred", "deferred + layers")

@@ -43,14 +43,15 @@ from diffdpo.models.adapters import add_lora
 from diffdpo.models.backbone import native
 from diffdpo.models.llada import LLaDAConfig, LLaDAModelLM
 from diffdpo.models.spec import LLADA_LORA_TARGETS, FamilySpec
+from diffdpo.noise.options import NoiseOptions
 from diffdpo.noise.rows import NoisyRows
+from diffdpo.reference.scorers import adapter_off_reference
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.step.backward import score_rows
 from diffdpo.step.choose import MicroBatchShape, choose_strategy
-from diffdpo.step.reference import adapter_off_reference
 from diffdpo.step.segments import Segments
 from diffdpo.step.sizing import fit_segments
-from diffdpo.step.train_step import LossOptions, NoiseOptions, PreferenceStep
+from diffdpo.step.train_step import LossOptions, PreferenceStep
 
 BETA, RATE, RANK, MAX_MEMORY = 0.1, 1e-5, 16, 0.5
 OURS, FIELD = "balanced", "uniform_t"

@@ -36,9 +36,10 @@ from diffdpo.losses.preference import check_loss
 from diffdpo.memory.allocator import keep_freed_memory
 from diffdpo.models.load import LoadedModel
 from diffdpo.models.spec import FamilySpec
+from diffdpo.noise.options import NoiseOptions
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.step.segments import Segments
-from diffdpo.step.train_step import LossOptions, NoiseOptions
+from diffdpo.step.train_step import LossOptions
 from diffdpo.tracking.run import tracking_uri
 
 BUNDLED_MODEL = Path(__file__).parent / "pretrained" / "arithmetic"

@@ -21,10 +21,10 @@ from diffdpo.evaluation.heldout import HeldOutAnswers, SampledAnswers
 from diffdpo.models.from_scratch import new_model, train_tokenizer
 from diffdpo.models.load import LoadedModel, load_model
 from diffdpo.noise.estimators import check_estimator
+from diffdpo.reference.scorers import no_reference
 from diffdpo.run import Job, carry_out
 from diffdpo.step.canvas import fill_canvas
 from diffdpo.step.choose import MicroBatchShape, choose_strategy
-from diffdpo.step.reference import no_reference
 from diffdpo.step.train_step import LossOptions, PreferenceStep, StepReport
 
 TOKENIZER_RECORDS = 20_000  # the tokenizer of a new model is trained on the first of the data

@@ -17,9 +17,9 @@ from diffdpo.models.load import LoadedModel, load_model
 from diffdpo.noise.estimators import MAX_EXACT_LENGTH, check_estimator, num_rows
 from diffdpo.reference.modes import check_reference, choose_mode, make_frozen, make_reference, second_model_share
 from diffdpo.reference.precompute import Precomputed, precompute
+from diffdpo.reference.scorers import Reference
 from diffdpo.run import Job, carry_out
 from diffdpo.step.choose import MicroBatchShape, check_segmentation, choose_strategy
-from diffdpo.step.reference import Reference
 from diffdpo.step.sizing import fit_segments, suggestion
 from diffdpo.step.train_step import LossOptions, PreferenceStep, StepReport
 

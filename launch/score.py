@@ -164,22 +164,16 @@ def unmet(records: Iterator, done: Set[str], repeated: list[str]) -> Iterator:
 def score_all(args, records: Iterator, done: Set[str], out: IO[str]) -> tuple[int, list, int]:
     """Write a line a record that is not ``done``; (how many, what the encoder left out, records met twice)."""
     from data_pipeline.encode import Drop
-    from diffdpo.build import make_encoder
-    from diffdpo.evaluation.score_pairs import ScoreSettings, as_line, batches, encoded, score_pairs
+    from diffdpo.build import make_encoder, make_noise
+    from diffdpo.evaluation.score_pairs import as_line, batches, encoded, score_pairs
+    from diffdpo.step.segments import Segments
 
     models, spec, tokenizer = load_models(args)
     encoder = make_encoder(args, tokenizer, spec)
-    settings = ScoreSettings(
-        args.score_estimator,
-        args.num_mc_samples,
-        args.seed,
-        spec.mask_token_id,
-        args.num_diffusion_steps,
-        args.segment_rows,
-    )
+    noise, segments = make_noise(args, spec), Segments(rows=args.segment_rows)
     count, dropped, repeated = 0, list[tuple[str, Drop]](), list[str]()
     for pairs in batches(encoded(unmet(records, done, repeated), encoder, dropped), args.batch_size):
-        scores, ratio = score_pairs(pairs, models, settings)
+        scores, ratio = score_pairs(pairs, models, noise, segments=segments)
         for index, pair in enumerate(pairs):
             out.write(json.dumps(as_line(pair, index, scores, ratio), ensure_ascii=False) + "\n")
         out.flush()

@@ -8,10 +8,11 @@ from diffdpo.engine.base import Engine
 from diffdpo.evaluation.answers import answer_length, exact_match, problems_of
 from diffdpo.evaluation.preferences import answer_losses, score_held_out
 from diffdpo.models.load import LoadedModel
+from diffdpo.noise.options import NoiseOptions
+from diffdpo.reference.scorers import Reference
 from diffdpo.report import Evaluation
-from diffdpo.step.reference import Reference
 from diffdpo.step.segments import Segments
-from diffdpo.step.train_step import LossOptions, NoiseOptions
+from diffdpo.step.train_step import LossOptions
 
 SAMPLING_TEMPERATURE = 1.0  # answers are drawn from the model's distribution, not its mode
 SAMPLING_SEED = 0

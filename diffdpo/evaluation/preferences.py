@@ -15,12 +15,13 @@ from torch import Tensor
 
 from data_pipeline.batch import PairBatch
 from diffdpo.engine.base import Engine
+from diffdpo.noise.options import NoiseOptions
+from diffdpo.reference.scorers import Reference
 from diffdpo.scores.fold import PairScores, fold
 from diffdpo.step.backward import score_rows
-from diffdpo.step.reference import Reference
 from diffdpo.step.reference_point import reference_point
 from diffdpo.step.segments import Segments
-from diffdpo.step.train_step import LossOptions, NoiseOptions
+from diffdpo.step.train_step import LossOptions
 
 
 @dataclass(frozen=True)

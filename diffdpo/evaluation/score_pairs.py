@@ -4,7 +4,6 @@ Shape suffixes: R rows, B pairs, 2 sides (0 chosen, 1 rejected).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 
 import torch
@@ -14,45 +13,25 @@ from data_pipeline.encode import Drop, Encoder, TokenPair
 from data_pipeline.records import Record
 from diffdpo.errors import UserError
 from diffdpo.noise.estimators import MAX_EXACT_LENGTH
-from diffdpo.noise.rows import noisy_rows
+from diffdpo.noise.options import NoiseOptions
 from diffdpo.scores.fold import PairScores, fold
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.step.backward import score_rows
 from diffdpo.step.segments import Segments
 
 
-@dataclass(frozen=True)
-class ScoreSettings:
-    """What a score depends on besides model and record."""
-
-    estimator: str
-    num_samples: int
-    seed: int
-    mask_token_id: int
-    num_diffusion_steps: int | None = None
-    segment_rows: int = 64
-
-
 def score_pairs(
-    pairs: Sequence[TokenPair], models: Sequence[MaskedLogProbs], settings: ScoreSettings
+    pairs: Sequence[TokenPair], models: Sequence[MaskedLogProbs], noise: NoiseOptions, *, segments: Segments
 ) -> tuple[list[PairScores], PairScores | None]:
     """Each model's scores of a batch, and with two models the scores' difference first - second (log-ratios).
 
-    The models read the same rows. Epoch 0 of ``settings.seed`` is the noise. UserError for ``exact`` on long answers.
+    The models read the same rows, of epoch 0. UserError for ``exact`` on long answers.
     """
-    if settings.estimator == "exact":
+    if noise.estimator == "exact":
         _check_exact(pairs)
-    batch = collate(list(pairs), pad_id=settings.mask_token_id, epoch=0, step=0, micro=0, last_micro=True)
-    rows = noisy_rows(
-        batch,
-        estimator=settings.estimator,
-        num_samples=settings.num_samples,
-        seed=settings.seed,
-        mask_token_id=settings.mask_token_id,
-        num_diffusion_steps=settings.num_diffusion_steps,
-    )
-    rows = rows.to(next(models[0].parameters()).device)
-    f = [score_rows(model, rows, segments=Segments(rows=settings.segment_rows)) for model in models]
+    batch = collate(list(pairs), pad_id=noise.mask_token_id, epoch=0, step=0, micro=0, last_micro=True)
+    rows = noise.rows(batch, next(models[0].parameters()).device)
+    f = [score_rows(model, rows, segments=segments) for model in models]
     ratio = fold(f[0] - f[1], rows) if len(f) == 2 else None
     return [fold(f_R, rows) for f_R in f], ratio
 

@@ -18,8 +18,8 @@ from diffdpo.models.adapter_folder import ADAPTER_CONFIG, base_of_adapter, is_ad
 from diffdpo.models.spec import FamilySpec
 from diffdpo.models.stream import checkpoint_folder
 from diffdpo.noise.estimators import MAX_EXACT_LENGTH, draw_plan
+from diffdpo.noise.options import NoiseOptions
 from diffdpo.noise.plan import NoiseKey
-from diffdpo.step.train_step import NoiseOptions
 
 HASHED_FILES = ("*.safetensors", "config.json", ADAPTER_CONFIG)
 PROBE_LENGTHS = (1, MAX_EXACT_LENGTH - 5, MAX_EXACT_LENGTH)

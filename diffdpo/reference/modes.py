@@ -22,8 +22,8 @@ from diffdpo.losses.preference import LOSSES
 from diffdpo.models.adapter_folder import base_of_adapter, is_adapter
 from diffdpo.models.load import load_model
 from diffdpo.models.stream import checkpoint_folder, shard_files
+from diffdpo.reference.scorers import Reference, adapter_off_reference, copy_reference, frozen_copy, no_reference
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
-from diffdpo.step.reference import Reference, adapter_off_reference, copy_reference, frozen_copy, no_reference
 from diffdpo.step.segments import Segments
 from diffdpo.step.train_step import LossOptions
 

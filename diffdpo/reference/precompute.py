@@ -24,14 +24,14 @@ from diffdpo.build import Place
 from diffdpo.config import TrainConfig
 from diffdpo.engine.deepspeed import release
 from diffdpo.models.load import load_tokenizer_and_spec
+from diffdpo.noise.options import NoiseOptions
 from diffdpo.noise.rows import NoisyRows
 from diffdpo.reference.identity import fingerprint, identity_of, weights_digest
 from diffdpo.reference.modes import dtype_name, load_reference
+from diffdpo.reference.scorers import Reference
 from diffdpo.reference.store import Part, ScoreStore, make_folder, open_store
 from diffdpo.step.backward import score_rows
-from diffdpo.step.reference import Reference
 from diffdpo.step.segments import Segments
-from diffdpo.step.train_step import NoiseOptions
 
 FOLDER = "reference_scores"
 PART_RECORDS = 256  # about how many a part holds: what a kill can cost

@@ -12,9 +12,9 @@ from diffdpo.engine.base import Engine
 from diffdpo.losses.mismatched import mismatched
 from diffdpo.losses.preference import kl_estimate
 from diffdpo.noise.rows import NoisyRows
+from diffdpo.reference.scorers import Reference
 from diffdpo.scores.fold import fold
 from diffdpo.step.backward import score_rows
-from diffdpo.step.reference import Reference
 from diffdpo.step.retry import together
 from diffdpo.step.segments import Segments
 

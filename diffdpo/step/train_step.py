@@ -18,37 +18,16 @@ from data_pipeline.batch import PairBatch
 from diffdpo.engine.base import Engine
 from diffdpo.losses.metrics import SUMS, means, pair_sums
 from diffdpo.losses.preference import LOSSES, loss_count, preference_loss
-from diffdpo.noise.rows import NoisyRows, noisy_rows
+from diffdpo.noise.options import NoiseOptions
+from diffdpo.noise.rows import NoisyRows
+from diffdpo.reference.scorers import Reference
 from diffdpo.scores.allocate import next_num_samples
 from diffdpo.scores.fold import PairScores, fold
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.step.backward import STRATEGIES, LossOf, gradient_of, replay, score_rows
-from diffdpo.step.reference import Reference
 from diffdpo.step.reference_point import reference_point
 from diffdpo.step.retry import StepTooLarge, make_smaller, together
 from diffdpo.step.segments import Segments
-
-
-@dataclass(frozen=True)
-class NoiseOptions:
-    """Which rows are drawn for an answer: a function of these, the epoch, the record and the side."""
-
-    estimator: str
-    num_samples: int
-    seed: int
-    mask_token_id: int
-    num_diffusion_steps: int | None = None
-
-    def rows(self, batch: PairBatch, device: torch.device) -> NoisyRows:
-        """The noisy rows of a micro-batch."""
-        return noisy_rows(
-            batch,
-            estimator=self.estimator,
-            num_samples=self.num_samples,
-            seed=self.seed,
-            mask_token_id=self.mask_token_id,
-            num_diffusion_steps=self.num_diffusion_steps,
-        ).to(device)
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,11 @@ from diffdpo.engine.world import World, join_world, leave_world
 from diffdpo.models.adapters import add_lora
 from diffdpo.models.backbone import native
 from diffdpo.models.load import load_model
+from diffdpo.noise.options import NoiseOptions
+from diffdpo.reference.scorers import copy_reference, frozen_copy
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
-from diffdpo.step.reference import copy_reference, frozen_copy
 from diffdpo.step.segments import Segments
-from diffdpo.step.train_step import LossOptions, NoiseOptions, PreferenceStep
+from diffdpo.step.train_step import LossOptions, PreferenceStep
 
 MICRO, ACCUMULATION, TOTAL = 2, 2, 8  # pairs of a micro-batch, micro-batches, pairs of the step over all ranks
 OPTIONS = OptimizerOptions(learning_rate=0.0, betas=(0.0, 0.95))

@@ -7,8 +7,8 @@ import pytest
 
 from data_pipeline.encode import Encoder
 from diffdpo.models.load import load_tokenizer_and_spec
+from diffdpo.noise.options import NoiseOptions
 from diffdpo.reference.identity import fingerprint, identity_of, weights_digest
-from diffdpo.step.train_step import NoiseOptions
 
 
 @pytest.fixture(scope="module")

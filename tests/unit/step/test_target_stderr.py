@@ -10,11 +10,12 @@ from diffdpo.engine.plain import PlainEngine
 from diffdpo.engine.world import World
 from diffdpo.losses.metrics import means
 from diffdpo.models.load import load_model
+from diffdpo.noise.options import NoiseOptions
+from diffdpo.reference.scorers import copy_reference, frozen_copy
 from diffdpo.scores.allocate import next_num_samples
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
-from diffdpo.step.reference import copy_reference, frozen_copy
 from diffdpo.step.segments import Segments
-from diffdpo.step.train_step import LossOptions, NoiseOptions, PreferenceStep
+from diffdpo.step.train_step import LossOptions, PreferenceStep
 
 WORLD = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
 BETA, TARGET, MOST = 0.5, 0.4, 12

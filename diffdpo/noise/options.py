@@ -1,0 +1,30 @@
+"""What the noise of a run depends on besides the record."""
+
+from dataclasses import dataclass
+
+import torch
+
+from data_pipeline.batch import PairBatch
+from diffdpo.noise.rows import NoisyRows, noisy_rows
+
+
+@dataclass(frozen=True)
+class NoiseOptions:
+    """Which rows are drawn for an answer: a function of these, the epoch, the record and the side."""
+
+    estimator: str
+    num_samples: int
+    seed: int
+    mask_token_id: int
+    num_diffusion_steps: int | None = None
+
+    def rows(self, batch: PairBatch, device: torch.device) -> NoisyRows:
+        """The noisy rows of a micro-batch."""
+        return noisy_rows(
+            batch,
+            estimator=self.estimator,
+            num_samples=self.num_samples,
+            seed=self.seed,
+            mask_token_id=self.mask_token_id,
+            num_diffusion_steps=self.num_diffusion_steps,
+        ).to(device)
