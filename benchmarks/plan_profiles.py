@@ -9,7 +9,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffdpo.config import TrainConfig, parse_config
+from diffdpo.config import TrainConfig
+from diffdpo.flags import parse_config
 from diffdpo.plan.hardware import GPUS, Host
 from diffdpo.plan.memory import DEVICE, DISK, HOST, needed
 from diffdpo.plan.plan import Machine, Plan, make_plan

@@ -19,7 +19,8 @@ from data_pipeline.dataset import ShardedDataset, open_dataset
 from data_pipeline.encode import Encoder
 from data_pipeline.generate import GENERATOR_VERSION, generate_corpus, generate_pairs, parse_mix, write_jsonl
 from data_pipeline.reader import PairLoader
-from diffdpo.config import RunConfig, SftConfig, TrainConfig, read_ds_config
+from diffdpo.config import RunConfig, SftConfig, TrainConfig
+from diffdpo.ds_config import read_ds_config
 from diffdpo.engine.base import Engine, OptimizerOptions
 from diffdpo.engine.deepspeed import (
     DeepSpeedEngine,

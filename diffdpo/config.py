@@ -1,27 +1,21 @@
-"""Settings of a training run: one dataclass, filled from defaults, then a YAML recipe, then flags. No torch in here.
+"""Settings of a training run, one dataclass a command, and what can be known wrong with them. No torch in here.
 
-Each field is a flag of the same name; its ``help`` is the flag's. ``None`` means "chosen for you": what was chosen is
-printed and written to ``config.yaml``.
+Each field is a flag of the same name (see ``flags.py``); its ``help`` is the flag's. ``None`` means "chosen for you":
+what was chosen is printed and written to ``config.yaml``.
 """
 
 import dataclasses
-import json
 import math
-import types
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from diffdpo.cli import Parser
+from diffdpo.ds_config import read_ds_config
 from diffdpo.errors import UserError
 from diffdpo.models.adapter_folder import is_adapter
-
-# The settings when neither a model nor data is named: those that suit what comes with diffdpo
-BUNDLED_RECIPE = Path(__file__).parent / "pretrained" / "arithmetic" / "train.yaml"
 
 
 def setting(default: Any, help: str, **metadata: Any) -> Any:
@@ -159,55 +153,6 @@ class SftConfig(RunConfig):
     answer_mix: str | None = setting(None, "their qualities, such as clear=0.6,vague=0.4; default: as data_pipeline's")
 
 
-def build_parser(config_class: type[RunConfig], description: str, prog: str | None = None) -> Parser:
-    """A parser with one flag per field, ``--config`` for a recipe, and the ``--local_rank`` that launchers append."""
-    parser = Parser(description=description, prog=prog, argument_default=None)
-    parser.add_argument("--config", help="YAML recipe; flags override it")
-    parser.add_argument("--local_rank", "--local-rank", type=int, help="given by launchers; the environment decides")
-    for item in dataclasses.fields(config_class):
-        kind = _flag_type(config_class, item.name)
-        text = f"{item.metadata['help']} (default: {item.default})"
-        options: dict[str, Any] = {"help": text.replace("%", "%%"), "default": _UNSET}
-        if kind is bool:
-            options |= {"nargs": "?", "const": True, "type": _boolean, "metavar": "true|false"}
-        else:
-            options |= {"type": kind, "choices": item.metadata.get("choices")}
-        parser.add_argument(f"--{item.name}", **options)
-    parser.formatter_class = _HelpFormatter
-    return parser
-
-
-def parse_config(config_class: type[RunConfig], argv: Sequence[str], description: str) -> Any:
-    """Defaults, then the recipe of ``--config``, then flags; checked. UserError for a recipe's mistake."""
-    namespace = vars(build_parser(config_class, description).parse_args(argv))
-    flags = {name: value for name, value in namespace.items() if value is not _UNSET}
-    recipe, _ = flags.pop("config"), flags.pop("local_rank")
-    given = {**(read_recipe(config_class, Path(recipe)) if recipe else {}), **flags}
-    if config_class is TrainConfig and not (given.get("model_name_or_path") or given.get("train_data")):
-        bundled = read_recipe(config_class, BUNDLED_RECIPE)
-        if "sft" in str(given.get("loss_type", "")).split(","):
-            bundled.pop("sft_weight", None)  # the user weights that loss
-        given = {**bundled, **given}
-    return make_config(config_class, given)
-
-
-def read_recipe(config_class: type[RunConfig], path: Path) -> dict[str, Any]:
-    """The settings of a YAML recipe; each key must be a flag's name and each value of its type."""
-    try:
-        content = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"--config {path}: no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"--config {path} is not a YAML file: {error}") from None
-    if not isinstance(content, Mapping):
-        raise UserError(f"--config {path} holds no settings; write lines such as 'learning_rate: 1e-5'")
-    allowed = {item.name for item in dataclasses.fields(config_class)}
-    unknown = sorted(map(str, set(content) - allowed))
-    if unknown:
-        raise UserError(f"--config {path} sets {', '.join(unknown)}, which is no flag of this command; see --help")
-    return {name: _convert(config_class, name, value, f"--config {path}") for name, value in content.items()}
-
-
 def make_config(config_class: type[RunConfig], values: Mapping[str, Any]) -> Any:
     """The checked dataclass; what can be known wrong without opening a model ends here."""
     config = config_class(**values)
@@ -334,87 +279,6 @@ def _check_lora(config: TrainConfig) -> None:
             raise UserError(f"--{name} is about a LoRA adapter; add --use_peft")
 
 
-def read_ds_config(path: Path) -> dict[str, Any]:
-    """The DeepSpeed JSON of ``--ds_config``."""
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        shipped = ", ".join(sorted(str(p) for p in Path("ds_configs").glob("*.json"))) or "none in ./ds_configs"
-        raise UserError(f"--ds_config {path}: no such file; shipped: {shipped}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise UserError(f"--ds_config {path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"--ds_config {path} must hold a JSON object, found {type(content).__name__}")
-    zero, optimizer = "zero_optimization", "optimizer"
-    for keys in (
-        *((zero,), (optimizer,), ("bf16",), ("fp16",), (optimizer, "params")),
-        *((zero, "offload_optimizer"), (zero, "offload_param")),
-    ):
-        found: Any = content
-        for key in keys:
-            found = found.get(key, {})
-        if not isinstance(found, dict):
-            raise UserError(f"--ds_config {path}: {'.'.join(keys)} must be an object, found {found!r}")
-    if content.get("scheduler"):
-        raise UserError(
-            f"--ds_config {path} sets a scheduler; the rate is set by --lr_scheduler_type and --warmup_steps, so leave "
-            "it out of the JSON"
-        )
-    stage = content.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2, 3):
-        raise UserError(f"--ds_config {path}: zero_optimization.stage is {stage!r}; allowed: 0, 1, 2, 3")
-    return content
-
-
 def to_yaml(config: RunConfig) -> str:
     """The settings as a recipe that gives the same run."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
-
-
-# ------------------------------------------------------------------------------------------ flags from fields
-
-_UNSET = object()  # tells a flag that was not given from one given with its default
-
-
-class _HelpFormatter(Parser().formatter_class):  # type: ignore[misc]
-    def _get_help_string(self, action):
-        return action.help
-
-
-def _flag_type(config_class: type, name: str) -> type:
-    hint = typing.get_type_hints(config_class)[name]
-    if isinstance(hint, types.UnionType):
-        hint = next(member for member in typing.get_args(hint) if member is not type(None))
-    return hint
-
-
-def _boolean(text: str) -> bool:
-    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if text.lower() not in words:
-        raise ValueError(text)
-    return words[text.lower()]
-
-
-def _convert(config_class: type, name: str, value: Any, where: str) -> Any:
-    """A YAML value as the field's type. ``1e-5`` is text in YAML 1.1, so numbers may come as text."""
-    kind = _flag_type(config_class, name)
-    if value is None:
-        if type(None) not in typing.get_args(typing.get_type_hints(config_class)[name]):
-            raise UserError(f"{where}: {name} has no value; give one, or leave the line out")
-        return None
-    try:
-        if kind is bool:
-            converted: Any = value if isinstance(value, bool) else _boolean(str(value))
-        elif isinstance(value, (bool, list, dict)):
-            raise ValueError(value)
-        else:
-            converted = kind(value)
-        if kind is int and float(value) != converted:
-            raise ValueError(value)
-    except (TypeError, ValueError):
-        raise UserError(f"{where}: {name} is {value!r}; it must be of type {kind.__name__}") from None
-    item = next(f for f in dataclasses.fields(config_class) if f.name == name)
-    choices = item.metadata.get("choices")
-    if choices and converted not in choices:
-        raise UserError(f"{where}: {name} is {value!r}; allowed: {', '.join(choices)}")
-    return converted

@@ -18,7 +18,8 @@ from data_pipeline.reader import PairLoader
 from diffdpo import __version__
 from diffdpo.build import Place, save_final, total_steps, uses_deepspeed
 from diffdpo.checkpoint import read_state, set_aside_after, told_if_unreadable, told_if_unwritable
-from diffdpo.config import RunConfig, read_ds_config, to_yaml
+from diffdpo.config import RunConfig, to_yaml
+from diffdpo.ds_config import read_ds_config
 from diffdpo.engine.base import Engine, count_parameters
 from diffdpo.errors import UserError
 from diffdpo.loop import Loop, StepFunction

@@ -11,8 +11,9 @@ import json
 from pathlib import Path
 
 from diffdpo.cli import Parser, run
-from diffdpo.config import TrainConfig, parse_config
+from diffdpo.config import TrainConfig
 from diffdpo.errors import UserError
+from diffdpo.flags import parse_config
 
 
 def build_parser() -> Parser:

@@ -4,7 +4,8 @@ Without options: the bundled arithmetic model's recipe is `--config recipes/sft_
 """
 
 from diffdpo.cli import run
-from diffdpo.config import SftConfig, parse_config
+from diffdpo.config import SftConfig
+from diffdpo.flags import parse_config
 
 
 def main(argv: list[str]) -> int:

@@ -4,7 +4,8 @@ Run it with `deepspeed launch/train.py --ds_config ds_configs/4080_offload.json`
 """
 
 from diffdpo.cli import run
-from diffdpo.config import TrainConfig, parse_config
+from diffdpo.config import TrainConfig
+from diffdpo.flags import parse_config
 
 
 def main(argv: list[str]) -> int:

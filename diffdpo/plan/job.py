@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from diffdpo import build
-from diffdpo.config import TrainConfig, read_ds_config
+from diffdpo.config import TrainConfig
+from diffdpo.ds_config import read_ds_config
 from diffdpo.engine.base import OptimizerOptions
 from diffdpo.engine.deepspeed import DeepSpeedEngine, complete_ds_config, zero_stage
 from diffdpo.noise.estimators import MAX_EXACT_LENGTH, num_rows

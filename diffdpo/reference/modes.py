@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from diffdpo import build
-from diffdpo.config import TrainConfig, read_ds_config
+from diffdpo.config import TrainConfig
+from diffdpo.ds_config import read_ds_config
 from diffdpo.engine.base import Engine
 from diffdpo.engine.deepspeed import zero_stage
 from diffdpo.engine.world import World

@@ -5,7 +5,8 @@ import re
 import pytest
 
 from benchmarks.plan_profiles import BEGIN, DOC, END, MACHINE, PROFILES, plan, table
-from diffdpo.config import TrainConfig, parse_config
+from diffdpo.config import TrainConfig
+from diffdpo.flags import parse_config
 from diffdpo.plan.memory import DEVICE, HOST, needed
 from diffdpo.plan.plan import make_plan
 from diffdpo.plan.sizes import gib

@@ -4,7 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
-from diffdpo.config import TrainConfig, parse_config
+from diffdpo.config import TrainConfig
+from diffdpo.flags import parse_config
 from diffdpo.train import train
 
 

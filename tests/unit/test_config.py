@@ -2,8 +2,9 @@
 
 import pytest
 
-from diffdpo.config import SftConfig, TrainConfig, parse_config, to_yaml
+from diffdpo.config import SftConfig, TrainConfig, to_yaml
 from diffdpo.errors import UserError
+from diffdpo.flags import parse_config
 
 
 def parse(*argv: str) -> TrainConfig:
