@@ -127,8 +127,8 @@ class MaskedLM(PreTrainedModel):
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
         """As in transformers, but config.json keeps the checkpoint's `architectures`, and `auto_map` leads to its code.
 
-        The modeling files it names are copied along from a local checkpoint and named by repository for one of the
-        hub; they are never run here.
+        A local checkpoint's Python files (those `auto_map` names import others) and generation defaults are copied
+        along; for one of the hub they are named by repository. They are never run here.
         """
         published = self.config.architectures
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -138,9 +138,9 @@ class MaskedLM(PreTrainedModel):
         name = str(self.name_or_path or "")
         source = Path(name)
         if name and source.is_dir() and source.resolve() != Path(save_directory).resolve():
-            for file in _modeling_files(self.config):
-                if (source / file).is_file():
-                    shutil.copy(source / file, save_directory)
+            own_code = source.glob("*.py") if getattr(self.config, "auto_map", None) else ()
+            for file in (*own_code, *source.glob("generation_config.json")):
+                shutil.copy(file, save_directory)
         elif name.count("/") == 1 and not source.exists():
             self.config.auto_map = _named_by_repository(self.config, name)
         self.config.save_pretrained(save_directory)
@@ -176,12 +176,6 @@ class MaskedLM(PreTrainedModel):
         layout = Layout.padded(lengths, length, device=input_ids.device)
         hidden = self.hidden_states(input_ids.flatten(), layout)
         return MaskedLMOutput(logits=self.head(hidden).unflatten(0, (rows, length)))
-
-
-def _modeling_files(config) -> list[str]:
-    """The .py files of the checkpoint's own code that `auto_map` names."""
-    names = (getattr(config, "auto_map", None) or {}).values()
-    return sorted({f"{name.split('.')[0]}.py" for name in names if "--" not in name})
 
 
 def _named_by_repository(config, repository: str) -> dict[str, str] | None:

@@ -30,6 +30,12 @@ REQUIRED = {
     "rms_norm_eps": float,
     "tie_word_embeddings": bool,
 }
+OPTIONAL = {
+    **dict.fromkeys(("head_dim", "max_position_embeddings"), int),
+    "rope_theta": float,
+    "attention_bias": bool,
+    **dict.fromkeys(("rope_scaling", "rope_parameters"), dict),
+}
 SUPPORTED: dict[str, tuple] = {
     "hidden_act": ("silu", None),
     "attention_dropout": (0.0, None),
@@ -44,6 +50,7 @@ class DreamConfig(PublishedConfig):
     """The published `config.json` of Dream and DiffuCoder. Every field starts as None: a missing key is an error."""
 
     model_type = "Dream"
+    optional_keys: ClassVar[frozenset[str]] = frozenset({*OPTIONAL, *SUPPORTED})
     qkv_bias_default: ClassVar[bool] = True
     qk_norm: ClassVar[bool] = False
 
@@ -68,7 +75,7 @@ class DreamConfig(PublishedConfig):
 
     def check(self) -> "DreamConfig":
         """Raise UserError naming every missing or contradictory key; otherwise return self."""
-        self.require(REQUIRED)
+        self.require(REQUIRED, OPTIONAL)
         self.allow_only(SUPPORTED)
         self._check_rotary()
         heads, groups = self.num_attention_heads, self.num_key_value_heads
@@ -90,13 +97,18 @@ class DreamConfig(PublishedConfig):
     def _check_rotary(self) -> None:
         rotary = self.rotary
         theta, kind = rotary["rope_theta"], rotary["rope_type"]
-        absent = [key for key in LLAMA3_KEYS if kind == "llama3" and rotary.get(key) is None]
+        scaling: dict[str, Any] = {key: rotary.get(key) for key in LLAMA3_KEYS} if kind == "llama3" else {}
+        absent = [key for key, value in scaling.items() if value is None]
+        odd = {key: value for key, value in {"rope_theta": theta, **scaling}.items() if not _positive(value)}
+        ramp = kind == "llama3" and not (absent or odd) and scaling["low_freq_factor"] >= scaling["high_freq_factor"]
         self.refuse(
             [
                 (theta is None, "lacks rope_theta: add the key to config.json"),
-                (not isinstance(theta, (int, float)), f"has rope_theta={theta!r}; expected: a number"),
+                (self.rope_theta not in (None, theta), f"has rope_theta={self.rope_theta} and another one, {theta}"),
                 (kind not in ("default", "llama3"), f"has rotary scaling {kind!r}; supported: 'default', 'llama3'"),
                 (absent, f"has rotary scaling 'llama3' without {', '.join(absent)}: add the key(s) to config.json"),
+                (odd, "".join(f"has {key}={value!r}; expected: a number above 0" for key, value in [*odd.items()][:1])),
+                (ramp, "has rotary scaling 'llama3' with low_freq_factor not below high_freq_factor"),
             ]
         )
 
@@ -153,6 +165,10 @@ class A2DLlamaConfig(LlamaDiffusionConfig):
     """dLLM's conversion of Llama, trained without the shift."""
 
     model_type = "a2d-llama"
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and 0 < value < math.inf
 
 
 class SelfAttention(nn.Module):

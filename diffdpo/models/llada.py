@@ -31,6 +31,10 @@ REQUIRED = {
     "rope": bool,
     "mask_token_id": int,
 }
+OPTIONAL = {
+    **dict.fromkeys(("n_kv_heads", "max_sequence_length"), int),
+    **dict.fromkeys(("multi_query_attention", "rope_full_precision", "include_qkv_bias", "scale_logits"), bool),
+}
 # What this module computes; a config that says otherwise describes another model. Missing optional keys are fine
 # where the published code's default is the value given here, and required above where it is not.
 SUPPORTED: dict[str, tuple] = {
@@ -56,6 +60,7 @@ class LLaDAConfig(PublishedConfig):
     """The published `config.json`. Every field starts as None: a missing key is an error, never another model."""
 
     model_type = "llada"
+    optional_keys: ClassVar[frozenset[str]] = frozenset({*OPTIONAL, *SUPPORTED})
     attribute_map: ClassVar[dict[str, str]] = {
         "hidden_size": "d_model",
         "num_hidden_layers": "n_layers",
@@ -134,19 +139,19 @@ class LLaDAConfig(PublishedConfig):
 
     def check(self) -> "LLaDAConfig":
         """Raise UserError naming every missing or contradictory key; otherwise return self."""
-        self.require(REQUIRED)
+        self.require(REQUIRED, OPTIONAL)
         self.allow_only(SUPPORTED)
-        heads, groups, many = self.n_heads, self.kv_heads, self.n_kv_heads not in (None, 1)
+        heads, groups = self.n_heads, self.kv_heads
+        meant = {None: groups, True: 1, False: heads}[self.multi_query_attention]
         self.refuse(
             [
                 (self.d_model % heads, f"has d_model={self.d_model}, not a multiple of n_heads={heads}"),
-                (self.n_kv_heads == 0, "has n_kv_heads=0; it must be above 0"),
                 (heads % groups, f"has n_heads={heads}, not a multiple of n_kv_heads={groups}"),
                 (
                     (self.d_model // heads) % 2,
                     "gives an odd head size d_model/n_heads; rotary positions need an even one",
                 ),
-                (self.multi_query_attention and many, f"has multi_query_attention=true and n_kv_heads={groups}"),
+                (groups != meant, f"has multi_query_attention={self.multi_query_attention} and n_kv_heads={groups}"),
                 (
                     self.embedding_size < self.vocab_size,
                     f"has embedding_size={self.embedding_size} < vocab_size={self.vocab_size}",

@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Tokenizer
-from transformers.utils import logging as hf_logging
 
 from diffdpo.errors import UserError
 from diffdpo.models.adapter_folder import base_of_adapter, is_adapter
-from diffdpo.models.backbone import refuse_partial
+from diffdpo.models.backbone import MaskedLM
 from diffdpo.models.dream import (
     A2DLlamaConfig,
     A2DLlamaLMHeadModel,
@@ -31,7 +29,7 @@ from diffdpo.models.dream import (
     Qwen3DiffusionConfig,
 )
 from diffdpo.models.llada import LLaDAConfig, LLaDAModelLM
-from diffdpo.models.quantize import keep_training_kernels, nf4_config
+from diffdpo.models.quantize import expect_nf4
 from diffdpo.models.spec import DECODER_LORA_TARGETS, LLADA_LORA_TARGETS, FamilySpec
 from diffdpo.models.stream import check_folder, checkpoint_folder, stream_weights
 
@@ -93,8 +91,7 @@ def load_model(
     family, config = read_config(name_or_path)
     tokenizer = load_tokenizer(name_or_path)
     spec = make_spec(config, family, tokenizer)
-    load_weights = _load_nf4 if load_in_4bit else _load_weights
-    model = load_weights(name_or_path, family, config, dtype=dtype, device=device)
+    model = _load_weights(name_or_path, family, config, dtype=dtype, device=device, nf4=load_in_4bit)
     return LoadedModel(model.eval(), tokenizer, spec)
 
 
@@ -127,12 +124,12 @@ def read_config(name_or_path: str) -> tuple[Family, PreTrainedConfig]:
     check_folder(name_or_path)
     try:
         raw, _ = PreTrainedConfig.get_config_dict(name_or_path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # the last two: JSON that is no object
         raise UserError(f"no model config at {name_or_path!r}: {_first_line(error)}") from error
-    if not raw:
+    if not isinstance(raw, dict) or not raw:
         raise UserError(f"no model config at {name_or_path!r}: give a directory with config.json or a hub id")
     kind = raw.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(
             f"{name_or_path!r} has model_type {kind!r}; supported: {', '.join(FAMILIES)} (docs/models.md adds a family)"
         )
@@ -152,7 +149,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         settings = _tokenizer_class(name_or_path)
         loader = Qwen2Tokenizer if settings == "DreamTokenizer" else AutoTokenizer
         return loader.from_pretrained(name_or_path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"no tokenizer at {name_or_path!r}: {_first_line(error)}") from error
 
 
@@ -189,11 +186,11 @@ def make_spec(config: PreTrainedConfig, family: Family, tokenizer: PreTrainedTok
             f"the tokenizer has {len(tokenizer)} tokens but the embedding {rows} rows: "
             "call model.resize_token_embeddings and save the model first"
         )
-    if mask == terminator:
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [terminator]
+    if mask in ends:
         raise UserError(f"mask_token_id and eos_token_id are both {mask}: they must differ")
     register_mask_token(tokenizer, mask)
     vocabulary = tokenizer.get_vocab()
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else []
     stops = dict.fromkeys((*ends, *(vocabulary[token] for token in STOP_TOKENS if token in vocabulary)))
     shift = getattr(config, "logit_shift", None)
     return FamilySpec(
@@ -226,36 +223,15 @@ def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: 
     tokenizer.save_pretrained(directory)
 
 
-def _load_weights(name_or_path, family: Family, config, *, dtype: str, device: str) -> PreTrainedModel:
+def _load_weights(name_or_path: str, family: Family, config, *, dtype: str, device: str, nf4: bool) -> PreTrainedModel:
     folder = checkpoint_folder(name_or_path)
     config.dtype = DTYPES[dtype]
     with torch.device("meta"):
         model = family.model_class(config)
+    if nf4:
+        expect_nf4(cast(MaskedLM, model), DTYPES[dtype])
     stream_weights(model, folder, dtype=DTYPES[dtype], device=device)
     model.name_or_path = config.name_or_path = name_or_path
-    return model
-
-
-def _load_nf4(name_or_path, family: Family, config, *, dtype: str, device: str) -> PreTrainedModel:
-    """transformers quantises tensor by tensor as it reads; what it would only warn of is an error here, by name."""
-    verbosity = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()
-    try:
-        model, report = cast(Any, family.model_class).from_pretrained(
-            name_or_path,
-            config=config,
-            dtype=DTYPES[dtype],
-            device_map={"": device},
-            quantization_config=nf4_config(DTYPES[dtype], family.model_class, config),
-            output_loading_info=True,
-        )
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot load the weights of {name_or_path!r}: {_first_line(error)}") from error
-    finally:
-        hf_logging.set_verbosity(verbosity)
-    refuse_partial(report, name_or_path)
-    if device == "cpu":
-        keep_training_kernels(model)
     return model
 
 

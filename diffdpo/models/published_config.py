@@ -1,7 +1,9 @@
 """Reading a published `config.json` strictly: what is missing or contradictory is an error that names the key."""
 
+import difflib
+import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
@@ -14,34 +16,60 @@ RELATIVES: dict[str, tuple] = {
     "num_experts": (0, None),
     "block_size": (None,),
     "partial_rotary_factor": (1.0, None),
+    "clip_qkv": (None,),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
     "logit_shift": (0, 1, None),
 }
-"""Keys of other models under the same `model_type` (LLaDA-MoE, block diffusion): value allowed here."""
+"""Keys of other models under the same `model_type` (LLaDA-MoE, block diffusion, clipping): value allowed here."""
+LIKELY_TYPO = 0.9
+"""Share of equal letters (difflib's ratio) from which an unknown key is taken for a misspelt one."""
 
 
 class PublishedConfig(PreTrainedConfig):
     """A config whose fields all start as None, so that nothing is guessed, and which writes back only what is set.
 
-    (A null written for a key that was absent overrides the published code's default.)
+    (A null written for a key that was absent overrides the published code's default.) `optional_keys`: those whose
+    absence is no error, so that a misspelt one would go unnoticed.
     """
+
+    optional_keys: ClassVar[frozenset[str]] = frozenset()
 
     def to_diff_dict(self) -> dict:
         return {key: value for key, value in super().to_diff_dict().items() if value is not None}
 
-    def require(self, kinds: Mapping[str, type]) -> None:
-        """Every key of `kinds` is there and of its type (an int counts as a float); numbers are above 0, ids apart."""
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):  # type: ignore[override]
+        """As in transformers, which would take the last of two names of one setting, and ignore a misspelt one."""
+        for alias, name in cls.attribute_map.items():
+            one, other = config_dict.get(name), config_dict.get(alias)
+            if None not in (one, other) and one != other:
+                raise UserError(f"{cls.model_type} config has {name}={one!r} and {alias}={other!r}: they must be equal")
+        absent = cls.optional_keys - config_dict.keys()
+        for key in config_dict.keys() - cls.optional_keys:
+            for meant in difflib.get_close_matches(key, absent, 1, LIKELY_TYPO):
+                raise UserError(f"{cls.model_type} config has {key}, which nothing reads: is {meant} meant?")
+        return super().from_dict(config_dict, **kwargs)
+
+    def require(self, kinds: Mapping[str, type], optional: Mapping[str, type]) -> None:
+        """Every key of `kinds` is there, and it and every set key of `optional` is of its type.
+
+        An int counts as a float; numbers are finite and above 0, ids apart.
+        """
         self.allow_only(RELATIVES)  # first: a relative lacks keys that nobody could add
         missing = [key for key in kinds if getattr(self, key, None) is None]
         if missing:
             raise UserError(f"{self.model_type} config lacks {', '.join(missing)}: add the key(s) to config.json")
-        for key, kind in kinds.items():
-            value = getattr(self, key)
+        for key, kind in {**kinds, **optional}.items():
+            value = getattr(self, key, None)
+            if value is None:
+                continue
             fits = type(value) is kind or (kind is float and type(value) is int)
-            empty = kind in (int, float) and fits and value <= 0 and not key.endswith("token_id")
+            amount = kind in (int, float) and fits and not key.endswith("token_id")
             self.refuse(
                 [
                     (not fits, f"has {key}={value!r}; expected: {kind.__name__}"),
-                    (empty, f"has {key}={value!r}; it must be above 0"),
+                    (amount and not 0 < value < math.inf, f"has {key}={value!r}; it must be above 0"),
                 ]
             )
 
@@ -55,7 +83,8 @@ class PublishedConfig(PreTrainedConfig):
         """Mask, end and padding are tokens of an embedding with `rows` rows, where they are set."""
         for key in ("mask_token_id", "eos_token_id", "pad_token_id"):
             found = getattr(self, key, None)
-            for token in found if isinstance(found, list) and key == "eos_token_id" else [found]:
+            several = found if isinstance(found, list) and key == "eos_token_id" else None
+            for token in several or [found]:
                 known = token is None or (type(token) is int and 0 <= token < rows)
                 self.refuse([(not known, f"has {key}={found!r}, no token of the vocabulary of {rows}")])
 

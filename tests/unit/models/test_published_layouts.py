@@ -54,6 +54,10 @@ A2D = {
     "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": True,
     "transformers_version": "4.57.0", "use_cache": True, "use_sliding_window": False, "vocab_size": ROWS,
 }  # fmt: skip
+RAMP = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
 CHECKPOINTS = {
     "LLaDA-8B": (LLADA, LLaDAModelLM, 0),
     "iLLaDA-8B": (LLADA | {"weight_tying": True, "n_kv_heads": 2}, LLaDAModelLM, 0),
@@ -182,12 +186,33 @@ def test_several_end_tokens(tmp_path, tokenizer):
         (DREAM, {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "llama3' without low_freq_factor"),
         (DREAM, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types sliding_attention"),
         (A2D, {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        (LLADA, {"hidden_size": 64}, "d_model=32 and hidden_size=64: they must be equal"),
+        (LLADA, {"tie_word_embeddings": True}, "weight_tying=False and tie_word_embeddings=True"),
+        (LLADA, {"scale_logit": True, "scale_logits": None}, "scale_logit, which nothing reads: is scale_logits meant"),
+        (LLADA, {"scale_logits": "false"}, "scale_logits='false'; expected: bool"),
+        (LLADA, {"n_kv_heads": -4}, "n_kv_heads=-4; it must be above 0"),
+        (LLADA, {"n_kv_heads": "4"}, "n_kv_heads='4'; expected: int"),
+        (LLADA, {"n_kv_heads": 2, "multi_query_attention": False}, "multi_query_attention=False and n_kv_heads=2"),
+        (LLADA, {"rope_theta": float("nan")}, "rope_theta=nan; it must be above 0"),
+        (LLADA, {"max_sequence_length": -1}, "max_sequence_length=-1"),
+        (LLADA, {"clip_qkv": 8.0}, "clip_qkv=8.0; supported: no such key"),
+        (LLADA, {"model_type": ["llada"]}, r"model_type \['llada'\]"),
+        (DREAM, {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
+        (DREAM, {"head_dim": -8}, "head_dim=-8; it must be above 0"),
+        (DREAM, {"attention_bias": "no"}, "attention_bias='no'; expected: bool"),
+        (DREAM, {"rope_scaling": [1]}, r"rope_scaling=\[1\]; expected: dict"),
+        (DREAM, {"rope_parameters": {"rope_theta": 5e5}}, "rope_theta=1000000.0 and another one, 500000.0"),
+        (DREAM, {"rope_scaling": RAMP | {"factor": "8"}}, "factor='8'; expected: a number above 0"),
+        (DREAM, {"rope_scaling": RAMP | {"low_freq_factor": 4.0}}, "low_freq_factor not below high_freq_factor"),
+        (DREAM, {"eos_token_id": []}, r"eos_token_id=\[\]"),
+        (A2D, {"eos_token_id": [1, 2]}, "both 2: they must differ"),
         (A2D, {"eos_token_id": [1, ROWS]}, f"no token of the vocabulary of {ROWS}"),
     ],
 )
 def test_relatives_that_compute_something_else_are_refused(config, changes, words, tmp_path, tokenizer):
     write(tmp_path / "published", config, tokenizer, shards=1)
-    (tmp_path / "published" / "config.json").write_text(json.dumps(config | changes))
+    changed = {key: value for key, value in (config | changes).items() if key not in changes or value is not None}
+    (tmp_path / "published" / "config.json").write_text(json.dumps(changed))
     with pytest.raises(UserError, match=words):
         load_model(tmp_path / "published")
 
