@@ -17,7 +17,7 @@ from data_pipeline.dataset import ShardedDataset
 from data_pipeline.reader import PairLoader
 from diffdpo import __version__
 from diffdpo.build import Place, save_final, total_steps, uses_deepspeed
-from diffdpo.checkpoint import read_state, set_aside_after, told_if_unreadable, told_if_unwritable
+from diffdpo.checkpoint import list_checkpoints, read_state, set_aside_after, told_if_unreadable, told_if_unwritable
 from diffdpo.config import RunConfig, to_yaml
 from diffdpo.ds_config import read_ds_config
 from diffdpo.engine.base import Engine, count_parameters
@@ -104,6 +104,7 @@ def carry_out(job: Job) -> int:
         )
         if not job.resume:
             loop.record_evaluation(before.means())
+        end.phase = "in training"
         complete = loop.run()
         if not_learned := job.loader.summary(engine.world.sum_numbers):
             place.say(f"data    {not_learned}")
@@ -113,6 +114,7 @@ def carry_out(job: Job) -> int:
         folder = place.output_dir / "final"
         with told_if_unwritable(folder):
             save_final(folder, engine, job.loaded)
+        end.phase = f"in the evaluation after training; the trained model is in {folder}"
         after = held_out.evaluate("after")
         loop.record_evaluation(after.means())
         end.write_card(folder, job.base, to_yaml(config), before, after)
@@ -205,6 +207,7 @@ class Finish:
     def __init__(self, place: Place, tracking: Tracking | None):
         self.place, self.tracking = place, tracking
         self.status, self.started = "FAILED", time.time()
+        self.phase = "before the first step"  # where the run is, for who interrupts it
         self.compared: dict[str, dict[str, Any]] = {}
 
     def write_card(self, folder: Path, base: str, config_text: str, before: Evaluation, after: Evaluation) -> None:
@@ -220,6 +223,16 @@ class Finish:
             f"stopped after step {step}, which is saved; go on with "
             f"--output_dir {self.place.output_dir} --resume_from_checkpoint latest"
         )
+
+    def interrupted(self) -> None:
+        """A signal ended the run at once, with what had been written before."""
+        self.status = "KILLED"
+        self.place.say(f"\nstopped {self.phase}")
+        if saved := list_checkpoints(self.place.output_dir):
+            self.place.say(
+                f"newest checkpoint: {saved[-1]}; go on from there with "
+                f"--output_dir {self.place.output_dir} --resume_from_checkpoint latest"
+            )
 
     def completed(self, *, steps: int, engine: Engine) -> None:
         """``summary.json``; the table is printed when the record is closed."""
@@ -279,7 +292,7 @@ def finish(place: Place, tracking: Tracking | None) -> Iterator[Finish]:
     try:
         yield end
     except KeyboardInterrupt:
-        end.status = "KILLED"
+        end.interrupted()
         raise
     finally:
         end.close()

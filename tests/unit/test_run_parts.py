@@ -14,6 +14,7 @@ from diffdpo.engine.plain import PlainEngine
 from diffdpo.engine.world import World
 from diffdpo.errors import UserError
 from diffdpo.models.load import load_model
+from diffdpo.run import finish
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 
 WORLD = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
@@ -113,3 +114,17 @@ def test_flags_of_truncation_and_of_damaged_records_reach_the_loader(tiny_model,
     shard.write_bytes(bytes(shard.stat().st_size))
     with pytest.raises(DataError, match=r"changed_record.*without --strict"):
         next(build.train_loader(config, dataset, encoder, WORLD).steps())
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["no checkpoint", "a checkpoint"])
+def test_an_interruption_says_where_the_run_was_and_what_there_is(tmp_path, capsys, saved):
+    if saved:
+        (tmp_path / "checkpoints" / "step-4").mkdir(parents=True)
+        (tmp_path / "checkpoints" / "step-4" / "run.json").write_text("{}")
+    place = build.Place(World(0, 0, 1, torch.device("cpu")), tmp_path, tmp_path / "cache", "run")
+    with pytest.raises(KeyboardInterrupt), finish(place, None) as end:
+        end.phase = "in the evaluation"
+        raise KeyboardInterrupt
+    said = capsys.readouterr().out
+    assert "stopped in the evaluation" in said and end.status == "KILLED"
+    assert ("step-4; go on from there with --output_dir" in said) == saved

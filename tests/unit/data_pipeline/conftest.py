@@ -1,7 +1,6 @@
 """A byte-level tokenizer made on the spot, small corpora, and shards of them."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -64,15 +63,6 @@ def chat_tokenizer() -> PreTrainedTokenizerFast:
 def cache(tmp_path: Path) -> Path:
     """A cache folder of this test only."""
     return tmp_path / "cache"
-
-
-@pytest.fixture(scope="session")
-def real_data() -> Path:
-    """The folder of real data sets; tests that need it are skipped where it is not given."""
-    folder = os.environ.get("DIFFDPO_REAL_DATA")
-    if not folder:
-        pytest.skip("DIFFDPO_REAL_DATA is not set")
-    return Path(folder)
 
 
 @pytest.fixture
