@@ -108,7 +108,7 @@ def gradient_variance(
 def measure(models: Models, args: argparse.Namespace, done: set[tuple]) -> Iterator[dict]:
     """One line per length and setting that is not ``done``."""
     for length in args.lengths:
-        pairs = pairs_of_length(models, length, number=args.pairs, seed=args.seed)
+        pairs = pairs_of_length(models, length, number=args.pairs, seed=args.seed, source=args.data)
         for setting in settings(args):
             if (length, setting.name, setting.forwards) in done:
                 continue
@@ -116,7 +116,7 @@ def measure(models: Models, args: argparse.Namespace, done: set[tuple]) -> Itera
             draws = max(args.min_draws, args.rows // setting.forwards)
             options = {"gradient_draws": args.gradient_draws, "beta": args.beta, "seed": args.seed}
             each = [pair_variances(models, pair, setting, draws=draws, **options) for pair in pairs]
-            means = {name: float(np.exp(np.mean([np.log(one[name]) for one in each]))) for name in each[0]}
+            means = {name: geometric_mean([one[name] for one in each]) for name in each[0]}
             yield {
                 "length": length,
                 "estimator": setting.name,
@@ -130,6 +130,11 @@ def measure(models: Models, args: argparse.Namespace, done: set[tuple]) -> Itera
             }
 
 
+def geometric_mean(values: list[float]) -> float:
+    """0 if one of them is: the score of a trajectory of one step is the same in every draw."""
+    return float(np.exp(np.mean(np.log(values)))) if min(values) > 0 else 0.0
+
+
 def relative_to_baseline(lines: list[dict]) -> list[str]:
     """For each setting the variance of h over that of the baseline, mean over lengths: 1 or less meets the figure."""
     base = {line["length"]: line for line in lines if (line["estimator"], line["n"]) == BASELINE}
@@ -140,7 +145,7 @@ def relative_to_baseline(lines: list[dict]) -> list[str]:
             quotients = {
                 q: [line[q] / base[line["length"]][q] for line in mine if q in line] for q in ("score", "h", "grad")
             }
-            words = "  ".join(f"{q} {np.exp(np.mean(np.log(v))):6.3f}" for q, v in quotients.items() if v)
+            words = "  ".join(f"{q} {geometric_mean(v):6.3f}" for q, v in quotients.items() if v)
             report.append(f"{name:18s} n={n:<3d} {words}")
     return report
 
@@ -159,7 +164,7 @@ def plot(lines: list[dict], path: Path) -> None:
         for name in dict.fromkeys(line["estimator"] for line in lines if not line["estimator"].startswith("VRPO")):
             mine = [line for line in lines if line["estimator"] == name]
             n = sorted({line["n"] for line in mine})
-            mean = [np.exp(np.mean([np.log(line[quantity]) for line in mine if line["n"] == k])) for k in n]
+            mean = [geometric_mean([line[quantity] for line in mine if line["n"] == k]) for k in n]
             axis.loglog(n, mean, marker="o", markersize=3, label=name)
         axis.set_xlabel("forwards n")
         axis.set_title(f"variance of the {titles[quantity]}", fontsize=9)
@@ -213,6 +218,7 @@ def main() -> None:
     parser.add_argument("--estimators", nargs="+", default=[name for name in ESTIMATORS if name != "exact"])
     parser.add_argument("--settings", nargs="+", help="such as uniform_t:8 balanced:4, instead of all combinations")
     parser.add_argument("--no_vrpo", action="store_true", help="leave out the settings of VRPO's Table 2")
+    parser.add_argument("--data", help="file of pairs with long answers; default: generated ones, joined if too short")
     parser.add_argument("--pairs", type=int, default=4, help="pairs a length")
     parser.add_argument("--rows", type=int, default=400, help="forwards a side, pair, and setting")
     parser.add_argument("--min_draws", type=int, default=40)

@@ -14,6 +14,8 @@ import torch
 from data_pipeline.batch import collate
 from data_pipeline.encode import TokenAnswer, TokenPair
 from data_pipeline.generate import generate_pairs
+from data_pipeline.sources.files import SourceOptions, open_rows
+from data_pipeline.sources.formats import convert
 from diffdpo.build import BUNDLED_MODEL
 from diffdpo.losses.preference import preference_loss
 from diffdpo.models.load import load_model
@@ -92,8 +94,31 @@ def natural_pairs(models: Models, *, seed: int) -> Iterator[TokenPair]:
         yield TokenPair(record["id"], *(answer(prompt, ids) for ids in sides))
 
 
-def pairs_of_length(models: Models, length: int, *, number: int, seed: int) -> list[TokenPair]:
-    """Pairs whose answers have exactly ``length`` tokens: cut if longer, joined from several problems if shorter."""
+def pairs_of_length(
+    models: Models, length: int, *, number: int, seed: int, source: str | None = None
+) -> list[TokenPair]:
+    """Pairs whose answers have exactly ``length`` tokens, cut if longer.
+
+    From the file ``source``: pairs of different prompts whose answers both have that many. Generated: joined from
+    several problems if shorter, which is not what the model was trained on.
+    """
+    return _read_pairs(models, length, number, source) if source else _joined_pairs(models, length, number, seed)
+
+
+def _read_pairs(models: Models, length: int, number: int, source: str) -> list[TokenPair]:
+    found: dict[str, TokenPair] = {}
+    for row in open_rows(source, SourceOptions()):
+        for record in convert(row.parsed()):
+            prompt, *ids = (models.encode(text) for text in (record.prompt, record.chosen, record.rejected))
+            chosen, rejected = ([*answer, models.terminator_id][:length] for answer in ids)
+            if min(len(chosen), len(rejected)) == length and chosen != rejected:
+                found.setdefault(record.prompt, TokenPair(record.id, answer(prompt, chosen), answer(prompt, rejected)))
+        if len(found) == number:
+            return list(found.values())
+    raise SystemExit(f"{source}: {len(found)} prompts have two answers of at least {length} tokens; {number} wanted")
+
+
+def _joined_pairs(models: Models, length: int, number: int, seed: int) -> list[TokenPair]:
     records = generate_pairs(10**9, seed=seed, split="eval")
     found = []
     for index in islice(count(), number):
