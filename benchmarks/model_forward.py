@@ -1,7 +1,7 @@
 """Masked log-probabilities: this package's forward against the obvious one, same weights, same rows, in one run.
 
     python benchmarks/model_forward.py                       # the shapes that suit this device
-    python benchmarks/model_forward.py --shapes tiny,small --repeats 10
+    python benchmarks/model_forward.py --shapes small --trained LoRA --compile --keep   # add to the table there is
 
 The obvious way: pad every row to the longest, eager attention with a mask, RMS norm and rotary positions written out,
 logits of every position in fp32, log-softmax, gather. Both give the same numbers (checked first, `difference`).
@@ -210,17 +210,32 @@ def table(records: list[dict], machine: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def merged(before: dict, machine: str, records: list[dict]) -> list[dict]:
+    """The records of an earlier call on this machine, those measured again replaced, in the order of the shapes."""
+    if before["machine"] != machine:
+        raise SystemExit(f"the output was measured on {before['machine']}, this is {machine}: leave --keep out")
+
+    def key(record: dict) -> tuple:
+        return list(SHAPES).index(record["shape"]), record["trained"], record["way"], record["what"]
+
+    found = {key(record): record for record in (*before["records"], *records)}
+    return [found[place] for place in sorted(found)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--shapes", default=",".join(ON_GPU if device == "cuda" else ON_CPU))
+    parser.add_argument("--trained", default="all,LoRA", help="all, LoRA or both with a comma")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="also with torch.compile on every block")
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs/benchmarks/model_forward")
+    parser.add_argument("--keep", action="store_true", help="keep what the output holds of other shapes and ways")
     args = parser.parse_args()
-    records = []
+    records: list[dict] = []
     for name in args.shapes.split(","):
-        for lora in (False, True):
+        for trained in args.trained.split(","):
+            lora = trained == "LoRA"
             if name == "8b" and not lora:
                 continue  # 8B gradients and weights alone are 32 GB
             for compiled in (False, True) if args.compile else (False,):
@@ -230,6 +245,8 @@ def main() -> None:
     threads = torch.get_num_threads()
     name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, {threads} thread(s)"
     machine = f"{name}, torch {torch.__version__}"
+    if args.keep:
+        records = merged(json.loads(args.output.with_suffix(".json").read_text()), machine, records)
     args.output.with_suffix(".json").write_text(json.dumps({"machine": machine, "records": records}, indent=1) + "\n")
     args.output.with_suffix(".md").write_text(table(records, machine))
     print(table(records, machine))

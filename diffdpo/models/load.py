@@ -101,6 +101,8 @@ def check_device(device: str) -> None:
         kind = torch.device(device).type
     except RuntimeError as error:
         raise UserError(f"device {device!r} is unknown; use cpu, cuda, cuda:0, ...") from error
+    if kind not in ("cpu", "cuda"):
+        raise UserError(f"device {device!r} is not supported; use cpu, cuda, cuda:0, ...")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device {device!r}: no GPU is to be found here; use cpu")
 

@@ -59,7 +59,7 @@ class MaskedLogProbs(nn.Module):
                 raise UserError(
                     "--use_liger_kernel needs a GPU and liger-kernel: pip install 'diffdpo[gpu]', or leave it out"
                 )
-            check_liger("cuda")
+            check_liger("cuda", native(model).head.weight.dtype)
         self.use_liger = use_liger
         self.model = model
         self.spec = spec

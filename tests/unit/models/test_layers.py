@@ -1,3 +1,5 @@
+import importlib.util
+
 import pytest
 import torch
 
@@ -94,9 +96,23 @@ def test_a_liger_kernel_with_other_numbers_is_refused(monkeypatch):
     plain = lambda h, w, t: (h @ w.T).log_softmax(-1).gather(-1, t[:, None]).squeeze(-1)  # noqa: E731
     monkeypatch.setattr(head_module, "liger_log_probs", plain)
     check_liger("cpu")
+    check_liger("cpu", torch.bfloat16)
     monkeypatch.setattr(head_module, "liger_log_probs", FirstTokensGradient.apply)
     with pytest.raises(UserError, match="gives other gradients"):
         check_liger("cpu")
     monkeypatch.setattr(head_module, "liger_log_probs", lambda h, w, t: plain(h, w, t) * 1.1)
     with pytest.raises(UserError, match="gives other scores"):
         check_liger("cpu")
+    only_wide = lambda h, w, t: plain(h, w, t) * (1 if h.dtype == torch.float32 else torch.nan)  # noqa: E731
+    monkeypatch.setattr(head_module, "liger_log_probs", only_wide)
+    with pytest.raises(UserError, match=r"off by nan in torch\.bfloat16"):
+        check_liger("cpu", torch.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="liger-kernel is not installed")
+def test_liger_s_own_kernel_passes_the_check_in_triton_s_interpreter(command, python):
+    """The kernel itself on the CPU, as far as it goes without a GPU: numbers and gradients, not speed."""
+    check = "from diffdpo.models.token_log_probs import check_liger as c; import torch; c('cpu', torch.bfloat16)"
+    done = command([python, "-c", check], timeout=300, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -239,6 +239,8 @@ def test_unknown_devices_and_damaged_indices_are_errors(tmp_path, tokenizer):
     write(tmp_path / "published", LLADA, tokenizer)
     with pytest.raises(UserError, match="device 'tpu' is unknown"):
         load_model(tmp_path / "published", device="tpu")
+    with pytest.raises(UserError, match="device 'meta' is not supported"):
+        load_model(tmp_path / "published", device="meta")
     (tmp_path / "published" / "model.safetensors.index.json").write_text("{")
     with pytest.raises(UserError, match=r"index\.json is damaged"):
         load_model(tmp_path / "published")
