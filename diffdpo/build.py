@@ -26,10 +26,9 @@ from diffdpo.engine.deepspeed import (
     DeepSpeedEngine,
     complete_ds_config,
     freeze,
-    missing_operators,
-    stale_locks,
     zero_stage,
 )
+from diffdpo.engine.operators import prepare_operators
 from diffdpo.engine.plain import PlainEngine
 from diffdpo.engine.world import World, join_world
 from diffdpo.errors import UserError
@@ -290,12 +289,7 @@ def make_engine(config: RunConfig, module: nn.Module, place: Place, *, bf16: boo
     if not uses_deepspeed(config):
         return PlainEngine(module, place.world, options)
     ds_config = read_ds_config(Path(config.ds_config or ""))
-    missing = missing_operators(ds_config)
-    if missing:
-        names = ", ".join(missing)
-        place.say(f"compiling DeepSpeed's operators ({names}): once on this machine, two to three minutes")
-        for lock in stale_locks(missing):
-            place.say(f"  an earlier compilation may have been interrupted; if this one waits for it, remove {lock}")
+    prepare_operators(ds_config, place.world, place.say)
     return DeepSpeedEngine(
         module,
         place.world,

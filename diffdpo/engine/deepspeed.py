@@ -7,9 +7,7 @@ but the transformers Trainer; the engine averages over ranks where we add; bf16 
 import copy
 import logging
 import os
-import shutil
 import sys
-import sysconfig
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -255,43 +253,3 @@ def import_deepspeed() -> Any:
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return deepspeed
-
-
-def missing_operators(ds_config: Mapping[str, Any]) -> list[str]:
-    """DeepSpeed's compiled operators this run needs that are not in torch's extension cache yet.
-
-    UserError when they cannot be compiled here (no C++ compiler, no Python headers, for a GPU's Adam no CUDA toolkit).
-    """
-    cuda = torch.cuda.is_available()
-    needed = [] if cuda else ["deepspeed_shm_comm"]
-    zero, params = ds_config.get("zero_optimization", {}), ds_config.get("optimizer", {}).get("params", {})
-    if not params.get("torch_adam"):
-        needed.append("cpu_adam" if zero.get("offload_optimizer", {}).get("device") == "cpu" else "fused_adam")
-    missing = [name for name in needed if not any(_extension_root().glob(f"**/{name}/{name}.so"))]
-    if missing and not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "c++", "g++") if name):
-        raise UserError("DeepSpeed compiles its CPU operators once and finds no C++ compiler; install g++")
-    if missing and not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
-        raise UserError("DeepSpeed compiles its CPU operators once and finds no Python.h; install python3-dev")
-    if cuda and "fused_adam" in missing and not _has_cuda_toolkit():
-        raise UserError(
-            "DeepSpeed compiles its Adam for the GPU and finds no CUDA toolkit; install it and set CUDA_HOME, or put "
-            '"optimizer": {"params": {"torch_adam": true}} into --ds_config'
-        )
-    return missing
-
-
-def _has_cuda_toolkit() -> bool:
-    from torch.utils.cpp_extension import CUDA_HOME
-
-    return CUDA_HOME is not None
-
-
-def stale_locks(names: list[str]) -> list[Path]:
-    """Locks of compilations in progress, or of some that were killed: the next one waits for them without a word."""
-    return [lock for name in names for lock in _extension_root().glob(f"**/{name}/lock")]
-
-
-def _extension_root() -> Path:
-    from torch.utils.cpp_extension import get_default_build_root
-
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())

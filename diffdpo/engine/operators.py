@@ -1,0 +1,87 @@
+"""DeepSpeed's compiled operators: which a run loads, whether they are there, and who holds them up.
+
+torch compiles an operator once a machine, under a lock file that it never says a word about.
+"""
+
+import os
+import shutil
+import sysconfig
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffdpo.engine.world import World
+from diffdpo.errors import UserError
+
+LOADING_SECONDS, ABANDONED_SECONDS = 10, 1800  # ages of a lock: longer than it takes to load, and to compile
+
+
+def prepare_operators(ds_config: Mapping[str, Any], world: World, say: Callable[[str], None]) -> None:
+    """Say what DeepSpeed will compile and what it waits for; remove locks too old to be of a living compilation.
+
+    Every rank calls. UserError when an operator cannot be compiled here.
+    """
+    needed = needed_operators(ds_config)
+    if missing := missing_operators(needed):
+        names = ", ".join(missing)
+        say(f"compiling DeepSpeed's operators ({names}): once on this machine, two to three minutes")
+    for lock, age in locked_operators(needed).items() if world.is_main else ():
+        if age > ABANDONED_SECONDS:
+            lock.unlink(missing_ok=True)
+            say(f"  removed {lock}: the process that took it {age / 60:.0f} minutes ago must have been killed")
+        elif age > LOADING_SECONDS:
+            say(f"  waiting for a compilation begun {age:.0f} s ago; if nothing compiles any more, remove {lock}")
+    world.wait()  # no rank may take a lock before rank 0 has looked
+
+
+def needed_operators(ds_config: Mapping[str, Any]) -> list[str]:
+    """DeepSpeed's compiled operators that this run loads."""
+    needed = [] if torch.cuda.is_available() else ["deepspeed_shm_comm"]
+    zero, params = ds_config.get("zero_optimization", {}), ds_config.get("optimizer", {}).get("params", {})
+    if not params.get("torch_adam"):
+        needed.append("cpu_adam" if zero.get("offload_optimizer", {}).get("device") == "cpu" else "fused_adam")
+    return needed
+
+
+def missing_operators(needed: Sequence[str]) -> list[str]:
+    """Those of them that are not in torch's extension cache yet.
+
+    UserError when they cannot be compiled here (no C++ compiler, no Python headers, for a GPU's Adam no CUDA toolkit).
+    """
+    missing = [name for name in needed if not any(_extension_root().glob(f"**/{name}/{name}.so"))]
+    if missing and not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "c++", "g++") if name):
+        raise UserError("DeepSpeed compiles its CPU operators once and finds no C++ compiler; install g++")
+    if missing and not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        raise UserError("DeepSpeed compiles its CPU operators once and finds no Python.h; install python3-dev")
+    if torch.cuda.is_available() and "fused_adam" in missing and not _has_cuda_toolkit():
+        raise UserError(
+            "DeepSpeed compiles its Adam for the GPU and finds no CUDA toolkit; install it and set CUDA_HOME, or put "
+            '"optimizer": {"params": {"torch_adam": true}} into --ds_config'
+        )
+    return missing
+
+
+def _has_cuda_toolkit() -> bool:
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    return CUDA_HOME is not None
+
+
+def locked_operators(names: Sequence[str]) -> dict[Path, float]:
+    """Locks of operators that some process compiles or loads, or was killed while it did, and their ages in seconds."""
+    ages = {}
+    for name in names:
+        for lock in _extension_root().glob(f"**/{name}/lock"):
+            with suppress(FileNotFoundError):  # released meanwhile
+                ages[lock] = time.time() - lock.stat().st_mtime
+    return ages
+
+
+def _extension_root() -> Path:
+    from torch.utils.cpp_extension import get_default_build_root
+
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())

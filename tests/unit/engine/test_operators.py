@@ -1,0 +1,67 @@
+"""Operators that are missing, and locks in the cache of torch's extensions."""
+
+import os
+import time
+
+import pytest
+import torch
+
+from diffdpo.engine.operators import missing_operators, needed_operators, prepare_operators
+from diffdpo.engine.world import World
+from diffdpo.errors import UserError
+
+WORLD = World(0, 0, 1, torch.device("cpu"))
+OFFLOAD = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+
+
+@pytest.fixture
+def cpu_adam(tmp_path, monkeypatch):
+    """The folder of the compiled Adam, as torch leaves it."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("cpu_adam", "deepspeed_shm_comm"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.so").touch()
+    return tmp_path / "cpu_adam"
+
+
+def lock(folder, age: float):
+    path = folder / "lock"
+    path.touch()
+    os.utime(path, (time.time() - age, time.time() - age))
+    return path
+
+
+def test_what_a_run_loads(cpu_adam):
+    assert needed_operators(OFFLOAD) == ["deepspeed_shm_comm", "cpu_adam"]
+    assert needed_operators({}) == ["deepspeed_shm_comm", "fused_adam"]
+    assert needed_operators({"optimizer": {"params": {"torch_adam": True}}}) == ["deepspeed_shm_comm"]
+
+
+def test_nothing_is_said_when_all_is_there(cpu_adam, capsys):
+    lock(cpu_adam, age=0)  # another rank is just loading it
+    prepare_operators(OFFLOAD, WORLD, print)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_compilation_is_announced(cpu_adam, capsys):
+    (cpu_adam / "cpu_adam.so").unlink()
+    prepare_operators(OFFLOAD, WORLD, print)
+    assert "compiling DeepSpeed's operators (cpu_adam)" in capsys.readouterr().out
+
+
+def test_a_lock_is_told_of_and_an_old_one_removed(cpu_adam, capsys):
+    young = lock(cpu_adam, age=60)
+    prepare_operators(OFFLOAD, WORLD, print)
+    assert f"remove {young}" in capsys.readouterr().out and young.exists()
+    old = lock(cpu_adam, age=7200)
+    prepare_operators(OFFLOAD, WORLD, print)
+    assert f"removed {old}" in capsys.readouterr().out and not old.exists()
+
+
+def test_without_a_compiler_it_is_one_line(cpu_adam, monkeypatch):
+    (cpu_adam / "cpu_adam.so").unlink()
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(UserError, match=r"install g\+\+"):
+        missing_operators(needed_operators(OFFLOAD))
