@@ -9,6 +9,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,12 @@ def needed_operators(ds_config: Mapping[str, Any]) -> list[str]:
 
 
 def missing_operators(needed: Sequence[str]) -> list[str]:
-    """Those of them that are not in torch's extension cache yet.
+    """Those of them that are not in torch's extension cache, or there for another environment: its cache is shared by
+    all environments of a user and holds what the last one compiled.
 
     UserError when they cannot be compiled here (no C++ compiler, no Python headers, for a GPU's Adam no CUDA toolkit).
     """
-    missing = [name for name in needed if not any(_extension_root().glob(f"**/{name}/{name}.so"))]
+    missing = [name for name in needed if not any(map(_is_current, _extension_root().glob(f"**/{name}/{name}.so")))]
     if missing and not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "c++", "g++") if name):
         raise UserError("DeepSpeed compiles its CPU operators once and finds no C++ compiler; install g++")
     if missing and not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
@@ -63,6 +65,18 @@ def missing_operators(needed: Sequence[str]) -> list[str]:
             '"optimizer": {"params": {"torch_adam": true}} into --ds_config'
         )
     return missing
+
+
+def _is_current(library: Path) -> bool:
+    """Whether it was built, to the end, by the instructions for this environment's DeepSpeed."""
+    package = find_spec("deepspeed")
+    assert package is not None and package.submodule_search_locations is not None, "a dependency of ours"
+    try:
+        instructions = library.with_name("build.ninja")
+        ours = package.submodule_search_locations[0] in instructions.read_text()
+        return ours and instructions.stat().st_mtime <= library.stat().st_mtime
+    except FileNotFoundError:
+        return False
 
 
 def _has_cuda_toolkit() -> bool:

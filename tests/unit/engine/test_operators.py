@@ -2,6 +2,7 @@
 
 import os
 import time
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -21,8 +22,13 @@ def cpu_adam(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("cpu_adam", "deepspeed_shm_comm"):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "build.ninja").write_text(f"cflags = -I{deepspeed_folder()}/ops/csrc")
         (tmp_path / name / f"{name}.so").touch()
     return tmp_path / "cpu_adam"
+
+
+def deepspeed_folder() -> str:
+    return find_spec("deepspeed").submodule_search_locations[0]
 
 
 def lock(folder, age: float):
@@ -48,6 +54,17 @@ def test_a_compilation_is_announced(cpu_adam, capsys):
     (cpu_adam / "cpu_adam.so").unlink()
     prepare_operators(OFFLOAD, WORLD, print)
     assert "compiling DeepSpeed's operators (cpu_adam)" in capsys.readouterr().out
+
+
+def test_what_another_environment_compiled_is_compiled_again(cpu_adam):
+    assert missing_operators(needed_operators(OFFLOAD)) == []
+    (cpu_adam / "build.ninja").write_text("cflags = -I/elsewhere/deepspeed/ops/csrc")
+    assert missing_operators(needed_operators(OFFLOAD)) == ["cpu_adam"]
+
+
+def test_a_compilation_that_was_cut_short_is_taken_up_again(cpu_adam):
+    os.utime(cpu_adam / "cpu_adam.so", (0, 0))  # older than the instructions to build it
+    assert missing_operators(needed_operators(OFFLOAD)) == ["cpu_adam"]
 
 
 def test_a_lock_is_told_of_and_an_old_one_removed(cpu_adam, capsys):
