@@ -33,6 +33,17 @@ def test_norm_rounds_before_the_weight_as_published():
     assert torch.equal(norm(x), expected)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 0)])
+def test_norm_is_the_function_that_gpus_call(dtype, tolerance):
+    """On a GPU `torch.nn.functional.rms_norm` does it (here on the CPU, where it is slow)."""
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+    ours, theirs = RMSNorm(64, 1e-6).to(dtype)(x), torch.nn.functional.rms_norm(x, (64,), None, 1e-6)
+    assert torch.allclose(ours, theirs, rtol=0, atol=tolerance)
+    upstream = torch.linspace(-1, 1, 256).reshape(4, 64).to(dtype)
+    gradients = [torch.autograd.grad(out, x, upstream)[0] for out in (ours, theirs)]
+    assert torch.allclose(*gradients, rtol=0, atol=max(tolerance, torch.finfo(dtype).eps * 4))
+
+
 @pytest.mark.parametrize("rows", [1, 3, 7, 100])
 @pytest.mark.parametrize("train_head", [True, False])
 @pytest.mark.parametrize("count", [0, 7])

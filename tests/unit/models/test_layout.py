@@ -1,11 +1,12 @@
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffdpo.models.layout import Layout
+from diffdpo.models.layout import Layout, _varlen_usable
 
 LENGTHS = [5, 9, 9, 1, 7]
 
@@ -73,3 +74,35 @@ def test_the_varlen_call_means_the_same_attention(kv_heads, monkeypatch):
     monkeypatch.setattr("diffdpo.models.layout.varlen_attn", plain_varlen)
     monkeypatch.setattr("diffdpo.models.layout._varlen_usable", lambda q: True)
     assert torch.allclose(layout.attend(q, k, v), per_bucket, atol=1e-12)
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_torch_s_own_varlen_function_takes_the_call_and_has_its_backward(kv_heads):
+    """On the meta device: names, dtypes and shapes are torch's to refuse, numbers there are none."""
+    layout = Layout.packed(LENGTHS, 9, device="meta")
+    q, k, v = (
+        torch.empty(len(layout), heads, 8, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        for heads in (4, kv_heads, kv_heads)
+    )
+    out = layout._attend_varlen(q, k, v)
+    assert (out.shape, out.dtype) == ((len(layout), 32), torch.bfloat16)
+    out.sum().backward()
+    assert all(t.grad.shape == t.shape and t.grad.dtype == t.dtype for t in (q, k, v))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_size", "on_gpu", "capability", "usable"),
+    [
+        (torch.bfloat16, 128, True, (8, 0), True),
+        (torch.float16, 256, True, (9, 0), True),
+        (torch.float32, 128, True, (8, 0), False),
+        (torch.bfloat16, 20, True, (8, 0), False),
+        (torch.bfloat16, 264, True, (8, 0), False),
+        (torch.bfloat16, 128, True, (7, 5), False),
+        (torch.bfloat16, 128, False, (8, 0), False),
+    ],
+)
+def test_where_the_varlen_kernel_is_used(dtype, head_size, on_gpu, capability, usable, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    q = SimpleNamespace(dtype=dtype, shape=(7, 4, head_size), is_cuda=on_gpu, device="cuda:0")
+    assert _varlen_usable(q) == usable

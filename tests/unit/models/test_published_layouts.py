@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForMaskedLM
 
 from diffdpo.errors import UserError
-from diffdpo.models.dream import A2DQwen3LMHeadModel, DreamModel
+from diffdpo.models.dream import A2DLlamaLMHeadModel, A2DQwen2LMHeadModel, A2DQwen3LMHeadModel, DreamModel
 from diffdpo.models.llada import LLaDAModelLM
 from diffdpo.models.load import load_model, save_model
 
@@ -58,12 +58,20 @@ RAMP = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }  # fmt: skip
+A2D_QWEN2 = {key: value for key, value in A2D.items() if key not in ("attention_bias", "head_dim")}
+A2D_QWEN2 |= {"model_type": "a2d-qwen2", "architectures": ["A2DQwen2LMHeadModel"]}
 CHECKPOINTS = {
     "LLaDA-8B": (LLADA, LLaDAModelLM, 0),
     "iLLaDA-8B": (LLADA | {"weight_tying": True, "n_kv_heads": 2}, LLaDAModelLM, 0),
     "LLaDA, padded vocabulary": (LLADA | {"vocab_size": ROWS - 20}, LLaDAModelLM, 0),
     "Dream-7B": (DREAM, DreamModel, 1),
     "Tiny-A2D": (A2D, A2DQwen3LMHeadModel, 0),
+    "A2D of Qwen2": (A2D_QWEN2, A2DQwen2LMHeadModel, 0),
+    "A2D of Llama": (
+        A2D | {"model_type": "a2d-llama", "architectures": ["A2DLlamaLMHeadModel"]},
+        A2DLlamaLMHeadModel,
+        0,
+    ),
 }
 
 
@@ -94,7 +102,7 @@ def tensor_shapes(config):
         prefix, layers = "model.layers.", config["num_hidden_layers"]
     shapes |= {f"{prefix}{layer}.{name}": shape for layer in range(layers) for name, shape in block.items()}
     named = {f"{name}.weight": shape for name, shape in shapes.items()}
-    if config["model_type"] == "Dream":
+    if config["model_type"] in ("Dream", "a2d-qwen2"):
         biased = [name for name in shapes if name.endswith(("q_proj", "k_proj", "v_proj"))]
         named |= {f"{name}.bias": shapes[name][:1] for name in biased}
     return named
