@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffdpo.errors import UserError
+from diffdpo.errors import TrainingError, UserError
 from diffdpo.tracking.journal import FILE, read_journal
 
 STATE_FILE = "mlflow.json"
@@ -228,6 +228,16 @@ def _quiet_mlflow() -> None:
 
 
 def ship_later(output_dir: Path) -> int:
-    """Send what a run could not send while it ran. Returns the number of lines in the journal."""
-    MlflowRun(output_dir, Shipped.read(output_dir)).ship_all()
+    """Send what a run could not send while it ran. Returns the number of lines in the journal.
+
+    TrainingError, in one line, when MLflow does not take it.
+    """
+    run = MlflowRun(output_dir, Shipped.read(output_dir))
+    try:
+        run.ship_all()
+    except Exception as error:  # every kind of store fails in its own way
+        reason = " ".join(str(error).split())[:150]
+        raise TrainingError(
+            f"{run.shipped.tracking_uri} does not take the run ({reason}); nothing is lost, send it again later"
+        ) from error
     return sum(1 for _ in read_journal(output_dir / FILE))

@@ -3,7 +3,7 @@
 import mlflow
 import pytest
 
-from diffdpo.errors import UserError
+from diffdpo.errors import TrainingError, UserError
 from diffdpo.tracking.journal import Journal
 from diffdpo.tracking.mlflow_run import MlflowRun, Shipped, check_tracking_uri, ship_later
 
@@ -57,6 +57,8 @@ def test_a_dead_server_stops_nothing_and_loses_nothing(tmp_path, uri):
     run.start()
     journal.write(1, {"loss": 1.0})
     assert run.close("FINISHED", patience=0.1) is False and run.error is not None
+    with pytest.raises(TrainingError, match=r"^http://127.0.0.1:9 does not take the run"):
+        ship_later(tmp_path)
     shipped = Shipped.read(tmp_path)
     shipped.tracking_uri = uri  # the server is back
     shipped.write(tmp_path)
