@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from data_pipeline.batch import PairBatch
 from diffdpo.config import RunConfig
 from diffdpo.engine.base import Engine
+from diffdpo.errors import UserError
 from diffdpo.evaluation.answers import answer_length, exact_match, problems_of
 from diffdpo.evaluation.preferences import answer_losses, score_held_out
 from diffdpo.models.load import LoadedModel
@@ -19,7 +20,10 @@ SAMPLING_SEED = 0
 
 
 class SampledAnswers:
-    """Held-out problems, answered by sampling and judged. No problems where the task is ``none``."""
+    """Held-out problems, answered by sampling and judged. No problems where the task is ``none``.
+
+    UserError when a task is asked for and there is nothing that it could judge.
+    """
 
     def __init__(self, config: RunConfig, engine: Engine, loaded: LoadedModel, batches: Sequence[PairBatch]):
         self.engine, self.loaded = engine, loaded
@@ -33,6 +37,11 @@ class SampledAnswers:
             # sorted: the same problems, with the same noise, for every number of ranks
             self.problems = [unique[prompt] for prompt in sorted(unique)][: config.num_eval_problems]
             self.length = max(engine.world.gather(answer_length(batches)))
+            if not self.problems and config.eval_task != "auto":
+                raise UserError(
+                    f"--eval_task {self.task}: no chosen answer of the held-out pairs holds a result that it can read; "
+                    "use --eval_task none, or a larger --max_length if the answers are cut"
+                )
 
     def exact_match(self, when: str) -> dict[str, list[float]]:
         """1 or 0 for each problem; nothing without problems."""

@@ -1,14 +1,19 @@
 """Verifiers, the problems in held-out pairs, and sampled answers judged."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from data_pipeline.encode import Encoder
 from data_pipeline.reader import PairLoader, open_dataset
+from diffdpo.config import TrainConfig
 from diffdpo.engine.world import World
+from diffdpo.errors import UserError
 from diffdpo.evaluation.answers import answer_length, exact_match, problems_of, read_arithmetic, read_gsm8k
 from diffdpo.evaluation.estimate import Estimate, paired_difference
+from diffdpo.evaluation.heldout import SampledAnswers
 from diffdpo.models.load import load_model
 
 WORLD = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
@@ -24,6 +29,18 @@ def test_gsm8k_answers(text, answer):
 
 def test_arithmetic_answers():
     assert read_arithmetic("First 2 * 3 = 6 pens. The answer is 6.") == "6" and read_arithmetic("about 6") is None
+
+
+def test_a_task_that_finds_nothing_to_judge_is_refused(tiny_model, pairs_file, tmp_path):
+    loaded = load_model(str(tiny_model))
+    dataset = open_dataset(str(pairs_file), cache_dir=tmp_path)
+    encoder = Encoder(loaded.tokenizer, max_length=128, max_prompt_length=64)
+    batches = list(PairLoader(dataset, encoder, seed=0, global_batch_size=8, micro_batch_size=8))
+    engine = SimpleNamespace(world=WORLD)
+    with pytest.raises(UserError, match=r"--eval_task gsm8k: no chosen answer"):
+        SampledAnswers(TrainConfig(train_data="x", eval_task="gsm8k"), engine, loaded, batches)
+    assert not SampledAnswers(TrainConfig(train_data="x"), engine, loaded, batches).problems
+    assert SampledAnswers(TrainConfig(train_data="x", eval_task="arithmetic"), engine, loaded, batches).problems
 
 
 def test_problems_come_from_the_pairs_and_are_judged(tiny_model, pairs_file, tmp_path):
