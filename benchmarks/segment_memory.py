@@ -1,23 +1,27 @@
 """Peak memory of a gradient against the number of forwards a score (n), per strategy, beside the plain way.
 
     python benchmarks/segment_memory.py                       # every strategy, full and LoRA, n = 2 .. 64
-    python benchmarks/segment_memory.py --numbers 2,8 --strategies two_pass,deferred --trained LoRA
+    python benchmarks/segment_memory.py --numbers 2,8 --strategies two_pass,deferred --trained LoRA --keep
 
-One pair, n rows an answer, one micro-batch. "plain" is the obvious way: all rows in one padded batch, logits of every
-position, log-softmax, gather, one graph. Each point runs in a process of its own: weights and reference are built, a
-step with n = 1 warms up, then the peak of a step (reference scores, policy scores, gradients; without the optimizer's
-update) is measured above what stood before it. On a GPU that is torch's allocator; on the CPU the resident set: the
-kernel's high-water mark is reset through /proc/self/clear_refs, and glibc is told to map every tensor above 64 KiB
-afresh and to unmap it when freed, so that the resident set is what is in use.
+One pair a step, n rows an answer. "plain" is the obvious way: all rows in one padded batch, logits of every position,
+log-softmax, gather, one graph. Each point runs in a process of its own: weights and reference are built, a step with
+n = 1 warms up, then the peak of a step (reference scores, policy scores, gradients; without the optimizer's update) is
+measured above what stood before it. On a GPU that is torch's allocator; on the CPU the resident set: the kernel's
+high-water mark is reset through /proc/self/clear_refs, and glibc is told to map every tensor above 16 KiB afresh and to
+unmap it when freed, so that the resident set is what is in use.
+
+What a first segment holds is no measure: no gradient stands beside its activations yet. So segments have one row, and
+every answer takes several at every n. The head's budget is below the logits of most rows, as it is for large models (256
+MiB are 530 tokens of LLaDA-8B), and small n take steps of a pair each until 32 rows are drawn, of which the worst
+counts: otherwise the worst of 128 rows, which has more masked tokens than the worst of 4, would show as growth.
 Writes docs/benchmarks/segment_memory.{json,md}.
 """
 
 import argparse
 import ctypes
 import json
+import multiprocessing
 import platform
-import subprocess
-import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -38,11 +42,14 @@ from diffdpo.noise.options import NoiseOptions
 from diffdpo.noise.rows import NoisyRows
 from diffdpo.reference.scorers import adapter_off_reference, copy_reference, frozen_copy
 from diffdpo.scores.fold import row_scores
-from diffdpo.scores.masked_log_probs import MaskedLogProbs
+from diffdpo.scores.masked_log_probs import MaskedLogProbs, TokenCount
 from diffdpo.step.segments import Segments
 from diffdpo.step.train_step import LossOptions, PreferenceStep
 
 MIB = 2**20
+DRAWN_ROWS = 32  # at least, over the steps of a point
+LOGITS_BUDGET = 2**18  # 16 tokens at the vocabulary below
+LORA_RANK = 8
 STRATEGIES = ("plain", "none", "checkpoint", "two_pass", "two_pass + layers", "deferred", "deferred + layers")
 
 
@@ -65,7 +72,7 @@ class AllLogits(torch.nn.Module):
 
     def __init__(self, model: torch.nn.Module):
         super().__init__()
-        self.model = model
+        self.model, self.counted = model, TokenCount()
 
     def forward(self, ids_RT, lengths_R, row_M, position_M, target_M) -> torch.Tensor:
         visible_RT = torch.arange(ids_RT.shape[1], device=ids_RT.device) < lengths_R[:, None]
@@ -102,13 +109,15 @@ def make_step(point: Point, device: torch.device) -> PreferenceStep:
     spec = FamilySpec("llada", point.vocab - 1, 0, 0, "LLaDABlock", LLADA_LORA_TARGETS)
     model: torch.nn.Module = LLaDAModelLM(config)
     if point.trained == "LoRA":
-        model = add_lora(model, spec, r=16)
+        model = add_lora(model, spec, r=LORA_RANK)
     strategy, _, layers = point.strategy.partition(" + ")
     plain = strategy == "plain"
-    module = AllLogits(model) if plain else MaskedLogProbs(model, spec, layer_checkpointing=bool(layers))
+    module: torch.nn.Module = AllLogits(model)
+    if not plain:
+        module = MaskedLogProbs(model, spec, layer_checkpointing=bool(layers), logits_budget=LOGITS_BUDGET)
     frozen = frozen_copy(AllLogits(native(model)) if plain else module)
     engine = PlainEngine(module, World(0, 0, 1, device), OptimizerOptions(learning_rate=0.0))
-    engine.step = lambda learning_rate: 0.0  # type: ignore[method-assign]
+    engine.step = lambda learning_rate: engine.discard() or 0.0  # type: ignore[method-assign,func-returns-value]
     segments = Segments(rows=point.segment_rows)
     if plain:
         reference = PlainReference(frozen.to(device))
@@ -122,21 +131,21 @@ def make_step(point: Point, device: torch.device) -> PreferenceStep:
     return PreferenceStep(engine, reference, noise, loss, strategy=strategy, segments=segments)
 
 
-def batch_of(point: Point) -> PairBatch:
-    """One pair whose answers are half of the row."""
-    ids = np.random.default_rng(0).integers(2, point.vocab - 1, (2, point.length)).astype(np.int32)
-    pair = TokenPair("pair", *(TokenAnswer(row, point.length // 2) for row in ids))
+def batch_of(point: Point, index: int) -> PairBatch:
+    """A pair whose answers are half of the row."""
+    ids = np.random.default_rng(index).integers(2, point.vocab - 1, (2, point.length)).astype(np.int32)
+    pair = TokenPair(f"pair {index}", *(TokenAnswer(row, point.length // 2) for row in ids))
     return collate([pair], pad_id=0, epoch=0, step=0, micro=0, last_micro=True)
 
 
 def measure(point: Point) -> dict[str, float]:
-    """Peak MiB above what stood before the step, and its seconds of CPU time (wall time on a GPU)."""
+    """Peak MiB above what stood before a step, and its seconds of CPU time (wall time on a GPU)."""
     _map_every_tensor()
     cuda = torch.cuda.is_available()
-    step, batch = make_step(point, torch.device("cuda" if cuda else "cpu")), batch_of(point)
+    step = make_step(point, torch.device("cuda" if cuda else "cpu"))
+    batches = [batch_of(point, index) for index in range(max(1, DRAWN_ROWS // (2 * point.n)))]
     noise, step.noise = step.noise, replace(step.noise, num_samples=1)
-    step([batch], 0.0)
-    step.engine.optimizer.zero_grad(set_to_none=True)
+    step(batches[:1], 0.0)
     step.noise = noise
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -145,10 +154,11 @@ def measure(point: Point) -> dict[str, float]:
     before = torch.cuda.memory_allocated() if cuda else _resident("VmRSS")
     clock = time.perf_counter if cuda else time.process_time
     started = clock()
-    step([batch], 0.0)
+    for batch in batches:
+        step([batch], 0.0)
     if cuda:
         torch.cuda.synchronize()
-    seconds = clock() - started
+    seconds = (clock() - started) / len(batches)
     peak = torch.cuda.max_memory_allocated() if cuda else _resident("VmHWM")
     return {"peak_mib": (peak - before) / MIB, "before_mib": before / MIB, "seconds": seconds}
 
@@ -156,7 +166,7 @@ def measure(point: Point) -> dict[str, float]:
 def _map_every_tensor() -> None:
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 64 * 1024)  # M_MMAP_THRESHOLD
+        libc.mallopt(-3, 16 * 1024)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 0)  # M_TRIM_THRESHOLD
 
 
@@ -167,9 +177,10 @@ def _resident(field: str) -> int:
 
 def in_its_own_process(point: Point) -> dict:
     """The point with its measurement."""
-    command = [sys.executable, "-m", "benchmarks.segment_memory", "--point", json.dumps(asdict(point))]
-    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return asdict(point) | json.loads(out.splitlines()[-1])
+    context = multiprocessing.get_context("forkserver")  # its children share the imports, not the parent's memory
+    context.set_forkserver_preload(["benchmarks.segment_memory", "peft"])
+    with context.Pool(1) as pool:
+        return asdict(point) | pool.apply(measure, (point,))
 
 
 def table(records: list[dict], machine: str) -> str:
@@ -181,17 +192,17 @@ def table(records: list[dict], machine: str) -> str:
         "# Peak memory against n",
         "",
         f"`python benchmarks/segment_memory.py` on {machine}. {first['layers']} layers of width {first['width']}, "
-        f"vocabulary {first['vocab']}, rows of {first['length']} tokens, {first['segment_rows']} rows a segment, "
-        "one pair. MiB above weights and reference, gradients included, the optimizer's update not.",
+        f"vocabulary {first['vocab']}, rows of {first['length']} tokens, {first['segment_rows']} row(s) a segment, "
+        "one pair a step. MiB above weights and reference, gradients included, the optimizer's update not.",
         "",
         f"| trained | strategy | {' | '.join(f'n = {n}' for n in numbers)} | growth | seconds at n = {numbers[-1]} |",
         "|---|---|" + "---|" * (len(numbers) + 2),
     ]
     for trained, strategy in dict.fromkeys((r["trained"], r["strategy"]) for r in records):
-        row = [found[trained, strategy, n] for n in numbers]
+        row = [found[trained, strategy, n] for n in numbers if (trained, strategy, n) in found]
         growth = row[-1]["peak_mib"] / row[0]["peak_mib"] - 1
-        peaks = " | ".join(f"{record['peak_mib']:.1f}" for record in row)
-        lines.append(f"| {trained} | {strategy} | {peaks} | {growth:+.1%} | {row[-1]['seconds']:.2f} |")
+        peaks = " | ".join([f"{record['peak_mib']:.1f}" for record in row] + ["-"] * (len(numbers) - len(row)))
+        lines.append(f"| {trained} | {strategy} | {peaks} | {growth:+.1%} | {row[-1]['seconds']:.1f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -200,24 +211,26 @@ def main() -> None:
     parser.add_argument("--numbers", default="2,4,8,16,32,64", help="values of n")
     parser.add_argument("--strategies", default=",".join(STRATEGIES))
     parser.add_argument("--trained", default="all,LoRA")
-    for name, value in {"width": 128, "layers": 6, "vocab": 8192, "length": 256, "segment_rows": 2}.items():
+    for name, value in {"width": 128, "layers": 12, "vocab": 4096, "length": 128, "segment_rows": 1}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--output", type=Path, default=Path("docs/benchmarks/segment_memory"), help="without suffix")
-    parser.add_argument("--point", help=argparse.SUPPRESS)
+    parser.add_argument("--keep", action="store_true", help="do not measure again what stands in --output")
     args = parser.parse_args()
-    if args.point:
-        print(json.dumps(measure(Point(**json.loads(args.point)))))
-        return
     shape = {name: getattr(args, name) for name in ("width", "layers", "vocab", "length", "segment_rows")}
-    records = []
+    file = args.output.with_suffix(".json")
+    records = json.loads(file.read_text())["points"] if args.keep else []
     for trained in args.trained.split(","):
         for strategy in args.strategies.split(","):
             for n in map(int, args.numbers.split(",")):
-                records.append(in_its_own_process(Point(strategy, trained, n, **shape)))
+                point = Point(strategy, trained, n, **shape)
+                if any(asdict(point).items() <= record.items() for record in records):
+                    continue
+                records.append(in_its_own_process(point))
                 print(f"{trained:5} {strategy:18} n = {n:3} {records[-1]['peak_mib']:9.1f} MiB", flush=True)
+    records.sort(key=lambda r: (r["trained"] == "LoRA", STRATEGIES.index(r["strategy"]), r["n"]))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     machine = f"{device}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
-    args.output.with_suffix(".json").write_text(json.dumps({"machine": machine, "points": records}, indent=1) + "\n")
+    file.write_text(json.dumps({"machine": machine, "points": records}, indent=1) + "\n")
     text = table(records, machine)
     args.output.with_suffix(".md").write_text(text)
     print(text)

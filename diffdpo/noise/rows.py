@@ -50,37 +50,25 @@ class NoisyRows:
     def num_answers(self) -> int:
         return len(self.tokens_A)
 
-    def segment(self, start: int, stop: int) -> "NoisyRows":
-        """Rows start .. stop as rows of their own: padding trimmed, ``row_M`` counted from 0."""
-        lengths_R = self.lengths_R[start:stop]
-        first, last = torch.searchsorted(self.row_M, torch.tensor([start, stop], device=self.row_M.device)).tolist()
+    def taken(self, index_S: torch.Tensor) -> "NoisyRows":
+        """Rows ``index_S``, in that order, as rows of their own: padding trimmed, ``row_M`` counted from 0. Where their
+        ``answer_R`` is not ascending they are to be scored, not to be folded."""
+        lengths_S = self.lengths_R[index_S]
+        first_S, stop_S = torch.searchsorted(self.row_M, index_S), torch.searchsorted(self.row_M, index_S + 1)
+        count_S = stop_S - first_S
+        row_M = torch.arange(len(index_S), device=index_S.device).repeat_interleave(count_S)
+        shift_S = first_S - (count_S.cumsum(0) - count_S)
+        place_M = torch.arange(len(row_M), device=row_M.device) + shift_S[row_M]
         return NoisyRows(
-            self.input_ids_RT[start:stop, : int(lengths_R.max()) if len(lengths_R) else 0],
-            lengths_R,
-            self.answer_R[start:stop],
-            self.weight_R[start:stop],
-            self.share_R[start:stop],
-            self.row_M[first:last] - start,
-            self.position_M[first:last],
-            self.target_M[first:last],
-            self.scale_M[first:last],
-            self.tokens_A,
-        )
-
-    def permuted(self, order_R: torch.Tensor) -> "NoisyRows":
-        """Row ``order_R[i]`` in place i. ``answer_R`` is then not ascending: to be scored, not to be folded."""
-        place_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
-        row_M, order_M = place_R[self.row_M].sort(stable=True)
-        return NoisyRows(
-            self.input_ids_RT[order_R],
-            self.lengths_R[order_R],
-            self.answer_R[order_R],
-            self.weight_R[order_R],
-            self.share_R[order_R],
+            self.input_ids_RT[index_S, : int(lengths_S.max()) if len(lengths_S) else 0],
+            lengths_S,
+            self.answer_R[index_S],
+            self.weight_R[index_S],
+            self.share_R[index_S],
             row_M,
-            self.position_M[order_M],
-            self.target_M[order_M],
-            self.scale_M[order_M],
+            self.position_M[place_M],
+            self.target_M[place_M],
+            self.scale_M[place_M],
             self.tokens_A,
         )
 

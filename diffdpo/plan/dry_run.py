@@ -44,6 +44,15 @@ def meta_rows(count: int, job: Job) -> NoisyRows:
     return NoisyRows(ids_RT, index_R, index_R, row_R, row_R, index_M, index_M, index_M, value_M, index_R)
 
 
+class MetaSegment(Segment):
+    """A segment that is given whole: on the meta device nothing can be cut by its values."""
+
+    @property
+    def rows(self) -> NoisyRows:
+        """What it was made of."""
+        return self.micro_batch
+
+
 class MetaSegments:
     """As `diffdpo.step.segments.Segments` cuts rows of equal length."""
 
@@ -63,7 +72,7 @@ class MetaSegments:
         return [self(rows), self(rows)]
 
     def _piece(self, count: int) -> Segment:
-        return Segment(meta_rows(count, self.job), torch.empty(count, dtype=torch.long, device="meta"))
+        return MetaSegment(meta_rows(count, self.job), torch.empty(count, dtype=torch.long, device="meta"))
 
 
 class DryEngine:

@@ -67,15 +67,18 @@ def none(engine: Engine, rows: NoisyRows, loss_of: LossOf, *, segments: Segments
 def checkpoint(engine: Engine, rows: NoisyRows, loss_of: LossOf, *, segments: Segments, last: bool) -> torch.Tensor:
     """Each segment recomputed in the backward of one graph: every gradient is reduced (and offloaded) once."""
 
-    def run(segment: NoisyRows) -> torch.Tensor:
+    def run(piece: Segment) -> torch.Tensor:
         # no randomness inside (dropout is off), hence no generator state to restore; and no check of recomputed
         # tensors, which ZeRO-3's release of frozen weights would trip
         return recompute(
-            forward_rows, engine, segment, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
+            lambda: forward_rows(engine, piece.rows),
+            use_reentrant=False,
+            preserve_rng_state=False,
+            determinism_check="none",
         )
 
     pieces = segments(rows)
-    values = [run(piece.rows) for piece in pieces]
+    values = [run(piece) for piece in pieces]
     f_R = in_order(pieces, values)
     # segments that fill up take part in the backward, where every rank must recompute as many
     fill = sum(value_S.sum() for piece, value_S in zip(pieces, values, strict=True) if not len(piece.index_S))
@@ -117,7 +120,7 @@ def deferred(engine: Engine, rows: NoisyRows, loss_of: LossOf, *, segments: Segm
     def gradient_of_score(pieces: list[Segment]) -> torch.Tensor:
         for piece in pieces:
             f_S = forward_rows(engine, piece.rows)
-            engine.backward((f_S * piece.rows.weight_R).sum(), last=last)
+            engine.backward((f_S * piece.of(rows.weight_R)).sum(), last=last)
             f_R[piece.index_S] = f_S.detach()
         return torch.cat([piece.index_S for piece in pieces])
 

@@ -23,12 +23,17 @@ from diffdpo.noise.rows import NoisyRows
 class Segment:
     """Rows of one forward. ``index_S``: where they stand in the micro-batch; empty for a segment that fills up."""
 
-    rows: NoisyRows
+    micro_batch: NoisyRows
     index_S: torch.Tensor
+
+    @property
+    def rows(self) -> NoisyRows:
+        """Cut out anew each time: held beside the micro-batch, segments would double what n rows take."""
+        return self.micro_batch.taken(self.index_S) if len(self.index_S) else self.micro_batch.nothing()
 
     def of(self, value_R: torch.Tensor) -> torch.Tensor:
         """The values of the micro-batch's rows that belong to this segment's rows; 0 for a row that fills up."""
-        return value_R[self.index_S] if len(self.index_S) else value_R.new_zeros(len(self.rows))
+        return value_R[self.index_S] if len(self.index_S) else value_R.new_zeros(1)
 
 
 @dataclass(frozen=True)
@@ -54,17 +59,15 @@ class Segments:
     def __call__(self, rows: NoisyRows) -> list[Segment]:
         """The micro-batch's rows, longest first."""
         order_R = _by_length(rows)
-        ordered = rows.permuted(order_R)
-        segments = self._cut(ordered, order_R, 0, len(rows))
-        return segments + [Segment(rows.nothing(), order_R[:0])] * self._missing(len(segments))
+        segments = self._cut(rows, order_R)
+        return segments + [Segment(rows, order_R[:0])] * self._missing(len(segments))
 
     def by_answer(self, rows: NoisyRows) -> list[list[Segment]]:
         """The segments of each answer: none holds rows of two."""
         order_R = _spread(rows)
-        ordered = rows.permuted(order_R)
-        bounds = torch.bincount(rows.answer_R, minlength=rows.num_answers).cumsum(0).tolist()
-        answers = [self._cut(ordered, order_R, *span) for span in zip([0, *bounds[:-1]], bounds, strict=True)]
-        answers[-1] += [Segment(rows.nothing(), order_R[:0])] * self._missing(sum(map(len, answers)))
+        counts = torch.bincount(rows.answer_R, minlength=rows.num_answers).tolist()
+        answers = [self._cut(rows, own_R) for own_R in order_R.split(counts)]
+        answers[-1] += [Segment(rows, order_R[:0])] * self._missing(sum(map(len, answers)))
         return answers
 
     def fit(self, lengths: Sequence[int]) -> int:
@@ -97,9 +100,9 @@ class Segments:
             return f"{self.rows} rows a segment"
         return f"up to {self.tokens} tokens a segment" if self.tokens else "one segment"
 
-    def _cut(self, ordered: NoisyRows, order_R: torch.Tensor, first: int, last: int) -> list[Segment]:
-        cuts = [(first + start, first + stop) for start, stop in self._cuts(ordered.lengths_R[first:last].tolist())]
-        return [Segment(ordered.segment(start, stop), order_R[start:stop]) for start, stop in cuts]
+    def _cut(self, rows: NoisyRows, order_R: torch.Tensor) -> list[Segment]:
+        cuts = self._cuts(rows.lengths_R[order_R].tolist())
+        return [Segment(rows, order_R[start:stop]) for start, stop in cuts]
 
     def _cuts(self, lengths: Sequence[int]) -> list[tuple[int, int]]:
         """Consecutive (start, stop): as many rows as fit, at least one."""

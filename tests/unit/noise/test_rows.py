@@ -60,7 +60,7 @@ def test_rows_do_not_depend_on_batch_composition(estimator):
     together = rows_of(*pairs, estimator=estimator)
     alone = [rows_of(one, estimator=estimator) for one in pairs]
     for b, rows in enumerate(alone):
-        part = together.segment(8 * b, 8 * (b + 1))
+        part = together.taken(torch.arange(8 * b, 8 * (b + 1)))
         for name in ("input_ids_RT", "lengths_R", "weight_R", "row_M", "position_M", "target_M", "scale_M"):
             assert torch.equal(getattr(part, name), getattr(rows, name)), name
 
@@ -93,7 +93,7 @@ def test_exact_has_all_masks_of_each_answer():
 @pytest.mark.parametrize("size", [1, 3, 5, 100])
 def test_segments_partition_the_rows(size):
     rows = rows_of(pair("a", 3, 5, 9), pair("b", 6, 30, 2))
-    parts = [rows.segment(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
+    parts = [rows.taken(torch.arange(start, min(start + size, len(rows)))) for start in range(0, len(rows), size)]
     assert sum(len(part) for part in parts) == len(rows)
     assert torch.equal(torch.cat([part.target_M for part in parts]), rows.target_M)
     for start, part in zip(range(0, len(rows), size), parts, strict=True):

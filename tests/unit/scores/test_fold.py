@@ -48,7 +48,7 @@ def test_rows_scored_in_segments_fold_to_the_same():
     logp_M = torch.randn(len(rows.target_M))
     pieces, start = [], 0
     for first in range(0, len(rows), 3):
-        part = rows.segment(first, min(first + 3, len(rows)))
+        part = rows.taken(torch.arange(first, min(first + 3, len(rows))))
         pieces.append(row_scores(logp_M[start : start + len(part.target_M)], part))
         start += len(part.target_M)
     assert torch.equal(fold(torch.cat(pieces), rows).score_B2, fold(row_scores(logp_M, rows), rows).score_B2)
