@@ -11,8 +11,8 @@ high-water mark is reset through /proc/self/clear_refs, and glibc is told to map
 unmap it when freed, so that the resident set is what is in use.
 
 What a first segment holds is no measure: no gradient stands beside its activations yet. So segments have one row, and
-every answer takes several at every n. The head's budget is below the logits of most rows, as it is for large models (256
-MiB are 530 tokens of LLaDA-8B), and small n take steps of a pair each until 32 rows are drawn, of which the worst
+every answer takes several at every n. The head's budget is below the logits of most rows, as it is for large models
+(256 MiB are 530 tokens of LLaDA-8B), and small n take steps of a pair each until 32 rows are drawn, of which the worst
 counts: otherwise the worst of 128 rows, which has more masked tokens than the worst of 4, would show as growth.
 Writes docs/benchmarks/segment_memory.{json,md}.
 """

@@ -26,6 +26,7 @@ from diffdpo.engine.deepspeed import (
     DeepSpeedEngine,
     complete_ds_config,
     freeze,
+    why_not_whole_gradients,
     zero_stage,
 )
 from diffdpo.engine.operators import prepare_operators
@@ -38,6 +39,7 @@ from diffdpo.models.load import LoadedModel
 from diffdpo.models.spec import FamilySpec
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
+from diffdpo.step.choose import check_deferred
 from diffdpo.step.segments import Segments
 from diffdpo.step.train_step import LossOptions
 from diffdpo.tracking.run import tracking_uri
@@ -271,6 +273,20 @@ def choose_bf16(config: RunConfig, *, able: bool) -> bool:
     if config.bf16 is not None and config.bf16 is not in_json:
         raise UserError(f"--bf16 is {config.bf16} and --ds_config sets bf16.enabled to {in_json}; leave one out")
     return in_json
+
+
+def load_device(config: RunConfig, world: World) -> str:
+    """Where weights are read to: under ZeRO-3 to the host, from where they go to the devices in shards."""
+    sharded = uses_deepspeed(config) and zero_stage(read_ds_config(Path(config.ds_config or ""))) == 3
+    return "cpu" if sharded else str(world.device)
+
+
+def check_segmentation_of_engine(config: TrainConfig, world: World) -> None:
+    """UserError for ``--segmentation deferred`` under a --ds_config that speaks against it, as far as is known before
+    the model is."""
+    if uses_deepspeed(config):
+        ds_config = read_ds_config(Path(config.ds_config or ""))
+        check_deferred(config.segmentation, why_not_whole_gradients(ds_config, world.size, few=config.use_peft))
 
 
 def wrap(config: RunConfig, loaded: LoadedModel) -> MaskedLogProbs:

@@ -95,7 +95,7 @@ def _load_or_make(config: SftConfig, place: Place, data: ShardedDataset, *, bf16
     """The named model, or a new one with a tokenizer trained on the data: the same on every rank."""
     if config.model_name_or_path:
         dtype = "bfloat16" if bf16 else "float32"
-        loaded = load_model(config.model_name_or_path, dtype=dtype, device=str(place.world.device))
+        loaded = load_model(config.model_name_or_path, dtype=dtype, device=build.load_device(config, place.world))
         loaded.model.requires_grad_(True)
         return loaded
     folder = place.output_dir / "start"
@@ -108,7 +108,7 @@ def _load_or_make(config: SftConfig, place: Place, data: ShardedDataset, *, bf16
         model.save_pretrained(partial)
         partial.rename(folder)
     place.world.wait()
-    loaded = load_model(str(folder), device=str(place.world.device))
+    loaded = load_model(str(folder), device=build.load_device(config, place.world))
     loaded.model.requires_grad_(True)
     return loaded
 

@@ -38,6 +38,7 @@ def train(config: TrainConfig) -> int:
     )
     place = build.find_place(config, "train")
     try:
+        build.check_segmentation_of_engine(config, place.world)
         if config.precompute_only:
             return _precompute_only(config, loss, place)
         return carry_out(_Training(config, loss, place).job())
@@ -105,7 +106,7 @@ class _Training:
         loaded = load_model(
             config.model_name_or_path or str(build.BUNDLED_MODEL),
             dtype="bfloat16" if self.bf16 else "float32",
-            device=str(self.place.world.device),
+            device=build.load_device(config, self.place.world),
             load_in_4bit=config.load_in_4bit,
         )
         if not config.use_peft:

@@ -33,6 +33,7 @@ class Engine(Protocol):
     world: World
     module: nn.Module  # as it was before wrapping: for saving and for generation
     keeps_gradients_sharded: bool  # ZeRO-3: a module used twice in one backward loses the sharding
+    hands_gradients_over: bool  # in a backward, to other ranks or to the host: ZeRO-2 and 3, offload
     saves_per_process: bool  # what ``save`` writes is read again by as many processes only
     parameters: list[nn.Parameter]  # those that are trained
 

@@ -53,9 +53,10 @@ class DeepSpeedEngine:
             cuda=world.device.type == "cuda",
         )
         self.keeps_gradients_sharded = zero_stage(self.config) == 3
+        self.hands_gradients_over = hands_gradients_over(self.config, world.size)
         deepspeed.init_distributed(verbose=False)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=module.to(world.device),
+            model=_placed(module, world, self.config),
             model_parameters=parameter_groups(module, options.weight_decay),
             config=self.config,
         )
@@ -76,17 +77,10 @@ class DeepSpeedEngine:
         self.engine.backward(loss * self.world.size, scale_wrt_gas=False)  # it averages over ranks: undo that
 
     def why_not_unreduced(self) -> str | None:
-        stage, offloads = zero_stage(self.config), "offload_optimizer" in self.config["zero_optimization"]
-        if stage == 0:
-            return "DeepSpeed's stage 0 reduces gradients in every backward (stages 1 to 3 can wait)"
         if getattr(self.optimizer, "use_grad_accum_attribute", False):
             return "DeepSpeed's fp32 accumulation (data_types.grad_accum_dtype) keeps gradients out of .grad"
-        sharded = offloads or stage == 3 or (stage == 2 and self.world.size > 1)
         everything, trained = count_parameters(self.module)
-        if sharded and trained > SMALL_SHARE * everything:
-            what = "offload" if offloads else f"sharding of ZeRO-{stage}"
-            return f"three whole gradients on every device would undo the {what}"
-        return None
+        return why_not_whole_gradients(self.config, self.world.size, few=trained <= SMALL_SHARE * everything)
 
     @contextmanager
     def unreduced(self) -> Iterator[None]:
@@ -148,7 +142,24 @@ def freeze(module: nn.Module, world: World, config: Mapping[str, Any]) -> Callab
     deepspeed.init_distributed(verbose=False)
     config = {k: v for k, v in config.items() if k not in ("optimizer", "gradient_clipping")}
     config["zero_optimization"] = {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"}
-    return deepspeed.initialize(model=module, config=config)[0]
+    return deepspeed.initialize(model=_placed(module, world, config), config=config)[0]
+
+
+def _placed(module: nn.Module, world: World, config: Mapping[str, Any]) -> nn.Module:
+    """The module where DeepSpeed wants it: on the device, under ZeRO-3 in shards.
+
+    Weight by weight, each from the host to the device and on to its shard: ``deepspeed.initialize`` alone would first
+    put all of the module on the device.
+    """
+    if zero_stage(config) < 3:
+        return module.to(world.device)
+    if config["bf16"]["enabled"]:  # what DeepSpeed does to a module that is not in shards yet
+        for parameter in module.parameters():
+            parameter.data = parameter.data.bfloat16()
+    for buffer in module.buffers():
+        buffer.data = buffer.data.to(world.device)
+    import_deepspeed().zero.Init(module=module, config_dict_or_path=copy.deepcopy(dict(config)))
+    return module
 
 
 def release(forward: Callable[..., torch.Tensor]) -> None:
@@ -187,6 +198,26 @@ def _forget(optimizer: Any) -> None:
 def zero_stage(config: Mapping[str, Any]) -> int:
     """The ZeRO stage of a DeepSpeed configuration."""
     return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def hands_gradients_over(config: Mapping[str, Any], world_size: int) -> bool:
+    """Whether a backward moves gradients away from the device that made them: to their rank's shard, to the host."""
+    stage, offload = zero_stage(config), config.get("zero_optimization", {}).get("offload_optimizer")
+    return stage == 3 or (stage == 2 and world_size > 1) or bool(offload and offload.get("device", "none") != "none")
+
+
+def why_not_whole_gradients(config: Mapping[str, Any], world_size: int, *, few: bool) -> str | None:
+    """What stands against whole gradients in ``.grad`` until the end of a step; None where nothing does.
+
+    ``few``: what is trained is small beside the model (LoRA).
+    """
+    stage = zero_stage(config)
+    if stage == 0:
+        return "DeepSpeed's stage 0 reduces gradients in every backward (stages 1 to 3 can wait)"
+    if few or not hands_gradients_over(config, world_size):
+        return None
+    what = "offload" if "offload_optimizer" in config["zero_optimization"] else f"sharding of ZeRO-{stage}"
+    return f"three whole gradients on every device would undo the {what}"
 
 
 def complete_ds_config(

@@ -15,7 +15,7 @@ from diffdpo.engine.world import World
 class PlainEngine:
     """torch's AdamW on a module that every rank holds whole."""
 
-    keeps_gradients_sharded = False
+    keeps_gradients_sharded = hands_gradients_over = False
     saves_per_process = False
 
     def __init__(self, module: nn.Module, world: World, options: OptimizerOptions):

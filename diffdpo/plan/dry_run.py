@@ -78,7 +78,7 @@ class MetaSegments:
 class DryEngine:
     """Stands in for the engine: gradients stay in ``.grad``, or leave through a bucket as in ZeRO-2 and ZeRO-3."""
 
-    keeps_gradients_sharded = False
+    keeps_gradients_sharded = hands_gradients_over = False
 
     def __init__(self, module: MaskedLogProbs, job: Job, ledger: Ledger):
         self.module, self.ledger = module, ledger

@@ -14,7 +14,7 @@ from diffdpo import build
 from diffdpo.config import TrainConfig
 from diffdpo.ds_config import read_ds_config
 from diffdpo.engine.base import OptimizerOptions
-from diffdpo.engine.deepspeed import DeepSpeedEngine, complete_ds_config, zero_stage
+from diffdpo.engine.deepspeed import DeepSpeedEngine, complete_ds_config, hands_gradients_over, zero_stage
 from diffdpo.noise.estimators import MAX_EXACT_LENGTH, num_rows
 from diffdpo.reference.modes import check_reference, choose_mode
 from diffdpo.step.choose import MicroBatchShape, choose_strategy
@@ -137,10 +137,10 @@ def resolve(
     bf16 = build.choose_bf16(config, able=cuda)
     place: Any = SimpleNamespace(size=world, device=torch.device("cuda" if cuda else "cpu"))
     ds_config = _ds_config(config, bf16=bf16, cuda=cuda, world=world)
-    engine: Any = SimpleNamespace(keeps_gradients_sharded=False, why_not_unreduced=lambda: None)
+    engine: Any = SimpleNamespace(hands_gradients_over=False, why_not_unreduced=lambda: None)
     if ds_config is not None:
         held = SimpleNamespace(config=ds_config, optimizer=None, world=place, module=module)
-        engine.keeps_gradients_sharded = zero_stage(ds_config) == 3
+        engine.hands_gradients_over = hands_gradients_over(ds_config, world)
         engine.why_not_unreduced = partial(DeepSpeedEngine.why_not_unreduced, held)  # type: ignore[arg-type]
     loss = build.make_loss(config)
     check_reference(config, loss)

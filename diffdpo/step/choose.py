@@ -32,14 +32,19 @@ def check_segmentation(name: str, *, whole_batch: bool) -> None:
         )
 
 
+def check_deferred(name: str, obstacle: str | None) -> None:
+    """UserError for ``deferred`` where ``obstacle`` (``Engine.why_not_unreduced``) stands against it."""
+    if name == "deferred" and obstacle:
+        raise UserError(f"--segmentation deferred: {obstacle}; use --segmentation two_pass or auto")
+
+
 def choose_strategy(name: str, *, engine: Engine, segments: Segments, shape: MicroBatchShape) -> tuple[str, str]:
     """(strategy, why) for ``--segmentation``. UserError for a strategy that this run cannot use."""
     check_segmentation(name, whole_batch=shape.whole_batch)
     if shape.whole_batch:
         return "two_pass", "the loss couples the pairs of a step"
     obstacle = engine.why_not_unreduced()
-    if name == "deferred" and obstacle:
-        raise UserError(f"--segmentation deferred: {obstacle}; use --segmentation two_pass or auto")
+    check_deferred(name, obstacle)
     if name != "auto":
         return name, "as asked for"
     if segments.fit([shape.max_length] * shape.rows) == 1:
@@ -47,6 +52,9 @@ def choose_strategy(name: str, *, engine: Engine, segments: Segments, shape: Mic
     full = segments.fit([shape.max_length] * shape.rows_per_answer) > 1
     if full and not obstacle:
         return "deferred", "the rows of one answer fill a segment, so no row needs a second forward"
-    if engine.keeps_gradients_sharded:
-        return "two_pass", "ZeRO-3 stays sharded when a module is used once a backward"
+    if engine.hands_gradients_over:
+        return (
+            "two_pass",
+            "gradients leave the device after each segment; checkpoint would hold them to the end",
+        )
     return "checkpoint", "gradients are reduced once a micro-batch"

@@ -14,7 +14,7 @@ class Pretend:
     """What is asked of an engine here."""
 
     obstacle: str | None = None
-    keeps_gradients_sharded: bool = False
+    hands_gradients_over: bool = False
 
     def why_not_unreduced(self) -> str | None:
         return self.obstacle
@@ -30,7 +30,10 @@ def chosen(name="auto", engine=Pretend(), segments=Segments(tokens=1000), shape=
 def test_auto_names_its_reason():
     assert chosen(segments=Segments(tokens=6400)) == ("none", "all 64 rows of a micro-batch fit in one segment")
     assert chosen()[0] == "checkpoint"
-    assert chosen(engine=Pretend("sharded", keeps_gradients_sharded=True))[0] == "two_pass"
+    assert chosen(engine=Pretend("sharded", hands_gradients_over=True)) == (
+        "two_pass",
+        "gradients leave the device after each segment; checkpoint would hold them to the end",
+    )
     assert chosen(shape=replace(SHAPE, rows_per_answer=16)) == (
         "deferred",
         "the rows of one answer fill a segment, so no row needs a second forward",
