@@ -31,6 +31,7 @@ from diffdpo.engine.deepspeed import (
 )
 from diffdpo.engine.operators import prepare_operators
 from diffdpo.engine.plain import PlainEngine
+from diffdpo.engine.preflight import check_swap_folders
 from diffdpo.engine.world import World, join_world
 from diffdpo.errors import UserError
 from diffdpo.losses.preference import check_loss
@@ -281,11 +282,14 @@ def load_device(config: RunConfig, world: World) -> str:
     return "cpu" if sharded else str(world.device)
 
 
-def check_segmentation_of_engine(config: TrainConfig, world: World) -> None:
-    """UserError for ``--segmentation deferred`` under a --ds_config that speaks against it, as far as is known before
-    the model is."""
-    if uses_deepspeed(config):
-        ds_config = read_ds_config(Path(config.ds_config or ""))
+def check_ds_config(config: RunConfig, world: World) -> None:
+    """UserError for what --ds_config asks of this host in vain, and for ``--segmentation deferred`` where it speaks
+    against that, as far as is known before the model is."""
+    if not uses_deepspeed(config):
+        return
+    ds_config = read_ds_config(Path(config.ds_config or ""))
+    check_swap_folders(ds_config)
+    if isinstance(config, TrainConfig):
         check_deferred(config.segmentation, why_not_whole_gradients(ds_config, world.size, few=config.use_peft))
 
 

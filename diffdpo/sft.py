@@ -36,6 +36,7 @@ def sft(config: SftConfig) -> int:
     check_estimator(config.score_estimator, num_samples=config.num_mc_samples)
     place = build.find_place(config, "sft")
     try:
+        build.check_ds_config(config, place.world)
         return _sft(config, place)
     finally:
         leave_world()

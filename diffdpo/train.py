@@ -38,7 +38,7 @@ def train(config: TrainConfig) -> int:
     )
     place = build.find_place(config, "train")
     try:
-        build.check_segmentation_of_engine(config, place.world)
+        build.check_ds_config(config, place.world)
         if config.precompute_only:
             return _precompute_only(config, loss, place)
         return carry_out(_Training(config, loss, place).job())
@@ -200,7 +200,8 @@ class _Training:
         if config.ref_model_name_or_path or "sigmoid" not in self.loss.names:
             return
         off = abs(config.beta * report.largest_logit) / 2  # |loss - ln 2| of the worst pair, to first order
-        same = self.scores is None or self.scores.same_shapes
+        # segments that --max_memory has sized are not those that the scores were made in
+        same = self.scores is None or (self.scores.same_shapes and not config.max_memory)
         if not off <= LN2_TOLERANCE[self.bf16] * (1 if same else 10):
             self.place.say(
                 f"WARNING: the first step's loss should be ln 2 = {LN2:.6f} (policy = reference, shared noise) but a "

@@ -77,7 +77,7 @@ def _reference(job: Job, weights: int) -> list[Part]:
         return [Part("reference copy", DEVICE, weights)]
     return [
         Part("reference copy", PLACES[job.zero.parameters], weights // job.world, STEP),
-        Part("reference copy", DEVICE, weights, ("start",)),
+        Part("reference copy", HOST if job.cuda else DEVICE, weights, ("start",)),
     ]
 
 
@@ -137,8 +137,10 @@ def _stage_3(job: Job, zero: Zero, n: Numbers) -> list[Part]:
     home, states = PLACES[zero.parameters], PLACES[zero.optimizer]
     gradients = DEVICE if states == DEVICE else HOST
     parts = [
-        Part("weights", DEVICE, weights, ("start",)),
-        Part("weights", home, _pinned(weights // job.world, zero, home), STEP),
+        # read to the host, then weight by weight to the device and on to its shard
+        Part("weights, before they are sharded", HOST if job.cuda else DEVICE, weights, ("start",)),
+        Part("largest layer, on its way", DEVICE, n.largest_module * w, ("start",)),
+        Part("weights", home, _pinned(weights // job.world, zero, home), STEP if home == HOST else MOMENTS),
         Part("weights gathered for use", DEVICE, gathered if job.world > 1 or home != DEVICE else 0, ("backward",)),
         Part("gradient bucket", DEVICE, 2 * _touched(zero.reduce_bucket, n, job) * w, ("backward",)),
         Part("gradients", gradients, _pinned(share * w, zero, gradients), STEP),

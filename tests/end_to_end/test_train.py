@@ -82,6 +82,8 @@ MISTAKES = [
     (["--model_name_or_path", "/nowhere"], "/nowhere"),
     (["--tracking_uri", "ftp://x"], "ftp://x"),
     (["--loss_type", "aot", "--segmentation", "none"], "--segmentation none"),
+    (["--ds_config", "ds_configs/4080_offload.json", "--segmentation", "deferred"], "would undo the offload"),
+    (["--ds_config", "ds_configs/zero3_nvme.json"], "/path/on/an/nvme/disk"),
 ]
 
 

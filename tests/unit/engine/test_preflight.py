@@ -1,0 +1,61 @@
+"""What is refused before a model is loaded."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from diffdpo.engine import preflight
+from diffdpo.engine.deepspeed import hands_gradients_over, why_not_whole_gradients
+from diffdpo.errors import UserError
+
+
+def nvme(path, part="offload_optimizer"):
+    return {"zero_optimization": {"stage": 3, part: {"device": "nvme", "nvme_path": path}}}
+
+
+@pytest.mark.parametrize("part", ["offload_optimizer", "offload_param"])
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [(None, "is missing"), ("/no/such/folder", "is not a folder"), (7, "is 7"), (__file__, "is not")],
+)
+def test_a_folder_for_nvme_must_be_there(path, said, part):
+    with pytest.raises(UserError, match=f'"nvme_path" of {part} .*{said}.*; set it to'):
+        preflight.check_swap_folders(nvme(path, part))
+
+
+def test_a_folder_in_memory_is_no_disk(tmp_path, monkeypatch):
+    mounts = [SimpleNamespace(mountpoint="/", fstype="ext4")]
+    monkeypatch.setattr(preflight.psutil, "disk_partitions", lambda all: mounts)
+    preflight.check_swap_folders(nvme(str(tmp_path)))
+    mounts.append(SimpleNamespace(mountpoint=str(tmp_path), fstype="tmpfs"))
+    with pytest.raises(UserError, match=r"lies in memory \(tmpfs\)"):
+        preflight.check_swap_folders(nvme(str(tmp_path)))
+
+
+def test_nothing_is_asked_where_nothing_is_swapped():
+    preflight.check_swap_folders({})
+    preflight.check_swap_folders({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}})
+
+
+@pytest.mark.parametrize(
+    ("zero", "processes", "few", "said"),
+    [
+        ({"stage": 0}, 1, True, "stage 0"),
+        ({"stage": 1}, 2, False, None),
+        ({"stage": 2}, 1, False, None),
+        ({"stage": 2}, 2, False, "sharding of ZeRO-2"),
+        ({"stage": 2}, 2, True, None),
+        ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, 1, False, "the offload"),
+        ({"stage": 2, "offload_optimizer": {"device": "none"}}, 1, False, None),
+        ({"stage": 3}, 1, False, "sharding of ZeRO-3"),
+    ],
+)
+def test_whole_gradients_are_refused_where_they_undo_the_saving(zero, processes, few, said):
+    found = why_not_whole_gradients({"zero_optimization": zero}, processes, few=few)
+    assert (found is None) if said is None else (said in found)
+
+
+def test_gradients_leave_the_device_under_sharding_and_offload():
+    assert not hands_gradients_over({"zero_optimization": {"stage": 2}}, 1)
+    assert hands_gradients_over({"zero_optimization": {"stage": 2}}, 2)
+    assert hands_gradients_over({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}, 1)
