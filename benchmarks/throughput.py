@@ -2,6 +2,7 @@
 
     python benchmarks/throughput.py                          # the shapes that suit this device
     python benchmarks/throughput.py --shapes small --repeats 5
+    python benchmarks/throughput.py --shapes medium --numbers 8 --repeats 1 --warm_up 0 --keep  # adds to it
 
 The plain step is what implementations of the field do: a row for every mask, padded to the longest of the micro-batch,
 logits of every position in fp32, a second model as the reference, layers recomputed in the backward, one graph, noise
@@ -173,16 +174,22 @@ class PlainStep:
 # ------------------------------------------------------------------------------------------------- ours
 
 
+def engine_of(policy: nn.Module, spec: FamilySpec) -> PlainEngine:
+    """Plain torch, where the policy is."""
+    world = World(0, 0, 1, next(policy.parameters()).device)
+    return PlainEngine(MaskedLogProbs(policy, spec), world, OptimizerOptions(RATE, max_grad_norm=1.0))
+
+
+def place_of(shape: Shape, n: int) -> MicroBatchShape:
+    """What is known of the shape's micro-batch before it is read."""
+    return MicroBatchShape(shape.pairs, n, shape.max_length, whole_batch=False)
+
+
 def our_step(
-    policy: nn.Module, spec: FamilySpec, noise: NoiseOptions, shape: Shape, device: torch.device, *, precomputed: bool
+    policy: nn.Module, spec: FamilySpec, noise: NoiseOptions, shape: Shape, segments: Segments, *, precomputed: bool
 ) -> tuple[PreferenceStep, str]:
     """The step as it is built for training, and its strategy. ``precomputed``: the reference's scores are at hand."""
-    engine = PlainEngine(
-        MaskedLogProbs(policy, spec), World(0, 0, 1, device), OptimizerOptions(RATE, max_grad_norm=1.0)
-    )
-    segments = Segments(tokens=16384 if device.type == "cuda" else 8192)
-    place = MicroBatchShape(shape.pairs, noise.num_samples, shape.max_length, whole_batch=False)
-    fit_segments(engine, segments, place, fraction=MAX_MEMORY)
+    engine, place = engine_of(policy, spec), place_of(shape, noise.num_samples)
     reference = adapter_off_reference(engine, policy, segments=segments)
     if precomputed:
         kept: dict[int, torch.Tensor] = {}
@@ -238,29 +245,33 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def compare(name: str, device: torch.device, repeats: int) -> list[dict]:
+def compare(name: str, numbers: list[int], device: torch.device, repeats: int, warm_up: int) -> list[dict]:
     """One record a way; the ways take turns, so that a busy moment of the machine meets all of them."""
     shape = SHAPES[name]
     batch, peak = make_batch(shape), peak_flops(device, shape.dtype)
     ways: dict[str, tuple[Callable[[], object], int, float, str]] = {}
     difference = 0.0
-    for n in (4, 8):
-        policy, spec = make_model(shape, device)
+    policy, spec = make_model(shape, device)
+    segments = Segments(tokens=1)
+    fit_segments(engine_of(copy.deepcopy(policy), spec), segments, place_of(shape, max(numbers)), fraction=MAX_MEMORY)
+    for n in numbers:
         noise = {estimator: NoiseOptions(estimator, n, 0, shape.vocab - 1) for estimator in (OURS, FIELD)}
         difference = max(difference, score_difference(policy, spec, batch, noise[OURS], device))
         for precomputed in (False, True):
-            step, strategy = our_step(copy.deepcopy(policy), spec, noise[OURS], shape, device, precomputed=precomputed)
+            step, strategy = our_step(
+                copy.deepcopy(policy), spec, noise[OURS], shape, segments, precomputed=precomputed
+            )
             label = "ours, reference scores precomputed" if precomputed else "ours, reference = adapter off"
             flops = model_flops(shape, noise[OURS], batch, reference=not precomputed)
             ways[f"{label} | {n}"] = (lambda step=step: step([batch], RATE), n, flops, strategy)
-        plain = PlainStep(policy, noise[FIELD], device)
+        plain = PlainStep(copy.deepcopy(policy), noise[FIELD], device)
         flops = model_flops(shape, noise[FIELD], batch, reference=True)
         ways[f"plain | {n}"] = (lambda plain=plain: plain(batch), n, flops, "one graph")
     seconds: dict[str, list[float]] = {key: [] for key in ways}
-    for turn in range(repeats + 1):
+    for turn in range(warm_up + repeats):
         for key, (run, *_) in ways.items():
             taken = timed(run, device)
-            if turn:  # the first warms up
+            if turn >= warm_up:
                 seconds[key].append(taken)
     records = []
     for key, (_, n, flops, strategy) in ways.items():
@@ -293,7 +304,7 @@ def table(records: list[dict], machine: str) -> str:
     for r in records:
         plain = {b["n"]: b["seconds"] for b in records if b["shape"] == r["shape"] and b["way"] == "plain"}
         same_n = f"{plain[r['n']] / r['seconds']:.2f}"
-        against_8 = f"{plain[8] / r['seconds']:.2f}" if r["n"] == 4 and r["way"] != "plain" else ""
+        against_8 = f"{plain[8] / r['seconds']:.2f}" if r["n"] == 4 and r["way"] != "plain" and 8 in plain else ""
         cells = (r["shape"], r["way"], r["n"], r["strategy"], f"{r['seconds']:.3f}", f"{r['pairs_per_second']:.2f}")
         lines.append("| " + " | ".join(map(str, (*cells, f"{r['utilisation']:.0%}", same_n, against_8))) + " |")
     return "\n".join(lines) + "\n"
@@ -303,14 +314,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shapes", default=",".join(ON_GPU if device.type == "cuda" else ON_CPU))
+    parser.add_argument("--numbers", default="4,8", help="values of n")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--warm_up", type=int, default=1, help="turns that are not counted")
+    parser.add_argument("--keep", action="store_true", help="add to what stands in --output")
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs/benchmarks/throughput")
     args = parser.parse_args()
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
     machine = f"{name}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
-    records = []
-    for name in args.shapes.split(","):
-        records += compare(name, device, args.repeats)  # written shape by shape: a long one may be broken off
+    numbers = [int(n) for n in args.numbers.split(",")]
+    records = json.loads(args.output.with_suffix(".json").read_text())["records"] if args.keep else []
+    for name in args.shapes.split(","):  # written shape by shape: a long one may be broken off
+        records = [r for r in records if r["shape"] != name or r["n"] not in numbers]
+        records += compare(name, numbers, device, args.repeats, args.warm_up)
+        records.sort(key=lambda r: (list(SHAPES).index(r["shape"]), r["n"]))
         content = json.dumps({"machine": machine, "records": records}, indent=1) + "\n"
         args.output.with_suffix(".json").write_text(content)
         args.output.with_suffix(".md").write_text(table(records, machine))
