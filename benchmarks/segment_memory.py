@@ -4,30 +4,31 @@
     python benchmarks/segment_memory.py --numbers 2,8 --strategies two_pass,deferred --trained LoRA --keep
 
 One pair a step, n rows an answer. "plain" is the obvious way: all rows in one padded batch, logits of every position,
-log-softmax, gather, one graph. Each point runs in a process of its own: weights and reference are built, a step with
-n = 1 warms up, then the peak of a step (reference scores, policy scores, gradients; without the optimizer's update) is
-measured above what stood before it. On a GPU that is torch's allocator; on the CPU the resident set: the kernel's
-high-water mark is reset through /proc/self/clear_refs, and glibc is told to map every tensor above 16 KiB afresh and to
-unmap it when freed, so that the resident set is what is in use.
+log-softmax, gather, one graph. The peak of a step (noise, reference scores, policy scores, gradients; without the
+optimizer's update) is measured above weights and reference: on a GPU by torch's allocator; on the CPU, where torch's
+allocator keeps no count, by a dispatch mode that sees every tensor come and go. What it does not see is the work space
+inside single kernels, and what the C library loses to fragmentation.
 
 What a first segment holds is no measure: no gradient stands beside its activations yet. So segments have one row, and
 every answer takes several at every n. The head's budget is below the logits of most rows, as it is for large models
-(256 MiB are 530 tokens of LLaDA-8B), and small n take steps of a pair each until 32 rows are drawn, of which the worst
-counts: otherwise the worst of 128 rows, which has more masked tokens than the worst of 4, would show as growth.
+(256 MiB are 530 tokens of LLaDA-8B): otherwise the worst of 128 rows, which has more masked tokens than the worst of 4,
+would show as growth. Small n take steps of a pair each until 8 rows are drawn, of which the worst counts.
 Writes docs/benchmarks/segment_memory.{json,md}.
 """
 
 import argparse
-import ctypes
+import gc
 import json
-import multiprocessing
 import platform
 import time
-from dataclasses import asdict, dataclass, replace
+import weakref
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from data_pipeline.batch import PairBatch, collate
 from data_pipeline.encode import TokenAnswer, TokenPair
@@ -47,7 +48,7 @@ from diffdpo.step.segments import Segments
 from diffdpo.step.train_step import LossOptions, PreferenceStep
 
 MIB = 2**20
-DRAWN_ROWS = 32  # at least, over the steps of a point
+DRAWN_ROWS = 8  # at least, over the steps of a point
 LOGITS_BUDGET = 2**18  # 16 tokens at the vocabulary below
 LORA_RANK = 8
 STRATEGIES = ("plain", "none", "checkpoint", "two_pass", "two_pass + layers", "deferred", "deferred + layers")
@@ -138,49 +139,63 @@ def batch_of(point: Point, index: int) -> PairBatch:
     return collate([pair], pad_id=0, epoch=0, step=0, micro=0, last_micro=True)
 
 
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors made inside it that live, and their ``peak``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: dict[int, int] = {}
+        self.total = self.peak = 0
+
+    def given(self, module: torch.nn.Module) -> None:
+        """Weights: there before."""
+        self.known |= {tensor.untyped_storage()._cdata: 0 for tensor in (*module.parameters(), *module.buffers())}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in () if func.is_view else tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.known:
+                    self.known[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self._drop, storage._cdata)
+                    self.total += storage.nbytes()
+                    self.peak = max(self.peak, self.total)
+        return out
+
+    def _drop(self, key: int) -> None:
+        self.total -= self.known.pop(key)
+
+
 def measure(point: Point) -> dict[str, float]:
-    """Peak MiB above what stood before a step, and its seconds of CPU time (wall time on a GPU)."""
-    _map_every_tensor()
+    """Peak MiB of a step, and its seconds of CPU time (wall time on a GPU; the first step warms up there)."""
+    gc.collect()
     cuda = torch.cuda.is_available()
     step = make_step(point, torch.device("cuda" if cuda else "cpu"))
     batches = [batch_of(point, index) for index in range(max(1, DRAWN_ROWS // (2 * point.n)))]
-    noise, step.noise = step.noise, replace(step.noise, num_samples=1)
-    step(batches[:1], 0.0)
-    step.noise = noise
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-    before = torch.cuda.memory_allocated() if cuda else _resident("VmRSS")
-    clock = time.perf_counter if cuda else time.process_time
-    started = clock()
-    for batch in batches:
+    peaks, seconds = [], []
+    for batch in batches[:1] * cuda + batches:
+        run = _on_gpu if cuda else _on_cpu
+        peak, taken = run(step, batch)
+        peaks.append(peak)
+        seconds.append(taken)
+    return {"peak_mib": max(peaks) / MIB, "seconds": seconds[-1]}
+
+
+def _on_gpu(step: PreferenceStep, batch: PairBatch) -> tuple[int, float]:
+    torch.cuda.reset_peak_memory_stats()
+    before, started = torch.cuda.memory_allocated(), time.perf_counter()
+    step([batch], 0.0)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before, time.perf_counter() - started
+
+
+def _on_cpu(step: PreferenceStep, batch: PairBatch) -> tuple[int, float]:
+    live, started = LiveBytes(), time.process_time()
+    live.given(step.engine.module)
+    with live:
         step([batch], 0.0)
-    if cuda:
-        torch.cuda.synchronize()
-    seconds = (clock() - started) / len(batches)
-    peak = torch.cuda.max_memory_allocated() if cuda else _resident("VmHWM")
-    return {"peak_mib": (peak - before) / MIB, "before_mib": before / MIB, "seconds": seconds}
-
-
-def _map_every_tensor() -> None:
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 16 * 1024)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 0)  # M_TRIM_THRESHOLD
-
-
-def _resident(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
-def in_its_own_process(point: Point) -> dict:
-    """The point with its measurement."""
-    context = multiprocessing.get_context("forkserver")  # its children share the imports, not the parent's memory
-    context.set_forkserver_preload(["benchmarks.segment_memory", "peft"])
-    with context.Pool(1) as pool:
-        return asdict(point) | pool.apply(measure, (point,))
+    return live.peak, time.process_time() - started
 
 
 def table(records: list[dict], machine: str) -> str:
@@ -193,7 +208,8 @@ def table(records: list[dict], machine: str) -> str:
         "",
         f"`python benchmarks/segment_memory.py` on {machine}. {first['layers']} layers of width {first['width']}, "
         f"vocabulary {first['vocab']}, rows of {first['length']} tokens, {first['segment_rows']} row(s) a segment, "
-        "one pair a step. MiB above weights and reference, gradients included, the optimizer's update not.",
+        "one pair a step. MiB of live tensors above weights and reference, gradients included, the optimizer's update "
+        "not; seconds of CPU time include the counting.",
         "",
         f"| trained | strategy | {' | '.join(f'n = {n}' for n in numbers)} | growth | seconds at n = {numbers[-1]} |",
         "|---|---|" + "---|" * (len(numbers) + 2),
@@ -225,7 +241,7 @@ def main() -> None:
                 point = Point(strategy, trained, n, **shape)
                 if any(asdict(point).items() <= record.items() for record in records):
                     continue
-                records.append(in_its_own_process(point))
+                records.append(asdict(point) | measure(point))
                 print(f"{trained:5} {strategy:18} n = {n:3} {records[-1]['peak_mib']:9.1f} MiB", flush=True)
     records.sort(key=lambda r: (r["trained"] == "LoRA", STRATEGIES.index(r["strategy"]), r["n"]))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
