@@ -39,6 +39,9 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--answer_tokens is {args.answer_tokens}; it must be above 0 and below --max_length")
     if args.save_json and not args.save_json.absolute().parent.is_dir():
         raise UserError(f"--save_json {args.save_json}: there is no folder {args.save_json.parent}; make it first")
+    if args.save_json and args.save_json.is_dir():
+        raise UserError(f"--save_json {args.save_json} is a folder; give a file in it")
+    from diffdpo.memory.exhausted import out_of_memory
     from diffdpo.plan.hardware import Host, find_gpu
     from diffdpo.plan.sizes import parse_size
 
@@ -49,8 +52,14 @@ def main(argv: list[str]) -> None:
     from diffdpo.plan.plan import Machine, make_plan
     from diffdpo.plan.report import as_json, as_text
 
-    plan = make_plan(config, Machine(gpu, host, args.num_gpus), scored=args.answer_tokens)
-    advice = advise(plan, scored=args.answer_tokens) if plan.short() else None
+    try:
+        plan = make_plan(config, Machine(gpu, host, args.num_gpus), scored=args.answer_tokens)
+        advice = advise(plan, scored=args.answer_tokens) if plan.short() else None
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        why = str(error).splitlines()[0]
+        raise UserError(f"too large to plan; look at --max_length and the model's sizes ({why})") from None
     print(as_text(plan, advice))
     if args.save_json:
         args.save_json.write_text(json.dumps(as_json(plan, advice), indent=1) + "\n")

@@ -72,14 +72,15 @@ def skeleton(family: Family, shape: PreTrainedConfig, config: TrainConfig, *, bf
     if config.load_in_4bit:
         quantise(model)
     if config.use_peft:
-        model = add_lora(
-            model,
-            spec,
-            r=config.lora_r,
-            alpha=config.lora_alpha,
-            target_modules=config.lora_target_modules,
-            use_dora=getattr(config, "use_dora", False),
-        )
+        with torch.device("meta"):
+            model = add_lora(
+                model,
+                spec,
+                r=config.lora_r,
+                alpha=config.lora_alpha,
+                target_modules=config.lora_target_modules,
+                use_dora=getattr(config, "use_dora", False),
+            )
     else:
         model.requires_grad_(True)
     module = MaskedLogProbs(model, spec, layer_checkpointing=config.gradient_checkpointing)

@@ -15,6 +15,8 @@ def parse_size(text: str, flag: str) -> int:
     if not match or match[2].upper() not in UNITS:
         raise UserError(f"--{flag} {text!r} is no size; write it like 16GiB or 64GB")
     size = int(float(match[1]) * UNITS[match[2].upper()])
+    if not size:
+        raise UserError(f"--{flag} {text} is nothing; write it like 16GiB or 64GB")
     if size < 2**20:
         raise UserError(f"--{flag} {text} is {size} bytes; write the unit, like {match[1]}GiB")
     return size

@@ -46,6 +46,8 @@ def test_advice_is_a_setting_that_fits(tmp_path, monkeypatch, capsys):
         (["--model_name_or_path", MODEL, "--gpu_memory", "sixteen"], "--gpu_memory"),
         (["--model_name_or_path", MODEL, "--host_memory", "64"], "--host_memory"),
         (["--model_name_or_path", MODEL, "--ds_config", "nowhere.json"], "nowhere.json"),
+        (["--model_name_or_path", MODEL, "--gpu_memory", "0GiB"], "is nothing"),
+        (["--model_name_or_path", MODEL, "--save_json", "tests"], "is a folder"),
         (["--model_name_or_path", MODEL, "--num_gpus", "0"], "--num_gpus"),
         (["--model_name_or_path", MODEL, "--no_such_flag", "1"], "no_such_flag"),
     ],
