@@ -44,7 +44,8 @@ def needed_operators(ds_config: Mapping[str, Any]) -> list[str]:
     needed = [] if torch.cuda.is_available() else ["deepspeed_shm_comm"]
     zero, params = ds_config.get("zero_optimization", {}), ds_config.get("optimizer", {}).get("params", {})
     if not params.get("torch_adam"):
-        needed.append("cpu_adam" if zero.get("offload_optimizer", {}).get("device") == "cpu" else "fused_adam")
+        on_host = zero.get("offload_optimizer", {}).get("device") in ("cpu", "nvme")
+        needed.append("cpu_adam" if on_host else "fused_adam")
     return needed
 
 
