@@ -6,7 +6,7 @@ Shape suffixes: D draws, 2 sides (0 chosen, 1 rejected).
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import islice
 
 import numpy as np
 import torch
@@ -120,16 +120,18 @@ def _read_pairs(models: Models, length: int, number: int, source: str) -> list[T
 
 def _joined_pairs(models: Models, length: int, number: int, seed: int) -> list[TokenPair]:
     records = generate_pairs(10**9, seed=seed, split="eval")
-    found = []
-    for index in islice(count(), number):
+    found: list[TokenPair] = []
+    while len(found) < number:
         prompt, chosen, rejected = "", list[int](), list[int]()
         while min(len(chosen), len(rejected)) < length:
             record = next(records)
             prompt += record["prompt"]
             chosen += models.encode(record["chosen"] + "\n")
             rejected += models.encode(record["rejected"] + "\n")
-        ids = models.encode(prompt)
-        found.append(TokenPair(f"L{length}-{index}", answer(ids, chosen[:length]), answer(ids, rejected[:length])))
+        if chosen[:length] != rejected[:length]:
+            ids = models.encode(prompt)
+            sides = (answer(ids, tokens[:length]) for tokens in (chosen, rejected))
+            found.append(TokenPair(f"L{length}-{len(found)}", *sides))
     return found
 
 
