@@ -31,7 +31,7 @@ from diffdpo.engine.deepspeed import (
 )
 from diffdpo.engine.operators import prepare_operators
 from diffdpo.engine.plain import PlainEngine
-from diffdpo.engine.preflight import check_swap_folders
+from diffdpo.engine.preflight import check_nvme
 from diffdpo.engine.world import World, join_world
 from diffdpo.errors import UserError
 from diffdpo.losses.preference import check_loss
@@ -288,7 +288,7 @@ def check_ds_config(config: RunConfig, world: World) -> None:
     if not uses_deepspeed(config):
         return
     ds_config = read_ds_config(Path(config.ds_config or ""))
-    check_swap_folders(ds_config)
+    check_nvme(ds_config)
     if isinstance(config, TrainConfig):
         check_deferred(config.segmentation, why_not_whole_gradients(ds_config, world.size, few=config.use_peft))
 

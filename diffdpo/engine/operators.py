@@ -46,6 +46,8 @@ def needed_operators(ds_config: Mapping[str, Any]) -> list[str]:
     if not params.get("torch_adam"):
         on_host = zero.get("offload_optimizer", {}).get("device") in ("cpu", "nvme")
         needed.append("cpu_adam" if on_host else "fused_adam")
+    if "nvme" in (zero.get(part, {}).get("device") for part in ("offload_optimizer", "offload_param")):
+        needed += ["pin_memory", "async_io"]
     return needed
 
 

@@ -8,22 +8,33 @@ from typing import Any
 
 import psutil
 
+from diffdpo.engine.deepspeed import import_deepspeed
 from diffdpo.errors import UserError
 
 IN_MEMORY = ("tmpfs", "ramfs")
 
 
-def check_swap_folders(ds_config: Mapping[str, Any]) -> None:
-    """UserError unless what goes to NVMe has a folder there that can be written."""
-    for part in ("offload_optimizer", "offload_param"):
-        settings = ds_config.get("zero_optimization", {}).get(part, {})
-        if settings.get("device") == "nvme":
-            fault = _fault_of(settings.get("nvme_path"))
-            if fault:
-                raise UserError(
-                    f'--ds_config: "nvme_path" of {part} {fault}; set it to an existing folder on an NVMe disk '
-                    "(launch/plan.py says how much it needs)"
-                )
+def check_nvme(ds_config: Mapping[str, Any]) -> None:
+    """UserError unless what goes to NVMe has a folder there that can be written, and a library to write with."""
+    zero = ds_config.get("zero_optimization", {})
+    parts = [part for part in ("offload_optimizer", "offload_param") if zero.get(part, {}).get("device") == "nvme"]
+    for part in parts:
+        fault = _fault_of(zero[part].get("nvme_path"))
+        if fault:
+            raise UserError(
+                f'--ds_config: "nvme_path" of {part} {fault}; set it to an existing folder on an NVMe disk '
+                "(launch/plan.py says how much it needs)"
+            )
+    if parts and not libaio_found():
+        raise UserError("DeepSpeed reads and writes NVMe through libaio and does not find it; install libaio-dev")
+
+
+def libaio_found() -> bool:
+    """Whether DeepSpeed's operator for it could be compiled here."""
+    import_deepspeed()
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator().create_op_builder("AsyncIOBuilder").is_compatible(verbose=False)
 
 
 def _fault_of(path: Any) -> str:

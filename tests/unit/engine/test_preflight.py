@@ -20,21 +20,29 @@ def nvme(path, part="offload_optimizer"):
 )
 def test_a_folder_for_nvme_must_be_there(path, said, part):
     with pytest.raises(UserError, match=f'"nvme_path" of {part} .*{said}.*; set it to'):
-        preflight.check_swap_folders(nvme(path, part))
+        preflight.check_nvme(nvme(path, part))
 
 
 def test_a_folder_in_memory_is_no_disk(tmp_path, monkeypatch):
     mounts = [SimpleNamespace(mountpoint="/", fstype="ext4")]
     monkeypatch.setattr(preflight.psutil, "disk_partitions", lambda all: mounts)
-    preflight.check_swap_folders(nvme(str(tmp_path)))
+    monkeypatch.setattr(preflight, "libaio_found", lambda: True)
+    preflight.check_nvme(nvme(str(tmp_path)))
     mounts.append(SimpleNamespace(mountpoint=str(tmp_path), fstype="tmpfs"))
     with pytest.raises(UserError, match=r"lies in memory \(tmpfs\)"):
-        preflight.check_swap_folders(nvme(str(tmp_path)))
+        preflight.check_nvme(nvme(str(tmp_path)))
+
+
+def test_without_libaio_nothing_is_swapped(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight.psutil, "disk_partitions", lambda all: [])
+    monkeypatch.setattr(preflight, "libaio_found", lambda: False)
+    with pytest.raises(UserError, match="install libaio-dev"):
+        preflight.check_nvme(nvme(str(tmp_path)))
 
 
 def test_nothing_is_asked_where_nothing_is_swapped():
-    preflight.check_swap_folders({})
-    preflight.check_swap_folders({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}})
+    preflight.check_nvme({})
+    preflight.check_nvme({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}})
 
 
 @pytest.mark.parametrize(
