@@ -211,14 +211,15 @@ def table(records: list[dict], machine: str) -> str:
         "one pair a step. MiB of live tensors above weights and reference, gradients included, the optimizer's update "
         "not; seconds of CPU time include the counting.",
         "",
-        f"| trained | strategy | {' | '.join(f'n = {n}' for n in numbers)} | growth | seconds at n = {numbers[-1]} |",
+        f"| trained | strategy | {' | '.join(f'n = {n}' for n in numbers)} | growth | seconds, largest n |",
         "|---|---|" + "---|" * (len(numbers) + 2),
     ]
     for trained, strategy in dict.fromkeys((r["trained"], r["strategy"]) for r in records):
-        row = [found[trained, strategy, n] for n in numbers if (trained, strategy, n) in found]
-        growth = row[-1]["peak_mib"] / row[0]["peak_mib"] - 1
-        peaks = " | ".join([f"{record['peak_mib']:.1f}" for record in row] + ["-"] * (len(numbers) - len(row)))
-        lines.append(f"| {trained} | {strategy} | {peaks} | {growth:+.1%} | {row[-1]['seconds']:.1f} |")
+        row = [found.get((trained, strategy, n)) for n in numbers]
+        measured = [record for record in row if record]
+        growth = measured[-1]["peak_mib"] / measured[0]["peak_mib"] - 1
+        peaks = " | ".join(f"{record['peak_mib']:.1f}" if record else "" for record in row)
+        lines.append(f"| {trained} | {strategy} | {peaks} | {growth:+.1%} | {measured[-1]['seconds']:.1f} |")
     return "\n".join(lines) + "\n"
 
 
