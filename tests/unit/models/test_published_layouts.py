@@ -252,3 +252,28 @@ def test_unknown_devices_and_damaged_indices_are_errors(tmp_path, tokenizer):
     (tmp_path / "published" / "model.safetensors.index.json").write_text("{")
     with pytest.raises(UserError, match=r"index\.json is damaged"):
         load_model(tmp_path / "published")
+
+
+OF_THE_HUB = """
+import sys, torch
+from diffdpo.models.load import load_model, save_model
+loaded = load_model("org/name")
+save_model(loaded.model, loaded.tokenizer, sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_a_hub_id_is_read_from_the_hub_s_cache(tmp_path, tokenizer, command, python):
+    """Without a network: the cache as the hub's client lays it out, the index and shards as published."""
+    snapshot = tmp_path / "home" / "hub" / "models--org--name" / "snapshots" / "abc"
+    snapshot.parent.mkdir(parents=True)
+    write(snapshot, DREAM, tokenizer)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    hub = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_CACHE": str(tmp_path / "home" / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = command([python, "-c", OF_THE_HUB, str(tmp_path / "back")], timeout=300, **hub)
+    assert done.returncode == 0, done.stderr[-2000:]
+    auto_map = json.loads((tmp_path / "back" / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModel"] == "org/name--modeling_dream.DreamModel"
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert back.keys() == tensor_shapes(DREAM).keys()
