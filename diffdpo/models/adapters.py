@@ -117,6 +117,8 @@ def attach_adapter(model: nn.Module, folder: str | Path) -> PeftModel:
     except (RuntimeError, ValueError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"adapter {str(folder)!r} does not fit {base!r}: {reason}") from error
+    if not hasattr(native(adapted).head, "scale"):  # peft's wrapper knows nothing of scores
+        raise UserError(f"adapter {str(folder)!r} changes the LM head; supported: the blocks. Merge it with peft first")
     places = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     for names, what in ((places - saved, "lacks"), (saved - places, "has no place for")):
         if names:

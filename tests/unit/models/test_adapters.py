@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -133,6 +133,29 @@ def test_a_moved_base_can_be_named(adapter, base):
     point_at(adapter, "/gone")
     loaded = load_adapter(adapter, base=base)
     assert torch.equal(scores(loaded.model, loaded.spec), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        ({"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"q_proj": 1}}, False),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["transformer.ff_out"]}, False),
+        ({"target_modules": r".*transformer\.ff_out"}, True),
+    ],
+)
+def test_adapters_made_by_plain_peft(options, refused, base, tmp_path):
+    loaded = load_model(base)
+    adapted = get_peft_model(loaded.model, LoraConfig(r=2, **options)).eval()
+    randomise(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    if refused:
+        with pytest.raises(UserError, match="changes the LM head; supported: the blocks"):
+            load_model(tmp_path / "adapter")
+        return
+    again = load_model(tmp_path / "adapter")
+    assert torch.equal(scores(again.model, again.spec), scores(adapted, loaded.spec))
+    with reference(again.model):
+        assert torch.equal(scores(again.model, again.spec), scores(load_model(base).model, loaded.spec))
 
 
 def test_an_adapter_on_an_adapter_is_refused(adapter):
