@@ -127,6 +127,20 @@ def test_layer_checkpointing_recomputes_the_blocks():
     assert len(calls) == 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llada", "qwen3"])
+def test_a_block_compiles_in_one_graph_and_gives_the_same(family):
+    model, spec = make(family)
+    model.blocks[0].compile(fullgraph=True, backend="aot_eager")
+    out = MaskedLogProbs(model, spec, max_waste=1.0)(*batch())
+    gradient = torch.autograd.grad(out.sum(), model.parameters())
+    plain, _ = make(family)
+    expected = MaskedLogProbs(plain, spec, max_waste=1.0)(*batch())
+    assert torch.allclose(out, expected, atol=1e-5)
+    for a, b in zip(gradient, torch.autograd.grad(expected.sum(), plain.parameters()), strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_frozen_model_without_graph_and_no_grad():
     model, spec = make("llada")
     model.requires_grad_(False)
