@@ -196,7 +196,7 @@ def table(records: list[dict], machine: str) -> str:
     lines = [
         "# Forward of the scores: ours against the obvious way",
         "",
-        f"`python benchmarks/model_forward.py` on {machine}. Peak: MiB above what stood before the call.",
+        f"`python benchmarks/model_forward.py --compile` on {machine}. Peak: MiB above what stood before the call.",
         "",
         "| shape | trained | what | way | seconds | peak MiB | times faster | memory |",
         "|---|---|---|---|---|---|---|---|",
