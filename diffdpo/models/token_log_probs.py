@@ -124,6 +124,8 @@ class _TokenLogProbs(torch.autograd.Function):
             grad_logits.scatter_add_(-1, target[chunk, None], grad_M[chunk, None])
             grad_logits = grad_logits.to(weight.dtype)
             grad_hidden.append(grad_logits @ weight)
-            part = grad_logits.T @ hidden[chunk]
-            grad_weight = part if grad_weight is None else grad_weight.add_(part)
+            if grad_weight is None:
+                grad_weight = grad_logits.T @ hidden[chunk]
+            else:  # in place: a second [V, K] matrix is 1 GiB at 8B
+                grad_weight.addmm_(grad_logits.T, hidden[chunk])
         return torch.cat(grad_hidden), grad_weight, None, None, None

@@ -110,7 +110,7 @@ class Ledger(TorchDispatchMode):
         if func.is_view or func.overloadpacket in NO_WORK:
             return
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.is_meta]
-        packet = func.overloadpacket
+        packet = IN_PLACE.get(func.overloadpacket, func.overloadpacket)
         if packet is torch.ops.diffdpo_plan.attention_work:
             q, k, matrices = args
             flops, moved = matrices * 2 * q.numel() * k.shape[-2], 2 * _bytes(q) + 2 * _bytes(k)
@@ -145,4 +145,5 @@ RULES: dict[Any, Callable[..., Any]] = {  # operations whose output shape depend
     aten.segment_reduce: _segment_reduce,
     aten._segment_reduce_backward: lambda grad, out, data, *_, **__: torch.empty_like(data),
 }
+IN_PLACE = {aten.addmm_: aten.addmm}  # torch knows the work of the latter
 NO_WORK = {aten.empty, aten.new_empty, aten.empty_like, aten.empty_strided, aten.new_empty_strided, aten.detach}

@@ -74,6 +74,11 @@ class Segments:
         """Segments that rows of these lengths take."""
         return len(self._cuts(sorted(lengths, reverse=True)))
 
+    def one(self, rows: NoisyRows) -> bool:
+        """Whether one segment holds all rows, on every process that must cut into as many."""
+        count = self.fit(rows.lengths_R.tolist())
+        return count + self._missing(count) == 1
+
     def whole(self, rows: NoisyRows) -> NoisyRows:
         """All rows as one segment, whatever the size."""
         self._note(len(rows), int(rows.lengths_R.sum()))

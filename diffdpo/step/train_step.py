@@ -24,7 +24,7 @@ from diffdpo.reference.scorers import Reference
 from diffdpo.scores.allocate import next_num_samples
 from diffdpo.scores.fold import PairScores, fold
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
-from diffdpo.step.backward import STRATEGIES, LossOf, gradient_of, replay, score_rows
+from diffdpo.step.backward import STRATEGIES, Backward, LossOf, gradient_of, replay, score_rows
 from diffdpo.step.reference_point import reference_point
 from diffdpo.step.retry import StepTooLarge, make_smaller, together
 from diffdpo.step.segments import Segments
@@ -213,7 +213,7 @@ class PreferenceStep:
             rows = self.noise.rows(batch, self.engine.world.device)
             reference_R = self.reference(rows, batch)
             loss_of = self._loss_of(rows, batch, reference_R, total)
-            policy_R = STRATEGIES[self.strategy](
+            policy_R = self._backward_of(rows)(
                 self.engine,
                 rows,
                 loss_of,
@@ -222,6 +222,12 @@ class PreferenceStep:
             )
             scored.append(MicroScores(batch, rows, reference_R, policy_R, loss_of(policy_R)))
         return scored
+
+    def _backward_of(self, rows: NoisyRows) -> Backward:
+        """The run's strategy; one graph where a single segment holds the micro-batch: no more memory than that segment,
+        and no row computed twice."""
+        at_once = self.strategy in ("checkpoint", "two_pass") and self.segments.one(rows)
+        return STRATEGIES["none" if at_once else self.strategy]
 
     def _loss_of(self, rows: NoisyRows, batch: PairBatch, reference_R: torch.Tensor, total: torch.Tensor) -> LossOf:
         reference, weight_B2 = fold(reference_R, rows), batch.weight_B2.to(reference_R.device)

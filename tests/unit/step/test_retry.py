@@ -67,6 +67,18 @@ def test_one_graph_becomes_two_passes(tiny_model, batches):  # noqa: F811
     assert (found - expected).norm() / expected.norm() < 1e-5
 
 
+@pytest.mark.parametrize("strategy", ["checkpoint", "two_pass"])
+def test_what_one_segment_holds_is_computed_once(tiny_model, batches, strategy):  # noqa: F811
+    step = make_step(tiny_model, strategy, 1000)
+    sizes = fail_above(step, 10**6, where="forward")
+    step(batches[:1], 1e-3)
+    alone = len(sizes)
+    step = make_step(tiny_model, "none", 0)
+    sizes = fail_above(step, 10**6, where="forward")
+    step(batches[:1], 1e-3)
+    assert alone == len(sizes)
+
+
 def test_a_single_row_that_does_not_fit_ends_the_run(tiny_model, batches):  # noqa: F811
     step = make_step(tiny_model, "two_pass", 4)
     fail_above(step, 0, where="forward")
