@@ -36,7 +36,7 @@ from diffdpo.engine.world import World, join_world
 from diffdpo.errors import UserError
 from diffdpo.losses.preference import check_loss
 from diffdpo.memory.allocator import keep_freed_memory
-from diffdpo.models.load import LoadedModel
+from diffdpo.models.load import LoadedModel, load_tokenizer_and_spec
 from diffdpo.models.spec import FamilySpec
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
@@ -291,6 +291,13 @@ def check_ds_config(config: RunConfig, world: World) -> None:
     check_nvme(ds_config)
     if isinstance(config, TrainConfig):
         check_deferred(config.segmentation, why_not_whole_gradients(ds_config, world.size, few=config.use_peft))
+
+
+def check_models(config: RunConfig) -> None:
+    """UserError for a named model without a config or tokenizer to read: before data are prepared for it."""
+    for name in (config.model_name_or_path, getattr(config, "ref_model_name_or_path", None)):
+        if name:
+            load_tokenizer_and_spec(name)
 
 
 def wrap(config: RunConfig, loaded: LoadedModel) -> MaskedLogProbs:

@@ -48,6 +48,7 @@ def main(argv: list[str]) -> None:
     args = build_parser().parse_args(argv)
     check(args)
     records = read_records(args.pairs)
+    check_models(model_names(args))
     done, mode = set[str](), None
     if args.output:
         done = finished_ids(Path(args.output), identity(args))
@@ -181,22 +182,34 @@ def score_all(args, records: Iterator, done: Set[str], out: IO[str]) -> tuple[in
     return count, dropped, len(repeated)
 
 
+def model_names(args) -> list[str]:
+    """The model, and the reference if one is named."""
+    from diffdpo.build import BUNDLED_MODEL
+
+    named = args.model_name_or_path or str(BUNDLED_MODEL), args.ref_model_name_or_path
+    return [name for name in named if name]
+
+
+def check_models(names: list[str]) -> None:
+    """UserError for a model without config or tokenizer, and for two of different vocabularies: no weights are read."""
+    from diffdpo.models.load import load_tokenizer_and_spec
+
+    vocabularies = [load_tokenizer_and_spec(name)[0].get_vocab() for name in names]
+    if vocabularies[0] != vocabularies[-1]:
+        raise UserError("--ref_model_name_or_path has another vocabulary than the model; their scores do not compare")
+
+
 def load_models(args) -> tuple[list, Any, Any]:
-    """The model, and the reference if one is named, ready to score."""
+    """The models ready to score, the first one's spec and tokenizer."""
     import torch
 
-    from diffdpo.build import BUNDLED_MODEL
     from diffdpo.models.load import load_model
     from diffdpo.scores.masked_log_probs import MaskedLogProbs
 
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {device}: no GPU is to be found here; use --device cpu")
-    names = [args.model_name_or_path or str(BUNDLED_MODEL)]
-    names += [args.ref_model_name_or_path] if args.ref_model_name_or_path else []
-    loaded = [load_model(name, dtype=args.dtype, device=device) for name in names]
-    if len(loaded) == 2 and loaded[0].tokenizer.get_vocab() != loaded[1].tokenizer.get_vocab():
-        raise UserError("--ref_model_name_or_path has another vocabulary than the model; their scores do not compare")
+    loaded = [load_model(name, dtype=args.dtype, device=device) for name in model_names(args)]
     return [MaskedLogProbs(one.model, one.spec).eval() for one in loaded], loaded[0].spec, loaded[0].tokenizer
 
 

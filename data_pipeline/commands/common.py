@@ -9,6 +9,7 @@ from data_pipeline.convert import ConvertOptions
 from data_pipeline.dataset import ShardedDataset, open_dataset
 from data_pipeline.encode import Encoder
 from data_pipeline.errors import DataError
+from data_pipeline.hub import in_a_line, only_kept
 from data_pipeline.sources.candidates import Pairing
 from data_pipeline.sources.files import SourceOptions
 
@@ -53,13 +54,13 @@ def check_writable(*paths: Path | None) -> None:
 
 def load_tokenizer(name: str):
     """A tokenizer from a folder or the hub; DataError when there is none."""
+    kept = only_kept(name)
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, local_files_only=kept)
     except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise DataError(f"--tokenizer {name!r} cannot be loaded: {reason}") from error
+        raise DataError(f"--tokenizer {name!r} cannot be loaded: {in_a_line(error)}") from error
 
 
 def encoder_of(args: argparse.Namespace) -> Encoder | None:

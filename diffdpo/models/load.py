@@ -31,7 +31,7 @@ from diffdpo.models.dream import (
 from diffdpo.models.llada import LLaDAConfig, LLaDAModelLM
 from diffdpo.models.quantize import expect_nf4
 from diffdpo.models.spec import DECODER_LORA_TARGETS, LLADA_LORA_TARGETS, FamilySpec
-from diffdpo.models.stream import check_folder, checkpoint_folder, stream_weights
+from diffdpo.models.stream import checkpoint_folder, only_kept, stream_weights
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 STOP_TOKENS = ("<|eot_id|>", "<|im_end|>")
@@ -123,9 +123,9 @@ def load_adapter(folder: str | Path, *, base: str | None = None, **options) -> L
 
 def read_config(name_or_path: str) -> tuple[Family, PreTrainedConfig]:
     """The family and checked config of a checkpoint; no weights are read."""
-    check_folder(name_or_path)
+    kept = only_kept(name_or_path)
     try:
-        raw, _ = PreTrainedConfig.get_config_dict(name_or_path)
+        raw, _ = PreTrainedConfig.get_config_dict(name_or_path, local_files_only=kept)
     except (OSError, ValueError, TypeError, AttributeError) as error:  # the last two: JSON that is no object
         raise UserError(f"no model config at {name_or_path!r}: {_first_line(error)}") from error
     if not isinstance(raw, dict) or not raw:
@@ -147,18 +147,20 @@ def read_config(name_or_path: str) -> tuple[Family, PreTrainedConfig]:
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer without remote code. Dream's own class is a Qwen2 tokenizer with added tokens."""
+    kept = only_kept(name_or_path)
     try:
-        settings = _tokenizer_class(name_or_path)
+        settings = _tokenizer_class(name_or_path, kept)
         loader = Qwen2Tokenizer if settings == "DreamTokenizer" else AutoTokenizer
-        return loader.from_pretrained(name_or_path, trust_remote_code=False)
+        return loader.from_pretrained(name_or_path, trust_remote_code=False, local_files_only=kept)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"no tokenizer at {name_or_path!r}: {_first_line(error)}") from error
 
 
-def _tokenizer_class(name_or_path: str) -> str | None:
+def _tokenizer_class(name_or_path: str, kept: bool) -> str | None:
     from transformers.utils import cached_file
 
-    path = cached_file(name_or_path, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False)
+    lenient = {"_raise_exceptions_for_missing_entries": False, "local_files_only": kept}
+    path = cached_file(name_or_path, "tokenizer_config.json", **lenient)
     return json.loads(Path(path).read_text()).get("tokenizer_class") if path else None
 
 

@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
+import data_pipeline.hub
+from data_pipeline.errors import DataError
 from diffdpo.errors import UserError
 from diffdpo.models.quantize import is_nf4, quantised
 
@@ -25,20 +27,22 @@ NOT_WEIGHTS = ("rotary_emb.inv_freq",)
 """Buffers that old checkpoints store and that are computed here."""
 
 
-def check_folder(name_or_path: str) -> None:
-    """UserError for what can only be a folder's name and is none (so that no hub is asked for it)."""
-    looks_local = name_or_path.startswith(("/", ".", "~")) or name_or_path.count("/") > 1
-    if looks_local and not Path(name_or_path).is_dir():
-        raise UserError(f"no model at {name_or_path!r}: there is no such folder")
+def only_kept(name_or_path: str) -> bool:
+    """Whether a checkpoint is read from this machine alone (``data_pipeline.hub``). UserError when it is nowhere."""
+    try:
+        return data_pipeline.hub.only_kept(name_or_path)
+    except DataError as error:
+        raise UserError(str(error)) from error
 
 
 def checkpoint_folder(name_or_path: str) -> Path:
     """The directory itself, or the hub's snapshot of safetensors and JSON files. UserError when neither is there."""
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
-    check_folder(name_or_path)
+    kept = only_kept(name_or_path)
     try:
-        return Path(snapshot_download(name_or_path, allow_patterns=["*.safetensors", "*.json"]))
+        files = ["*.safetensors", "*.json"]
+        return Path(snapshot_download(name_or_path, allow_patterns=files, local_files_only=kept))
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"cannot load the weights of {name_or_path!r}: {reason}") from error

@@ -8,18 +8,14 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
-import zlib
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlparse
 
 import pytest
 
 from data_pipeline.build import BuildOptions, build
 from tests.conftest import ROOT
+from tests.hub import hub_with
 
-REVISION = "0123456789abcdef0123456789abcdef01234567"
 READ = """
 import json, sys
 from data_pipeline.dataset import open_dataset
@@ -88,86 +84,15 @@ def _upload(folder: Path, name: str, access: dict) -> None:
     )
 
 
-class Hub(BaseHTTPRequestHandler):
-    """The few questions of the hub's interface that huggingface_hub asks to list and read a data set ``org/set``."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self):
-        path = unquote(urlparse(self.path).path)
-        base = f"/api/datasets/{self.server.name}"
-        if path in (base, f"{base}/revision/main", f"{base}/revision/{REVISION}"):
-            self._json({"id": self.server.name, "sha": REVISION, "siblings": [{"rfilename": f} for f in self._names()]})
-        elif path.startswith(f"{base}/tree/"):
-            inside = "/".join(path.removeprefix(f"{base}/tree/").split("/")[1:])
-            self._json([self._entry(f) for f in self._names(dirs=True) if f.startswith(inside)])
-        elif path.startswith(f"/datasets/{self.server.name}/resolve/"):
-            self._file(self.server.folder / "/".join(path.split("/")[6:]))
-        else:
-            self._json({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
-
-    do_HEAD = do_GET
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        asked = json.loads(body)["paths"] if body.startswith("{") else []
-        self._json([self._entry(f) for f in self._names(dirs=True) if f in asked])
-
-    def _names(self, dirs=False):
-        paths = sorted(self.server.folder.rglob("*"))
-        return [str(p.relative_to(self.server.folder)) for p in paths if dirs or p.is_file()]
-
-    def _entry(self, name):
-        path = self.server.folder / name
-        if path.is_dir():
-            return {"type": "directory", "path": name, "oid": "0" * 40}
-        return {"type": "file", "path": name, "oid": "1" * 40, "size": path.stat().st_size}
-
-    def _file(self, path):
-        if not path.is_file():
-            self._json({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
-            return
-        data, code, headers = (
-            path.read_bytes(),
-            200,
-            {"ETag": f'"{zlib.crc32(path.read_bytes())}"', "X-Repo-Commit": REVISION},
-        )
-        if ranged := self.headers.get("Range"):
-            first, _, last = ranged.removeprefix("bytes=").partition("-")
-            headers["Content-Range"] = f"bytes {first}-{last or len(data) - 1}/{len(data)}"
-            data, code = data[int(first) : int(last) + 1 if last else None], 206
-        self._send(data, code, headers)
-
-    def _json(self, value, code=200, headers=None):
-        self._send(json.dumps(value).encode(), code, {"Content-Type": "application/json", **(headers or {})})
-
-    def _send(self, data, code, headers):
-        self.send_response(code)
-        for name, value in {**headers, "Content-Length": str(len(data)), "Accept-Ranges": "bytes"}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture
 def hub(bucket):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.folder, server.name = bucket, "org/set"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with hub_with(bucket, "org/set", "dataset") as address:
+        yield address
 
 
 def test_hf_urls(hub, cache):
     ways = ("pairs", "pairs/*.tar", "pairs/shard-{00000..00002}.tar", "part-*.jsonl", "part-{0,1}.jsonl")
-    endpoint = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}"}
+    endpoint = {"HF_ENDPOINT": hub}
     found = read_elsewhere(
         cache, *(f"hf://datasets/org/set/{way}" for way in ways), "hf://datasets/no/one/a.jsonl", **endpoint
     )
@@ -175,9 +100,9 @@ def test_hf_urls(hub, cache):
 
 
 @pytest.mark.slow  # ten seconds of imports; the default run has the same with a stand-in for `datasets`
-def test_a_data_set_by_name(hub, cache):
-    shutil.rmtree(hub.folder / "pairs")
-    endpoint = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}"}
+def test_a_data_set_by_name(bucket, hub, cache):
+    shutil.rmtree(bucket / "pairs")
+    endpoint = {"HF_ENDPOINT": hub}
     found, refused, absent = read_elsewhere(cache, "org/set", "org/set:test", "no/one", **endpoint)
     assert found == IDS
     assert refused.startswith("'org/set' is no file or folder here, and as a data set on the hub (split 'test')")
