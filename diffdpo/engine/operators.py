@@ -1,28 +1,25 @@
 """DeepSpeed's compiled operators: which a run loads, whether they are there, and who holds them up.
 
-torch compiles an operator once a machine, under a lock file that it never says a word about.
+torch compiles an operator once a machine, under a lock that it never says a word about (`locks`).
 """
 
 import os
 import shutil
 import sysconfig
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from diffdpo.engine.locks import wait_for
 from diffdpo.engine.world import World
 from diffdpo.errors import UserError
 
-LOADING_SECONDS, ABANDONED_SECONDS = 10, 1800  # ages of a lock: longer than it takes to load, and to compile
-
 
 def prepare_operators(ds_config: Mapping[str, Any], world: World, say: Callable[[str], None]) -> None:
-    """Say what DeepSpeed will compile and what it waits for; remove locks too old to be of a living compilation.
+    """Say what DeepSpeed will compile and what it waits for; wait for locks that others hold, remove abandoned ones.
 
     Every rank calls. UserError when an operator cannot be compiled here.
     """
@@ -30,13 +27,9 @@ def prepare_operators(ds_config: Mapping[str, Any], world: World, say: Callable[
     if missing := missing_operators(needed):
         names = ", ".join(missing)
         say(f"compiling DeepSpeed's operators ({names}): once on this machine, two to three minutes")
-    for lock, age in locked_operators(needed).items() if world.is_main else ():
-        if age > ABANDONED_SECONDS:
-            lock.unlink(missing_ok=True)
-            say(f"  removed {lock}: the process that took it {age / 60:.0f} minutes ago must have been killed")
-        elif age > LOADING_SECONDS:
-            say(f"  waiting for a compilation begun {age:.0f} s ago; if nothing compiles any more, remove {lock}")
-    world.wait()  # no rank may take a lock before rank 0 has looked
+    for lock in locked_operators(needed) if world.local_rank == 0 else ():
+        wait_for(lock, say)
+    world.wait()  # no rank may take a lock before these have been looked at
 
 
 def needed_operators(ds_config: Mapping[str, Any]) -> list[str]:
@@ -88,14 +81,9 @@ def _has_cuda_toolkit() -> bool:
     return CUDA_HOME is not None
 
 
-def locked_operators(names: Sequence[str]) -> dict[Path, float]:
-    """Locks of operators that some process compiles or loads, or was killed while it did, and their ages in seconds."""
-    ages = {}
-    for name in names:
-        for lock in _extension_root().glob(f"**/{name}/lock"):
-            with suppress(FileNotFoundError):  # released meanwhile
-                ages[lock] = time.time() - lock.stat().st_mtime
-    return ages
+def locked_operators(names: Sequence[str]) -> list[Path]:
+    """Locks of operators that some process compiles or loads, or was killed while it did."""
+    return [lock for name in names for lock in _extension_root().glob(f"**/{name}/lock")]
 
 
 def _extension_root() -> Path:
