@@ -13,14 +13,14 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from data_pipeline.convert import HASHES, ConvertJob, ConvertOptions, Dropped, convert_chunk
+from data_pipeline.convert import HASHES, ConvertJob, ConvertOptions, Dropped, convert_chunk, convert_rows
 from data_pipeline.errors import DataError
 from data_pipeline.index import MANIFEST, SCHEMA, Index, load_index, merge_scans, save_index
 from data_pipeline.parallel import chunks, ordered_map
@@ -169,6 +169,20 @@ def _prepare(work: Path, signature: str) -> None:
     mark.write_text(signature)
 
 
+def check_first_rows(sources: Sequence[str], options: BuildOptions, *, rows: int = 1000) -> None:
+    """DataError for what is wrong with the first rows of files, as :func:`build` would say; nothing is written."""
+    options, dropped = replace(options, limit=rows), Dropped()
+    for job in _convert_jobs(sources, Path(), options, dropped):
+        for _ in convert_rows(job, dropped):
+            pass
+        _refuse_malformed(dropped, options)
+
+
+def _refuse_malformed(dropped: Dropped, options: BuildOptions) -> None:
+    if dropped.malformed and options.on_error == "raise":
+        raise DataError(f"{dropped.malformed}; mend it, or {SKIP} to drop and count such rows")
+
+
 # ---------------------------------------------------------------------------------------------------- first pass
 
 
@@ -180,8 +194,7 @@ def _convert(
     with tqdm(desc="convert", unit=" rows", disable=None if progress else True) as bar:
         for result in ordered_map(convert_chunk, jobs, workers=workers):
             dropped.merge(result.dropped)
-            if dropped.malformed and options.on_error == "raise":
-                raise DataError(f"{dropped.malformed}; mend it, or {SKIP} to drop and count such rows")
+            _refuse_malformed(dropped, options)
             rows += result.rows
             bar.update(result.rows)
     return dropped, rows

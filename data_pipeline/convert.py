@@ -6,6 +6,7 @@ the last is written last and marks the chunk as complete.
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -100,16 +101,21 @@ def convert_chunk(job: ConvertJob) -> ConvertResult:
         return read_result(job.stem, job.number)
     dropped, hashes, offset = Dropped(), [], 0
     with job.stem.with_suffix(".bin").open("wb") as file:
-        for row in job.rows:
-            for record in _records_of(row, job, dropped):
-                data = encode_record(record)
-                ids = (stable_hash(record.id), content_hash(record), prompt_hash(record))
-                hashes.append((offset, len(data), job.number, *ids))
-                offset += file.write(data)
+        for record in convert_rows(job, dropped):
+            data = encode_record(record)
+            ids = (stable_hash(record.id), content_hash(record), prompt_hash(record))
+            hashes.append((offset, len(data), job.number, *ids))
+            offset += file.write(data)
     np.save(job.stem.with_suffix(".npy"), np.array(hashes, dtype=HASHES))
     result = ConvertResult(job.number, len(job.rows), dropped)
     _write_result(job.stem, result)
     return result
+
+
+def convert_rows(job: ConvertJob, dropped: Dropped) -> Iterator[Record]:
+    """The records of a job's rows; what is no record is added to ``dropped``."""
+    for row in job.rows:
+        yield from _records_of(row, job, dropped)
 
 
 def _records_of(row: Row, job: ConvertJob, dropped: Dropped) -> list[Record]:

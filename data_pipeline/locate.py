@@ -10,7 +10,7 @@ from pathlib import Path
 from braceexpand import braceexpand
 from filelock import FileLock
 
-from data_pipeline.build import BuildOptions, build, job_signature
+from data_pipeline.build import BuildOptions, build, check_first_rows, job_signature
 from data_pipeline.errors import DataError
 from data_pipeline.index import (
     ENTRIES,
@@ -53,6 +53,14 @@ def open_index(
     if shards := [name for name in names if name.endswith(TAR)]:
         return _built_index(shards) or _index_shards(shards, cache, workers), False
     return _build_cached(names, cache, options, workers, progress), False
+
+
+def check_rows(source: str) -> None:
+    """DataError for what is wrong in the first rows of local files, so that it shows before anything slow is begun.
+    Shards, folders and what has to be fetched are looked at when they are opened."""
+    files = [] if is_remote(source) else expand(source)
+    if files and all(Path(name).is_file() and not name.endswith(TAR) for name in files):
+        check_first_rows(files, BuildOptions())
 
 
 def expand(pattern: str) -> list[str]:

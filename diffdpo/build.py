@@ -18,6 +18,7 @@ from data_pipeline.batch import PairBatch
 from data_pipeline.dataset import ShardedDataset, open_dataset
 from data_pipeline.encode import Encoder
 from data_pipeline.generate import GENERATOR_VERSION, generate_corpus, generate_pairs, parse_mix, write_jsonl
+from data_pipeline.locate import check_rows
 from data_pipeline.reader import PairLoader
 from diffdpo.config import RunConfig, SftConfig, TrainConfig
 from diffdpo.ds_config import read_ds_config
@@ -293,8 +294,12 @@ def check_ds_config(config: RunConfig, world: World) -> None:
         check_deferred(config.segmentation, why_not_whole_gradients(ds_config, world.size, few=config.use_peft))
 
 
-def check_models(config: RunConfig) -> None:
-    """UserError for a named model without a config or tokenizer to read: before data are prepared for it."""
+def check_names(config: RunConfig) -> None:
+    """What is wrong with named data at first sight (DataError) and a named model without a config or tokenizer to read
+    (UserError), before all the data are prepared."""
+    for source in (config.train_data, config.eval_data):
+        if source:
+            check_rows(source)
     for name in (config.model_name_or_path, getattr(config, "ref_model_name_or_path", None)):
         if name:
             load_tokenizer_and_spec(name)

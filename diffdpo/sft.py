@@ -37,7 +37,7 @@ def sft(config: SftConfig) -> int:
     place = build.find_place(config, "sft")
     try:
         build.check_ds_config(config, place.world)
-        build.check_models(config)
+        build.check_names(config)
         return _sft(config, place)
     finally:
         leave_world()

@@ -39,7 +39,7 @@ def train(config: TrainConfig) -> int:
     place = build.find_place(config, "train")
     try:
         build.check_ds_config(config, place.world)
-        build.check_models(config)
+        build.check_names(config)
         if config.precompute_only:
             return _precompute_only(config, loss, place)
         return carry_out(_Training(config, loss, place).job())

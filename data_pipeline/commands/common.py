@@ -54,12 +54,11 @@ def check_writable(*paths: Path | None) -> None:
 
 def load_tokenizer(name: str):
     """A tokenizer from a folder or the hub; DataError when there is none."""
-    kept = only_kept(name)
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=kept)
-    except (OSError, ValueError, KeyError) as error:
+        return AutoTokenizer.from_pretrained(name, local_files_only=only_kept(name))
+    except (DataError, OSError, ValueError, KeyError) as error:
         raise DataError(f"--tokenizer {name!r} cannot be loaded: {in_a_line(error)}") from error
 
 
