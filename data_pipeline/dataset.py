@@ -105,11 +105,22 @@ class ShardedDataset:
         part = int(np.searchsorted(self._starts, number, side="right")) - 1
         return part, self.parts[part].entry(number - int(self._starts[part]))
 
+    @cached_property
+    def shard_counts(self) -> np.ndarray:
+        """int64: used records in each shard of all parts, end to end."""
+        return np.concatenate([part.shard_counts() for part in self.parts])
+
+    def sharding(self, options: PlanOptions) -> str:
+        """What the order depends on besides the fingerprint: 16 hex digits of the records in each shard where shards
+        are shuffled in groups, '' where the whole corpus is."""
+        if self.weights is not None or not 0 < options.shuffle_shards < len(self.shard_counts):
+            return ""
+        return hashlib.blake2b(self.shard_counts.astype(np.int64).tobytes(), digest_size=8).hexdigest()
+
     def order(self, options: PlanOptions, epoch: int) -> np.ndarray:
         """All record numbers of an epoch in their order."""
         if self.weights is None:
-            counts = np.concatenate([part.shard_counts() for part in self.parts])
-            return shuffled_records(counts.tolist(), options, epoch)
+            return shuffled_records(self.shard_counts.tolist(), options, epoch)
         return mixed_records([len(part) for part in self.parts], self.weights, options, epoch)
 
     @property

@@ -7,6 +7,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import webdataset as wds
@@ -24,13 +25,17 @@ __all__ = ["PairLoader", "open_dataset"]
 
 log = logging.getLogger(__name__)
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 FAULT_KINDS = ("missing_shard", "truncated_shard", "changed_record", "invalid_record")
 _KINDS = {"faults": FAULT_KINDS, "dropped": DROP_KINDS}
 REMOTE_SHUFFLE_SHARDS = 8
 FAULTS_LOGGED = 20
 MAX_DROPPED = 0.9  # of the records seen
 BATCHING = ("equal", "balanced")
+REFUSED = {
+    "fingerprint": "the data are not those of the checkpoint: ",
+    "sharding": "the records lie in other shards, on which their order depends (shuffle_shards): ",
+}
 
 
 class PairLoader:
@@ -41,10 +46,11 @@ class PairLoader:
     for any micro-batch size. ``epoch`` and ``step`` count what was consumed: when the last micro-batch of step t is
     handed out, ``step`` is t + 1, which is what a checkpoint written after that step must hold.
 
-    ``tail``, ``shuffle_shards`` (None: 8 for remote shards, else the whole corpus) and ``bucket_steps`` are those of
-    ``plan.PlanOptions``. ``batching="balanced"`` evens out the tokens of the micro-batches of a step (their sizes
-    differ, alike on all ranks; their number does not). A record that cannot be read is an empty slot and a fault,
-    counted and logged; ``strict`` raises instead, and so does a share of faults above ``max_fault_fraction``.
+    ``tail``, ``shuffle_shards`` and ``bucket_steps`` are those of ``plan.PlanOptions``; ``shuffle_shards`` None is what
+    a loaded state says, else 8 for remote shards and the whole corpus for local ones. ``batching="balanced"`` evens out
+    the tokens of the micro-batches of a step (their sizes differ, alike on all ranks; their number does not). A record
+    that cannot be read is an empty slot and a fault, counted and logged; ``strict`` raises instead, and so does a share
+    of faults above ``max_fault_fraction``.
     """
 
     def __init__(
@@ -79,6 +85,7 @@ class PairLoader:
             _refuse_bad_shards(dataset)
         if shuffle_shards and dataset.weights is not None:
             raise DataError("shuffle_shards cannot be combined with weights: sources are mixed over the whole corpus")
+        self._follows_state = shuffle_shards is None  # not chosen: a resumed run goes on with what it began with
         if shuffle_shards is None:
             shuffle_shards = REMOTE_SHUFFLE_SHARDS if dataset.is_remote and dataset.weights is None else 0
         self.dataset, self.encoder = dataset, encoder
@@ -225,8 +232,7 @@ class PairLoader:
 
     # -------------------------------------------------------------------------------------------------- state
 
-    def _identity(self) -> dict:
-        options = self.options
+    def _identity(self, options: PlanOptions) -> dict:
         return {
             "version": STATE_VERSION,
             "fingerprint": self.dataset.fingerprint,
@@ -235,29 +241,34 @@ class PairLoader:
             "tail": options.tail,
             "shuffle_shards": options.shuffle_shards,
             "bucket_steps": options.bucket_steps,
+            "sharding": self.dataset.sharding(options),
         }
 
     def state_dict(self, reduce: Callable[[Sequence[int]], Sequence[int]] | None = None) -> dict:
         """What was consumed. With several ranks, ``reduce`` (a sum over ranks) makes the counts those of all."""
         ended = self.step >= len(self)
         place = {"epoch": self.epoch + ended, "step": 0 if ended else self.step}
-        return self._identity() | place | self.totals(reduce)
+        return self._identity(self.options) | place | self.totals(reduce)
 
     def load_state_dict(self, state: dict) -> None:
         """Go on where ``state`` was taken, under any world size, micro-batch size and number of workers.
 
         Raises DataError when data, seed, global batch size or order options are not those of the state.
         """
-        missing = sorted(({"epoch", "step", *self.totals()} | self._identity().keys()) - state.keys())
+        missing = sorted(({"epoch", "step", *self.totals()} | self._identity(self.options).keys()) - state.keys())
         if missing:
             raise DataError(f"the loader state has no {', '.join(missing)}: not a state of this loader")
-        for name, value in self._identity().items():
+        options = self.options
+        if self._follows_state and self.dataset.weights is None:
+            options = replace(options, shuffle_shards=int(state["shuffle_shards"]))
+        for name, value in self._identity(options).items():
             if state[name] != value:
-                what = "the data are not those of the checkpoint: " if name == "fingerprint" else ""
                 raise DataError(
-                    f"resume: {what}{name} was {state[name]!r} and is {value!r}; give what it was, or start anew"
+                    f"resume: {REFUSED.get(name, '')}{name} was {state[name]!r} and is {value!r}; give what it was, or "
+                    "start anew"
                 )
         self.close()
+        self.options = options
         self.epoch, self.step = int(state["epoch"]), int(state["step"])
         self.seen, self.truncated = 0, 0
         self.faults, self.dropped = Counter(), Counter()

@@ -202,6 +202,46 @@ def test_a_state_of_another_order_is_refused(corpora, tokenizer, change):
         PairLoader(corpora[23], Encoder(tokenizer), **options).load_state_dict({"step": 3})
 
 
+@pytest.fixture
+def shardings(tmp_path, jsonl, make_rows):
+    """{records a shard: a data set of the same 60 records in the same order}."""
+    source = str(jsonl(tmp_path / "a.jsonl", make_rows(60)))
+    for size in (4, 5, 30):
+        build([source], tmp_path / str(size), BuildOptions(shard_size=size))
+    return {size: open_dataset(str(tmp_path / str(size))) for size in (4, 5, 30)}
+
+
+def test_a_state_of_another_sharding_is_refused_where_the_order_depends_on_it(shardings, tokenizer):
+    def loader(size, **options):
+        return PairLoader(
+            shardings[size], Encoder(tokenizer), seed=1, global_batch_size=4, micro_batch_size=4, **options
+        )
+
+    assert shardings[4].fingerprint == shardings[5].fingerprint
+    grouped = loader(4, shuffle_shards=3).state_dict()
+    with pytest.raises(DataError, match="other shards, on which their order depends"):
+        loader(5, shuffle_shards=3).load_state_dict(grouped)
+    loader(4, shuffle_shards=3).load_state_dict(grouped)
+    for size in (5, 30):
+        loader(size).load_state_dict(loader(4).state_dict())  # shuffled whole: whatever the shards
+    loader(30, shuffle_shards=99).load_state_dict(loader(4, shuffle_shards=99).state_dict())  # one group is all
+
+
+def test_a_resumed_loader_goes_on_with_the_groups_it_began_with(shardings, tokenizer):
+    """Remote shards are shuffled in groups by default, local ones are not; a run may be resumed on a local copy."""
+    options = {"seed": 1, "global_batch_size": 4, "micro_batch_size": 4}
+    begun = PairLoader(shardings[4], Encoder(tokenizer), shuffle_shards=3, **options)
+    steps = begun.steps()
+    next(steps)
+    state = json.loads(json.dumps(begun.state_dict()))
+    resumed = PairLoader(shardings[4], Encoder(tokenizer), **options)
+    next(resumed.steps())  # in another order
+    resumed.load_state_dict(state)
+    assert [b.ids for b in resumed] == [next(steps)[0].ids for _ in range(14)]
+    with pytest.raises(DataError, match="shuffle_shards was 3 and is 2"):
+        PairLoader(shardings[4], Encoder(tokenizer), shuffle_shards=2, **options).load_state_dict(state)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
