@@ -20,7 +20,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from data_pipeline.convert import HASHES, ConvertJob, ConvertOptions, Dropped, convert_chunk, convert_rows
+from data_pipeline.convert import CONVERSION, HASHES, ConvertJob, ConvertOptions, Dropped, convert_chunk, convert_rows
 from data_pipeline.errors import DataError
 from data_pipeline.index import MANIFEST, SCHEMA, Index, load_index, merge_scans, save_index
 from data_pipeline.parallel import chunks, ordered_map
@@ -134,7 +134,8 @@ def job_signature(sources: Sequence[str], options: BuildOptions) -> str:
             files.append([str(file.resolve()), status.st_size, status.st_mtime_ns])
     chosen = asdict(options)
     chosen["source"].pop("cache_dir")
-    return json.dumps({"schema": SCHEMA, "sources": list(sources), "files": files, "options": chosen}, sort_keys=True)
+    job = {"schema": SCHEMA, "conversion": CONVERSION, "sources": list(sources), "files": files, "options": chosen}
+    return json.dumps(job, sort_keys=True)
 
 
 def _built(out: Path, signature: str) -> dict | None:
@@ -223,18 +224,16 @@ def _until_torn(rows: Iterator[Row], on_error: str, dropped: Dropped) -> Iterato
 
 
 def _rows(source: str, options: BuildOptions) -> Iterator[Row]:
-    """The rows of a source; answers given one a row with their correctness are gathered by question first."""
-    rows = _readable(open_rows(source, options.source), source)
-    head = next(rows, None)
-    if head is None:
-        raise DataError(f"{source} has no rows")
-    rows = _chain(head, rows)
-    if options.convert.format in ("auto", "candidates") and _looks_long(head):
+    """The rows of a source; answers given one a row with their correctness are gathered by question."""
+    rows, number = _readable(open_rows(source, options.source), source), 0
+    if options.convert.format in ("auto", "candidates"):
         rows = _gathered(rows, source)
-    for i, row in enumerate(rows):
-        if options.limit and i >= options.limit:
+    for number, row in enumerate(rows, 1):
+        if options.limit and number > options.limit:
             return
         yield row
+    if not number:
+        raise DataError(f"{source} has no rows")
 
 
 def _readable(rows: Iterator[Row], source: str) -> Iterator[Row]:
@@ -244,28 +243,27 @@ def _readable(rows: Iterator[Row], source: str) -> Iterator[Row]:
         raise DataError(f"{source} cannot be read: {error}") from error
 
 
-def _chain(head: Row, rows: Iterator[Row]) -> Iterator[Row]:
-    yield head
-    yield from rows
-
-
-def _looks_long(row: Row) -> bool:
-    try:
-        return is_long(row.parsed())
-    except RecordError:
-        return False  # the converter reports it with its place
-
-
 def _gathered(rows: Iterable[Row], source: str) -> Iterator[Row]:
-    """A row per question. What cannot be gathered goes first, as it is: the converter reports it with its place."""
+    """The rows as they are, and behind them one per question that was answered in rows of the long layout."""
     groups: dict[str, dict] = {}
     for row in rows:
-        try:
-            add_long_row(groups, row.parsed())
-        except RecordError:
+        if not _gather(row, groups):
             yield row
     for number, group in enumerate(groups.values(), 1):
         yield Row(f"{source}, question {number}", group)
+
+
+def _gather(row: Row, groups: dict[str, dict]) -> bool:
+    """Whether the row is of the long layout and stands in its group now."""
+    if isinstance(row.data, bytes) and b'correct"' not in row.data:
+        return False  # most rows: they are parsed where they are converted
+    try:
+        if is_long(data := row.parsed()):
+            add_long_row(groups, data)
+            return True
+    except RecordError:
+        pass  # the converter reports it with its place
+    return False
 
 
 # --------------------------------------------------------------------------------------------------- second pass

@@ -20,6 +20,8 @@ class Message(TypedDict):
 
 
 Text = str | tuple[Message, ...]
+GRADES = ("is_correct", "correct")  # fields that say whether an answer is right
+LABELS = ("label", *GRADES)
 
 
 @dataclass(frozen=True)
@@ -211,17 +213,23 @@ def record_from_fields(row: dict) -> Record:
     name = "answer" if "answer" in row else "completion"
     if name not in row:
         raise missing_field("chosen", row)
-    label = as_label(row.get("label", True))
-    return with_id(AnswerRecord("", prompt, as_text(require(row, name), name), label, meta), row.get("id"))
+    text = as_text(require(row, name), name)
+    return with_id(AnswerRecord("", prompt, text, answer_label(row, LABELS) is not False, meta), row.get("id"))
 
 
-def as_label(value: Any) -> bool:
+def answer_label(row: dict, names: tuple[str, ...]) -> bool | None:
+    """Whether the single answer of a row is good, by the first of the named fields that is there; None without any."""
+    name = next((name for name in names if row.get(name) is not None), None)
+    return None if name is None else as_label(row[name], name)
+
+
+def as_label(value: Any, name: str = "label") -> bool:
     """True or False from a boolean, 0/1 or their usual spellings; RecordError otherwise."""
     if isinstance(value, str) and value.strip().lower() in ("true", "false", "1", "0", "yes", "no"):
         return value.strip().lower() in ("true", "1", "yes")
     if value in (0, 1):  # bool is an int; numpy booleans compare equal too
         return bool(value)
-    raise RecordError("wrong_type", f"label {value!r} is not true or false", malformed=True)
+    raise RecordError("wrong_type", f"{name} {value!r} is not true or false", malformed=True)
 
 
 def with_id(record: Record, given: Any) -> Record:

@@ -15,6 +15,7 @@ from typing import Any
 
 from data_pipeline.errors import DataError
 from data_pipeline.records import (
+    GRADES,
     PreferenceRecord,
     RecordError,
     Text,
@@ -29,7 +30,7 @@ from data_pipeline.records import (
 
 POLICIES = ("matched", "all", "one")
 LISTS = ("candidates", "answers", "responses", "completions", "solutions")
-FLAGS = ("correct", "is_correct", "labels")
+FLAGS = (*GRADES, "labels")
 TEXTS = ("text", "solution", "answer", "completion", "content")
 REFERENCES = ("ground_truth", "reference", "reference_answer")
 
@@ -80,8 +81,9 @@ def has_candidates(row: dict) -> bool:
 
 
 def is_long(row: dict) -> bool:
-    """True for the long layout: one answer and whether it is right."""
-    return _first(row, FLAGS[:2]) is not None and _first(row, TEXTS) is not None and not has_candidates(row)
+    """True for the long layout: one answer and whether it is right. (A row with a label of its own is a KTO row.)"""
+    other = has_candidates(row) or not {"chosen", "rejected", "label"}.isdisjoint(row)
+    return not other and _first(row, GRADES) is not None and _first(row, TEXTS) is not None
 
 
 def _candidates(row: dict) -> list[Candidate]:

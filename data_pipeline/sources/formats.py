@@ -5,7 +5,7 @@
 | preference    | prompt, chosen, rejected: strings or messages; also chosen/rejected that repeat the prompt     |
 | implicit      | chosen, rejected: two whole texts or conversations; the common beginning is the prompt         |
 | hh            | chosen, rejected: two transcripts ``\\n\\nHuman: ... \\n\\nAssistant: ...`` (prompt optional)  |
-| unpaired      | prompt, completion, label (KTO)                                                                |
+| unpaired      | prompt, completion, label (KTO), or is_correct in its place                                     |
 | answer        | prompt, completion | question, answer | messages: one good answer (SFT)                        |
 | candidates    | a question with several answers, each right or wrong (see ``candidates.py``)                   |
 
@@ -17,13 +17,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from data_pipeline.records import (
+    GRADES,
+    LABELS,
     AnswerRecord,
     Message,
     PreferenceRecord,
     Record,
     RecordError,
     Text,
-    as_label,
+    answer_label,
     as_text,
     assistant_turn,
     missing_field,
@@ -31,7 +33,7 @@ from data_pipeline.records import (
     user_turn,
     with_id,
 )
-from data_pipeline.sources.candidates import Pairing, candidate_records, has_candidates
+from data_pipeline.sources.candidates import Pairing, candidate_records, has_candidates, is_long
 
 FORMATS = ("auto", "preference", "implicit", "hh", "unpaired", "answer", "candidates")
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -48,7 +50,7 @@ def detect_format(row: dict) -> str:
         if isinstance(first, str) and isinstance(row.get("chosen"), str) and HH_TURN.match(first):
             return "hh"
         return "preference" if "prompt" in row else "implicit"
-    if "label" in row:
+    if "label" in row or is_long(row):
         return "unpaired"
     if "messages" in row or ("question" in row and "answer" in row):
         return "answer"
@@ -176,12 +178,16 @@ def _hh(row: dict) -> Record:
 
 
 def _unpaired(row: dict) -> Record:
-    label = as_label(require(row, "label"))
+    label = answer_label(row, LABELS)
+    if label is None:
+        raise missing_field("label", row)
     return with_id(AnswerRecord("", *_prompt_and_answer(row), label, _meta(row)), row.get("id"))
 
 
 def _answer(row: dict) -> Record:
-    return with_id(AnswerRecord("", *_prompt_and_answer(row), True, _meta(row)), row.get("id"))
+    """A good answer, unless the row says that it is wrong."""
+    label = answer_label(row, GRADES) is not False
+    return with_id(AnswerRecord("", *_prompt_and_answer(row), label, _meta(row)), row.get("id"))
 
 
 def _prompt_and_answer(row: dict) -> tuple[Text, Text]:

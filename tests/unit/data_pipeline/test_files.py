@@ -10,6 +10,7 @@ from data_pipeline.build import BuildOptions, build
 from data_pipeline.commands.stats import source_mix
 from data_pipeline.dataset import open_dataset
 from data_pipeline.errors import DataError
+from data_pipeline.shards import write_shard
 from data_pipeline.sources.files import SourceOptions, open_rows
 from data_pipeline.stream import RecordReader
 
@@ -263,3 +264,38 @@ def test_long_rows_in_a_file(tmp_path, jsonl, cache):
     assert [r[1:] for r in records(jsonl(tmp_path / "a.jsonl", rows), cache)] == [
         (f"q{i}", f"answer {2 * i}", f"answer {2 * i + 1}") for i in range(3)
     ]
+
+
+GRADED = [{"question": "2+3?", "answer": a, "is_correct": a == "5"} for a in ("5", "6")]
+
+
+def contents(folder):
+    dataset = open_dataset(str(folder))
+    found = [vars(record) for record in map(RecordReader(dataset), range(len(dataset)))]
+    return [{name: value for name, value in fields.items() if name not in ("id", "meta")} for fields in found]
+
+
+@pytest.mark.parametrize("write", [write_parquet, write_jsonl_gz])
+def test_long_rows_are_gathered_whatever_stands_before_them(tmp_path, write):
+    source = write(tmp_path, [{"question": "1+1?", "answer": "2", "is_correct": None}, *GRADED])
+    build([str(source)], tmp_path / "out", BuildOptions())
+    assert contents(tmp_path / "out") == [
+        {"prompt": "1+1?", "answer": "2", "label": True},
+        {"prompt": "2+3?", "chosen": "5", "rejected": "6"},
+    ]
+
+
+def test_long_rows_are_gathered_behind_a_broken_one(tmp_path, jsonl):
+    source = jsonl(tmp_path / "a.jsonl", GRADED)
+    source.write_text('{"question": "2+3?", "answer": "5", "is_correct": tr\n' + source.read_text())
+    with pytest.raises(DataError, match=r"a\.jsonl:1: invalid JSON"):
+        build([str(source)], tmp_path / "out", BuildOptions())
+    build([str(source)], tmp_path / "out", BuildOptions(on_error="skip"))
+    assert contents(tmp_path / "out") == [{"prompt": "2+3?", "chosen": "5", "rejected": "6"}]
+
+
+def test_grades_in_shards_of_other_makers(tmp_path, monkeypatch, cache):
+    monkeypatch.setenv("DIFFDPO_CACHE", str(cache))
+    rows = [{"prompt": "q", "completion": "wrong", "is_correct": False}, {"prompt": "q", "completion": "right"}]
+    write_shard(tmp_path / "a.tar", [(str(i), json.dumps(row).encode()) for i, row in enumerate(rows)])
+    assert [(r["answer"], r["label"]) for r in contents(tmp_path / "a.tar")] == [("wrong", False), ("right", True)]

@@ -117,6 +117,10 @@ def test_refused(row, kind):
     ("row", "expected"),
     [
         ({"prompt": "q", "completion": "a", "label": False}, ("q", "a", False)),
+        ({"prompt": "q", "completion": "a", "is_correct": False}, ("q", "a", False)),
+        ({"question": "q", "answer": "a", "correct": "yes"}, ("q", "a", True)),
+        ({"prompt": "q", "completion": "a", "label": True, "is_correct": False}, ("q", "a", True)),
+        ({"messages": [user("q"), assistant("a")], "is_correct": 0}, ((user("q"),), (assistant("a"),), False)),
         ({"prompt": [user("q")], "completion": [assistant("a")], "label": 1}, ((user("q"),), (assistant("a"),), True)),
         ({"prompt": "q", "completion": "a"}, ("q", "a", True)),
         ({"question": "q", "answer": "a"}, ("q", "a", True)),
@@ -194,3 +198,11 @@ def test_long_rows_are_gathered_by_question():
 def test_transcript_turns():
     text = "\n\nHuman: a\nb\n\nAssistant: c\n\nHuman: d"
     assert parse_transcript(text) == (user("a\nb"), assistant("c"), user("d"))
+
+
+@pytest.mark.parametrize("name", ["answer", "unpaired"])
+def test_a_wrong_answer_is_never_stored_as_a_good_one(name):
+    row = {"prompt": "q", "completion": "a", "is_correct": False}
+    assert next(convert(row, format=name)).label is False
+    with pytest.raises(RecordError, match="is_correct 'perhaps' is not true or false"):
+        next(convert(row | {"is_correct": "perhaps"}, format=name))
