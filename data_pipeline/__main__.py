@@ -65,8 +65,8 @@ def _add_format(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pairing", choices=POLICIES, default="matched", help="candidates: how pairs are made")
     parser.add_argument("--max_pairs", type=int, default=0, help="candidates: pairs a question; 0: no limit")
     parser.add_argument("--use_reference", action="store_true", help="candidates: the human solution is a right answer")
-    parser.add_argument("--split", default="train", help="split of a hub data set")
-    parser.add_argument("--config", default=None, help="configuration of a hub data set")
+    parser.add_argument("--split", default=None, help="of a data set by name (there: train) or of a folder of files")
+    parser.add_argument("--config", default=None, help="configuration of a data set")
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:

@@ -27,6 +27,7 @@ from data_pipeline.index import (
 from data_pipeline.parallel import ordered_map
 from data_pipeline.remote import cached_file, expand_remote, is_glob, is_remote
 from data_pipeline.shards import TAR, Bad, ShardScan, scan_shard
+from data_pipeline.sources.files import refuse_split
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +38,18 @@ def open_index(
     source: str, cache: Path, options: BuildOptions, split: str, workers: int | None, progress: bool
 ) -> tuple[Index, bool]:
     """(index, whether the source itself holds a train/eval split)."""
-    if is_remote(source) and not source.endswith(TAR):
-        if not Path(source).suffix or source.endswith("/"):
-            return _remote_folder(source.rstrip("/"), cache, split)
+    ready = _ready(source, cache, split, workers)
+    if ready is None:
         return _build_cached(expand(source), cache, options, workers, progress), False
+    refuse_split(source, options.source)
+    return ready
+
+
+def _ready(source: str, cache: Path, split: str, workers: int | None) -> tuple[Index, bool] | None:
+    """The same of a folder made by ``build`` and of shards; None for what has to be built first."""
+    if is_remote(source) and not source.endswith(TAR):
+        is_file = Path(source).suffix and not source.endswith("/")
+        return None if is_file else _remote_folder(source.rstrip("/"), cache, split)
     path = Path(source).expanduser()
     if path.is_dir():
         if (path / MANIFEST).exists():
@@ -49,10 +58,9 @@ def open_index(
             return load_index((path / split).resolve()), True
         if shards := [str(p.resolve()) for p in path.iterdir() if p.name.endswith(TAR)]:
             return _index_shards(sorted(shards), cache, workers), False
-    names = expand(source)
-    if shards := [name for name in names if name.endswith(TAR)]:
+    if shards := [name for name in expand(source) if name.endswith(TAR)]:
         return _built_index(shards) or _index_shards(shards, cache, workers), False
-    return _build_cached(names, cache, options, workers, progress), False
+    return None
 
 
 def check_rows(source: str) -> None:

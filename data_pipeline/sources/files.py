@@ -19,10 +19,12 @@ from data_pipeline.errors import DataError
 from data_pipeline.records import RecordError, parse_json
 from data_pipeline.remote import cached_file, is_remote
 from data_pipeline.shards import TAR, Bad, scan_shard, unpack_gzip
+from data_pipeline.sources.folders import folder_splits
 from data_pipeline.sources.hub import hub_items
 
 csv.field_size_limit(1 << 27)
 TORN = (EOFError, gzip.BadGzipFile, zlib.error)  # what reading a cut or damaged .gz raises
+DEFAULT_SPLIT = "train"  # of a data set by name and of a saved one
 SAVED_DATASET = ("dataset_info.json", "dataset_dict.json")  # one of them marks a folder saved by ``datasets``
 
 
@@ -39,9 +41,9 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """How a source is found: the split and configuration of a hub data set, and where remote files are cached."""
+    """How a source is found: its split (None: not named) and configuration, and where remote files are cached."""
 
-    split: str = "train"
+    split: str | None = None
     config: str | None = None
     cache_dir: Path | None = None
 
@@ -58,8 +60,12 @@ def open_rows(source: str, options: SourceOptions) -> Iterator[Row]:
 
 
 def expand_folder(source: str, options: SourceOptions) -> list[str]:
-    """The data files of a folder, each a source of its own; any other source stands for itself."""
+    """The data files of a folder (of its split, if it has several), each a source of its own; any other source stands
+    for itself. DataError where a split is named and there is none to choose, or none is named and there are several."""
     path = local_path(source, options)
+    options = named_split(source, options)[1]
+    if path is not None and path.is_file():
+        refuse_split(source, options)
     if path is None or not path.is_dir() or any((path / name).exists() for name in SAVED_DATASET):
         return [source]
     if all((path / side / "manifest.json").exists() for side in ("train", "eval")):
@@ -69,13 +75,35 @@ def expand_folder(source: str, options: SourceOptions) -> list[str]:
     files = [str(p) for p in source_files(path) if _suffix(p) in READERS]
     if not files:
         raise DataError(f"{path}: the folder has no data file; allowed: {', '.join(sorted(READERS))}, or shards (.tar)")
-    return [name for name in files if name.endswith(TAR)] or files  # beside shards lies their index
+    if shards := [name for name in files if name.endswith(TAR)]:  # beside shards lies their index
+        refuse_split(source, options)
+        return shards
+    return _files_of_split(path, files, options)
+
+
+def _files_of_split(folder: Path, files: list[str], options: SourceOptions) -> list[str]:
+    splits = folder_splits(folder, options.config)
+    if options.split is None and len(splits) > 1:
+        raise DataError(f"{folder} holds several splits ({', '.join(splits)}); name one: {folder}:{next(iter(splits))}")
+    if options.split is None and options.config is None:
+        return files
+    if options.split is not None and options.split not in splits:
+        raise DataError(f"{folder} has no split {options.split!r}; allowed: {', '.join(splits)}")
+    chosen = {str(file) for file in splits[options.split or next(iter(splits))]}
+    return [name for name in files if name in chosen]
+
+
+def refuse_split(source: str, options: SourceOptions) -> None:
+    """DataError when a split or a configuration was named of a source that has none."""
+    for name in ("split", "config"):
+        if (value := getattr(options, name)) is not None:
+            raise DataError(f"{source}: there is no {name} {value!r} to choose in files and shards; leave it out")
 
 
 def named_split(source: str, options: SourceOptions) -> tuple[str, SourceOptions]:
-    """``name:split`` of a hub data set or a saved folder → the name, and the options with that split."""
+    """``name:split`` of a hub data set or a folder → the name, and the options with that split."""
     name, colon, split = source.rpartition(":")
-    if not colon or is_remote(source) or "/" in split or Path(source).exists() or Path(name).is_file():
+    if not colon or is_remote(source) or "/" in split or Path(source).expanduser().exists():
         return source, options
     return name, replace(options, split=split)
 
@@ -246,14 +274,16 @@ def _saved_dataset_rows(path: Path, options: SourceOptions) -> Iterator[Row]:
     import datasets
 
     data = datasets.load_from_disk(str(path))
-    if isinstance(data, datasets.DatasetDict):
-        if options.split not in data:
-            raise DataError(f"{path} has no split {options.split!r}; allowed: {', '.join(data)}")
-        data = data[options.split]
+    splits = data if isinstance(data, datasets.DatasetDict) else {str(data.split or "train"): data}
+    split = options.split or (DEFAULT_SPLIT if isinstance(data, datasets.DatasetDict) else next(iter(splits)))
+    if split not in splits:
+        raise DataError(f"{path} has no split {split!r}; allowed: {', '.join(splits)}")
+    data = splits[split]
     for number, item in enumerate(data, 1):
         yield Row(f"{path.name}, row {number}", item)
 
 
 def _hub_rows(source: str, options: SourceOptions) -> Iterator[Row]:
-    for number, item in enumerate(hub_items(source, options.config, options.split), 1):
-        yield Row(f"{source}[{options.split}], row {number}", item)
+    split = options.split or DEFAULT_SPLIT
+    for number, item in enumerate(hub_items(source, options.config, split), 1):
+        yield Row(f"{source}[{split}], row {number}", item)

@@ -299,3 +299,66 @@ def test_grades_in_shards_of_other_makers(tmp_path, monkeypatch, cache):
     rows = [{"prompt": "q", "completion": "wrong", "is_correct": False}, {"prompt": "q", "completion": "right"}]
     write_shard(tmp_path / "a.tar", [(str(i), json.dumps(row).encode()) for i, row in enumerate(rows)])
     assert [(r["answer"], r["label"]) for r in contents(tmp_path / "a.tar")] == [("wrong", False), ("right", True)]
+
+
+@pytest.fixture
+def hub_folder(tmp_path, make_rows):
+    """A data set as the hub serves it."""
+    folder = tmp_path / "ufb"
+    for start, split in enumerate(("train_prefs", "test_prefs", "test_sft")):
+        path = write_parquet(tmp_path, make_rows(3 + start, start=10 * start))
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        path.rename(folder / "data" / f"{split}-00000-of-00001.parquet")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# A data set\n")
+    return folder
+
+
+def test_the_split_of_a_folder_is_honoured(hub_folder, cache):
+    assert [r[0] for r in records(f"{hub_folder}:test_prefs", cache)] == [f"r{i}" for i in range(10, 14)]
+    build([str(hub_folder)], hub_folder.parent / "out", BuildOptions(source=SourceOptions("test_sft")))
+    assert [r[0] for r in records(hub_folder.parent / "out", cache)] == [f"r{i}" for i in range(20, 25)]
+    with pytest.raises(DataError, match=r"holds several splits \(.*train_prefs.*\); name one: .*ufb:test_prefs"):
+        open_dataset(str(hub_folder), cache_dir=cache)
+    with pytest.raises(DataError, match="has no split 'dev'; allowed: test_prefs, test_sft, train_prefs"):
+        open_dataset(f"{hub_folder}:dev", cache_dir=cache)
+
+
+def test_splits_and_configurations_that_a_readme_lists(hub_folder, cache):
+    head = "---\nconfigs:\n- config_name: {}\n  data_files:\n  - split: one\n    path: data/test_*\n{}---\n"
+    (hub_folder / "README.md").write_text(head.format("default", "  - split: two\n    path: data/train_*\n"))
+    assert len(records(f"{hub_folder}:one", cache)) == 9
+    assert len(records(f"{hub_folder}:two", cache)) == 3
+    (hub_folder / "README.md").write_text(head.format("default", "- config_name: b\n  data_files: data/train_*\n"))
+    options = BuildOptions(source=SourceOptions(config="b"))
+    assert len(records(hub_folder, cache, build_options=options)) == 3
+    with pytest.raises(DataError, match="cannot be told: BuilderConfig 'c' not found"):
+        records(hub_folder, cache, build_options=BuildOptions(source=SourceOptions(config="c")))
+
+
+def test_train_and_test_files_of_a_folder_are_not_mixed(tmp_path, make_rows, jsonl, cache):
+    folder = tmp_path / "hh"
+    folder.mkdir()
+    for name in ("train", "test"):
+        jsonl(folder / f"{name}.jsonl", make_rows(3))
+    with pytest.raises(DataError, match=r"several splits \(train, test\)"):
+        open_dataset(str(folder), cache_dir=cache)
+    assert len(records(f"{folder}:test", cache)) == 3
+
+
+def test_a_split_that_cannot_be_chosen_is_refused(tmp_path, make_rows, jsonl, cache):
+    source = jsonl(tmp_path / "a.jsonl", make_rows(3))
+    saved = write_saved_dataset(tmp_path, make_rows(3))
+    build([str(source)], tmp_path / "shards", BuildOptions())
+    named = BuildOptions(source=SourceOptions("test"))
+    refused = pytest.raises(DataError, match="there is no split 'test' to choose")
+    for name in (source, tmp_path / "shards", tmp_path / "shards" / "shard-00000.tar"):
+        with refused:
+            open_dataset(str(name), cache_dir=cache, build_options=named)
+        with refused:
+            build([str(name)], tmp_path / "out", named)
+    with refused:
+        open_dataset(str(tmp_path / "shards" / "*.tar"), cache_dir=cache, build_options=named)
+    with refused:
+        open_dataset(f"{source}:test", cache_dir=cache)
+    with pytest.raises(DataError, match="has no split 'test'; allowed: train"):
+        open_dataset(str(saved), cache_dir=cache, build_options=named)
