@@ -32,7 +32,7 @@ from diffdpo.engine.deepspeed import (
 )
 from diffdpo.engine.operators import prepare_operators
 from diffdpo.engine.plain import PlainEngine
-from diffdpo.engine.preflight import check_nvme
+from diffdpo.engine.preflight import check_nvme, check_values
 from diffdpo.engine.world import World, join_world
 from diffdpo.errors import UserError
 from diffdpo.losses.preference import check_loss
@@ -289,6 +289,7 @@ def check_ds_config(config: RunConfig, world: World) -> None:
     if not uses_deepspeed(config):
         return
     ds_config = read_ds_config(Path(config.ds_config or ""))
+    check_values(_completed_ds_config(config, world, bf16=resolve_bf16(config, world.device)))
     check_nvme(ds_config)
     if isinstance(config, TrainConfig):
         check_deferred(config.segmentation, why_not_whole_gradients(ds_config, world.size, few=config.use_peft))
@@ -348,16 +349,19 @@ def hold_frozen(config: RunConfig, module: nn.Module, place: Place, *, bf16: boo
     """A module that is never trained, held as the engine would hold it; ``engine.deepspeed.release`` lets go of it."""
     if not uses_deepspeed(config):
         return module.to(place.world.device).eval().requires_grad_(False)
-    settings = complete_ds_config(
+    return freeze(module, place.world, _completed_ds_config(config, place.world, bf16=bf16))
+
+
+def _completed_ds_config(config: RunConfig, world: World, *, bf16: bool) -> dict[str, Any]:
+    return complete_ds_config(
         read_ds_config(Path(config.ds_config or "")),
         _optimizer_options(config),
         micro_batch_size=config.per_device_train_batch_size,
         accumulation_steps=config.gradient_accumulation_steps,
-        world_size=place.world.size,
+        world_size=world.size,
         bf16=bf16,
-        cuda=place.world.device.type == "cuda",
+        cuda=world.device.type == "cuda",
     )
-    return freeze(module, place.world, settings)
 
 
 # ------------------------------------------------------------------------------------------------- step

@@ -201,6 +201,13 @@ def _check_numbers(config: RunConfig) -> None:
 
 
 def _check_files(config: RunConfig) -> None:
+    for name, value in dataclasses.asdict(config).items():
+        if value == "":
+            raise UserError(f"--{name} is empty; give a value, or leave it out")
+    if config.eval_data and not config.train_data:
+        raise UserError(
+            "--eval_data goes with --train_data; without that, both are generated: give it, or leave it out"
+        )
     if config.run_name is not None and (not config.run_name.strip() or "/" in config.run_name):
         raise UserError(f"--run_name {config.run_name!r} names a folder; give a name without '/', or use --output_dir")
     policy = config.model_name_or_path
@@ -280,5 +287,5 @@ def _check_lora(config: TrainConfig) -> None:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The settings as a recipe that gives the same run."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    """The settings as a recipe that gives the same run, from its start even if it was resumed."""
+    return yaml.safe_dump(dataclasses.asdict(config) | {"resume_from_checkpoint": None}, sort_keys=False)

@@ -89,9 +89,10 @@ def print_comparison(results: Mapping[str, Mapping[str, Any]]) -> None:
 
 def _cell(key: str, estimate: Mapping[str, float]) -> str:
     mean, stderr = estimate["mean"], estimate["stderr"]
+    unknown = "± ?" if math.isnan(stderr) else None  # of a single item
     if key in PERCENT:
-        return f"{100 * mean:.1f} ± {100 * stderr:.1f} %"
-    return f"{mean:+.{DIGITS}f} ± {stderr:.{DIGITS}f}"
+        return f"{100 * mean:.1f} {unknown or f'± {100 * stderr:.1f}'} %"
+    return f"{mean:+.{DIGITS}f} {unknown or f'± {stderr:.{DIGITS}f}'}"
 
 
 def model_card(base: str, config_text: str, results: Mapping[str, Mapping[str, Any]]) -> str:

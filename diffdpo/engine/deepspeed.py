@@ -259,16 +259,19 @@ def complete_ds_config(
     given = config.get("optimizer", {})
     if given.get("type", "AdamW") not in ("AdamW", "Adam"):
         raise UserError(f"--ds_config asks for the optimizer {given['type']}; supported: AdamW")
-    config["optimizer"] = {
-        "type": "AdamW",
-        "params": {
-            **{k: v for k, v in given.get("params", {}).items() if v != "auto"},
-            "lr": options.learning_rate,
-            "betas": list(options.betas),
-            "eps": options.epsilon,
-            "weight_decay": options.weight_decay,
-        },
+    params = given.get("params", {})
+    ours = {
+        "lr": options.learning_rate,
+        "betas": list(options.betas),
+        "eps": options.epsilon,
+        "weight_decay": options.weight_decay,
     }
+    for key, value in ours.items():
+        if params.get(key, "auto") not in ("auto", value):
+            raise UserError(
+                f"--ds_config sets optimizer.params.{key} to {params[key]}, the flags to {value}; leave it out of the JSON"
+            )
+    config["optimizer"] = {"type": "AdamW", "params": {k: v for k, v in params.items() if v != "auto"} | ours}
     config.setdefault("steps_per_print", 10**9)  # the run's own progress bar says it
     config.setdefault("zero_allow_untested_optimizer", True)
     return config

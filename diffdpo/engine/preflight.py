@@ -1,5 +1,6 @@
-"""What a --ds_config asks of the host, looked at before a model is loaded."""
+"""What a --ds_config says and what it asks of the host, looked at before a model is loaded."""
 
+import copy
 import os
 import tempfile
 from collections.abc import Mapping
@@ -12,6 +13,23 @@ from diffdpo.engine.deepspeed import import_deepspeed
 from diffdpo.errors import UserError
 
 IN_MEMORY = ("tmpfs", "ramfs")
+
+
+def check_values(config: Mapping[str, Any]) -> None:
+    """UserError for what DeepSpeed does not accept in a configuration that ``complete_ds_config`` gave."""
+    import_deepspeed()
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from pydantic import ValidationError
+
+    batch = "train_batch_size"  # follows from the rest, and is judged by a world size that is not known yet
+    try:
+        DeepSpeedConfig({key: copy.deepcopy(value) for key, value in config.items() if key != batch})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"--ds_config: {where} is {first['input']!r}: {first['msg']}; mend it") from error
+    except (AssertionError, TypeError, ValueError) as error:
+        raise UserError(f"--ds_config: DeepSpeed does not accept it: {' '.join(str(error).split())[:300]}") from error
 
 
 def check_nvme(ds_config: Mapping[str, Any]) -> None:

@@ -35,7 +35,10 @@ def read_arithmetic(text: str) -> str | None:
 def read_gsm8k(text: str) -> str | None:
     """The number after the last ``####``, without commas, currency and idle zeros: 1,800.00 is 1800."""
     found = re.findall(r"####\s*(-?)\s*\$?\s*(-?[\d,]*\.?\d+)", text)
-    return f"{float(''.join(found[-1]).replace(',', '')):.12g}" if found else None
+    try:
+        return f"{float(''.join(found[-1]).replace(',', '')):.12g}"
+    except (IndexError, ValueError):  # no number, or one with two signs
+        return None
 
 
 VERIFIERS: dict[str, Callable[[str], str | None]] = {"arithmetic": read_arithmetic, "gsm8k": read_gsm8k}

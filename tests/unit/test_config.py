@@ -1,5 +1,7 @@
 """Settings: where a value comes from, and one clear line for every mistake."""
 
+import dataclasses
+
 import pytest
 
 from diffdpo.config import SftConfig, TrainConfig, to_yaml
@@ -64,6 +66,9 @@ def test_flags_of_both_spellings_of_true():
         (["--lora_r", "0"], "--lora_r"),
         (["--num_generated_pairs", "0"], "--num_generated_pairs"),
         (["--run_name", "a/b"], "--run_name"),
+        (["--eval_data", __file__], "--train_data"),
+        (["--train_data", ""], "--train_data is empty"),
+        (["--output_dir", ""], "--output_dir is empty"),
     ],
 )
 def test_mistakes_are_named(argv, said):
@@ -105,6 +110,7 @@ def test_mistakes_in_a_recipe_are_named(tmp_path, text, said):
         ('{"zero_optimization": {"stage": 2, "offload_optimizer": null}}', "offload_optimizer must be an object"),
         ('{"optimizer": {"params": "auto"}}', "optimizer.params must be an object"),
         ('{"scheduler": {"type": "WarmupLR"}}', "--lr_scheduler_type"),
+        ('{"zero_optimisation": {"stage": 2}}', "'zero_optimization' is meant"),
     ],
 )
 def test_a_ds_config_of_another_shape_is_named(tmp_path, content, said):
@@ -121,6 +127,12 @@ def test_a_broken_ds_config_is_named(tmp_path):
     (tmp_path / "ds.json").write_text("{")
     with pytest.raises(UserError, match="not JSON"):
         parse("--ds_config", str(tmp_path / "ds.json"))
+
+
+def test_what_a_resumed_run_writes_down_is_the_run_from_its_start(tmp_path):
+    config = parse("--output_dir", str(tmp_path), "--resume_from_checkpoint", "latest")
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert parse("--config", str(tmp_path / "config.yaml")) == dataclasses.replace(config, resume_from_checkpoint=None)
 
 
 def test_recipes_of_the_project_are_readable():

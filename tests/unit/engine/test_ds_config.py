@@ -37,6 +37,8 @@ def test_page_locked_memory_is_for_gpus():
         ({"train_batch_size": 7}, {}, "train_batch_size"),
         ({"fp16": {"enabled": True}}, {}, "fp16"),
         ({"optimizer": {"type": "Lion"}}, {}, "Lion"),
+        ({"optimizer": {"params": {"lr": 0.01}}}, {}, r"optimizer.params.lr to 0.01, the flags to 0.001"),
+        ({"optimizer": {"params": {"betas": [0.8, 0.99]}}}, {}, r"optimizer.params.betas"),
         ({}, {"bf16": True}, "stage 1"),
     ],
 )

@@ -4,13 +4,41 @@ from types import SimpleNamespace
 
 import pytest
 
+from diffdpo.ds_config import read_ds_config
 from diffdpo.engine import preflight
-from diffdpo.engine.deepspeed import hands_gradients_over, why_not_whole_gradients
+from diffdpo.engine.base import OptimizerOptions
+from diffdpo.engine.deepspeed import complete_ds_config, hands_gradients_over, why_not_whole_gradients
 from diffdpo.errors import UserError
+from tests.conftest import ROOT
 
 
 def nvme(path, part="offload_optimizer"):
     return {"zero_optimization": {"stage": 3, part: {"device": "nvme", "nvme_path": path}}}
+
+
+OPTIONS = OptimizerOptions(learning_rate=1e-3)
+PLACE = {"micro_batch_size": 4, "accumulation_steps": 2, "world_size": 3, "bf16": False, "cuda": False}
+
+
+@pytest.mark.parametrize("name", ["4080_offload", "4080_zero3_offload", "zero2", "zero3", "zero3_nvme"])
+def test_deepspeed_accepts_the_shipped_configurations(name):
+    given = read_ds_config(ROOT / "ds_configs" / f"{name}.json")
+    preflight.check_values(complete_ds_config(given, OPTIONS, **PLACE))
+
+
+@pytest.mark.parametrize(
+    ("zero", "said"),
+    [
+        ({"offload_optimizer": {"device": "gpu"}}, r"offload_optimizer.device is 'gpu': .*'cpu'"),
+        ({"reduce_bucket_size": "large"}, "reduce_bucket_size"),
+        ({"ofload_optimizer": {"device": "cpu"}}, "ofload_optimizer"),
+    ],
+)
+def test_what_deepspeed_does_not_accept_is_one_line(zero, said):
+    config = complete_ds_config({"zero_optimization": {"stage": 2, **zero}}, OPTIONS, **PLACE)
+    with pytest.raises(UserError, match=said) as caught:
+        preflight.check_values(config)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("part", ["offload_optimizer", "offload_param"])

@@ -21,7 +21,14 @@ WORLD = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
 
 @pytest.mark.parametrize(
     ("text", "answer"),
-    [("so\n#### 1,234", "1234"), ("#### $18", "18"), ("#### -2.5", "-2.5"), ("#### 1\n#### 2", "2"), ("18", None)],
+    [
+        ("so\n#### 1,234", "1234"),
+        ("#### $18", "18"),
+        ("#### -2.5", "-2.5"),
+        ("#### 1\n#### 2", "2"),
+        ("18", None),
+        ("#### --5", None),
+    ],
 )
 def test_gsm8k_answers(text, answer):
     assert read_gsm8k(text) == answer
