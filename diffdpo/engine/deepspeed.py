@@ -269,7 +269,8 @@ def complete_ds_config(
     for key, value in ours.items():
         if params.get(key, "auto") not in ("auto", value):
             raise UserError(
-                f"--ds_config sets optimizer.params.{key} to {params[key]}, the flags to {value}; leave it out of the JSON"
+                f"--ds_config sets optimizer.params.{key} to {params[key]}, the flags to {value}; leave it out of the "
+                "JSON"
             )
     config["optimizer"] = {"type": "AdamW", "params": {k: v for k, v in params.items() if v != "auto"} | ours}
     config.setdefault("steps_per_print", 10**9)  # the run's own progress bar says it

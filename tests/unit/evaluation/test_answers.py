@@ -27,7 +27,7 @@ WORLD = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
         ("#### -2.5", "-2.5"),
         ("#### 1\n#### 2", "2"),
         ("18", None),
-        ("#### --5", None),
+        ("#### - -5", None),
     ],
 )
 def test_gsm8k_answers(text, answer):
