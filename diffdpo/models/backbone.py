@@ -20,8 +20,10 @@ from transformers import PreTrainedModel, initialization
 from transformers.utils import ModelOutput
 
 from diffdpo.errors import UserError
+from diffdpo.models.adapter_folder import is_adapter
 from diffdpo.models.layers import RMSNorm, RotaryTable, VocabularyHead
 from diffdpo.models.layout import Layout
+from diffdpo.models.stream import INDEX, SINGLE
 
 RunBlock = Callable[..., Tensor]
 
@@ -128,19 +130,26 @@ class MaskedLM(PreTrainedModel):
         """As in transformers, but config.json keeps the checkpoint's `architectures`, and `auto_map` leads to its code.
 
         A local checkpoint's Python files (those `auto_map` names import others) and generation defaults are copied
-        along; for one of the hub they are named by repository. They are never run here.
+        along; for one of the hub they are named by repository. They are never run here. Weights that the folder held
+        before are replaced, whatever their number of shards; UserError where it holds an adapter.
         """
-        published = self.config.architectures
+        folder, published, main = Path(save_directory), self.config.architectures, kwargs.get("is_main_process", True)
+        if is_adapter(folder):
+            raise UserError(f"{str(folder)!r} holds an adapter, which would hide the model: name another folder")
+        if main:
+            (folder / INDEX).unlink(missing_ok=True)
         super().save_pretrained(save_directory, *args, **kwargs)
-        if not kwargs.get("is_main_process", True):
+        if not main:
             return
+        if (folder / INDEX).is_file():
+            (folder / SINGLE).unlink(missing_ok=True)
         self.config.architectures = published or self.config.architectures
         name = str(self.name_or_path or "")
         source = Path(name)
-        if name and source.is_dir() and source.resolve() != Path(save_directory).resolve():
+        if name and source.is_dir() and source.resolve() != folder.resolve():
             own_code = source.glob("*.py") if getattr(self.config, "auto_map", None) else ()
             for file in (*own_code, *source.glob("generation_config.json")):
-                shutil.copy(file, save_directory)
+                shutil.copy(file, folder)
         elif name.count("/") == 1 and not source.exists():
             self.config.auto_map = _named_by_repository(self.config, name)
         self.config.save_pretrained(save_directory)

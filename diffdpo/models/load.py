@@ -219,8 +219,11 @@ def register_mask_token(tokenizer: PreTrainedTokenizerBase, mask_token_id: int) 
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: str | Path, **options) -> None:
     """Write config, safetensors and tokenizer in the published layout. For a peft model: adapter and tokenizer.
 
-    `options` are transformers' (`max_shard_size`). UserError for 4-bit weights, which the published code cannot read.
+    `options` are transformers' (`max_shard_size`). UserError for 4-bit weights, which the published code cannot read,
+    and for an adapter where a model is or a model where an adapter is: one of them would never be read again.
     """
+    if hasattr(model, "peft_config") and (Path(directory) / "config.json").is_file():
+        raise UserError(f"{str(directory)!r} holds a model, which the adapter would hide: name another folder")
     if getattr(model, "is_loaded_in_4bit", False) and not hasattr(model, "peft_config"):
         raise UserError("4-bit weights are not written: save the original model, or an adapter on it")
     cast(Any, model).save_pretrained(directory, **options)

@@ -20,7 +20,7 @@ from data_pipeline.errors import DataError
 from diffdpo.errors import UserError
 from diffdpo.models.quantize import is_nf4, quantised
 
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 STORED = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """Dtypes of safetensors that are plain weights. (8-bit ones need scales that this layout does not have.)"""
 NOT_WEIGHTS = ("rotary_emb.inv_freq",)
@@ -50,7 +50,7 @@ def checkpoint_folder(name_or_path: str) -> Path:
 
 def shard_files(folder: Path) -> list[Path]:
     """The shards an index names, else `model.safetensors`. UserError where there is neither, or both."""
-    single, index = folder / "model.safetensors", folder / INDEX
+    single, index = folder / SINGLE, folder / INDEX
     if index.is_file() and single.is_file():
         raise _unreadable(folder, f"it holds both {single.name} and {INDEX}; remove the one that is out of date")
     names = set(_weight_map(folder).values()) if index.is_file() else {single.name}

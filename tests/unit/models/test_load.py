@@ -15,10 +15,12 @@ from transformers import (
 )
 
 from diffdpo.errors import UserError
+from diffdpo.models.adapters import add_lora
 from diffdpo.models.dream import DreamModel
 from diffdpo.models.from_scratch import new_model
 from diffdpo.models.llada import LLaDAModelLM
 from diffdpo.models.load import load_model, save_model
+from diffdpo.models.stream import shard_files
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 
 
@@ -61,6 +63,25 @@ def test_sharded_checkpoint_with_tensors_spread_over_shards(directory, tmp_path,
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 3
     whole, sharded = (load_model(str(path), dtype="float64") for path in (directory, tmp_path / "shards"))
     assert torch.equal(scores(whole), scores(sharded))
+
+
+@pytest.mark.parametrize(("first", "second"), [("20KB", "5GB"), ("5GB", "20KB"), ("20KB", "30KB")])
+def test_a_model_saved_over_another_is_the_one_that_is_read(first, second, tmp_path, model, tokenizer):
+    save_model(new_model(tokenizer, width=32, layers=3, heads=4, seed=1), tokenizer, tmp_path, max_shard_size=first)
+    save_model(model, tokenizer, tmp_path, max_shard_size=second)
+    ids = torch.arange(5, 17)[None]
+    assert torch.equal(load_model(tmp_path, dtype="float64").model(ids).logits, model(ids).logits)
+    assert len(list(tmp_path.glob("*.safetensors"))) == len(shard_files(tmp_path))  # nothing else is left behind
+
+
+def test_a_model_and_an_adapter_do_not_share_a_folder(directory, tmp_path):
+    loaded = load_model(directory)
+    adapted = add_lora(load_model(directory).model, loaded.spec, r=2)
+    with pytest.raises(UserError, match="holds a model, which the adapter would hide"):
+        save_model(adapted, loaded.tokenizer, directory)
+    save_model(adapted, loaded.tokenizer, tmp_path / "adapter")
+    with pytest.raises(UserError, match="holds an adapter, which would hide the model"):
+        save_model(loaded.model, loaded.tokenizer, tmp_path / "adapter")
 
 
 def test_mask_token_the_tokenizer_does_not_name_is_registered(directory):

@@ -158,6 +158,14 @@ def test_published_directory_loads_and_is_written_back_as_published(name, tmp_pa
         assert (tmp_path / "back" / "modeling_llada.py").is_file()
 
 
+def test_a_published_folder_saved_onto_itself_gives_the_same_logits(tmp_path, tokenizer):
+    write(tmp_path / "published", LLADA, tokenizer)
+    ids = torch.arange(5, 20)[None]
+    loaded = load_model(tmp_path / "published")
+    save_model(loaded.model, loaded.tokenizer, tmp_path / "published")
+    assert torch.equal(load_model(tmp_path / "published").model(ids).logits, loaded.model(ids).logits)
+
+
 @pytest.mark.parametrize("name", ["LLaDA-8B", "Dream-7B", "Tiny-A2D"])
 def test_auto_classes_refuse_incomplete_weights(name, tmp_path, tokenizer):
     config, _, _ = CHECKPOINTS[name]
