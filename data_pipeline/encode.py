@@ -16,14 +16,24 @@ import numpy as np
 from jinja2 import TemplateError
 
 from data_pipeline.errors import DataError
-from data_pipeline.records import AnswerRecord, Record, Text, answers_of
+from data_pipeline.records import AnswerRecord, Message, Record, Text, answers_of, user_turn
+from data_pipeline.truncate import keep_end, keep_start
 
 TEMPLATES = ("auto", "chat", "plain")
 PROMPT_TRUNCATION = ("keep_end", "keep_start", "drop")
 ANSWER_TRUNCATION = ("cut", "drop")
 # No masks and segments that nobody reads; no warning for texts longer than the model: they are cut here.
 QUIET = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
-DROP_KINDS = ("over_long_prompt", "over_long_answer", "equal_after_cut", "special_token", "refused_by_template")
+DROP_KINDS = (
+    "over_long_prompt",
+    "over_long_answer",
+    "equal_after_cut",
+    "special_token",
+    "refused_by_template",
+    "empty_answer",
+)
+MAX_LENGTH, MAX_PROMPT_LENGTH = 1024, 512  # tokens, where nothing else is asked for: training's defaults
+END_OF_TURN = ("<|eot_id|>", "<|im_end|>")  # of the chat templates in use
 PLAIN_ROLES = {"user": "Human", "assistant": "Assistant", "system": "System"}
 
 
@@ -37,12 +47,14 @@ class TokenAnswer:
 
 @dataclass(frozen=True)
 class TokenPair:
-    """A record in tokens. An unpaired record has None on one side: an undesirable answer stands under ``rejected``."""
+    """A record in tokens. An unpaired record has None on one side: an undesirable answer stands under ``rejected``.
+    ``ended``: the text of an answer closed with an end token of its own, which was taken off."""
 
     id: str
     chosen: TokenAnswer | None
     rejected: TokenAnswer | None
     truncated: bool = False
+    ended: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,13 +71,15 @@ class Encoder:
 
     ``max_length`` counts prompt, answer and terminator; ``max_prompt_length`` the prompt alone (None: no limit of its
     own). A prompt is cut when it is longer than its limit, or when prompt and longer answer do not fit; then to what
-    the answer leaves, but not below half of ``max_length``. ``truncation`` says which end of a prompt stays, or drops
-    the record. An answer that still does not fit is cut and has no terminator (``answer_truncation="cut"``: a model
-    must not learn that answers end there), or the record is dropped.
+    the answer leaves, but not below half of ``max_length``. ``truncation`` says which end of its content stays (the
+    template's headers do), or drops the record. An answer that still does not fit is cut and has no terminator
+    (``answer_truncation="cut"``: a model must not learn that answers end there), or the record is dropped.
 
     ``template``: ``chat`` (strings become a user's turn), ``plain`` (messages become ``\\n\\nHuman: ...`` turns), or
     ``auto``: chat for messages when the tokenizer has a template, plain otherwise. ``terminator`` is the id after an
-    answer (None: the tokenizer's eos). ``forbidden_ids``: a record that contains one is dropped; by default the mask.
+    answer (None: the tokenizer's eos), and there is one: an end token that closes an answer's text is taken off, and a
+    record with a terminator within an answer is dropped. ``forbidden_ids``: a record that contains one is dropped; by
+    default the mask.
     """
 
     tokenizer: Any
@@ -77,6 +91,7 @@ class Encoder:
     terminator: int | None = None
     forbidden_ids: Sequence[int] | None = None
     _prefix: tuple[int, ...] = field(init=False, default=())
+    _ends: tuple[str, ...] = field(init=False, default=())
 
     def __post_init__(self):
         self._check_options()
@@ -85,6 +100,8 @@ class Encoder:
             if tokenizer.eos_token_id is None:
                 raise DataError("the tokenizer has no eos token; name the id that ends an answer (terminator)")
             object.__setattr__(self, "terminator", int(tokenizer.eos_token_id))
+        ends = {tokenizer.decode([self.terminator]), tokenizer.eos_token or "", *END_OF_TURN} - {""}
+        object.__setattr__(self, "_ends", tuple(sorted(ends)))
         if self.forbidden_ids is None:
             mask = getattr(tokenizer, "mask_token_id", None)
             object.__setattr__(self, "forbidden_ids", () if mask is None else (int(mask),))
@@ -124,7 +141,7 @@ class Encoder:
                 continue
             rendered.append(slice(len(texts), len(texts) + len(new)))
             texts += new
-        ids = self.tokenizer(texts, add_special_tokens=False, **QUIET)["input_ids"] if texts else []
+        ids = self._tokens(texts) if texts else []
         return [
             where if isinstance(where, Drop) else self._pair(record, ids[where])
             for record, where in zip(records, rendered, strict=True)
@@ -133,7 +150,17 @@ class Encoder:
     def _texts(self, record: Record) -> list[str]:
         chat = self._uses_chat(record.prompt)
         answers = [answer_text(answer, spaced=not chat) for answer in answers_of(record)]
-        return [self.prompt_text(record.prompt, chat), *answers]
+        return [self.prompt_text(record.prompt, chat), *map(self._unended, answers)]
+
+    def _tokens(self, texts: Any) -> Any:
+        """The ids of a text, or of each of several."""
+        return self.tokenizer(texts, add_special_tokens=False, **QUIET)["input_ids"]
+
+    def _unended(self, answer: str) -> str:
+        """An answer without the end tokens that close it."""
+        while (text := answer.rstrip()).endswith(self._ends):
+            answer = text.removesuffix(next(end for end in self._ends if text.endswith(end)))
+        return answer
 
     def _uses_chat(self, prompt: Text) -> bool:
         if self.template == "auto":
@@ -144,29 +171,51 @@ class Encoder:
         bad = [token for token in self.forbidden_ids or () if any(token in part for part in ids)]
         if bad:
             return Drop("special_token", f"the text contains token {bad[0]}, which the model reserves")
-        prompt = ids[0] if self._uses_chat(record.prompt) else [*self._prefix, *ids[0]]
-        fitted = self._fit(prompt, ids[1:])
+        if any(self.terminator in answer for answer in ids[1:]):
+            return Drop("special_token", f"an answer goes on behind the terminator, token {self.terminator}")
+        if not all(ids[1:]):
+            return Drop("empty_answer", "an answer holds nothing but the token that ends it")
+        try:
+            fitted = self._fit(record.prompt, ids[0], ids[1:])
+        except TemplateError as error:
+            return Drop("refused_by_template", f"the chat template, of a part: {error}")
         if isinstance(fitted, Drop):
             return fitted
         tokens, truncated = fitted
+        ended = any(self._unended(text) != text for text in (answer_text(a, spaced=False) for a in answers_of(record)))
         if isinstance(record, AnswerRecord):
             chosen, rejected = (tokens[0], None) if record.label else (None, tokens[0])
-            return TokenPair(record.id, chosen, rejected, truncated)
+            return TokenPair(record.id, chosen, rejected, truncated, ended)
         if np.array_equal(tokens[0].ids, tokens[1].ids):
             return Drop("equal_after_cut", "both answers are the same in tokens after cutting")
-        return TokenPair(record.id, tokens[0], tokens[1], truncated)
+        return TokenPair(record.id, tokens[0], tokens[1], truncated, ended)
 
     def prompt_text(self, prompt: Text, chat: bool) -> str:
         """The prompt as the model meets it, up to where the answer begins."""
-        if chat:
-            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         if isinstance(prompt, str):
-            return prompt
-        turns = [f"\n\n{PLAIN_ROLES.get(turn['role'], turn['role'])}: {turn['content']}" for turn in prompt]
-        return "".join(turns) + "\n\nAssistant:"
+            return self._rendered(user_turn(prompt), chat) if chat else prompt
+        return self._rendered(prompt, chat)
 
-    def _fit(self, prompt: list[int], answers: Sequence[list[int]]) -> tuple[list[TokenAnswer], bool] | Drop:
+    def _rendered(self, turns: Sequence[Message], chat: bool) -> str:
+        if chat:
+            return self.tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
+        plain = [f"\n\n{PLAIN_ROLES.get(turn['role'], turn['role'])}: {turn['content']}" for turn in turns]
+        return "".join(plain) + "\n\nAssistant:"
+
+    def _cut(self, text: Text, ids: list[int], limit: int) -> list[int] | None:
+        """A prompt's tokens cut to a limit; None where that leaves nothing of its content."""
+        if limit < 1:
+            return None
+        keeps_end, chat = self.truncation == "keep_end", self._uses_chat(text)
+        if isinstance(text, str) and not chat:
+            return ids[-limit:] if keeps_end else ids[:limit]
+        turns = user_turn(text) if isinstance(text, str) else text
+        cut = keep_end if keeps_end else keep_start
+        return cut(turns, limit, lambda some: self._rendered(some, chat), self._tokens)
+
+    def _fit(self, text: Text, ids: list[int], answers: Sequence[list[int]]) -> tuple[list[TokenAnswer], bool] | Drop:
+        prefix = [] if self._uses_chat(text) else [*self._prefix]
+        prompt = prefix + ids
         longest = max(len(answer) for answer in answers) + 1  # and the terminator
         limit = max(self.max_length // 2, self.max_length - longest)
         limit = min(limit, self.max_prompt_length or limit)
@@ -174,16 +223,24 @@ class Encoder:
         if cut_prompt:
             if self.truncation == "drop":
                 return Drop("over_long_prompt", f"{len(prompt)} tokens, {limit} fit")
-            prompt = prompt[-limit:] if self.truncation == "keep_end" else prompt[:limit]
+            kept = self._cut(text, ids, limit - len(prefix))
+            if kept is None:
+                return Drop("over_long_prompt", f"{len(prompt)} tokens, {limit} fit: too few for the template alone")
+            prompt = prefix + kept
         room = self.max_length - len(prompt)
         if longest > room and self.answer_truncation == "drop":
             return Drop("over_long_answer", f"{longest} tokens, {room} fit")
         tokens = []
         for answer in answers:
             ending = [self.terminator] if len(answer) < room else []
-            ids = np.array([*prompt, *answer[: room - len(ending)], *ending], dtype=np.int32)
-            tokens.append(TokenAnswer(ids, len(prompt)))
+            row = np.array([*prompt, *answer[: room - len(ending)], *ending], dtype=np.int32)
+            tokens.append(TokenAnswer(row, len(prompt)))
         return tokens, cut_prompt or longest > room
+
+
+def default_template(tokenizer: Any) -> str:
+    """How training renders prompts unless told otherwise: in chat form, strings too, where the tokenizer can."""
+    return "chat" if getattr(tokenizer, "chat_template", None) else "auto"
 
 
 def answer_text(answer: Text, *, spaced: bool) -> str:

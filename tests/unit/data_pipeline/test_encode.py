@@ -67,6 +67,25 @@ def test_terminator_of_the_family(tokenizer):
     assert scored(Encoder(tokenizer, terminator=5)(pair()).chosen)[-1] == 5
 
 
+@pytest.mark.parametrize("closing", ["<eos>", "<eos>\n", "<eos> <eos>", "<eot>", "<|im_end|><eos>"])
+def test_one_terminator_is_scored_whatever_the_answer_closes_with(tokenizer, closing):
+    plain = Encoder(tokenizer, terminator=5)  # <eot>
+    got = plain(pair("ab", f"cd{closing}", "e\n"))
+    assert tokenizer.decode(scored(got.chosen)) == "cd<eot>"
+    assert tokenizer.decode(scored(got.rejected)) == "e\n<eot>"
+    assert got.ended and not plain(pair()).ended
+    turns = pair(user_turn("ab"), assistant_turn("cd<eos>"), assistant_turn("e"))
+    assert tokenizer.decode(scored(Encoder(tokenizer)(turns).chosen)) == " cd<eos>"
+
+
+def test_a_terminator_within_an_answer_or_alone_drops_the_record(tokenizer):
+    within, alone = (Encoder(tokenizer)(pair("ab", text)) for text in ("c<eos>d", "<eos>"))
+    assert isinstance(within, Drop) and within.reason == "special_token"
+    assert isinstance(alone, Drop) and alone.reason == "empty_answer"
+    in_prompt = Encoder(tokenizer)(pair("a<eos>b"))
+    assert scored(in_prompt.chosen).count(tokenizer.eos_token_id) == 1
+
+
 def test_beginning_of_sequence(make_tokenizer):
     tokenizer = make_tokenizer(bos_token="<head>")
     tokenizer.add_bos_token = True
@@ -88,6 +107,34 @@ def test_prompt_truncation(tokenizer, truncation, kept):
     got = Encoder(tokenizer, max_length=20, max_prompt_length=2, truncation=truncation)(pair("abcdef", "x", "y"))
     assert tokenizer.decode(got.chosen.ids) == f"{kept}x<eos>"
     assert got.truncated
+
+
+@pytest.mark.parametrize(("truncation", "kept"), [("keep_end", "ef"), ("keep_start", "ab")])
+def test_the_headers_of_a_cut_prompt_stay(tokenizer, chat_tokenizer, truncation, kept):
+    chat = "<head>user</head>{}<eot><head>assistant</head>x<eos>"  # 6 + 12 tokens around the content
+    plain = "\n\nHuman: {}\n\nAssistant: x<eos>"  # 9 + 12
+    for made, text, limit in ((chat_tokenizer, chat, 20), (tokenizer, plain, 23)):
+        encoder = Encoder(made, max_length=40, max_prompt_length=limit, truncation=truncation)
+        got = encoder(pair(user_turn("abcdef"), assistant_turn("x"), assistant_turn("y")))
+        assert made.decode(got.chosen.ids) == text.format(kept)
+        assert got.truncated and got.chosen.prompt_length == limit
+        few = Encoder(made, max_length=40, max_prompt_length=limit - 2, truncation=truncation)
+        assert few(pair(user_turn("abcdef"), assistant_turn("x"), assistant_turn("y"))).reason == "over_long_prompt"
+
+
+def test_a_conversation_is_cut_by_turns(chat_tokenizer):
+    turns = (*user_turn("abcdef"), *assistant_turn("ghi"), *user_turn("jkl"))
+    for limit, kept in ((45, "ef<eot><head>assistant</head>ghi<eot><head>user</head>jkl"), (30, "jkl"), (20, "kl")):
+        encoder = Encoder(chat_tokenizer, max_length=90, max_prompt_length=limit)
+        text = chat_tokenizer.decode(encoder(pair(turns, assistant_turn("x"), assistant_turn("y"))).chosen.ids)
+        assert text == f"<head>user</head>{kept}<eot><head>assistant</head>x<eos>"
+
+
+def test_the_beginning_of_sequence_stays_before_a_cut_prompt(make_tokenizer):
+    tokenizer = make_tokenizer(bos_token="<head>")
+    tokenizer.add_bos_token = True
+    got = Encoder(tokenizer, max_length=20, max_prompt_length=3)(pair("abcdef", "x", "y"))
+    assert tokenizer.decode(got.chosen.ids) == "<head>efx<eos>"
 
 
 def test_a_prompt_is_cut_to_what_the_answer_leaves_and_not_below_half(tokenizer):
