@@ -54,8 +54,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--on_error", choices=("raise", "skip"), default="raise", help="at a malformed row")
     parser.add_argument("--max_bytes", type=int, default=0, help="drop records with more text than this; 0: keep all")
     parser.add_argument("--limit", type=int, default=0, help="rows read of each source; 0: all")
-    parser.add_argument("--tokenizer", default=None, help="folder or name: token statistics in the manifest")
-    parser.add_argument("--max_length", type=int, default=1024, help="with --tokenizer: count what is longer")
+    _add_encoding(parser)
     parser.add_argument("--workers", type=int, default=None, help="processes; default: one a core; 0: this one only")
     parser.add_argument("--cache_dir", type=Path, default=None, help="for what is fetched")
 
@@ -75,16 +74,26 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eval_fraction", type=float, default=0.0, help="share of the prompts held out")
     parser.add_argument("--side", choices=("train", "eval"), default="train", help="of the train/eval split")
     _add_format(parser)
-    parser.add_argument("--tokenizer", default=None, help="folder or name of a tokenizer")
-    parser.add_argument(
-        "--template", choices=("auto", "chat", "plain"), default="auto", help="how prompts are rendered"
+    _add_encoding(parser)
+
+
+def _add_encoding(parser: argparse.ArgumentParser) -> None:
+    """Flags of the encoder, with training's names and defaults. What is not given is not in the namespace."""
+    parser.add_argument("--tokenizer", default=None, help="a model, or a tokenizer: figures in its tokens")
+
+    def add(name: str, help: str, **options) -> None:
+        parser.add_argument(name, default=argparse.SUPPRESS, help=f"with --tokenizer: {help}", **options)
+
+    add(
+        "--template",
+        "how prompts are rendered; as training: chat where the tokenizer can",
+        choices=("auto", "chat", "plain"),
     )
-    parser.add_argument("--max_length", type=int, default=1024, help="tokens of prompt, answer and terminator")
-    parser.add_argument("--max_prompt_length", type=int, default=None, help="tokens of the prompt")
-    parser.add_argument(
-        "--truncation", choices=("keep_end", "keep_start", "drop"), default="keep_end", help="of prompts"
-    )
-    parser.add_argument("--answer_truncation", choices=("cut", "drop"), default="cut", help="of answers")
+    add("--terminator", "token (text or id) that ends an answer; as training: the model's", metavar="TOKEN")
+    add("--max_length", "tokens of prompt, answer and terminator; 1024", type=int)
+    add("--max_prompt_length", "tokens of the prompt; 512", type=int)
+    add("--truncation", "of prompts; keep_end", choices=("keep_end", "keep_start", "drop"))
+    add("--answer_truncation", "of answers; cut", choices=("cut", "drop"))
 
 
 def main(argv: list[str]) -> int:

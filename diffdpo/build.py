@@ -16,7 +16,7 @@ from torch import nn
 
 from data_pipeline.batch import PairBatch
 from data_pipeline.dataset import ShardedDataset, open_dataset
-from data_pipeline.encode import Encoder
+from data_pipeline.encode import Encoder, default_template
 from data_pipeline.generate import GENERATOR_VERSION, generate_corpus, generate_pairs, parse_mix, write_jsonl
 from data_pipeline.locate import check_rows
 from data_pipeline.reader import PairLoader
@@ -191,14 +191,15 @@ def generated(config: TrainConfig | SftConfig) -> Callable[[Path], tuple[str, st
 
 
 def make_encoder(config: RunConfig, tokenizer, spec: FamilySpec) -> Encoder:
-    """Text to tokens by the family's habits."""
+    """Text to tokens by the family's habits; `python -m data_pipeline inspect` shows the same."""
+    template = getattr(config, "template", None)  # `launch/score.py` has no such flag
     return Encoder(
         tokenizer,
         max_length=config.max_length,
         max_prompt_length=config.max_prompt_length,
         truncation=config.truncation,
         answer_truncation=config.answer_truncation,
-        template="chat" if spec.template == "chat" and getattr(tokenizer, "chat_template", None) else "auto",
+        template=template or default_template(tokenizer),
         terminator=spec.terminator_id,
         forbidden_ids=(spec.mask_token_id,),
     )

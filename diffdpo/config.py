@@ -44,6 +44,11 @@ class RunConfig:
     answer_truncation: str = setting(
         "cut", "an answer that does not fit: cut, without terminator, or left out", choices=("cut", "drop")
     )
+    template: str | None = setting(
+        None,
+        "chat: a string is a user's turn; auto: only messages are; default: chat where the tokenizer has a template",
+        choices=("auto", "chat", "plain"),
+    )
     strict: bool = setting(False, "stop at a record that cannot be read, instead of skipping and counting it")
     dataset_num_workers: int = setting(0, "processes that read and tokenise; 0: a thread of the training process")
     output_dir: str | None = setting(None, "default: outputs/<run_name>")

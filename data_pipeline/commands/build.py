@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from data_pipeline.build import build
-from data_pipeline.commands.common import build_options, load_tokenizer
+from data_pipeline.commands.common import build_options, encoder_of
 from data_pipeline.convert import ConvertOptions
+from data_pipeline.encode import Encoder
 from data_pipeline.errors import DataError
 from data_pipeline.index import MANIFEST
 from data_pipeline.locate import expand
@@ -29,17 +30,15 @@ def run(args: argparse.Namespace) -> int:
         limit=args.limit,
         convert=ConvertOptions(base.convert.format, base.convert.pairing, args.max_bytes),
     )
-    tokenizer = (
-        load_tokenizer(args.tokenizer) if args.tokenizer else None
-    )  # before the work, so that a typo shows first
+    encoder = encoder_of(args)  # before the work, so that a typo shows first
     workers = len(os.sched_getaffinity(0)) if args.workers is None else args.workers
     sources = [name for source in args.source for name in (expand(source) if source else [source])]
     build(sources, args.out, options, workers=workers, progress=True)
     folders = [args.out / name for name in ("train", "eval")] if args.eval_fraction else [args.out]
     for folder in folders:
         manifest = json.loads((folder / MANIFEST).read_bytes())
-        if tokenizer is not None:
-            manifest = _add_token_statistics(folder, manifest, tokenizer, args)
+        if encoder is not None:
+            manifest = _add_token_statistics(folder, manifest, encoder, args)
         print(f"{folder}: {manifest['num_records']} records in {len(manifest['shards'])} shards")
     report = manifest["provenance"]["report"]
     print(
@@ -50,14 +49,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _add_token_statistics(folder: Path, manifest: dict, tokenizer, args: argparse.Namespace) -> dict:
+def _add_token_statistics(folder: Path, manifest: dict, encoder: Encoder, args: argparse.Namespace) -> dict:
     from data_pipeline.commands.stats import token_figures
     from data_pipeline.dataset import open_dataset
-    from data_pipeline.encode import Encoder
 
-    encoder = Encoder(tokenizer, max_length=args.max_length)
     figures = token_figures(open_dataset(str(folder), cache_dir=args.cache_dir), encoder)[0]
-    manifest = manifest | {"tokens": {"tokenizer": args.tokenizer, "max_length": args.max_length, **figures}}
+    manifest = manifest | {"tokens": {"tokenizer": args.tokenizer, **figures}}
     partial = folder / f"{MANIFEST}.partial"
     partial.write_bytes(to_json(manifest))
     partial.replace(folder / MANIFEST)

@@ -7,11 +7,14 @@ from pathlib import Path
 from data_pipeline.build import BuildOptions
 from data_pipeline.convert import ConvertOptions
 from data_pipeline.dataset import ShardedDataset, open_dataset
-from data_pipeline.encode import Encoder
+from data_pipeline.encode import MAX_LENGTH, MAX_PROMPT_LENGTH, Encoder, default_template
 from data_pipeline.errors import DataError
-from data_pipeline.hub import in_a_line, only_kept
 from data_pipeline.sources.candidates import Pairing
 from data_pipeline.sources.files import SourceOptions
+from data_pipeline.tokenizer import load_tokenizer, token_id
+
+ENCODING = ("max_length", "max_prompt_length", "truncation", "answer_truncation", "template", "terminator")
+"""Flags of the encoder: arguments only where they were given."""
 
 
 def build_options(args: argparse.Namespace) -> BuildOptions:
@@ -52,25 +55,21 @@ def check_writable(*paths: Path | None) -> None:
             path.unlink()
 
 
-def load_tokenizer(name: str):
-    """A tokenizer from a folder or the hub; DataError when there is none."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=only_kept(name))
-    except (DataError, OSError, ValueError, KeyError) as error:
-        raise DataError(f"--tokenizer {name!r} cannot be loaded: {in_a_line(error)}") from error
-
-
 def encoder_of(args: argparse.Namespace) -> Encoder | None:
-    """The encoder of ``--tokenizer`` and the truncation options; None without a tokenizer."""
+    """The encoder that training has with the same flags; None without ``--tokenizer``."""
+    given = {name: getattr(args, name) for name in ENCODING if hasattr(args, name)}
     if not args.tokenizer:
+        if given:
+            raise DataError(f"--{' and --'.join(given)} count tokens; add --tokenizer, or leave out what needs it")
         return None
-    return Encoder(
-        load_tokenizer(args.tokenizer),
-        max_length=args.max_length,
-        max_prompt_length=args.max_prompt_length,
-        truncation=args.truncation,
-        answer_truncation=args.answer_truncation,
-        template=args.template,
-    )
+    tokenizer, terminator, mask = load_tokenizer(args.tokenizer)
+    if "terminator" in given:
+        terminator = token_id(tokenizer, given["terminator"])
+    longest = given.get("max_length", MAX_LENGTH)
+    defaults = {
+        "max_length": longest,
+        "max_prompt_length": max(1, min(MAX_PROMPT_LENGTH, longest - 1)),
+        "template": default_template(tokenizer),
+        "forbidden_ids": None if mask is None else (mask,),
+    }
+    return Encoder(tokenizer, **(defaults | given | {"terminator": terminator}))

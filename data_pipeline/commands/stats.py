@@ -2,6 +2,7 @@
 
 import argparse
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         args.json.write_bytes(to_json(figures))
     if args.plot:
-        plot(figures, lengths, unit, args.plot, args.max_length if encoder else None)
+        plot(figures, lengths, unit, args.plot, encoder.max_length if encoder else None)
         print(f"histograms: {args.plot}")
     return 0
 
@@ -98,7 +99,7 @@ def token_figures(dataset: ShardedDataset, encoder: Encoder) -> tuple[dict, dict
     """Token lengths before any cut, what the encoder's options cut or drop, and the lengths."""
     lengths: dict[str, list[int]] = {"prompt": [], "chosen": [], "rejected": [], "longer": []}
     outcome: Counter[str] = Counter()
-    whole = Encoder(encoder.tokenizer, UNLIMITED, template=encoder.template, terminator=encoder.terminator)
+    whole = replace(encoder, max_length=UNLIMITED, max_prompt_length=None)
     reader = RecordReader(dataset)
     for number in range(len(dataset)):
         record = reader(number)
@@ -117,6 +118,7 @@ def token_figures(dataset: ShardedDataset, encoder: Encoder) -> tuple[dict, dict
             lengths[name].append(length)
         if not isinstance(pair, Drop):
             _count_cuts(outcome, sides, pair)
+            outcome["end_token_taken_off"] += pair.ended
     reader.close()
     arrays = {name: np.array(values, np.int64) for name, values in lengths.items()}
     longer = arrays.pop("longer")

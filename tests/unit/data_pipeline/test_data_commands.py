@@ -2,13 +2,20 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 
+from data_pipeline.__main__ import _parser as parser
 from data_pipeline.__main__ import main
 from data_pipeline.cli import exit_code
+from data_pipeline.commands.common import encoder_of
+from data_pipeline.records import PreferenceRecord, assistant_turn, user_turn
+from diffdpo.build import BUNDLED_MODEL, make_encoder
+from diffdpo.config import TrainConfig, make_config
+from diffdpo.models.load import load_tokenizer_and_spec
 
 
 @pytest.fixture
@@ -28,8 +35,9 @@ def run(*arguments):
 
 def test_build(source, tmp_path, capsys, tokenizer_folder):
     out = tmp_path / "out"
+    as_it_is = ("--tokenizer", tokenizer_folder, "--template", "auto")
     options = ("--shard_size", 8, "--shuffle_seed", 1, "--eval_fraction", 0.2, "--workers", 0)
-    assert run("build", source, "--out", out, *options, "--tokenizer", tokenizer_folder, "--max_length", 28) == 0
+    assert run("build", source, "--out", out, *options, *as_it_is, "--max_length", 28) == 0
     printed = capsys.readouterr().out
     assert "train: 24 records in 3 shards" in printed
     assert "eval: 6 records in 1 shards" in printed
@@ -39,12 +47,13 @@ def test_build(source, tmp_path, capsys, tokenizer_folder):
 
 
 def test_inspect_shows_the_boundaries(source, capsys, tokenizer_folder, cache):
-    assert run("inspect", source, "--cache_dir", cache, "--id", "r7", "--tokenizer", tokenizer_folder) == 0
+    as_it_is = ("--tokenizer", tokenizer_folder, "--template", "auto")
+    assert run("inspect", source, "--cache_dir", cache, "--id", "r7", *as_it_is) == 0
     printed = capsys.readouterr().out
     assert "-- prompt\nquestion 7 \n-- chosen\ngood 7 aaaaaaa\n-- rejected\nbad 7 " in printed
     assert "PROMPT 11 |q|u|e|s|t|i|o|n| |7| | ANSWER 14 |g|o|o|d| |7| |a|a|a|a|a|a|a| TERMINATOR <eos>" in printed
     short = ("--max_length", 14, "--max_prompt_length", 3)
-    assert run("inspect", source, "--cache_dir", cache, "--id", "r7", "--tokenizer", tokenizer_folder, *short) == 0
+    assert run("inspect", source, "--cache_dir", cache, "--id", "r7", *as_it_is, *short) == 0
     assert "PROMPT 3 | |7| | ANSWER 11 |g|o|o|d| |7| |a|a|a|a| CUT, no terminator" in capsys.readouterr().out
 
 
@@ -71,7 +80,8 @@ def test_inspect_messages_and_labels(tmp_path, jsonl, capsys, cache):
 
 def test_stats(source, tmp_path, capsys, cache, tokenizer_folder):
     plot, report = tmp_path / "plots" / "s.png", tmp_path / "s.json"
-    options = ("--tokenizer", tokenizer_folder, "--max_length", 28, "--plot", plot, "--json", report)
+    as_it_is = ("--tokenizer", tokenizer_folder, "--template", "auto")
+    options = (*as_it_is, "--max_length", 28, "--plot", plot, "--json", report)
     assert run("stats", source, "--cache_dir", cache, *options) == 0
     printed = capsys.readouterr().out
     assert "records: 30" in printed
@@ -90,6 +100,45 @@ def test_stats_of_unpaired_and_mixed(tmp_path, jsonl, source, cache, capsys):
     printed = capsys.readouterr().out
     assert "pairs: 30\nunpaired: 5\nprompts: 31" in printed
     assert "source kto: 5 (14.3%)" in printed
+
+
+@pytest.fixture
+def models(tmp_path):
+    """{name: folder}: the bundled model, one with a chat template, one whose config names another terminator."""
+
+    def change(name, file, **fields):
+        folder = tmp_path / name
+        shutil.copytree(BUNDLED_MODEL, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+        (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | fields))
+        return folder
+
+    template = "{% for m in messages %}<{{m['role']}}>{{m['content']}}{% endfor %}<assistant>"
+    chat = change("chat", "tokenizer_config.json", chat_template=template)
+    return {"bundled": BUNDLED_MODEL, "chat": chat, "end": change("end", "config.json", eos_token_id=[70, 71])}
+
+
+@pytest.mark.parametrize("name", ["bundled", "chat", "end"])
+@pytest.mark.parametrize("flags", [{}, {"template": "plain", "max_length": 600, "truncation": "keep_start"}])
+def test_the_commands_show_what_training_sees(models, name, flags):
+    tokenizer, spec = load_tokenizer_and_spec(str(models[name]))
+    trained = make_encoder(make_config(TrainConfig, flags), tokenizer, spec)
+    given = [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
+    shown = encoder_of(parser().parse_args(["stats", "x", "--tokenizer", str(models[name]), *given]))
+    for record in (
+        PreferenceRecord("a", "What is 2 + 3?", "5", "6"),
+        PreferenceRecord("b", user_turn("What is 2 + 3?"), assistant_turn("5"), assistant_turn("6")),
+        PreferenceRecord("c", "word " * 900, "right " * 300, "wrong"),
+    ):
+        for side in ("chosen", "rejected"):
+            seen, expected = (getattr(encoder(record), side) for encoder in (shown, trained))
+            assert seen.ids.tolist() == expected.ids.tolist()
+            assert seen.prompt_length == expected.prompt_length
+    assert (shown.forbidden_ids, shown.terminator) == (trained.forbidden_ids, trained.terminator)
+
+
+def test_the_terminator_may_be_named(source, capsys, tokenizer_folder, cache):
+    assert run("inspect", source, "--cache_dir", cache, "--tokenizer", tokenizer_folder, "--terminator", "<eot>") == 0
+    assert "TERMINATOR <eot>" in capsys.readouterr().out
 
 
 WRONG = [
@@ -119,6 +168,9 @@ WRONG = [
     (["build", "ONE", "--out", "OUT", "--eval_fraction", "0.1"], "a single prompt .* set it to 0"),
     (["stats", "SOURCE", "--tokenizer", "TOKENIZER", "--max_length", "1"], "max_length is 1"),
     (["stats", "SOURCE", "--tokenizer", "TOKENIZER", "--max_prompt_length", "5000"], "max_prompt_length is 5000"),
+    (["stats", "SOURCE", "--max_length", "5", "--truncation", "drop"], "--max_length and --truncation .* --tokenizer"),
+    (["build", "SOURCE", "--out", "OUT", "--max_length", "5"], "--max_length count tokens; add --tokenizer"),
+    (["stats", "SOURCE", "--tokenizer", "TOKENIZER", "--terminator", "<none>"], "'<none>' is no token"),
     (["verify", "TMP"], "no data file|is not"),
     (["verify", "SOURCE"], "shards"),
     (["look", "SOURCE"], "invalid choice: 'look'"),
