@@ -37,7 +37,8 @@ from diffdpo.engine.world import World, join_world
 from diffdpo.errors import UserError
 from diffdpo.losses.preference import check_loss
 from diffdpo.memory.allocator import keep_freed_memory
-from diffdpo.models.load import LoadedModel, load_tokenizer_and_spec
+from diffdpo.models.load import LoadedModel, empty_model, load_tokenizer_and_spec
+from diffdpo.models.lora_targets import target_pattern
 from diffdpo.models.spec import FamilySpec
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
@@ -297,8 +298,8 @@ def check_ds_config(config: RunConfig, world: World) -> None:
 
 
 def check_names(config: RunConfig) -> None:
-    """What is wrong with named data at first sight (DataError) and a named model without a config or tokenizer to read
-    (UserError), before all the data are prepared."""
+    """What is wrong with named data at first sight (DataError), and a named model without a config or tokenizer to read
+    or without the modules that LoRA is to adapt (UserError), before all the data are prepared."""
     for source in (config.train_data, config.eval_data):
         if source:
             check_rows(source)
@@ -306,6 +307,9 @@ def check_names(config: RunConfig) -> None:
         if name:
             load_tokenizer_and_spec(name)
 
+    if isinstance(config, TrainConfig) and config.lora_target_modules:
+        policy = config.model_name_or_path or str(BUNDLED_MODEL)
+        target_pattern(empty_model(policy), load_tokenizer_and_spec(policy)[1], config.lora_target_modules)
 
 def wrap(config: RunConfig, loaded: LoadedModel) -> MaskedLogProbs:
     """The module that engines hold: log-probabilities at masked positions."""

@@ -4,7 +4,6 @@ The reference is the model with its adapters switched off, so no second copy of 
 peft's own format with the published module names: plain peft loads them onto the published model.
 """
 
-import re
 import warnings
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,6 +16,8 @@ from torch import nn
 from diffdpo.errors import UserError
 from diffdpo.models.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from diffdpo.models.backbone import native
+from diffdpo.models.layers import VocabularyHead
+from diffdpo.models.lora_targets import target_pattern
 from diffdpo.models.spec import FamilySpec
 
 
@@ -34,18 +35,16 @@ def add_lora(
 
     Adapters train in fp32 whatever the weights' dtype; no dropout, because policy and reference must be the same
     numbers where their weights are. Raises UserError for a rank or scale that is not above 0, and for targets that
-    match nothing or the head.
+    match nothing, the head or what is not linear.
     """
     check_lora(r, alpha)
     if hasattr(model, "peft_config"):
         raise UserError("the model has an adapter already: merge it into full weights first (launch/export.py)")
-    pattern = target_pattern(model, spec, target_modules)
-    adapted_modules(model, pattern)
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,  # type: ignore[arg-type]  # peft divides by it; any number does
         lora_dropout=0.0,
-        target_modules=pattern,
+        target_modules=target_pattern(model, spec, target_modules),
         use_dora=use_dora,
         use_rslora=use_rslora,
         bias="none",
@@ -59,44 +58,6 @@ def check_lora(r: int, alpha: float) -> None:
         raise UserError(f"--lora_r is {r}; it must be at least 1")
     if alpha <= 0:
         raise UserError(f"--lora_alpha is {alpha}; it must be above 0 (the adapter is scaled by lora_alpha / lora_r)")
-
-
-def target_pattern(model: nn.Module, spec: FamilySpec, target_modules: str | None) -> str:
-    """The regular expression of full module names that LoRA adapts.
-
-    `target_modules`: None or "all-linear" for the family's default, module names of a block with commas
-    ("q_proj,v_proj"), or a regular expression. Names mean modules inside blocks, so LLaDA's "ff_out" is never the
-    head; a name that no block has is an error, where peft would adapt the others and say nothing.
-    """
-    if target_modules in (None, "all-linear"):
-        return spec.lora_targets
-    if not re.fullmatch(r"\s*[A-Za-z_]\w*(\s*,\s*[A-Za-z_]\w*)*\s*", target_modules):
-        return target_modules
-    base = native(model)
-    names = [name.strip() for name in target_modules.split(",")]
-    there = {name.rpartition(".")[2] for name, module in base.blocks.named_modules() if isinstance(module, nn.Linear)}
-    unknown = [name for name in names if name not in there]
-    if unknown:
-        raise UserError(f"LoRA target {unknown[0]!r} is no linear module of a block; {spec.name} has {_listed(there)}")
-    prefix = next(name for name, module in base.named_modules() if module is base.blocks)
-    return rf"(.*\.)?{re.escape(prefix.rpartition('.')[2])}\.\d+\.(.*\.)?({'|'.join(names)})"
-
-
-def adapted_modules(model: nn.Module, pattern: str) -> list[str]:
-    """Names of the modules LoRA would adapt; UserError when there are none or the head is among them."""
-    try:
-        matcher = re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"LoRA target {pattern!r} is no regular expression: {error}") from error
-    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    matched = [(name, module) for name, module in linear if matcher.fullmatch(name)]
-    if not matched:
-        examples = ", ".join(name for name, _ in linear[:3])
-        raise UserError(f"LoRA target {pattern!r} matches no linear module; full names look like {examples}")
-    head = native(model).head
-    if any(module is head for _, module in matched):
-        raise UserError(f"LoRA target {pattern!r} matches the LM head; exclude it (adapt blocks only)")
-    return [name for name, _ in matched]
 
 
 def attach_adapter(model: nn.Module, folder: str | Path) -> PeftModel:
@@ -132,12 +93,14 @@ def reference(model: PeftModel) -> AbstractContextManager:
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Full weights with the adapters added in, as a plain native model. 4-bit weights are refused: their sum with an
-    adapter would be quantised again; load the base in bf16 and merge there."""
-    if getattr(native(model), "is_loaded_in_4bit", False):
+    """Full weights with the adapters added in, as a plain native model.
+
+    UserError for 4-bit weights, whose sum with an adapter would be quantised again (load the base in bf16 and merge
+    there), and for an adapter (of plain peft) on an embedding that is the head as well: merged, both would change.
+    """
+    base = native(model)
+    if getattr(base, "is_loaded_in_4bit", False):
         raise UserError("cannot merge into 4-bit weights: load the base model without load_in_4bit, then merge")
+    if base.config.tie_word_embeddings and {type(base.embed), type(base.head)} != {nn.Embedding, VocabularyHead}:
+        raise UserError("cannot merge an adapter on the embedding or the head where they are one matrix: adapt blocks")
     return cast(PeftModel, model).merge_and_unload()
-
-
-def _listed(names: set[str]) -> str:
-    return ", ".join(sorted(names))

@@ -145,6 +145,13 @@ def read_config(name_or_path: str) -> tuple[Family, PreTrainedConfig]:
     return family, family.config_class.from_dict(raw).check()
 
 
+def empty_model(name_or_path: str) -> PreTrainedModel:
+    """The model on the meta device: its modules and shapes; no weights are read."""
+    family, config = read_config(name_or_path)
+    with torch.device("meta"):
+        return family.model_class(config)
+
+
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer without remote code. Dream's own class is a Qwen2 tokenizer with added tokens."""
     kept = only_kept(name_or_path)

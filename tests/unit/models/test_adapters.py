@@ -1,5 +1,6 @@
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from diffdpo.build import check_names
+from diffdpo.config import TrainConfig, make_config
 from diffdpo.errors import UserError
 from diffdpo.models.adapters import add_lora, merge, reference
 from diffdpo.models.backbone import native
@@ -158,6 +161,22 @@ def test_adapters_made_by_plain_peft(options, refused, base, tmp_path):
         assert torch.equal(scores(again.model, again.spec), scores(load_model(base).model, loaded.spec))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["wte", "q_proj"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["wte"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["transformer.ff_out"]},
+    ],
+)
+def test_what_changes_one_side_of_a_tied_matrix_is_not_merged(options, base, tmp_path):
+    adapted = get_peft_model(load_model(base).model, LoraConfig(r=2, **options)).eval()
+    randomise(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match="where they are one matrix: adapt blocks"):
+        merge(load_model(tmp_path / "adapter").model)
+
+
 def test_an_adapter_on_an_adapter_is_refused(adapter):
     loaded = load_model(adapter)
     with pytest.raises(UserError, match="has an adapter already"):
@@ -193,12 +212,23 @@ def test_targets_by_name_or_expression(base, targets, per_block):
         (r".*o_proj", "matches no linear"),
         ("(", "no regular expression"),
         (r".*ff_out", "matches the LM head"),
+        (r".*\.(wte|q_proj)", r"matches model\.transformer\.wte \(Embedding\); only linear modules can be adapted"),
+        (r".*\.(q_proj|attn_norm)", r"blocks\.0\.attn_norm \(RMSNorm\); only linear"),
+        (r".*\.blocks\.0\..*", r"blocks\.0\.attn_norm \(RMSNorm\); only linear"),
+        (".*", r"the model \(LLaDAModelLM\); only linear"),
     ],
 )
 def test_targets_that_cannot_be_meant_are_errors(base, pattern, words):
     loaded = load_model(base)
     with pytest.raises(UserError, match=words):
         add_lora(loaded.model, loaded.spec, target_modules=pattern)
+
+
+def test_a_wrong_target_is_met_before_the_weights(base):
+    Path(base, "model.safetensors").unlink()
+    values = {"model_name_or_path": base, "use_peft": True, "lora_target_modules": r".*\.attn_norm"}
+    with pytest.raises(UserError, match="matches no linear module"):
+        check_names(make_config(TrainConfig, values))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
