@@ -36,7 +36,7 @@ from data_pipeline.records import (
 from data_pipeline.sources.candidates import Pairing, candidate_records, has_candidates, is_long
 
 FORMATS = ("auto", "preference", "implicit", "hh", "unpaired", "answer", "candidates")
-HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+HH_TURN = re.compile(r"(?:\n\n|\A\s*)(Human|Assistant):")  # at the beginning the empty line may have been stripped
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 META_COLUMNS = ("source", "score_chosen", "score_rejected", "prompt_id")
 
@@ -47,7 +47,7 @@ def detect_format(row: dict) -> str:
         return "candidates"
     if "chosen" in row or "rejected" in row:
         first = row.get("prompt", row.get("chosen"))
-        if isinstance(first, str) and isinstance(row.get("chosen"), str) and HH_TURN.match(first):
+        if isinstance(first, str) and isinstance(row.get("chosen"), str) and _is_transcript(first, "prompt" not in row):
             return "hh"
         return "preference" if "prompt" in row else "implicit"
     if "label" in row or is_long(row):
@@ -57,6 +57,14 @@ def detect_format(row: dict) -> str:
     if "prompt" in row:
         return "answer" if "completion" in row or "answer" in row else "preference"
     raise missing_field("answer" if "question" in row else "prompt", row)
+
+
+def _is_transcript(text: str, whole: bool) -> bool:
+    """Whether a text begins with a turn. One without the empty line before it may be somebody's own prompt, such as
+    ``Human: Hi``; then a second turn tells. A ``whole`` text is never anything else: with turns that cannot be told it
+    is counted, for splitting it by characters would end inside the answer."""
+    begins = HH_TURN.match(text) is not None
+    return begins and (whole or text.startswith("\n\n") or len(HH_TURN.findall(text)) > 1)
 
 
 def convert(row: dict, *, format: str = "auto", pairing: Pairing | None = None) -> Iterator[Record]:
@@ -141,7 +149,7 @@ def parse_transcript(text: str) -> tuple[Message, ...]:
     """The turns of an hh-rlhf transcript, contents stripped. Raises RecordError when it is none."""
     head, *rest = HH_TURN.split(text)
     if head.strip() or not rest:
-        raise RecordError("not_a_transcript", "the text does not begin with '\\n\\nHuman:' or '\\n\\nAssistant:'")
+        raise RecordError("not_a_transcript", "the text does not begin with 'Human:' or 'Assistant:'")
     return tuple(
         {"role": HH_ROLES[speaker], "content": content.strip()}
         for speaker, content in zip(rest[::2], rest[1::2], strict=True)

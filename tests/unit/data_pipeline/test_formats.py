@@ -206,3 +206,32 @@ def test_a_wrong_answer_is_never_stored_as_a_good_one(name):
     assert next(convert(row, format=name)).label is False
     with pytest.raises(RecordError, match="is_correct 'perhaps' is not true or false"):
         next(convert(row | {"is_correct": "perhaps"}, format=name))
+
+
+SOUP = ("Human: Hi, what did you eat?", "Assistant: I had a lot of soup.", "Assistant: I had none of it.")
+
+
+@pytest.mark.parametrize("before", ["", "\n\n", "\n", " \n\n"])
+def test_transcripts_whose_beginning_was_stripped(before):
+    rows = [
+        {"chosen": f"{before}{SOUP[0]}\n\n{SOUP[1]}", "rejected": f"{before}{SOUP[0]}\n\n{SOUP[2]}"},
+        {
+            "prompt": f"{before}{SOUP[0]}\n\nAssistant:",
+            "chosen": " I had a lot of soup.",
+            "rejected": " I had none of it.",
+        },
+    ]
+    for row in rows:
+        assert detect_format(row) == "hh"
+        record = one(row)
+        assert record.prompt == (user("Hi, what did you eat?"),)
+        assert record.chosen == (assistant("I had a lot of soup."),)
+        assert record.rejected == (assistant("I had none of it."),)
+
+
+def test_turns_that_cannot_be_told_are_not_split_by_characters():
+    with pytest.raises(RecordError) as error:
+        list(convert({"chosen": f"{SOUP[0]}\n{SOUP[1]}", "rejected": f"{SOUP[0]}\n{SOUP[2]}"}))
+    assert error.value.kind == "not_one_answer"
+    record = one({"prompt": "Human: hi\nAssistant:", "chosen": " a", "rejected": " b"})
+    assert (record.prompt, record.chosen) == ("Human: hi\nAssistant:", " a")  # a prompt of somebody's own
