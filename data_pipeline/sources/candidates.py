@@ -69,7 +69,12 @@ def _first(row: dict, names: Iterable[str]) -> str | None:
 
 
 def _model_columns(row: dict) -> list[str]:
-    return [name for name, value in row.items() if isinstance(value, dict) and {"solution", "is_correct"} <= set(value)]
+    return [name for name, value in row.items() if isinstance(value, dict) and is_graded(value)]
+
+
+def is_graded(value: dict) -> bool:
+    """True for the cell of a model's column: a solution and whether it is right."""
+    return {"solution", "is_correct"} <= set(value)
 
 
 def has_candidates(row: dict) -> bool:

@@ -19,11 +19,14 @@ from data_pipeline.errors import DataError
 from data_pipeline.records import RecordError, parse_json
 from data_pipeline.remote import cached_file, is_remote
 from data_pipeline.shards import TAR, Bad, scan_shard, unpack_gzip
+from data_pipeline.sources.candidates import FLAGS, LISTS, TEXTS, is_graded
 from data_pipeline.sources.folders import folder_splits
 from data_pipeline.sources.hub import hub_items
 
 csv.field_size_limit(1 << 27)
 TORN = (EOFError, gzip.BadGzipFile, zlib.error)  # what reading a cut or damaged .gz raises
+PROMPTS, PAIR = ("prompt", "question"), ("chosen", "rejected")
+ANSWERS = (*PAIR, "completion", *TEXTS, *LISTS)
 DEFAULT_SPLIT = "train"  # of a data set by name and of a saved one
 SAVED_DATASET = ("dataset_info.json", "dataset_dict.json")  # one of them marks a folder saved by ``datasets``
 
@@ -188,7 +191,8 @@ def _object(item: Any, where: str) -> dict:
 
 
 def _csv_rows(path: Path, name: str) -> Iterator[Row]:
-    """Cells are text, except those that hold a JSON list or object (messages, candidates). An empty cell is absent."""
+    """Cells are text, except those that hold what a column of the formats may be besides: see ``_cell``. An empty cell
+    is absent, but for the text that the row lacks: an empty prompt or answer."""
     delimiter = "\t" if ".tsv" in path.name else ","
     with _open(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter=delimiter)
@@ -196,7 +200,8 @@ def _csv_rows(path: Path, name: str) -> Iterator[Row]:
             where = f"{name}:{reader.line_num}"
             if None in cells:
                 raise DataError(f"{where}: more cells than the header has columns ({len(reader.fieldnames or [])})")
-            yield Row(where, {column: _cell(value) for column, value in cells.items() if value})
+            row = {column: _cell(column, value) for column, value in cells.items() if value}
+            yield Row(where, row | dict.fromkeys(_empty_texts(cells), ""))
 
 
 def _csv_cells(reader: csv.DictReader, name: str) -> Iterator[dict]:
@@ -208,13 +213,26 @@ def _csv_cells(reader: csv.DictReader, name: str) -> Iterator[dict]:
         raise DataError(f"{name}: after line {reader.line_num}: {error}; save the table as UTF-8") from error
 
 
-def _cell(value: str) -> Any:
-    if value.lstrip()[:1] in ("[", "{"):
-        try:
-            return json.loads(value)
-        except ValueError:
-            return value  # text that happens to begin with a bracket
-    return value
+def _cell(column: str, value: str) -> Any:
+    """The JSON of a cell if it is a list of messages, a graded answer, or stands in a column of candidates or meta;
+    else its text, also where that happens to be JSON, such as the answer ``[1, 2, 3]``."""
+    if value.lstrip()[:1] not in ("[", "{"):
+        return value
+    try:
+        data = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    if isinstance(data, dict):
+        return data if column == "meta" or is_graded(data) else value
+    messages = all(isinstance(item, dict) and {"role", "content"} <= set(item) for item in data)
+    return data if column in (*LISTS, *FLAGS) or (data and messages) else value
+
+
+def _empty_texts(cells: dict[str, str]) -> list[str]:
+    """The empty cells that are missing text: prompts, and answers where no other answer makes up for them."""
+    answered = any(cells.get(name) for name in ANSWERS)
+    wanted = PAIR if any(cells.get(name) for name in PAIR) else () if answered else ANSWERS
+    return [name for name in (*PROMPTS, *wanted) if cells.get(name) == ""]  # None: the line ends before it
 
 
 def _parquet_rows(path: Path, name: str) -> Iterator[Row]:

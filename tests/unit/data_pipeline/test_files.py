@@ -362,3 +362,39 @@ def test_a_split_that_cannot_be_chosen_is_refused(tmp_path, make_rows, jsonl, ca
         open_dataset(f"{source}:test", cache_dir=cache)
     with pytest.raises(DataError, match="has no split 'test'; allowed: train"):
         open_dataset(str(saved), cache_dir=cache, build_options=named)
+
+
+def test_json_in_a_csv_cell_is_text_unless_its_column_may_hold_it(tmp_path):
+    messages = json.dumps([{"role": "assistant", "content": "[5]"}])
+    row = {"prompt": "[x]", "chosen": "[1, 2, 3]", "rejected": '{"a": 1}', "answers": '["5", "6"]'}
+    row |= {
+        "correct": "[true, false]",
+        "messages": messages,
+        "6b": '{"solution": "5", "is_correct": true}',
+        "meta": "{}",
+    }
+    (read,) = open_rows(str(write_csv(tmp_path, [row])), SourceOptions())
+    assert read.data == row | {
+        "answers": ["5", "6"],
+        "correct": [True, False],
+        "messages": json.loads(messages),
+        "6b": {"solution": "5", "is_correct": True},
+        "meta": {},
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "dropped"),
+    [
+        ("prompt,chosen,rejected\nQ1,good,bad\nQ2,,bad\nQ3,good,\n", {"empty_chosen": 1, "empty_rejected": 1}),
+        ("prompt,chosen,rejected\nQ1,good,bad\n,good dog,good cat\n", {"empty_prompt": 1}),
+        ("prompt,completion,label\nQ1,a,true\nQ2,,false\n", {"empty_answer": 1}),
+        ("question,answer\nQ1,a\nQ2,\n", {"empty_answer": 1}),
+        ("prompt,chosen,rejected,completion,label\nQ1,,,a,true\nQ1,good,bad,,\n", {}),  # two formats in one table
+    ],
+)
+def test_empty_csv_cells_are_counted(tmp_path, text, dropped):
+    (tmp_path / "x.csv").write_text(text)
+    report = build([str(tmp_path / "x.csv")], tmp_path / "out", BuildOptions())["provenance"]["report"]
+    assert {kind: item["count"] for kind, item in report["dropped"].items()} == dropped
+    assert report["records"] == text.count("\n") - 1 - sum(dropped.values())
