@@ -200,6 +200,7 @@ def make_spec(config: PreTrainedConfig, family: Family, tokenizer: PreTrainedTok
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [terminator]
     if mask in ends:
         raise UserError(f"mask_token_id and eos_token_id are both {mask}: they must differ")
+    check_ids(config, tokenizer)
     register_mask_token(tokenizer, mask)
     vocabulary = tokenizer.get_vocab()
     stops = dict.fromkeys((*ends, *(vocabulary[token] for token in STOP_TOKENS if token in vocabulary)))
@@ -215,6 +216,26 @@ def make_spec(config: PreTrainedConfig, family: Family, tokenizer: PreTrainedTok
         template="chat" if tokenizer.chat_template else "plain",
         stop_token_ids=tuple(stop for stop in stops if stop != terminator),
     )
+
+
+def check_ids(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """UserError where config.json and the tokenizer name different masks, or config.json an end that is ordinary text.
+
+    Two different ends among the added tokens are a habit of published chat models (end of text, end of turn).
+    """
+    mask, ends = config.mask_token_id, config.eos_token_id
+    if None not in (mask, tokenizer.mask_token_id) and mask != tokenizer.mask_token_id:
+        raise UserError(
+            f"config.json has mask_token_id {mask} and the tokenizer's mask token {tokenizer.mask_token!r} is "
+            f"{tokenizer.mask_token_id}: they must be the same; correct the one that is wrong"
+        )
+    listed = ends if isinstance(ends, list) else [ends]
+    known = {None, tokenizer.eos_token_id, *tokenizer.added_tokens_decoder}
+    if tokenizer.eos_token_id not in (None, *listed) and not known.issuperset(listed):
+        raise UserError(
+            f"config.json has eos_token_id {ends}, ordinary text, and the tokenizer's end token "
+            f"{tokenizer.eos_token!r} is {tokenizer.eos_token_id}: correct the one that is wrong"
+        )
 
 
 def register_mask_token(tokenizer: PreTrainedTokenizerBase, mask_token_id: int) -> None:

@@ -114,7 +114,7 @@ def models(tmp_path):
 
     template = "{% for m in messages %}<{{m['role']}}>{{m['content']}}{% endfor %}<assistant>"
     chat = change("chat", "tokenizer_config.json", chat_template=template)
-    return {"bundled": BUNDLED_MODEL, "chat": chat, "end": change("end", "config.json", eos_token_id=[70, 71])}
+    return {"bundled": BUNDLED_MODEL, "chat": chat, "end": change("end", "config.json", eos_token_id=[0, 1])}
 
 
 @pytest.mark.parametrize("name", ["bundled", "chat", "end"])

@@ -97,6 +97,26 @@ def test_mask_token_the_tokenizer_does_not_name_is_registered(directory):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"mask_token_id": 40}, r"mask_token_id 40 and the tokenizer's mask token '<\|mdm_mask\|>' is 2"),
+        ({"eos_token_id": 40}, r"eos_token_id 40, ordinary text, .* end token '<\|endoftext\|>' is 1"),
+    ],
+)
+def test_ids_that_contradict_the_tokenizer_are_an_error(directory, changes, words):
+    edit_config(directory, **changes)
+    with pytest.raises(UserError, match=words):
+        load_model(str(directory))
+
+
+def test_another_end_among_the_added_tokens_is_a_habit(directory):
+    edit_config(
+        directory, eos_token_id=0
+    )  # as chat models whose config.json ends at <|endoftext|>, the tokenizer's turn
+    assert load_model(str(directory)).spec.terminator_id == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
         ({"model_type": "gpt2"}, "supported: llada"),
         ({"rope_theta": None}, "lacks rope_theta"),
         ({"block_type": "sequential"}, "block_type"),
