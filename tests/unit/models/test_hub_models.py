@@ -41,7 +41,7 @@ def test_a_model_of_the_hub_is_kept_for_when_it_does_not_answer(tiny_model, conn
     again = load_model("org/model")
     assert all(map(torch.equal, first.model.parameters(), again.model.parameters()))
     assert again.model.name_or_path == "org/model"
-    assert load_tokenizer("org/model").get_vocab() == first.tokenizer.get_vocab()
+    assert load_tokenizer("org/model")[0].get_vocab() == first.tokenizer.get_vocab()
     with pytest.raises(UserError, match=r"'org/other': .* no copy of it is kept, and the hub does not answer"):
         read_config("org/other")
     with pytest.raises(DataError, match=r"'org/other': .* no copy of it is kept"):
