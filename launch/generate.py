@@ -22,7 +22,7 @@ def build_parser() -> Parser:
     """The flags. Names and defaults of the sampler's are the fields of diffdpo.sampling.decode.Decoding."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be given several times")
-    parser.add_argument("--prompts", help="file of prompts: .txt with one a line, or .jsonl")
+    parser.add_argument("--prompts", help="file of prompts: text with one a line, or .jsonl")
     parser.add_argument("--output", help="file for JSON lines; None: print the answers")
     parser.add_argument("--model_name_or_path", help="folder, hub name or adapter folder; None: the bundled model")
     parser.add_argument(
@@ -88,30 +88,45 @@ def read_prompts(args) -> list[tuple[str, object]]:
     prompts: list[tuple[str, object]] = [(str(i), prompt) for i, prompt in enumerate(args.prompt)]
     if args.prompts:
         path = Path(args.prompts)
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise UserError(f"--prompts {path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
-        except OSError as error:
-            raise UserError(f"--prompts {path} cannot be read: {error.strerror}") from error
-        numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
         read = json_prompt if path.suffix == ".jsonl" else lambda path, number, line: (str(number), line)
-        prompts += [read(path, number, line) for number, line in numbered]
+        prompts += [read(path, number, line) for number, line in enumerate(lines_of(path), start=1) if line.strip()]
     if not prompts:
         raise UserError("no prompt: give --prompt TEXT or --prompts FILE with at least one line")
     return prompts
 
 
+def lines_of(path: Path) -> list[str]:
+    """A file's lines, which end at line feeds alone: JSON may hold Unicode's other separators as they are."""
+    if path.suffix in (".json", ".gz", ".csv", ".parquet"):
+        raise UserError(f"--prompts {path} is neither .jsonl nor text with a prompt a line; make it one of them")
+    try:
+        return path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompts {path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except OSError as error:
+        raise UserError(f"--prompts {path} cannot be read: {error.strerror}") from error
+
+
 def json_prompt(path: Path, number: int, line: str) -> tuple[str, object]:
+    """(id, prompt) of a JSON line."""
     try:
         record = json.loads(line)
         prompt = record["prompt"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f'--prompts {path} line {number}: not a JSON object with "prompt"') from error
-    turns = isinstance(prompt, list) and prompt and all({"role", "content"} <= set(turn) for turn in prompt)
-    if not isinstance(prompt, str) and not turns:
-        raise UserError(f"--prompts {path} line {number}: prompt must be text or a list of role and content")
+    if not isinstance(prompt, str) and not is_turns(prompt):
+        raise UserError(f"--prompts {path} line {number}: prompt must be text or a list of role and content, both text")
     return str(record.get("id", number)), prompt
+
+
+def is_turns(prompt: object) -> bool:
+    """Whether these are chat messages, at least one."""
+    return (
+        isinstance(prompt, list)
+        and bool(prompt)
+        and all(isinstance(turn, dict) for turn in prompt)
+        and all(isinstance(turn.get(key), str) for turn in prompt for key in ("role", "content"))
+    )
 
 
 def sampler_options(args) -> dict:

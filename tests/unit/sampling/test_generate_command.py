@@ -71,7 +71,26 @@ def test_user_errors(arguments, words):
         generate.main(arguments)
 
 
-@pytest.mark.parametrize("line", ["{", '{"text": "x"}', '{"prompt": 3}', '{"prompt": []}', '["x"]', '{"prompt": [{}]}'])
+def test_only_line_feeds_end_a_line(tmp_path):
+    odd = "one\u2028two\u0085three\x0cfour"
+    (tmp_path / "in.txt").write_bytes(f"{odd}\r\nfive\n".encode())
+    (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": odd}, ensure_ascii=False) + "\n")
+    for name, expected in (("in.txt", [odd, "five"]), ("in.jsonl", [odd])):
+        args = generate.build_parser().parse_args(["--prompts", str(tmp_path / name)])
+        assert [prompt for _, prompt in generate.read_prompts(args)] == expected
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "in.json").write_text('[{"prompt": "1"}]')
+    with pytest.raises(UserError, match=r"in\.json is neither \.jsonl nor text"):
+        generate.main(["--prompts", str(tmp_path / "in.json")])
+
+
+BAD_LINES = ["{", '{"text": "x"}', '{"prompt": 3}', '{"prompt": []}', '["x"]', '{"prompt": [{}]}', '{"prompt": [1, 2]}']
+BAD_LINES += ['{"prompt": [["role", "content"]]}', '{"prompt": [{"role": "user", "content": null}]}']
+
+
+@pytest.mark.parametrize("line", BAD_LINES)
 def test_a_bad_line_is_named(tmp_path, line):
     (tmp_path / "in.jsonl").write_text('{"prompt": "fine"}\n' + line)
     with pytest.raises(UserError, match="line 2"):
