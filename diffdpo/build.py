@@ -306,10 +306,10 @@ def check_names(config: RunConfig) -> None:
     for name in (config.model_name_or_path, getattr(config, "ref_model_name_or_path", None)):
         if name:
             load_tokenizer_and_spec(name)
-
     if isinstance(config, TrainConfig) and config.lora_target_modules:
         policy = config.model_name_or_path or str(BUNDLED_MODEL)
         target_pattern(empty_model(policy), load_tokenizer_and_spec(policy)[1], config.lora_target_modules)
+
 
 def wrap(config: RunConfig, loaded: LoadedModel) -> MaskedLogProbs:
     """The module that engines hold: log-probabilities at masked positions."""
