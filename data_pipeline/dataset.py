@@ -7,7 +7,8 @@ lock file lets one of them work while the others wait for its result, which appe
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,10 +18,12 @@ import numpy as np
 from data_pipeline.build import BuildOptions
 from data_pipeline.errors import DataError
 from data_pipeline.index import GZIP, Index
-from data_pipeline.locate import open_index
+from data_pipeline.locate import open_index, open_side
 from data_pipeline.plan import PlanOptions, mixed_records, shuffled_records
 from data_pipeline.remote import default_cache_dir, is_remote
 from data_pipeline.split import eval_mask
+
+log = logging.getLogger(__name__)
 
 SPLITS = ("train", "eval")
 
@@ -50,6 +53,22 @@ class Part:
         if self.chosen is None:
             return np.diff(self.index.starts)
         return np.diff(np.searchsorted(self.chosen, self.index.starts))
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A source before its side is chosen. ``other_side``: of a folder built with a split, where several sources are
+    opened together, what it holds on the side that is not wanted."""
+
+    name: str
+    index: Index
+    already_split: bool
+    other_side: Index | None = None
+
+    @property
+    def prompts(self) -> np.ndarray:
+        """uint64 [records]: hashes of the prompts."""
+        return self.index.entries["prompt"]
 
 
 @dataclass(frozen=True)
@@ -147,7 +166,8 @@ def open_dataset(
 
     ``eval_fraction`` of the prompts are held out for ``split="eval"``; ``seed`` chooses which (keep it when the
     training seed changes, or prompts trained on become prompts evaluated on). A folder built with its own train/eval
-    split is used as it is. ``weights``: shares of the sources in an epoch. ``max_records``: the first of each source.
+    split is used as it is, and its prompts stay on their sides in other sources too. ``weights``: shares of the sources
+    in an epoch. ``max_records``: the first of each source.
     ``allow_damaged``: go on although local shards are not as long as the index says; what they lack become faults.
     ``workers``: processes that build or index (None: one a core for large files, this one for small).
     """
@@ -156,16 +176,19 @@ def open_dataset(
     cache = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
     options = build_options or BuildOptions()
     options = replace(options, eval_fraction=0.0, source=replace(options.source, cache_dir=cache))
-    opened = [open_index(name, cache, options, split, workers, progress) for name in sources]
-    for index, _ in opened:
+    opened = []
+    for name in sources:
+        index, already_split = open_index(name, cache, options, split, workers, progress)
         _check_shards(index, allow_damaged)
-    sides = _sides([index for index, already_split in opened if not already_split], eval_fraction, split, seed)
+        other = None
+        if already_split and len(sources) > 1:
+            other = open_side(name, cache, "eval" if split == "train" else "train")
+        opened.append(Opened(name, index, already_split, other))
     parts = []
-    for name, (index, already_split) in zip(sources, opened, strict=True):
-        chosen = None if already_split else next(sides)
+    for one, chosen in zip(opened, _sides(opened, eval_fraction, split, seed), strict=True):
         if max_records:
-            chosen = np.arange(len(index))[:max_records] if chosen is None else chosen[:max_records]
-        parts.append(Part(name, index, chosen))
+            chosen = np.arange(len(one.index))[:max_records] if chosen is None else chosen[:max_records]
+        parts.append(Part(one.name, one.index, chosen))
     for part, weight in zip(parts, weights or [1.0] * len(parts), strict=True):
         if not len(part) and (weight > 0 if weights else not any(map(len, parts))):
             raise DataError(f"{part.name}: no record is left on the {split} side; change eval_fraction or the weights")
@@ -185,15 +208,38 @@ def _check(
         raise DataError(f"weights {list(weights)}: one number >= 0 for each of the {len(sources)} sources, not all 0")
 
 
-def _sides(indices: list[Index], eval_fraction: float, split: str, seed: int) -> Iterator[np.ndarray | None]:
-    """The entries of each index on the wanted side. Decided over all of them: a prompt may stand in several."""
-    if not eval_fraction or not indices:
-        if indices and split == "eval":
-            raise DataError("these data were not split; set eval_fraction, or build them with --eval_fraction")
-        return iter([None] * len(indices))
-    held_out = eval_mask(np.concatenate([index.entries["prompt"] for index in indices]), eval_fraction, seed)
-    ends = np.cumsum([len(index) for index in indices])[:-1]
-    return (np.flatnonzero(side if split == "eval" else ~side) for side in np.split(held_out, ends))
+def _sides(sources: list[Opened], eval_fraction: float, split: str, seed: int) -> list[np.ndarray | None]:
+    """The entries of each source on the wanted side (None: all). Decided over all: a prompt may stand in several.
+
+    A folder built with a split decides for its prompts: what one holds out is nowhere trained on.
+    """
+    unsplit = [source for source in sources if not source.already_split]
+    if unsplit and split == "eval" and not eval_fraction:
+        raise DataError("these data were not split; set eval_fraction, or build them with --eval_fraction")
+    held_out, trained_on = _given_sides(sources, split)
+    if unsplit and eval_fraction:
+        prompts = np.concatenate([source.prompts for source in unsplit])
+        drawn = eval_mask(prompts, eval_fraction, seed) & ~np.isin(prompts, trained_on)
+        held_out = np.concatenate([held_out, prompts[drawn]])
+    return [_side(source, held_out, eval_fraction, split) for source in sources]
+
+
+def _given_sides(sources: list[Opened], split: str) -> tuple[np.ndarray, np.ndarray]:
+    """(held out, trained on): the prompts of folders that were built with a split."""
+    here = [source.prompts for source in sources if source.already_split]
+    there = [source.other_side.entries["prompt"] for source in sources if source.other_side is not None]
+    both = [np.concatenate([np.zeros(0, np.uint64), *prompts]) for prompts in (here, there)]
+    return (both[1], both[0]) if split == "train" else (both[0], both[1])
+
+
+def _side(source: Opened, held_out: np.ndarray, eval_fraction: float, split: str) -> np.ndarray | None:
+    mine = np.isin(source.prompts, held_out) == (split == "eval")
+    if eval_fraction and not source.already_split:
+        return np.flatnonzero(mine)
+    if mine.all():
+        return None
+    log.warning("%s: %d records left out: another source holds their prompts out", source.name, (~mine).sum())
+    return np.flatnonzero(mine)
 
 
 def _check_shards(index: Index, allow_damaged: bool) -> None:

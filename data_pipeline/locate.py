@@ -63,6 +63,14 @@ def _ready(source: str, cache: Path, split: str, workers: int | None) -> tuple[I
     return None
 
 
+def open_side(source: str, cache: Path, split: str) -> Index | None:
+    """One side of a folder built with a split; None where it has been taken away."""
+    if is_remote(source):
+        return _remote_folder(source.rstrip("/"), cache, split)[0]
+    side = Path(source).expanduser() / split
+    return load_index(side.resolve()) if (side / MANIFEST).exists() else None
+
+
 def check_rows(source: str) -> None:
     """DataError for what is wrong in the first rows of local files, so that it shows before anything slow is begun.
     Shards, folders and what has to be fetched are looked at when they are opened."""

@@ -265,6 +265,28 @@ def test_a_prompt_in_two_sources_stays_on_one_side(tmp_path, jsonl, make_rows, c
     assert len(prompts[1]) == 9
 
 
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5])
+def test_a_prompt_of_a_built_split_stays_on_its_side_in_other_sources(tmp_path, jsonl, make_rows, cache, fraction):
+    """The built folder and the file share 40 of their 50 prompts; a second folder has another split of some."""
+    files = [str(jsonl(tmp_path / f"{start}.jsonl", make_rows(50, start=start))) for start in (0, 10, 20)]
+    for number, share in ((0, 0.2), (2, 0.4)):
+        build([files[number]], tmp_path / str(number), BuildOptions(eval_fraction=share))
+    sides = {}
+    for side in ("train", "eval") if fraction else ("train",):
+        dataset = open_dataset(
+            [str(tmp_path / "0"), files[1], str(tmp_path / "2")], split=side, eval_fraction=fraction, cache_dir=cache
+        )
+        sides[side] = [set(part.column("prompt").tolist()) for part in dataset.parts]
+    held_out = [set(load_index(tmp_path / name / "eval").entries["prompt"].tolist()) for name in "02"]
+    trained = set.union(*sides["train"])
+    assert not trained & set.union(*held_out)
+    if fraction:
+        assert not trained & set.union(*sides["eval"])
+        assert sides["eval"][0] == held_out[0] and sides["eval"][2] == held_out[1]
+        everything = open_dataset([files[1]], cache_dir=cache).parts[0].column("prompt").tolist()
+        assert sides["train"][1] | sides["eval"][1] == set(everything)
+
+
 def test_shards_are_a_source_too(tmp_path, jsonl, make_rows):
     """Shuffled anew, of another size, and with what is damaged refused or counted."""
     build([str(jsonl(tmp_path / "a.jsonl", make_rows(20)))], tmp_path / "one", BuildOptions(shard_size=10))
