@@ -85,22 +85,42 @@ def schemes(h_D: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def errors_of(h_D: np.ndarray, slope_D: np.ndarray) -> dict[str, float]:
-    """Biases and root mean square errors of one pair. The truth is taken from the mean over all draws."""
+def errors_of(h_D: np.ndarray, slope_D: np.ndarray) -> dict[str, tuple[float, float]]:
+    """Biases (positive: away from 0) and root mean square errors of one pair, each with its standard error.
+
+    The truth is taken at the mean over all draws, whose own noise is in the standard errors, to first order.
+    """
     h, slope = h_D.mean(), slope_D.mean()
-    truth, scale = -sigma(-h) * slope, abs(slope) / 2
-    loss_D = np.logaddexp(0, -h_D)
+    truth, scale = -sigma(-h) * slope, -np.sign(slope) * abs(slope) / 2
+    truth_D = truth + sigma(h) * sigma(-h) * slope * (h_D - h) - sigma(-h) * (slope_D - slope)
+    loss, loss_D = np.logaddexp(0, -h), np.logaddexp(0, -h_D)
+    straight_D = loss - sigma(-h) * (h_D - h)
     second = 0.5 * sigma(h_D) * sigma(-h_D) * h_D.var(ddof=1)
     found = {
-        "sd h": h_D.std(ddof=1),
-        "loss bias": loss_D.mean() - np.logaddexp(0, -h),
-        "loss bias, corrected": (loss_D - second).mean() - np.logaddexp(0, -h),
+        "sd h": (h_D.std(ddof=1), h_D.std(ddof=1) / np.sqrt(2 * len(h_D))),
+        "loss bias": estimate(loss_D - straight_D),
+        "loss bias, corrected": estimate(loss_D - second - straight_D),
     }
     for name, coefficient_D in schemes(h_D).items():
         gradient_D = -sigma(-coefficient_D) * slope_D
-        found[f"bias {name}"] = abs(gradient_D.mean() - truth) / scale
-        found[f"rms {name}"] = np.sqrt(((gradient_D - truth) ** 2).mean()) / scale
-    return {name: float(value) for name, value in found.items()}
+        square, error = estimate(((gradient_D - truth) / scale) ** 2)
+        found[f"bias {name}"] = estimate((gradient_D - truth_D) / scale)
+        found[f"rms {name}"] = np.sqrt(square), error / (2 * np.sqrt(square))
+    return {name: (float(value), float(error)) for name, (value, error) in found.items()}
+
+
+def estimate(value_D: np.ndarray) -> tuple[float, float]:
+    """Mean and standard error."""
+    return value_D.mean(), value_D.std(ddof=1) / np.sqrt(len(value_D))
+
+
+def over_pairs(each: list[dict[str, tuple[float, float]]]) -> dict[str, float]:
+    """Means over the pairs, and their standard errors for these pairs as ``... ±``."""
+    found = {}
+    for name in each[0]:
+        found[name] = float(np.mean([one[name][0] for one in each]))
+        found[f"{name} ±"] = float(np.sqrt(np.sum([one[name][1] ** 2 for one in each])) / len(each))
+    return found
 
 
 def main() -> None:
@@ -133,12 +153,13 @@ def main() -> None:
             ]
             for beta in args.beta:
                 each = [errors_of(beta * h_D, beta * slope_D) for h_D, slope_D in drawn]
-                means = {name: float(np.mean([one[name] for one in each])) for name in each[0]}
+                means = over_pairs(each)
                 lines.append({"estimator": estimator, "n": n, "beta": beta, **means})
-                words = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
+                words = "  ".join(f"{name} {means[name]:.4f} ± {means[name + ' ±']:.4f}" for name in each[0])
                 print(f"{estimator:18s} n={n:<2d} β={beta:<4g} {words}", flush=True)
                 if args.output:
-                    args.output.write_text(json.dumps({"lines": lines}, indent=1) + "\n")
+                    settings = {name: value for name, value in vars(args).items() if name != "output"}
+                    args.output.write_text(json.dumps({"settings": settings, "lines": lines}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -35,16 +35,19 @@ from diffdpo.engine.plain import PlainEngine
 from diffdpo.engine.preflight import check_nvme, check_values
 from diffdpo.engine.world import World, join_world
 from diffdpo.errors import UserError
-from diffdpo.losses.preference import check_loss
+from diffdpo.losses.preference import DEFAULTS, check_loss, check_read
 from diffdpo.memory.allocator import keep_freed_memory
 from diffdpo.models.load import LoadedModel, empty_model, load_tokenizer_and_spec
 from diffdpo.models.lora_targets import target_pattern
 from diffdpo.models.spec import FamilySpec
+from diffdpo.noise.estimators import MAX_EXACT_LENGTH
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.step.choose import check_deferred
+from diffdpo.step.coefficient import CoefficientRows
 from diffdpo.step.segments import Segments
 from diffdpo.step.train_step import LossOptions
+from diffdpo.tracking.journal import has_steps
 from diffdpo.tracking.run import tracking_uri
 
 BUNDLED_MODEL = Path(__file__).parent / "pretrained" / "arithmetic"
@@ -85,7 +88,7 @@ def find_place(config: RunConfig, command: str) -> Place:
 
 def _check_output_dir(output_dir: Path, resume: str | None) -> None:
     """The folder is made when the run's record begins: a mistake met before leaves nothing behind."""
-    if (output_dir / "metrics.jsonl").exists():
+    if has_steps(output_dir):
         if not resume:
             raise UserError(
                 f"--output_dir {output_dir} holds a run already; give another, or "
@@ -152,6 +155,24 @@ def check_kind_of_records(dataset: ShardedDataset, loss: LossOptions) -> None:
             f"--train_data has {single} single answers among {len(dataset)} records and --loss_type "
             f"{','.join(loss.names)} needs pairs; use --loss_type kto or data with chosen and rejected"
         )
+
+
+def check_exact(config: TrainConfig, datasets: Sequence[ShardedDataset | None]) -> None:
+    """UserError for ``exact`` on data with an answer that it cannot enumerate. Every record is encoded: such data are
+    few and short."""
+    if config.score_estimator != "exact":
+        return
+    tokenizer, spec = load_tokenizer_and_spec(config.model_name_or_path or str(BUNDLED_MODEL))
+    encoder = make_encoder(config, tokenizer, spec)
+    for dataset in filter(None, datasets):
+        loader = PairLoader(dataset, encoder, seed=0, global_batch_size=64, micro_batch_size=64)
+        for batch in islice(loader, len(loader)):
+            length_B = (batch.lengths_B2 - batch.prompt_lengths_B2).amax(1)
+            if int(length_B.max()) > MAX_EXACT_LENGTH:
+                raise UserError(
+                    f"--score_estimator exact: record {batch.ids[int(length_B.argmax())]!r} has an answer of "
+                    f"{int(length_B.max())} tokens, {MAX_EXACT_LENGTH} are the most; use balanced"
+                )
 
 
 def check_batch_size(config: TrainConfig, loss: LossOptions, world: World) -> None:
@@ -385,11 +406,21 @@ def make_loss(config: TrainConfig) -> LossOptions:
         raise UserError(f"--loss_weights {config.loss_weights}: every weight must be a finite number")
     if config.sft_weight and "sft" in names:
         raise UserError("--sft_weight adds the sft loss that --loss_type names already; use one of the two")
+    parameters = {name: getattr(config, name) for name in DEFAULTS}
     check_loss(names, weights=weights, label_smoothing=config.label_smoothing, discopop_tau=config.discopop_tau)
+    check_read(names, parameters)
     if config.sft_weight:
         names, weights = (*names, "sft"), (*weights, config.sft_weight)
-    parameters = ("beta", "label_smoothing", "discopop_tau", "simpo_gamma", "desirable_weight", "undesirable_weight")
-    return LossOptions(names, weights, **{name: getattr(config, name) for name in parameters})
+    return LossOptions(names, weights, beta=config.beta, **parameters)
+
+
+def make_coefficient(config: TrainConfig, loss: LossOptions) -> CoefficientRows:
+    """Where dL/dS is taken. UserError for a loss of the whole step, whose scores come before any gradient."""
+    if config.coefficient_rows != "same" and loss.whole_batch:
+        raise UserError(
+            f"--coefficient_rows {config.coefficient_rows}: {','.join(loss.names)} couples the pairs of a step"
+        )
+    return CoefficientRows(config.coefficient_rows, config.num_coefficient_samples or config.num_mc_samples)
 
 
 def make_noise(config: RunConfig, spec: FamilySpec) -> NoiseOptions:

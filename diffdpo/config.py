@@ -107,6 +107,12 @@ class TrainConfig(RunConfig):
     target_stderr: float | None = setting(
         None, "choose n of each step, 2 to --num_mc_samples, for this standard error of a reward; see docs/training.md"
     )
+    coefficient_rows: str = setting(
+        "same",
+        "rows the coefficient dL/dS of a score is taken from: the gradient's, other ones, all; see docs/training.md",
+        choices=("same", "other", "all"),
+    )
+    num_coefficient_samples: int = setting(0, "further forwards a score for it, without a graph; 0: --num_mc_samples")
     num_diffusion_steps: int | None = setting(None, "T of the `trajectory` estimator")
     segmentation: str = setting(
         "auto", "how rows share memory", choices=("auto", "none", "checkpoint", "two_pass", "deferred")
@@ -247,6 +253,7 @@ def _check_train(config: TrainConfig) -> None:
         if getattr(config, name) < 0:
             raise UserError(f"--{name} is {getattr(config, name)}; it must be at least 0")
     _check_target(config)
+    _check_coefficient(config)
     if config.load_in_4bit and not config.use_peft:
         raise UserError("--load_in_4bit freezes the weights, so there is nothing to train; add --use_peft")
     if config.reference == "adapter_off" and not config.use_peft:
@@ -283,6 +290,25 @@ def _check_target(config: TrainConfig) -> None:
         why = "does not know n beforehand, and --reference precomputed needs it; leave one out"
     if why:
         raise UserError(f"--target_stderr {why}")
+
+
+def _check_coefficient(config: TrainConfig) -> None:
+    """--coefficient_rows: not every setting has other rows."""
+    if config.num_coefficient_samples < 0:
+        raise UserError(f"--num_coefficient_samples is {config.num_coefficient_samples}; it must be at least 0")
+    if config.coefficient_rows == "same":
+        if config.num_coefficient_samples:
+            raise UserError("--num_coefficient_samples is of no use with --coefficient_rows same; use other or all")
+        return
+    if config.score_estimator == "exact":
+        raise UserError(
+            f"--coefficient_rows {config.coefficient_rows}: --score_estimator exact has no other rows; use same"
+        )
+    if config.reference == "precomputed":
+        raise UserError(
+            f"--coefficient_rows {config.coefficient_rows}: --reference precomputed holds the gradient's rows alone; "
+            "use --reference copy or adapter_off"
+        )
 
 
 def _check_lora(config: TrainConfig) -> None:

@@ -34,6 +34,12 @@ def build_parser(config_class: type[RunConfig], description: str) -> Parser:
             options |= {"type": kind, "choices": item.metadata.get("choices")}
         parser.add_argument(f"--{item.name}", **options)
     parser.formatter_class = _HelpFormatter
+    if config_class is TrainConfig:
+        bundled = ", ".join(f"{name} {value}" for name, value in read_recipe(config_class, BUNDLED_RECIPE).items())
+        parser.epilog = (
+            f"Without --model_name_or_path and --train_data these are the defaults: {bundled}. The sft_weight is left "
+            "out where --loss_type is given."
+        )
     return parser
 
 
@@ -45,8 +51,8 @@ def parse_config(config_class: type[RunConfig], argv: Sequence[str], description
     given = {**(read_recipe(config_class, Path(recipe)) if recipe else {}), **flags}
     if config_class is TrainConfig and not (given.get("model_name_or_path") or given.get("train_data")):
         bundled = read_recipe(config_class, BUNDLED_RECIPE)
-        if "sft" in str(given.get("loss_type", "")).split(","):
-            bundled.pop("sft_weight", None)  # the user weights that loss
+        if "loss_type" in given:
+            bundled.pop("sft_weight", None)  # it goes with the loss of the recipe
         given = {**bundled, **given}
     return make_config(config_class, given)
 

@@ -33,6 +33,7 @@ def train(config: TrainConfig) -> int:
     loss = build.make_loss(config)
     check_segmentation(config.segmentation, whole_batch=loss.whole_batch)
     check_reference(config, loss)
+    build.make_coefficient(config, loss)
     check_estimator(
         config.score_estimator, num_samples=config.num_mc_samples, num_diffusion_steps=config.num_diffusion_steps
     )
@@ -60,12 +61,14 @@ class _Training:
 
     def __init__(self, config: TrainConfig, loss: LossOptions, place: Place):
         self.config, self.loss, self.place = config, loss, place
+        self.coefficient = build.make_coefficient(config, loss)
         self.resume = None
         if config.resume_from_checkpoint:
             self.resume = find_checkpoint(config.resume_from_checkpoint, place.output_dir)
         self.train_set, self.eval_set = build.open_data(config, place, build.generated(config))
         build.check_kind_of_records(self.train_set, loss)
         build.check_batch_size(config, loss, place.world)
+        build.check_exact(config, (self.train_set, self.eval_set))
         self.bf16 = build.resolve_bf16(config, place.world.device)
         self.mode, self.why_mode = choose_mode(config, loss, share=lambda: second_model_share(config, place.world))
         self.scores = self._precompute() if self.mode == "precomputed" else None  # before another model is in memory
@@ -139,6 +142,7 @@ class _Training:
             segments=self.segments,
             max_length=config.max_length,
             target_stderr=config.target_stderr,
+            coefficient=self.coefficient,
         )
         return Job(
             config=config,
@@ -181,7 +185,7 @@ class _Training:
             f"{'records' if self.loss.of_answers else 'pairs'}, "
             f"{held_out}\n"
             f"engine     {self.engine.describe()}, {place.world.size} process(es) on {place.world.device.type}\n"
-            f"scores     {config.score_estimator}, n = {self._samples_text()}; loss {', '.join(self.loss.names)}, "
+            f"scores     {config.score_estimator}, n = {self._samples_text()}; loss {self.loss.describe()}, "
             f"beta {config.beta}\n"
             f"memory     segmentation '{strategy}' ({why}), {self.segments.describe()}\n"
             f"{measured}"
@@ -198,7 +202,7 @@ class _Training:
     def _check_first(self, report: StepReport) -> None:
         """With policy = reference and shared noise every preference logit is 0, so the sigmoid loss is ln 2."""
         config = self.config
-        if config.ref_model_name_or_path or "sigmoid" not in self.loss.names:
+        if config.ref_model_name_or_path or self.mode == "none" or "sigmoid" not in self.loss.names:
             return
         off = abs(config.beta * report.largest_logit) / 2  # |loss - ln 2| of the worst pair, to first order
         # segments that --max_memory has sized are not those that the scores were made in

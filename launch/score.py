@@ -11,12 +11,15 @@ With --output a broken-off run goes on where it stopped. A record whose id was m
 import json
 import re
 import sys
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import TYPE_CHECKING, Any
 
 from diffdpo.cli import Parser, run
 from diffdpo.errors import UserError
+
+if TYPE_CHECKING:
+    from diffdpo.evaluation.score_file import ScoreFile  # imported when it is needed: --help needs no torch
 
 
 def build_parser() -> Parser:
@@ -49,21 +52,18 @@ def main(argv: list[str]) -> None:
     check(args)
     records = read_records(args.pairs)
     check_models(model_names(args))
-    done, mode = set[str](), None
-    if args.output:
-        done = finished_ids(Path(args.output), identity(args))
-        mode = open(args.output, "a", encoding="utf-8")  # noqa: SIM115 - closed below, or standard output
-    out: IO[str] = mode or sys.stdout
+    file = open_output(args)
+    done = len(file.done) if file else 0
     try:
-        count, dropped, repeated = score_all(args, records, done, out)
+        count, dropped, repeated = score_all(args, records, file)
     finally:
-        if mode:
-            mode.close()
+        if file:
+            file.close()
     for name, drop in dropped[:5]:
         print(f"left out {name}: {drop.reason} {drop.detail}".rstrip(), file=sys.stderr)
     if repeated:
         print(f"left out {repeated} whose id another record has", file=sys.stderr)
-    print(f"scored {count}, left out {len(dropped) + repeated}, already there {len(done)}", file=sys.stderr)
+    print(f"scored {count}, left out {len(dropped) + repeated}, already there {done}", file=sys.stderr)
 
 
 def check(args) -> None:
@@ -85,13 +85,18 @@ def check(args) -> None:
         raise UserError(f"--output {args.output}: there is no folder {Path(args.output).parent}; make it first")
 
 
-def identity(args) -> dict:
-    """The settings that scores in one file must share."""
+def open_output(args) -> "ScoreFile | None":
+    """--output, with what it holds already; None: standard output."""
+    if not args.output:
+        return None
+    from diffdpo.evaluation.score_file import ScoreFile
+    from diffdpo.reference.identity import weights_digest
+
     names = "model_name_or_path ref_model_name_or_path score_estimator num_mc_samples num_diffusion_steps seed"
-    return {
-        name: getattr(args, name)
-        for name in f"{names} max_length max_prompt_length truncation answer_truncation dtype".split()
-    }
+    names += " max_length max_prompt_length truncation answer_truncation dtype"
+    settings = {name: getattr(args, name) for name in names.split()}  # that scores in one file must share
+    digests = [weights_digest(name) for name in model_names(args)]
+    return ScoreFile(Path(args.output), settings | {"model_weights": digests})
 
 
 def read_records(source: str) -> Iterator:
@@ -117,53 +122,27 @@ def read_records(source: str) -> Iterator:
     return chain([first], found)
 
 
-def finished_ids(path: Path, settings: dict) -> set[str]:
-    """Ids in an output file; an unfinished last line is cut off. UserError if it was made with other settings."""
-    side = path.with_name(path.name + ".settings.json")
-    if not path.exists() or path.stat().st_size == 0:
-        partial = side.with_name(side.name + ".partial")  # renamed when whole: a kill must not leave half of it
-        partial.write_text(json.dumps(settings, indent=1) + "\n")
-        partial.replace(side)
-        return set()
-    try:
-        before = dict(json.loads(side.read_text()))
-    except (OSError, ValueError, TypeError):
-        raise UserError(
-            f"--output {path} exists but {side.name} does not tell how it was made, so it may hold anything; name "
-            "another file"
-        ) from None
-    changed = [name for name in settings if before.get(name) != settings[name]]
-    if changed:
-        found = ", ".join(f"--{name} {before.get(name)}" for name in changed)
-        raise UserError(f"--output {path} was written with {found}; use the same, or another file")
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-    return {_id_of(line, f"--output {path}:{number}") for number, line in enumerate(whole.split(b"\n")[:-1], 1)}
+def unmet(records: Iterator, done: Mapping[str, str], repeated: list[str], digests: dict[str, str]) -> Iterator:
+    """Records whose id is not ``done`` and was not met before, their digests added to ``digests``; ids met again are
+    appended to ``repeated``. UserError where a record that is done was another one."""
+    from diffdpo.evaluation.score_file import digest
 
-
-def _id_of(line: bytes, where: str) -> str:
-    try:
-        return json.loads(line)["id"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{where} is no line of this command; mend or remove it, or name another file") from None
-
-
-def unmet(records: Iterator, done: Set[str], repeated: list[str]) -> Iterator:
-    """Records whose id is not ``done`` and was not met before; ids met again are appended to ``repeated``."""
     met = set[str]()
     for record in records:
         if record.id in met:
             repeated.append(record.id)
         elif record.id not in done:
+            digests[record.id] = digest(record)
             yield record
+        elif done[record.id] != digest(record):
+            raise UserError(
+                f"record {record.id!r} of --pairs is not what --output holds the scores of; name another --output"
+            )
         met.add(record.id)
 
 
-def score_all(args, records: Iterator, done: Set[str], out: IO[str]) -> tuple[int, list, int]:
-    """Write a line a record that is not ``done``; (how many, what the encoder left out, records met twice)."""
+def score_all(args, records: Iterator, file: "ScoreFile | None") -> tuple[int, list, int]:
+    """Write a line a record that is not done; (how many, what was left out, records met twice)."""
     from data_pipeline.encode import Drop
     from diffdpo.build import make_encoder, make_noise
     from diffdpo.evaluation.score_pairs import as_line, batches, encoded, score_pairs
@@ -172,12 +151,17 @@ def score_all(args, records: Iterator, done: Set[str], out: IO[str]) -> tuple[in
     models, spec, tokenizer = load_models(args)
     encoder = make_encoder(args, tokenizer, spec)
     noise, segments = make_noise(args, spec), Segments(rows=args.segment_rows)
-    count, dropped, repeated = 0, list[tuple[str, Drop]](), list[str]()
-    for pairs in batches(encoded(unmet(records, done, repeated), encoder, dropped), args.batch_size):
+    dropped, repeated, digests = list[tuple[str, Drop]](), list[str](), dict[str, str]()
+    left, count = unmet(records, file.done if file else {}, repeated, digests), 0
+    for pairs in batches(encoded(left, encoder, dropped, noise), args.batch_size):
         scores, ratio = score_pairs(pairs, models, noise, segments=segments)
         for index, pair in enumerate(pairs):
-            out.write(json.dumps(as_line(pair, index, scores, ratio), ensure_ascii=False) + "\n")
-        out.flush()
+            line = as_line(pair, index, scores, ratio)
+            if file:
+                file.write(line, digests.pop(pair.id))
+            else:
+                print(json.dumps(line, ensure_ascii=False))
+        (file or sys.stdout).flush()
         count += len(pairs)
     return count, dropped, len(repeated)
 

@@ -11,7 +11,6 @@ import torch
 from data_pipeline.batch import collate
 from data_pipeline.encode import Drop, Encoder, TokenPair
 from data_pipeline.records import Record
-from diffdpo.errors import UserError
 from diffdpo.noise.estimators import MAX_EXACT_LENGTH
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.scores.fold import PairScores, fold
@@ -27,8 +26,6 @@ def score_pairs(
 
     The models read the same rows, of epoch 0. UserError for ``exact`` on long answers.
     """
-    if noise.estimator == "exact":
-        _check_exact(pairs)
     batch = collate(list(pairs), pad_id=noise.mask_token_id, epoch=0, step=0, micro=0, last_micro=True)
     rows = noise.rows(batch, next(models[0].parameters()).device)
     f = [score_rows(model, rows, segments=segments) for model in models]
@@ -36,10 +33,15 @@ def score_pairs(
     return [fold(f_R, rows) for f_R in f], ratio
 
 
-def encoded(records: Iterable[Record], encoder: Encoder, dropped: list[tuple[str, Drop]]) -> Iterator[TokenPair]:
-    """Records in tokens; those the encoder leaves out are appended to ``dropped`` with their id."""
+def encoded(
+    records: Iterable[Record], encoder: Encoder, dropped: list[tuple[str, Drop]], noise: NoiseOptions
+) -> Iterator[TokenPair]:
+    """Records in tokens; those the encoder leaves out, or that ``exact`` cannot enumerate, are appended to ``dropped``
+    with their id."""
     for record in records:
         pair = encoder(record)
+        if not isinstance(pair, Drop) and noise.estimator == "exact" and longest(pair) > MAX_EXACT_LENGTH:
+            pair = Drop("too_long_for_exact", f"({longest(pair)} tokens in an answer, {MAX_EXACT_LENGTH} at most)")
         if isinstance(pair, Drop):
             dropped.append((record.id, pair))
         else:
@@ -78,11 +80,6 @@ def _known(stderr: torch.Tensor) -> float | None:
     return None if stderr.isnan() else stderr.item()
 
 
-def _check_exact(pairs: Sequence[TokenPair]) -> None:
-    for pair in pairs:
-        tokens = max(len(a.ids) - a.prompt_length for a in (pair.chosen, pair.rejected) if a is not None)
-        if tokens > MAX_EXACT_LENGTH:
-            raise UserError(
-                f"record {pair.id!r} has an answer of {tokens} tokens; --score_estimator exact takes at most "
-                f"{MAX_EXACT_LENGTH}: leave it out, or use balanced with a large --num_mc_samples"
-            )
+def longest(pair: TokenPair) -> int:
+    """Scored tokens of the longer answer."""
+    return max(len(a.ids) - a.prompt_length for a in (pair.chosen, pair.rejected) if a is not None)

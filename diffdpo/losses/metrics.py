@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 SUMS = (
-    *("answers", "chosen", "rejected", "pairs"),
+    *("answers", "chosen", "rejected", "pairs", "compared", "compared_chosen", "compared_rejected"),
     *("reward_chosen", "reward_rejected", "margin", "correct"),
     *("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected"),
     *("ratio", "ratio_per_token", "displaced"),
@@ -35,8 +35,10 @@ def pair_sums(
     """The sums of one micro-batch, float64 [len(SUMS)], in the order of ``SUMS``; detached.
 
     ``stderr_B2`` is the standard error of the policy's score, ``ratio_stderr_B2`` that of the log-ratio (both as
-    ``fold`` gives them). NaN entries (a single row) are left out of the means.
+    ``fold`` gives them). NaN entries (a single row) are left out of the means. Without a reference what compares with
+    one (``scores/displacement``, ``kl/...``) is left out, and rewards are β S.
     """
+    compared = reference_B2 is not None
     reference_B2 = torch.zeros_like(policy_B2) if reference_B2 is None else reference_B2
     policy_B2, reference_B2 = policy_B2.detach().double(), reference_B2.detach().double()
     present_B2, pair_B = weight_B2.double(), weight_B2.double().prod(1)
@@ -49,12 +51,13 @@ def pair_sums(
     def all_of(value_B2: Tensor) -> Tensor:
         return (present_B2 * value_B2).sum()
 
+    count = present_B2.sum(), present_B2[:, 0].sum(), present_B2[:, 1].sum()
     variance, known = _known_squares(stderr_B2, present_B2)
     ratio_variance, ratio_known = _known_squares(ratio_stderr_B2, present_B2)
     margin_B = reward_B2[:, 0] - reward_B2[:, 1]
     return torch.stack(
         [
-            *(present_B2.sum(), present_B2[:, 0].sum(), present_B2[:, 1].sum(), pair_B.sum()),
+            *(*count, pair_B.sum(), *(compared * one for one in count)),
             *(side(reward_B2, 0), side(reward_B2, 1), (pair_B * margin_B).sum(), (pair_B * (margin_B > 0)).sum()),
             *(side(policy_B2, 0), side(policy_B2, 1), side(reference_B2, 0), side(reference_B2, 1)),
             *(all_of(ratio_B2), all_of(ratio_B2 / tokens_B2.clamp(min=1)), side((ratio_B2 < 0).double(), 0)),
@@ -75,11 +78,11 @@ def means(sums: Tensor) -> dict[str, float]:
         "rewards/accuracies": ("correct", "pairs"),
         "scores/chosen": ("policy_chosen", "chosen"),
         "scores/rejected": ("policy_rejected", "rejected"),
-        "scores/reference_chosen": ("reference_chosen", "chosen"),
-        "scores/reference_rejected": ("reference_rejected", "rejected"),
-        "scores/displacement": ("displaced", "chosen"),
-        "kl/answers": ("ratio", "answers"),
-        "kl/per_token": ("ratio_per_token", "answers"),
+        "scores/reference_chosen": ("reference_chosen", "compared_chosen"),
+        "scores/reference_rejected": ("reference_rejected", "compared_rejected"),
+        "scores/displacement": ("displaced", "compared_chosen"),
+        "kl/answers": ("ratio", "compared"),
+        "kl/per_token": ("ratio_per_token", "compared"),
         "noise/score_variance": ("score_variance", "known_variances"),
         "noise/ratio_variance": ("ratio_variance", "known_ratio_variances"),
     }

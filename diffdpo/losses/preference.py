@@ -240,6 +240,24 @@ LOSSES: dict[str, Loss] = {
 }
 
 
+def check_read(names: Sequence[str], parameters: Mapping[str, float]) -> None:
+    """UserError for a parameter that is not at its default and that none of the losses reads."""
+    for name, value in parameters.items():
+        if value != DEFAULTS[name] and not any(name in LOSSES[loss].needs for loss in names):
+            readers = ", ".join(loss for loss in LOSSES if name in LOSSES[loss].needs)
+            raise UserError(f"--{name} {value} is not read by --loss_type {','.join(names)}; it is by {readers}")
+
+
+DEFAULTS = {
+    "label_smoothing": 0.0,
+    "discopop_tau": 0.05,
+    "simpo_gamma": 0.5,
+    "desirable_weight": 1.0,
+    "undesirable_weight": 1.0,
+}
+"""Of the losses' own parameters."""
+
+
 def check_names(names: str | Sequence[str]) -> tuple[str, ...]:
     """The loss names of ``"sigmoid,sft"`` or of a sequence. UserError for an unknown name or a mix without meaning."""
     listed = tuple(name.strip() for name in names.split(",")) if isinstance(names, str) else tuple(names)

@@ -18,8 +18,8 @@ class NoiseOptions:
     mask_token_id: int
     num_diffusion_steps: int | None = None
 
-    def rows(self, batch: PairBatch, device: torch.device) -> NoisyRows:
-        """The noisy rows of a micro-batch."""
+    def rows(self, batch: PairBatch, device: torch.device, *, draw: int = 0) -> NoisyRows:
+        """The noisy rows of a micro-batch; another ``draw``: others, independent of them."""
         return noisy_rows(
             batch,
             estimator=self.estimator,
@@ -27,4 +27,5 @@ class NoiseOptions:
             seed=self.seed,
             mask_token_id=self.mask_token_id,
             num_diffusion_steps=self.num_diffusion_steps,
+            draw=draw,
         ).to(device)

@@ -33,8 +33,6 @@ AFFORDABLE = 0.1  # of a process's memory: up to there ``auto`` keeps a second m
 
 def check_reference(config: TrainConfig, loss: LossOptions) -> None:
     """UserError for a ``--reference`` that cannot serve the loss; before anything is opened."""
-    if config.reference == "none" and not _reference_free(loss):
-        raise UserError(f"--reference none: {', '.join(loss.names)} is measured against a reference; use auto or copy")
     unserved = _not_precomputable(config, loss)
     if config.reference == "precomputed" and unserved:
         raise UserError(f"--reference precomputed: {unserved}; use --reference copy or adapter_off")
@@ -42,6 +40,8 @@ def check_reference(config: TrainConfig, loss: LossOptions) -> None:
 
 def choose_mode(config: TrainConfig, loss: LossOptions, *, share: Callable[[], float]) -> tuple[str, str]:
     """(mode, why). ``share()`` says which part of a process's memory a second model would take."""
+    if config.reference == "none" and not _reference_free(loss):
+        return "none", "as asked for: the loss is taken as if the reference gave every answer the same score"
     if config.reference != "auto":
         return config.reference, "as asked for"
     if _reference_free(loss):
@@ -70,6 +70,8 @@ def _not_precomputable(config: TrainConfig, loss: LossOptions) -> str:
         return f"{coupled[0]} needs reference scores of mismatched answers, which depend on the batch"
     if getattr(config, "target_stderr", None):
         return "--target_stderr draws another number of rows in every step"
+    if getattr(config, "coefficient_rows", "same") != "same":
+        return f"--coefficient_rows {config.coefficient_rows} draws further rows"
     return ""
 
 

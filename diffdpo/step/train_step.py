@@ -20,11 +20,12 @@ from diffdpo.losses.metrics import SUMS, means, pair_sums
 from diffdpo.losses.preference import LOSSES, loss_count, preference_loss
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.noise.rows import NoisyRows
-from diffdpo.reference.scorers import Reference
+from diffdpo.reference.scorers import Reference, no_reference
 from diffdpo.scores.allocate import next_num_samples
 from diffdpo.scores.fold import PairScores, fold
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.step.backward import STRATEGIES, Backward, LossOf, gradient_of, replay, score_rows
+from diffdpo.step.coefficient import CoefficientRows, linearised
 from diffdpo.step.reference_point import reference_point
 from diffdpo.step.retry import StepTooLarge, make_smaller, together
 from diffdpo.step.segments import Segments
@@ -42,6 +43,11 @@ class LossOptions:
     simpo_gamma: float = 0.5
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
+
+    def describe(self) -> str:
+        """For the user: names, with their weights where these are not 1."""
+        both = zip(self.names, self.weights, strict=True)
+        return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in both)
 
     @property
     def sft_weight(self) -> float:
@@ -141,8 +147,10 @@ class PreferenceStep:
         segments: Segments,
         max_length: int | None = None,
         target_stderr: float | None = None,
+        coefficient: CoefficientRows | None = None,
     ):
         self.engine, self.reference, self.noise, self.loss = engine, reference, noise, loss
+        self.coefficient = coefficient or CoefficientRows()
         self.strategy, self.segments = strategy, segments
         if engine.why_not_repeat() is None:
             segments.world = None  # nothing is reduced before the end: ranks may differ, and must not ask meanwhile
@@ -231,7 +239,22 @@ class PreferenceStep:
 
     def _loss_of(self, rows: NoisyRows, batch: PairBatch, reference_R: torch.Tensor, total: torch.Tensor) -> LossOf:
         reference, weight_B2 = fold(reference_R, rows), batch.weight_B2.to(reference_R.device)
-        return lambda f_R: self.loss(fold(f_R, rows), reference, weight_B2).sum() / total
+
+        def loss(policy: PairScores, reference: PairScores) -> torch.Tensor:
+            return self.loss(policy, reference, weight_B2).sum() / total
+
+        if self.coefficient.kind == "same":
+            return lambda f_R: loss(fold(f_R, rows), reference)
+        share = self.coefficient.share_of_own(self.noise.num_samples)
+        return linearised(loss, rows, reference=reference, other=self._further_scores(batch), share=share)
+
+    def _further_scores(self, batch: PairBatch) -> tuple[PairScores, PairScores]:
+        """(policy, reference) scores from rows of the coefficient alone."""
+        noise = replace(self.noise, num_samples=self.coefficient.num_samples)
+        rows = noise.rows(batch, self.engine.world.device, draw=1)
+        return fold(score_rows(self.engine, rows, segments=self.segments), rows), fold(
+            self.reference(rows, batch), rows
+        )
 
     def _coupled(
         self, micro_batches: Sequence[PairBatch], total: torch.Tensor, kl: torch.Tensor | None
@@ -279,7 +302,7 @@ class PreferenceStep:
             ratio = fold(micro.policy_R - micro.reference_R, micro.rows)
             sums += pair_sums(
                 policy.score_B2,
-                reference.score_B2,
+                None if self.reference is no_reference else reference.score_B2,
                 tokens_B2=policy.tokens_B2,
                 weight_B2=micro.batch.weight_B2.to(world.device),
                 beta=self.loss.beta,

@@ -1,6 +1,7 @@
 """launch/score.py as a user meets it: lines out, resumption, comparison of two models, one line for a mistake."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -152,11 +153,33 @@ def test_killed_at_any_moment_it_goes_on(folder, tmp_path):
         assert a["chosen"]["score"] == pytest.approx(b["chosen"]["score"], rel=1e-5)
 
 
-def test_exact_names_the_record_that_is_too_long(folder, capsys, tmp_path):
+def test_exact_leaves_out_what_is_too_long_and_names_it(folder, capsys, tmp_path):
     record = {"id": "long-one", "prompt": "p", "chosen": "abcdefghijklmnopq", "rejected": "b"}
-    (tmp_path / "long.jsonl").write_text(json.dumps(record) + "\n")
-    with pytest.raises(UserError, match="long-one"):
-        lines(capsys, folder, "--pairs", str(tmp_path / "long.jsonl"), "--score_estimator", "exact")
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (PAIRS[0], record, PAIRS[2])))
+    pairs = ["--pairs", str(tmp_path / "long.jsonl"), "--score_estimator", "exact"]
+    score.main(["--model_name_or_path", str(folder / "model"), *pairs])
+    told = capsys.readouterr()
+    assert [json.loads(line)["id"] for line in told.out.splitlines()] == ["a", "c"]
+    assert "left out long-one: too_long_for_exact (18 tokens" in told.err and "scored 2, left out 1" in told.err
+
+
+def test_output_holds_the_scores_of_one_model_and_of_the_same_records(folder, capsys, tmp_path):
+    model, pairs, output = tmp_path / "model", tmp_path / "pairs.jsonl", tmp_path / "scores.jsonl"
+    shutil.copytree(folder / "model", model)
+    pairs.write_text("".join(json.dumps(record) + "\n" for record in PAIRS[:2]))
+    flags = ["--model_name_or_path", str(model), "--pairs", str(pairs), "--output", str(output)]
+    score.main(flags)
+    pairs.write_text("".join(json.dumps(record) + "\n" for record in PAIRS))
+    score.main(flags)  # records added since are scored
+    whole = output.read_bytes()
+    assert whole.count(b"\n") == 3 and "scored 1, left out 0, already there 2" in capsys.readouterr().err
+    pairs.write_text("".join(json.dumps(record | {"chosen": " 7"}) + "\n" for record in PAIRS))
+    with pytest.raises(UserError, match="record 'a' of --pairs is not what --output holds"):
+        score.main(flags)
+    shutil.copy(folder / "other" / "model.safetensors", model)
+    with pytest.raises(UserError, match="was written with --model_weights"):
+        score.main(flags)
+    assert output.read_bytes() == whole
 
 
 def command(*flags: str) -> subprocess.CompletedProcess:

@@ -119,8 +119,10 @@ def test_a_ds_config_of_another_shape_is_named(tmp_path, content, said):
         parse("--ds_config", str(tmp_path / "ds.json"))
 
 
-def test_sft_in_the_losses_replaces_the_bundled_recipe_s():
+def test_a_loss_that_is_named_is_taken_alone():
     assert parse().sft_weight == 1.0 and parse("--loss_type", "sigmoid,sft").sft_weight == 0.0
+    assert parse("--loss_type", "ipo").sft_weight == 0.0
+    assert parse("--loss_type", "ipo", "--sft_weight", "0.5").sft_weight == 0.5
 
 
 def test_a_broken_ds_config_is_named(tmp_path):

@@ -54,5 +54,11 @@ def test_unpaired_answers_have_rewards_but_no_margin():
     assert found["rewards/chosen"] == pytest.approx(-0.05)
 
 
+def test_without_a_reference_nothing_is_compared_with_one():
+    found = means(pair_sums(POLICY, None, tokens_B2=TOKENS, weight_B2=WEIGHT, beta=0.1))
+    assert not {name for name in found if name.startswith(("kl/", "scores/reference", "scores/displacement"))}
+    assert found["rewards/chosen"] == pytest.approx(0.1 * found["scores/chosen"]) and found["scores/chosen"] == -15.0
+
+
 def test_nothing_gives_no_means():
     assert means(sums(slice(2, 3))) == {}

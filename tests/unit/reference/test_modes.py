@@ -22,6 +22,8 @@ from diffdpo.reference.modes import check_reference, choose_mode, second_model_s
         ({"reference_cache": "x"}, 0.01, "precomputed"),
         ({"loss_type": "simpo"}, 0.4, "none"),
         ({"loss_type": "simpo", "reference": "none"}, 0.4, "none"),
+        ({"reference": "none"}, 0.4, "none"),
+        ({"coefficient_rows": "other"}, 0.4, "copy"),
     ],
 )
 def test_auto(settings, share, mode):
@@ -33,7 +35,6 @@ def test_auto(settings, share, mode):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"reference": "none"}, "measured against a reference"),
         ({"reference": "precomputed", "loss_type": "kto"}, "mismatched answers"),
     ],
 )
