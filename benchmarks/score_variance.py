@@ -2,7 +2,8 @@
 
     python benchmarks/score_variance.py --output docs/benchmarks/score_variance.json --plot docs/score_variance.png
 
-Lines that --output holds already are kept and not measured again, so a run can be extended or taken up again.
+Lines that --output holds already are kept and not measured again, so a run can be extended (by lengths, estimators and
+numbers of forwards) or taken up again; with other models, pairs or draws than theirs it is refused.
 
 Rows "VRPO n_t x n_y" are the settings of VRPO's Table 2 (arXiv 2505.19223): n_t values of t with n_y Bernoulli masks
 each. "unshared" is noise drawn anew for the reference. The variances are over draws of noise for fixed pairs,
@@ -130,6 +131,23 @@ def measure(models: Models, args: argparse.Namespace, done: set[tuple]) -> Itera
             }
 
 
+FREE = ("lengths", "num_samples", "estimators", "settings", "no_vrpo", "device", "output", "plot", "plot_by_length")
+"""What lines of one file may differ in: which they are, not how they were measured."""
+
+
+def read_lines(path: Path | None, command: dict) -> list[dict]:
+    """The lines of an earlier run of the same measurement."""
+    if path is None or not path.exists():
+        return []
+    content = json.loads(path.read_text())
+    before = content["settings"]
+    changed = [name for name in command if name not in FREE and before.get(name) != command[name]]
+    if changed:
+        words = ", ".join(f"--{name} {before.get(name)}" for name in changed)
+        raise SystemExit(f"{path} was measured with {words}; use the same, or another --output")
+    return content["lines"]
+
+
 def geometric_mean(values: list[float]) -> float:
     """0 if one of them is: the score of a trajectory of one step is the same in every draw."""
     return float(np.exp(np.mean(np.log(values)))) if min(values) > 0 else 0.0
@@ -161,7 +179,9 @@ def plot(lines: list[dict], path: Path) -> None:
     figure, axes = pyplot.subplots(1, len(shown), figsize=(4.2 * len(shown), 3.8), squeeze=False)
     titles = {"score": "score S", "h": "preference logit h (noise shared)", "grad": "gradient of the loss"}
     for axis, quantity in zip(axes[0], shown, strict=True):
-        for name in dict.fromkeys(line["estimator"] for line in lines if not line["estimator"].startswith("VRPO")):
+        # a trajectory of n steps estimates another quantity for every n
+        left_out = ("VRPO", "trajectory")
+        for name in dict.fromkeys(line["estimator"] for line in lines if not line["estimator"].startswith(left_out)):
             mine = [line for line in lines if line["estimator"] == name]
             n = sorted({line["n"] for line in mine})
             mean = [geometric_mean([line[quantity] for line in mine if line["n"] == k]) for k in n]
@@ -229,18 +249,16 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="PNG file: variances against the number of forwards")
     parser.add_argument("--plot_by_length", type=Path, help="PNG file: the default against the baseline by length")
     args = parser.parse_args()
+    command = {name: value for name, value in vars(args).items() if name not in ("output", "plot", "plot_by_length")}
+    lines = read_lines(args.output, command)
     options = {"dpo_steps": args.dpo_steps, "learning_rate": args.dpo_learning_rate}
     options |= {"device": args.device, "seed": args.seed}
     models = load_models(args.model_name_or_path, args.ref_model_name_or_path, **options)
-    lines = json.loads(args.output.read_text())["lines"] if args.output and args.output.exists() else []
     for line in measure(models, args, {(line["length"], line["estimator"], line["n"]) for line in lines}):
         lines.append(line)
         numbers = "  ".join(f"{k} {v:9.3g}" for k, v in line.items() if isinstance(v, float) and k != "seconds")
         print(f"L={line['length']:<4d} {line['estimator']:18s} n={line['n']:<3d} {numbers}", flush=True)
         if args.output:
-            command = {
-                name: value for name, value in vars(args).items() if name not in ("output", "plot", "plot_by_length")
-            }
             content = {"hardware": hardware(args.device), "settings": command, "lines": lines}
             args.output.write_text(json.dumps(content, indent=1) + "\n")
     print(f"\nvariance relative to {BASELINE[0]} n={BASELINE[1]} (geometric mean over lengths)")
