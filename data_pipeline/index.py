@@ -2,7 +2,7 @@
 
 On disk, a folder: ``manifest.json`` (schema, shards with sizes and sha256, counts, provenance, statistics),
 ``entries.npy`` (one ``shards.ENTRY`` a record) and ``keys.npy`` (the bytes of all keys). The arrays are memory-mapped:
-they cost 76 bytes and a key a record on disk, shared by all processes of a machine, and load in no time.
+they cost 68 bytes and a key a record on disk, shared by all processes of a machine, and load in no time.
 """
 
 import hashlib
@@ -28,13 +28,17 @@ MANIFEST_FIELDS = {"num_records", "shards", "sources", "bad", "fingerprint"}
 
 @dataclass(frozen=True)
 class Index:
-    """An index in memory. ``base`` is the folder or URL that relative shard names are resolved against."""
+    """An index in memory. ``base`` is the folder or URL that relative shard names are resolved against.
+
+    ``fresh``: it was made just now of shards that had none, so it knows nothing of what was lost before.
+    """
 
     base: str
     manifest: dict
     entries: np.ndarray  # [num_records] of ENTRY
     key_bytes: np.ndarray  # uint8
     starts: np.ndarray  # [num_shards + 1]: shard s holds the records starts[s] : starts[s + 1]
+    fresh: bool = False
 
     @property
     def fingerprint(self) -> str:

@@ -4,9 +4,11 @@ import hashlib
 import json
 import logging
 import os
+from dataclasses import replace
 from glob import glob
 from pathlib import Path
 
+import numpy as np
 from braceexpand import braceexpand
 from filelock import FileLock
 
@@ -139,25 +141,48 @@ def _workers(files: list[str], asked: int | None) -> int:
 
 
 def _index_shards(urls: list[str], cache: Path, workers: int | None) -> Index:
-    """The index of shards that have none of their own, made once and kept in the cache."""
+    """The index of shards that have none of their own, made once and kept in the cache.
+
+    When they have changed since it was made, they are indexed anew and compared with it: what it knew and is not there
+    now is told, and kept as ``gone`` in the new manifest.
+    """
     stamps = []
     for url in urls:
         status = None if is_remote(url) else Path(url).stat()
         stamps.append([url, status and status.st_size, status and status.st_mtime_ns])
-    digest = hashlib.blake2b(json.dumps(stamps).encode(), digest_size=8).hexdigest()
+    digest, names = (hashlib.blake2b(json.dumps(of).encode(), digest_size=8).hexdigest() for of in (stamps, urls))
     folder = cache / "index" / digest
     folder.parent.mkdir(parents=True, exist_ok=True)
+    last = folder.with_name(f"{names}.last")  # the digest of the last index of these names in which nothing was gone
     with FileLock(f"{folder}.lock"):
-        if not (folder / MANIFEST).exists():
+        fresh = not (folder / MANIFEST).exists()
+        if fresh:
             scans = list(ordered_map(_scan_url, [(url, cache) for url in urls], workers=_workers(urls, workers)))
             manifest, entries, keys = merge_scans(urls, scans)
             if not len(entries):
                 raise DataError(f"no usable record in {len(urls)} shards: {bad_summary(manifest['bad'])}")
+            manifest["gone"] = _gone(folder.with_name(last.read_text()), entries) if last.exists() else None
             publish(folder, lambda partial: save_index(partial, manifest, entries, keys))
-    index = load_index(folder)
+        index = replace(load_index(folder), fresh=fresh)
+        if not index.manifest.get("gone"):  # else the index that knows more is compared with again
+            last.write_text(digest)
+    if fresh and (gone := index.manifest["gone"]):
+        _warn(f"{sum(map(len, gone.values()))} records that these shards held before are gone: {', '.join(gone)}")
     if index.manifest["bad"]:
         _warn(bad_summary(index.manifest["bad"]))
     return index
+
+
+def _gone(folder: Path, entries: np.ndarray) -> dict[str, list[str]] | None:
+    """{shard: keys} of the records of an earlier index that are not among ``entries``; None without such an index."""
+    try:
+        earlier = load_index(folder)
+    except DataError:
+        return None
+    gone: dict[str, list[str]] = {}
+    for row in np.flatnonzero(~np.isin(earlier.entries["content"], entries["content"])).tolist():
+        gone.setdefault(earlier.url(earlier.shard_of(row)), []).append(earlier.key(row))
+    return gone
 
 
 def _scan_url(job: tuple[str, Path]) -> ShardScan:

@@ -28,6 +28,11 @@ def is_remote(source: str) -> bool:
     return "://" in source and not source.startswith("file://")
 
 
+def without_scheme(source: str) -> str:
+    """A path for a file:// URL of this machine; anything else as it is."""
+    return source.removeprefix("file://")
+
+
 def is_glob(source: str) -> bool:
     """True when * ? or [ in it stand for any letters. In a web address ? begins the query and [ is no pattern."""
     return "*" in source.split("?")[0] if source.startswith(("http://", "https://")) else has_magic(source)

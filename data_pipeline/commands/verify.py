@@ -11,6 +11,7 @@ from data_pipeline.commands.common import check_writable
 from data_pipeline.dataset import open_dataset
 from data_pipeline.errors import DataError
 from data_pipeline.index import MANIFEST, Index
+from data_pipeline.remote import without_scheme
 from data_pipeline.shards import TAR, file_sha256, scan_shard, to_json
 
 LOST_SHOWN = 10
@@ -20,9 +21,11 @@ def run(args: argparse.Namespace) -> int:
     """Print one line a shard and the lost records of the damaged ones. 1 when anything is lost or unusable."""
     check_writable(args.json)
     reports = []
-    for source in _sources(args.source):
+    for source in _sources(without_scheme(args.source)):
         dataset = open_dataset(source, cache_dir=args.cache_dir, allow_damaged=True)
         index = dataset.parts[0].index
+        if index.fresh and index.manifest["gone"] is None:
+            print(f"{source}: no earlier index to compare with; one was made of what these shards hold now")
         reports += [verify_shard(index, shard, args.cache_dir) for shard in range(len(index.starts) - 1)]
     for report in reports:
         print(_line(report))
@@ -44,11 +47,15 @@ def _sources(source: str) -> list[str]:
 
 
 def verify_shard(index: Index, shard: int, cache_dir: Path | None) -> dict:
-    """{shard, records, lost: keys of indexed records that cannot be read as they were, bad: other faults}."""
+    """{shard, records, lost: keys of indexed records that cannot be read as they were, bad: other faults}. Records that
+    an earlier index knew count as lost where they are gone."""
     known = index.manifest["shards"][shard]
     rows = range(int(index.starts[shard]), int(index.starts[shard + 1]))
     bad = [item for item in index.manifest["bad"] if item["shard"] == known["name"]]
-    report: dict = {"shard": index.url(shard), "records": len(rows), "lost": [], "bad": bad}
+    gone = (index.manifest.get("gone") or {}).get(index.url(shard), [])
+    if gone and not bad:
+        bad = [{"kind": "changed_shard", "key": "", "detail": "records that an earlier index knew are gone"}]
+    report: dict = {"shard": index.url(shard), "records": len(rows) + len(gone), "lost": list(gone), "bad": bad}
     try:
         path = index.local_shard(shard, cache_dir)
         if file_sha256(path) == known["sha256"]:
@@ -56,9 +63,9 @@ def verify_shard(index: Index, shard: int, cache_dir: Path | None) -> dict:
         report["bad"] = [{"kind": bad.kind, "key": bad.key, "detail": bad.detail} for bad in scan_shard(path).bad]
     except (OSError, DataError) as error:
         report["bad"] = [{"kind": "missing_shard", "key": "", "detail": str(error)}]
-        report["lost"] = [index.key(row) for row in rows]
+        report["lost"] += [index.key(row) for row in rows]
         return report
-    report["lost"] = [index.key(row) for row in rows if not _intact(path, index.entries[row])]
+    report["lost"] += [index.key(row) for row in rows if not _intact(path, index.entries[row])]
     if not report["bad"]:
         report["bad"] = [{"kind": "changed_shard", "key": "", "detail": "sha256 is not that of the index"}]
     return report

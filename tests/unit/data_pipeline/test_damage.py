@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import tarfile
 from io import BytesIO
 
@@ -222,6 +223,28 @@ def test_compressed_shards(built, cache, tokenizer, tmp_path):
     cut = open_dataset(str(folder), cache_dir=cache)
     assert 20 <= len(cut) < 30
     assert "damaged_gzip" in {bad["kind"] for bad in cut.manifest["bad"]}
+
+
+def test_verify_knows_what_shards_without_index_held_before(built, cache, capsys):
+    folder = foreign(built)
+    command = ["verify", str(folder), "--cache_dir", str(cache)]
+    assert main(command) == 0
+    assert "no earlier index to compare with" in capsys.readouterr().out
+    assert main(command) == 0
+    assert "no earlier index" not in capsys.readouterr().out
+    whole = (folder / "shard-00001.tar").read_bytes()
+    cut_between_members(folder / "shard-00001.tar")
+    for time in (1, 2):
+        os.utime(folder / "shard-00000.tar", (time, time))  # indexed anew each time
+        assert main(command) == 1
+        printed = capsys.readouterr().out
+        assert "no_end_of_archive" in printed and "5 of 10 records lost: 000000015, 000000016," in printed
+        assert "3 shards, 30 indexed records: 5 lost" in printed
+    keep = members(folder / "shard-00002.tar")[3][1]
+    (folder / "shard-00002.tar").write_bytes((folder / "shard-00002.tar").read_bytes()[:keep] + bytes(1024))
+    (folder / "shard-00001.tar").write_bytes(whole)
+    assert main(command) == 1, "cut, and closed as an archive of its own"
+    assert "DAMAGED" in (printed := capsys.readouterr().out) and "7 of 10 records lost" in printed
 
 
 def test_nothing_but_damage(tmp_path, cache):
