@@ -20,7 +20,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.index import GZIP, Index
 from data_pipeline.locate import open_index, open_side
 from data_pipeline.plan import PlanOptions, mixed_records, shuffled_records
-from data_pipeline.remote import default_cache_dir, is_remote
+from data_pipeline.remote import default_cache_dir, is_remote, without_scheme
 from data_pipeline.split import eval_mask
 
 log = logging.getLogger(__name__)
@@ -171,7 +171,7 @@ def open_dataset(
     ``allow_damaged``: go on although local shards are not as long as the index says; what they lack become faults.
     ``workers``: processes that build or index (None: one a core for large files, this one for small).
     """
-    sources = [name.removeprefix("file://") for name in ([source] if isinstance(source, str) else source)]
+    sources = [without_scheme(name) for name in ([source] if isinstance(source, str) else source)]
     _check(sources, split, weights, eval_fraction, max_records)
     cache = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
     options = build_options or BuildOptions()

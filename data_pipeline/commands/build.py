@@ -13,6 +13,7 @@ from data_pipeline.encode import Encoder
 from data_pipeline.errors import DataError
 from data_pipeline.index import MANIFEST
 from data_pipeline.locate import expand
+from data_pipeline.remote import without_scheme
 from data_pipeline.shards import to_json
 
 
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     )
     encoder = encoder_of(args)  # before the work, so that a typo shows first
     workers = len(os.sched_getaffinity(0)) if args.workers is None else args.workers
-    sources = [name for source in args.source for name in (expand(source) if source else [source])]
+    sources = [name for source in args.source for name in (expand(without_scheme(source)) if source else [source])]
     build(sources, args.out, options, workers=workers, progress=True)
     folders = [args.out / name for name in ("train", "eval")] if args.eval_fraction else [args.out]
     for folder in folders:

@@ -46,6 +46,21 @@ def test_build(source, tmp_path, capsys, tokenizer_folder):
     assert 0 < tokens["truncation"]["kept_whole"] < 24
 
 
+def test_file_urls_are_taken_by_every_command(source, tmp_path, cache, capsys):
+    out = tmp_path / "out"
+    assert run("build", f"file://{source}", "--out", out, "--workers", 0) == 0
+    assert "out: 30 records in 1 shards" in capsys.readouterr().out
+    for command in ("inspect", "stats", "verify"):
+        assert run(command, f"file://{out}", "--cache_dir", cache) == 0
+    shard = out / "shard-00000.tar"
+    shard.write_bytes(shard.read_bytes()[:9000])
+    assert run("verify", f"file://{out}", "--cache_dir", cache) == 1
+    assert run("build", f"file://{source}", "--out", tmp_path / "sides", "--workers", 0, "--eval_fraction", 0.2) == 0
+    capsys.readouterr()
+    assert run("verify", f"file://{tmp_path / 'sides'}", "--cache_dir", cache) == 0
+    assert "2 shards, 30 indexed records" in capsys.readouterr().out
+
+
 def test_inspect_shows_the_boundaries(source, capsys, tokenizer_folder, cache):
     as_it_is = ("--tokenizer", tokenizer_folder, "--template", "auto")
     assert run("inspect", source, "--cache_dir", cache, "--id", "r7", *as_it_is) == 0
