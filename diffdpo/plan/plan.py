@@ -5,12 +5,14 @@ from functools import cached_property
 
 from diffdpo.build import BUNDLED_MODEL, choose_bf16
 from diffdpo.config import TrainConfig
+from diffdpo.models.adapter_folder import base_of_adapter, is_adapter
 from diffdpo.plan.dry_run import DryRun, dry_run
 from diffdpo.plan.hardware import GPUS, Gpu, Host
 from diffdpo.plan.job import Job, resolve
 from diffdpo.plan.memory import DEVICE, HOST, Part, memory_parts, needed
 from diffdpo.plan.roofline import StepTime, step_time
 from diffdpo.plan.shapes import Numbers, count, read_shape, skeleton, weight_elements
+from diffdpo.reference.modes import share_of_memory
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,14 @@ def make_plan(
     config: TrainConfig, machine: Machine, *, cuda: bool = True, scored: int | None = None, timed: bool = True
 ) -> Plan:
     """Run the step without data. ``scored`` as in `job.resolve`; without ``timed`` the work is not counted."""
-    family, shape = read_shape(config.model_name_or_path or str(BUNDLED_MODEL))
+    policy = config.model_name_or_path or str(BUNDLED_MODEL)
+    family, shape = read_shape(policy)
     memory = (machine.gpu or max(GPUS.values(), key=lambda gpu: gpu.memory)).memory
 
     def second_model() -> float:
-        return 2 * weight_elements(family, shape) / memory  # files in 16 bits
+        name = config.ref_model_name_or_path or policy
+        size = 2 * weight_elements(*read_shape(base_of_adapter(name) if is_adapter(name) else name))  # files in 16 bits
+        return share_of_memory(config, size, memory=memory, processes=machine.gpus)
 
     bf16 = choose_bf16(config, able=cuda)
     module = skeleton(family, shape, config, bf16=bf16, cast=bf16)

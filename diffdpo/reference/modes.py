@@ -84,8 +84,13 @@ def second_model_share(config: TrainConfig, world: World) -> float:
         memory = torch.cuda.get_device_properties(world.device).total_memory
     else:
         memory = psutil.virtual_memory().total // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return share_of_memory(config, size, memory=memory, processes=world.size)
+
+
+def share_of_memory(config: TrainConfig, size: int, *, memory: int, processes: int) -> float:
+    """Of a second model of ``size`` bytes in the ``memory`` of each process."""
     sharded = config.ds_config is not None and zero_stage(read_ds_config(Path(config.ds_config))) == 3
-    return size / memory / (world.size if sharded else 1)
+    return size / memory / (processes if sharded else 1)
 
 
 def load_reference(config: TrainConfig, *, bf16: bool, mask_token_id: int) -> MaskedLogProbs:

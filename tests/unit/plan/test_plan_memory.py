@@ -1,6 +1,7 @@
 """What the plan must say of memory whatever the figures: what grows, what does not, what moves where."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -107,3 +108,14 @@ def test_deferred_holds_two_more_gradients_and_runs_no_forward_twice(small):
     assert bytes_of(late, "gradients") - bytes_of(twice, "gradients") <= 2.1 * trained
     flops = [sum(w.flops * n for w, n in p.run.policy_work.items()) for p in (late, twice)]
     assert flops[0] < 0.75 * flops[1]
+
+
+def test_the_reference_is_the_run_s_own_choice(small, ds):
+    """A second model of a fifth of the memory is too much, but not where four processes share it."""
+    size = 2 * planned(small).numbers.total
+    machine = Machine(replace(GPUS["RTX 4080"], memory=5 * size), Host(2**36), 4)
+    found = [
+        make_plan(TrainConfig(model_name_or_path=small, ds_config=ds(stage=stage), **BASE), machine).job.reference
+        for stage in (2, 3)
+    ]
+    assert found == ["precomputed", "copy"]
