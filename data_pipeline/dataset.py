@@ -256,5 +256,5 @@ def _check_shards(index: Index, allow_damaged: bool) -> None:
             what = "is missing" if found is None else f"has {found} bytes, the index says {known['bytes']}"
             raise DataError(
                 f"shard {url} {what}; restore it, build again, see what is lost with `python -m data_pipeline verify "
-                f"{path.parent}`, or allow damaged shards"
+                f"{path.parent}`, or go on without it (--allow_damaged)"
             )

@@ -19,8 +19,9 @@ from data_pipeline.dataset import ShardedDataset, open_dataset
 from data_pipeline.encode import Encoder, default_template
 from data_pipeline.generate import GENERATOR_VERSION, generate_corpus, generate_pairs, parse_mix, write_jsonl
 from data_pipeline.locate import check_rows
+from data_pipeline.names import source_names
 from data_pipeline.reader import PairLoader
-from diffdpo.config import RunConfig, SftConfig, TrainConfig
+from diffdpo.config import RunConfig, SftConfig, TrainConfig, data_weights
 from diffdpo.ds_config import read_ds_config
 from diffdpo.engine.base import Engine, OptimizerOptions
 from diffdpo.engine.deepspeed import (
@@ -129,11 +130,14 @@ def open_data(
     faults of the data that can be known end here, before a model is loaded.
     """
     world = place.world
-    train, held_out = (config.train_data, config.eval_data) if config.train_data else generate(place.cache_dir)
+    named = (config.train_data, config.eval_data) if config.train_data else generate(place.cache_dir)
+    train, held_out = (source_names(text) if text else None for text in named)
+    assert train is not None, "named, or generated"
     # eval_mask is told a constant seed: which prompts are held out must not change with the training seed
     split: dict[str, Any] = {"eval_fraction": config.eval_fraction, "seed": 0} if held_out is None else {}
     options: dict[str, Any] = {"cache_dir": place.cache_dir, "progress": world.is_main}
-    train_set = open_dataset(train, split="train", **split, **options)
+    options["allow_damaged"] = config.allow_damaged
+    train_set = open_dataset(train, split="train", weights=data_weights(config), **split, **options)
     eval_set = None
     if held_out is not None:
         eval_set = open_dataset(held_out, **options)
@@ -239,7 +243,12 @@ def train_loader(config: RunConfig, dataset: ShardedDataset, encoder: Encoder, w
         rank=world.rank,
         world_size=world.size,
         num_workers=config.dataset_num_workers,
+        tail=config.tail,
+        batching=config.batching,
+        shuffle_shards=config.shuffle_shards,
+        bucket_steps=config.bucket_steps,
         strict=config.strict,
+        max_fault_fraction=config.max_fault_fraction,
     )
 
 
@@ -264,6 +273,7 @@ def eval_loader(config: RunConfig, dataset: ShardedDataset, encoder: Encoder, wo
         micro_batch_size=size,
         rank=world.rank,
         world_size=world.size,
+        max_fault_fraction=config.max_fault_fraction,
     )
 
 
@@ -321,8 +331,8 @@ def check_ds_config(config: RunConfig, world: World) -> None:
 def check_names(config: RunConfig) -> None:
     """What is wrong with named data at first sight (DataError), and a named model without a config or tokenizer to read
     or without the modules that LoRA is to adapt (UserError), before all the data are prepared."""
-    for source in (config.train_data, config.eval_data):
-        if source:
+    for text in (config.train_data, config.eval_data):
+        for source in source_names(text) if text else ():
             check_rows(source)
     for name in (config.model_name_or_path, getattr(config, "ref_model_name_or_path", None)):
         if name:

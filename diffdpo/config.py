@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from data_pipeline.names import source_names
 from diffdpo.ds_config import read_ds_config
 from diffdpo.errors import UserError
 from diffdpo.models.adapter_folder import is_adapter
@@ -29,7 +30,10 @@ class RunConfig:
 
     model_name_or_path: str | None = setting(None, "policy to train: folder or hub name; default: the bundled model")
     train_data: str | None = setting(
-        None, "shards (glob or URL), .jsonl(.gz), .json, .parquet, .csv, folder or data set"
+        None, "shards (glob or URL), .jsonl(.gz), .json, .parquet, .csv, folder or data set; several with commas"
+    )
+    data_weights: str | None = setting(
+        None, "shares of the sources of --train_data in an epoch, with commas, such as 3,1; default: each whole"
     )
     eval_data: str | None = setting(
         None, "the same for held-out data; default: a part of --train_data, split by prompt"
@@ -49,6 +53,16 @@ class RunConfig:
         "chat: a string is a user's turn; auto: only messages are; default: chat where the tokenizer has a template",
         choices=("auto", "chat", "plain"),
     )
+    shuffle_shards: int | None = setting(
+        None, "shuffle over groups of so many shards; 0: over all; default: 8 for remote shards, else 0"
+    )
+    bucket_steps: int = setting(0, "bring records of like length together over so many steps; 0: do not")
+    batching: str = setting(
+        "equal", "micro-batches of a step: of one size, or of like numbers of tokens", choices=("equal", "balanced")
+    )
+    tail: str = setting("pad", "last step of an epoch: filled with empty slots, or left out", choices=("pad", "drop"))
+    max_fault_fraction: float = setting(0.01, "stop when more of the records than this cannot be read")
+    allow_damaged: bool = setting(False, "go on with what is left of shards that are cut or missing")
     strict: bool = setting(False, "stop at a record that cannot be read, instead of skipping and counting it")
     dataset_num_workers: int = setting(0, "processes that read and tokenise; 0: a thread of the training process")
     output_dir: str | None = setting(None, "default: outputs/<run_name>")
@@ -169,6 +183,7 @@ def make_config(config_class: type[RunConfig], values: Mapping[str, Any]) -> Any
     config = config_class(**values)
     _check_numbers(config)
     _check_files(config)
+    _check_data(config)
     if isinstance(config, TrainConfig):
         _check_train(config)
     return config
@@ -234,12 +249,43 @@ def _check_files(config: RunConfig) -> None:
     if config.ds_config:
         read_ds_config(Path(config.ds_config))
     for name in ("train_data", "eval_data"):
-        source = getattr(config, name)
-        looks_local = source and "://" not in source and not any(c in source for c in "*?[{")
-        if looks_local and Path(source).suffix and not Path(source).exists():
-            raise UserError(f"--{name} {source}: no such file")
+        for source in source_names(getattr(config, name) or ""):
+            looks_local = "://" not in source and not any(c in source for c in "*?[{")
+            if looks_local and Path(source).suffix and not Path(source).exists():
+                raise UserError(f"--{name} {source}: no such file")
     if config.resume_from_checkpoint == "latest" and not config.output_dir:
         raise UserError("--resume_from_checkpoint latest needs --output_dir, the folder of the run to go on with")
+
+
+def _check_data(config: RunConfig) -> None:
+    for name in ("shuffle_shards", "bucket_steps"):
+        if (getattr(config, name) or 0) < 0:
+            raise UserError(f"--{name} is {getattr(config, name)}; it must be at least 0")
+    if not 0.0 <= config.max_fault_fraction <= 1.0:
+        raise UserError(f"--max_fault_fraction is {config.max_fault_fraction}; it must be in [0, 1]")
+    if config.strict and config.allow_damaged:
+        raise UserError("--strict stops at what --allow_damaged goes on without; leave one of the two out")
+    weights = data_weights(config)
+    if weights is None:
+        return
+    sources = len(source_names(config.train_data)) if config.train_data else 0
+    if len(weights) != sources or not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+        raise UserError(
+            f"--data_weights {config.data_weights}: give one number, at least 0, for each of the {sources} sources of "
+            "--train_data, not all 0"
+        )
+    if config.shuffle_shards:
+        raise UserError("--shuffle_shards is of no use with --data_weights, which mixes all of the data; leave one out")
+
+
+def data_weights(config: RunConfig) -> list[float] | None:
+    """``--data_weights`` as numbers."""
+    if config.data_weights is None:
+        return None
+    try:
+        return [float(weight) for weight in config.data_weights.split(",")]
+    except ValueError:
+        raise UserError(f"--data_weights {config.data_weights}: give numbers with commas, such as 3,1") from None
 
 
 def _check_train(config: TrainConfig) -> None:
