@@ -7,12 +7,13 @@ A block is called as `block(x_NK, rope, layout, keep_M)`; see `MaskedLM.hidden_s
 Shapes: R rows, T padded length, N tokens in the stream, M kept tokens, K hidden size, V vocabulary.
 """
 
+import copy
 import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,11 @@ from diffdpo.errors import UserError
 from diffdpo.models.adapter_folder import is_adapter
 from diffdpo.models.layers import RMSNorm, RotaryTable, VocabularyHead
 from diffdpo.models.layout import Layout
-from diffdpo.models.stream import INDEX, SINGLE
+from diffdpo.models.stream import INDEX, SINGLE, read_model, stored_dtype
 
 RunBlock = Callable[..., Tensor]
+WITHOUT_EFFECT = {"trust_remote_code", "adapter_kwargs", "low_cpu_mem_usage"}
+"""Arguments of `from_pretrained` that change nothing where a model is registered and no adapter is there."""
 
 
 class RowLayout(Protocol):
@@ -79,6 +82,12 @@ def initialise(module: nn.Module, *, num_layers: int) -> None:
         initialization.ones_(module.weight)
 
 
+def _resolved(dtype: str | torch.dtype, config, name_or_path: str) -> torch.dtype:
+    """What "auto" means to transformers: config.json's dtype, else the one that is stored."""
+    chosen = (config.dtype or stored_dtype(name_or_path)) if dtype == "auto" else dtype
+    return getattr(torch, chosen) if isinstance(chosen, str) else chosen
+
+
 def refuse_partial(report: dict, name_or_path: str) -> None:
     """UserError when transformers reports tensors that were missing (and left random), unknown or misshapen."""
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -120,7 +129,16 @@ class MaskedLM(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, name_or_path, *args, output_loading_info: bool = False, **kwargs):  # type: ignore[override]
-        """As in transformers, but tensors that are missing, unknown or misshapen are an error, not a warning."""
+        """As in transformers, but tensors that are missing, unknown or misshapen are an error, not a warning.
+
+        Shards are streamed as by `load_model` where no more than a config and a dtype is given. What else there is
+        (devices, quantisation, revisions) is transformers', which keeps every shard mapped until the last is read.
+        """
+        given = {key for key, value in kwargs.items() if value not in (None, False)} - WITHOUT_EFFECT
+        if not (args or output_loading_info or given - {"config", "dtype", "torch_dtype"} or is_adapter(name_or_path)):
+            config = copy.deepcopy(kwargs.get("config")) or cast(Any, cls.config_class).from_pretrained(name_or_path)
+            dtype = kwargs.get("dtype") or kwargs.get("torch_dtype") or "auto"
+            return read_model(cls, config, str(name_or_path), dtype=_resolved(dtype, config, str(name_or_path)))
         loaded = super().from_pretrained(name_or_path, *args, output_loading_info=True, **kwargs)
         model, report = cast(tuple[MaskedLM, dict], loaded)
         refuse_partial(report, name_or_path)

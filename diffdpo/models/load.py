@@ -14,7 +14,6 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 
 from diffdpo.errors import UserError
 from diffdpo.models.adapter_folder import base_of_adapter, is_adapter
-from diffdpo.models.backbone import MaskedLM
 from diffdpo.models.dream import (
     A2DLlamaConfig,
     A2DLlamaLMHeadModel,
@@ -29,9 +28,8 @@ from diffdpo.models.dream import (
     Qwen3DiffusionConfig,
 )
 from diffdpo.models.llada import LLaDAConfig, LLaDAModelLM
-from diffdpo.models.quantize import expect_nf4
 from diffdpo.models.spec import DECODER_LORA_TARGETS, LLADA_LORA_TARGETS, FamilySpec
-from diffdpo.models.stream import checkpoint_folder, only_kept, stream_weights
+from diffdpo.models.stream import only_kept, read_model
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 STOP_TOKENS = ("<|eot_id|>", "<|im_end|>")
@@ -91,8 +89,9 @@ def load_model(
     family, config = read_config(name_or_path)
     tokenizer = load_tokenizer(name_or_path)
     spec = make_spec(config, family, tokenizer)
-    model = _load_weights(name_or_path, family, config, dtype=dtype, device=device, nf4=load_in_4bit)
-    return LoadedModel(model.eval(), tokenizer, spec)
+    weights = {"dtype": DTYPES[dtype], "device": device, "nf4": load_in_4bit}
+    model = read_model(family.model_class, config, name_or_path, **weights)
+    return LoadedModel(model, tokenizer, spec)
 
 
 def check_device(device: str) -> None:
@@ -256,18 +255,6 @@ def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: 
         raise UserError("4-bit weights are not written: save the original model, or an adapter on it")
     cast(Any, model).save_pretrained(directory, **options)
     tokenizer.save_pretrained(directory)
-
-
-def _load_weights(name_or_path: str, family: Family, config, *, dtype: str, device: str, nf4: bool) -> PreTrainedModel:
-    folder = checkpoint_folder(name_or_path)
-    config.dtype = DTYPES[dtype]
-    with torch.device("meta"):
-        model = family.model_class(config)
-    if nf4:
-        expect_nf4(cast(MaskedLM, model), DTYPES[dtype])
-    stream_weights(model, folder, dtype=DTYPES[dtype], device=device)
-    model.name_or_path = config.name_or_path = name_or_path
-    return model
 
 
 def _first_id(*candidates: int | list[int] | None) -> int | None:

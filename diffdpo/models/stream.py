@@ -8,17 +8,18 @@ being overwritten.
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 import data_pipeline.hub
 from data_pipeline.errors import DataError
 from diffdpo.errors import UserError
-from diffdpo.models.quantize import is_nf4, quantised
+from diffdpo.models.quantize import expect_nf4, is_nf4, quantised
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 STORED = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -96,6 +97,27 @@ def stored_dtype(name_or_path: str) -> str:
     if found not in STORED:
         raise UserError(f"{name_or_path!r} stores weights as {found}; supported: {', '.join(STORED)}")
     return STORED[found]
+
+
+def read_model(
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    name_or_path: str,
+    *,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    nf4: bool = False,
+) -> Any:
+    """A model of this class in eval mode, with the weights of a directory or hub id. See `stream_weights`."""
+    folder = checkpoint_folder(name_or_path)
+    config.dtype = dtype
+    with torch.device("meta"):
+        model: Any = model_class(config)
+    if nf4:
+        expect_nf4(model, dtype)
+    stream_weights(model, folder, dtype=dtype, device=device)
+    model.name_or_path = config.name_or_path = name_or_path
+    return model.eval()
 
 
 def stream_weights(model: PreTrainedModel, folder: Path, *, dtype: torch.dtype, device: str) -> None:

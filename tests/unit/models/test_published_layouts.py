@@ -173,8 +173,10 @@ def test_auto_classes_refuse_incomplete_weights(name, tmp_path, tokenizer):
     file = tmp_path / "published" / "model-00001-of-00001.safetensors"
     lost = next(key for key in tensors if key.endswith("q_proj.weight"))
     save_file({key: value for key, value in tensors.items() if key != lost}, file, {"format": "pt"})
-    with pytest.raises(UserError, match="1 missing keys"):
+    with pytest.raises(UserError, match=f"1 missing tensors, first {lost}"):
         AutoModel.from_pretrained(tmp_path / "published")
+    with pytest.raises(UserError, match=f"1 missing keys, first {lost}"):  # transformers' own way
+        AutoModel.from_pretrained(tmp_path / "published", device_map="cpu")
 
 
 def test_of_the_hub_auto_map_names_the_repository(tmp_path, tokenizer):
