@@ -14,7 +14,7 @@ from pathlib import Path
 from diffdpo.cli import Parser, run
 from diffdpo.errors import UserError
 
-ORDERS = ("low_confidence", "top_margin", "entropy", "random")
+ORDERS = ("low_confidence", "maskgit_plus", "top_margin", "entropy", "random")
 MASKED = "░"
 
 
@@ -41,7 +41,7 @@ def build_parser() -> Parser:
     parser.add_argument("--block_cache", action="store_true", help="reuse keys outside the block; faster, approximate")
     parser.add_argument("--on_eos", default="allow", choices=("allow", "last", "forbid"), help="when answers may end")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling noise")
-    parser.add_argument("--batch_size", type=int, default=8, help="answers made at a time; changes only the speed")
+    parser.add_argument("--batch_size", type=int, default=8, help="answers made at a time: speed and memory")
     parser.add_argument("--stream", action="store_true", help=f"show the unmasking; {MASKED} is a mask")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights")

@@ -42,6 +42,19 @@ class Canvas:
     def reveal(self, row_M: Tensor, position_M: Tensor, token_M: Tensor) -> None:
         self.ids_RT[row_M, position_M] = token_M
 
+    def noise(self, row_M: Tensor, width: int, device: torch.device | str = "cpu") -> Tensor:
+        """fp64 uniforms [M, width]; line i comes from the generator of row `row_M[i]`; `row_M` is ascending.
+
+        One generator per prompt makes its noise independent of its neighbours, and of how many lines are asked for at
+        a time. Drawn on the CPU: equal on every device.
+        """
+        rows, counts = row_M.unique_consecutive(return_counts=True)
+        parts = [
+            torch.rand(count, width, generator=self.generators[row], dtype=torch.float64)
+            for row, count in zip(rows.tolist(), counts.tolist(), strict=True)
+        ]
+        return torch.cat(parts).to(device)
+
     def without_prompts(self) -> Tensor:
         """The rows with their prompts masked: the unconditional input of classifier-free guidance."""
         in_prompt_RT = torch.arange(self.ids_RT.shape[1]) < self.prompt_length_R[:, None]

@@ -3,7 +3,7 @@
 Shapes: M masked positions, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,26 +17,12 @@ def gumbel_argmax(logits_MV: Tensor, temperature: float, noise: Callable[[], Ten
     """
     if temperature == 0:
         return logits_MV.argmax(-1)
-    gumbel = -torch.log(-torch.log(noise().clamp_(1e-300, 1 - 1e-16)))
-    return (logits_MV.double() / temperature + gumbel).argmax(-1)
-
-
-def uniform_noise(row_M: Tensor, generators: Sequence[torch.Generator], like_MV: Tensor) -> Tensor:
-    """fp64 uniforms of the shape of `like_MV`; line i comes from `generators[row_M[i]]`.
-
-    One generator per prompt makes its noise independent of its neighbours. Drawn on the CPU: equal on every device.
-    `row_M` is ascending.
-    """
-    rows, counts = row_M.unique_consecutive(return_counts=True)
-    parts = [
-        torch.rand(count, like_MV.shape[1], generator=generators[row], dtype=torch.float64)
-        for row, count in zip(rows.tolist(), counts.tolist(), strict=True)
-    ]
-    return torch.cat(parts).to(like_MV.device)
+    gumbel = noise().clamp_(1e-300, 1 - 1e-16).log_().neg_().log_().neg_()
+    return gumbel.add_(logits_MV.double() / temperature).argmax(-1)
 
 
 def chosen_probability(p_MV: Tensor, token_M: Tensor) -> Tensor:
-    """p(token): LLaDA's low-confidence remasking (2502.09992, algorithm 5), Dream's maskgit_plus."""
+    """p(token): LLaDA's low-confidence remasking (2502.09992, algorithm 5), and Dream's maskgit_plus."""
     return p_MV.gather(-1, token_M[:, None]).squeeze(-1)
 
 
@@ -52,8 +38,22 @@ def negative_entropy(p_MV: Tensor, token_M: Tensor) -> Tensor:
 
 
 ORDERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "maskgit_plus": chosen_probability,
     "low_confidence": chosen_probability,
     "top_margin": top_margin,
     "entropy": negative_entropy,
 }
-"""Name -> confidence [M]; the most confident positions are unmasked first. "random" needs noise and lives in decode."""
+"""Name -> confidence [M]; the most confident positions are unmasked first. "random" is noise alone."""
+TEMPERED = frozenset({"maskgit_plus", "top_margin", "entropy"})
+"""Dream's orders look at softmax(logits / temperature), as its `sample_tokens` does; LLaDA's at softmax(logits)."""
+
+
+def choose(logits_MV: Tensor, noise: Callable[[], Tensor], *, temperature: float, order: str) -> tuple[Tensor, Tensor]:
+    """Tokens [M] and how sure the model is of them, fp64 [M]; all zero in the order "random". See `gumbel_argmax`."""
+    token_M = gumbel_argmax(logits_MV, temperature, noise)
+    if order == "random":
+        return token_M, torch.zeros_like(token_M, dtype=torch.float64)
+    wide_MV = logits_MV.double()
+    if temperature and order in TEMPERED:
+        wide_MV = wide_MV / temperature
+    return token_M, ORDERS[order](wide_MV.softmax(-1), token_M)

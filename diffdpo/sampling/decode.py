@@ -12,6 +12,7 @@ Shapes: R rows, T padded length, B block length, M masked positions, V vocabular
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,21 +20,26 @@ from torch import Tensor, nn
 from diffdpo.errors import UserError
 from diffdpo.models.backbone import MaskedLM, native
 from diffdpo.models.spec import FamilySpec
+from diffdpo.models.token_log_probs import DEFAULT_LOGITS_BUDGET
 from diffdpo.sampling.canvas import Canvas
-from diffdpo.sampling.confidence import ORDERS, gumbel_argmax, uniform_noise
+from diffdpo.sampling.confidence import ORDERS, choose
 from diffdpo.sampling.predict import BlockPredictor
 
 ON_EOS = ("allow", "last", "forbid")
+BYTES_A_LOGIT = 32
+"""Of the logit and of what choosing a token makes of it: in fp64 its tempered copy, noise, softmax, entropy."""
 
 
 @dataclass(frozen=True)
 class Decoding:
     """How to sample. `steps` are over the whole answer and divide evenly over its blocks.
 
-    `remasking`: low_confidence | top_margin | entropy | random. `threshold`: reveal every token of the block whose
-    confidence (its probability) exceeds it, at least one a step; `steps` is then only an upper bound.
+    `remasking`: low_confidence (LLaDA's) | maskgit_plus | top_margin | entropy (Dream's) | random. `threshold`: reveal
+    every token of the block whose confidence (its probability) exceeds it, at least one a step; `steps` is then only an
+    upper bound.
     `on_eos`: "last" gives the terminator confidence 0 (LLaDA 1.5's HumanEval setting), "forbid" never writes it.
-    `block_cache`: reuse keys and values outside the block (approximate).
+    `block_cache`: reuse keys and values outside the block (approximate). `logits_budget`: bytes that the logits and all
+    that is made of them may take at a time; it changes no answer.
     """
 
     gen_length: int = 128
@@ -45,6 +51,7 @@ class Decoding:
     threshold: float | None = None
     on_eos: str = "allow"
     block_cache: bool = False
+    logits_budget: int = DEFAULT_LOGITS_BUDGET
 
     def __post_init__(self):
         orders = (*ORDERS, "random")
@@ -103,9 +110,10 @@ def sample(
     """Answers, one per prompt, up to and excluding the terminator. `options` are the fields of `Decoding`.
 
     Prompts differ in length; each answer follows its own prompt. Noise is a function of (`seed`, index of the
-    prompt), or of `seed[i]` when one is given per prompt, so `batch_size` changes only speed. `on_step(i, tokens)` is
-    called after each step with the answer region of prompt i, masks included; `on_answer(i, answer)` when its batch is
-    done, in the order of the prompts. UserError for an impossible option and for a prompt the context cannot hold.
+    prompt), or of `seed[i]` when one is given per prompt, so `batch_size` changes speed and memory only.
+    `on_step(i, tokens)` is called after each step with the answer region of prompt i, masks included; `on_answer(i,
+    answer)` when its batch is done, in the order of the prompts. UserError for an impossible option and for a prompt
+    the context cannot hold.
     """
     decoding = Decoding(**options)
     if spec.logit_shift and not all(prompts):
@@ -165,16 +173,7 @@ def _step(predictor, canvas: Canvas, window_RB: Tensor, rows: list[int], count: 
     """Reveal at least `count` tokens of the window in each of `rows`."""
     row_M, column_M = canvas.masked(window_RB)[rows].nonzero(as_tuple=True)
     row_M = torch.tensor(rows)[row_M]
-    logits_MV = predictor(row_M, column_M)
-    logits_MV[:, canvas.mask_token_id] = -torch.inf
-    if decoding.on_eos == "forbid":
-        logits_MV[:, canvas.terminators.to(logits_MV.device)] = -torch.inf
-    token_M = gumbel_argmax(logits_MV, decoding.temperature, lambda: uniform_noise(row_M, canvas.generators, logits_MV))
-    if decoding.remasking == "random":
-        confidence_M = uniform_noise(row_M, canvas.generators, logits_MV[:, :1]).squeeze(-1).cpu()
-    else:
-        confidence_M = ORDERS[decoding.remasking](logits_MV.double().softmax(-1), token_M).cpu()
-    token_M = token_M.cpu()
+    token_M, confidence_M = _choices(predictor, canvas, row_M, column_M, decoding)
     if decoding.on_eos == "last":
         confidence_M[torch.isin(token_M, canvas.terminators)] = -1e30
     confidence_RB = torch.full(window_RB.shape, -torch.inf, dtype=torch.float64)
@@ -185,3 +184,23 @@ def _step(predictor, canvas: Canvas, window_RB: Tensor, rows: list[int], count: 
         reveal_RB |= confidence_RB > decoding.threshold
     chosen_M = reveal_RB[row_M, column_M]
     canvas.reveal(row_M[chosen_M], window_RB[row_M, column_M][chosen_M], token_M[chosen_M])
+
+
+def _choices(
+    predictor: BlockPredictor, canvas: Canvas, row_M: Tensor, column_M: Tensor, decoding: Decoding
+) -> tuple[Tensor, Tensor]:
+    """Tokens and confidences [M], on the CPU: one forward, then as many positions at a time as the budget allows."""
+    hidden_GMK, chosen = predictor.hidden_states(row_M, column_M), []
+    size = max(1, decoding.logits_budget // (len(predictor.model.embed.weight) * BYTES_A_LOGIT))
+    for row_C, hidden_GCK in zip(row_M.split(size), hidden_GMK.split(size, dim=1), strict=True):
+        logits_CV = predictor.logits(hidden_GCK)
+        logits_CV[:, canvas.mask_token_id] = -torch.inf
+        if decoding.on_eos == "forbid":
+            logits_CV[:, canvas.terminators.to(logits_CV.device)] = -torch.inf
+        noise = partial(canvas.noise, row_C, logits_CV.shape[1], logits_CV.device)
+        found = choose(logits_CV, noise, temperature=decoding.temperature, order=decoding.remasking)
+        chosen.append([part.cpu() for part in found])
+    token_M, confidence_M = map(torch.cat, zip(*chosen, strict=True))
+    if decoding.remasking == "random":
+        confidence_M = canvas.noise(row_M, 1).squeeze(-1)
+    return token_M, confidence_M

@@ -1,6 +1,7 @@
 """Logits at masked positions of one block, with classifier-free guidance and optionally the block cache.
 
-Shapes: R rows, B block length, W window (block plus the shift), M masked positions, V vocabulary.
+Shapes: R rows, B block length, W window (block plus the shift), M masked positions, K hidden size, V vocabulary; G is 2
+with guidance (conditional, unconditional), else 1.
 """
 
 import torch
@@ -16,7 +17,7 @@ MAX_WASTE = 0.1
 
 
 class BlockPredictor:
-    """`predictor(row_M, column_M)` -> logits [M, V] for window positions of canvas rows.
+    """`hidden_states(row_M, column_M)` [G, M, K] for window positions of canvas rows, and `logits` of any of them.
 
     Guidance (2502.09992, eq. 16): logits = unconditional + (1 + scale) (conditional - unconditional), the
     unconditional input being the row with its prompt masked.
@@ -31,18 +32,24 @@ class BlockPredictor:
         self.recorded: RecordingLayout | None = None
         self.recorded_rows: Tensor = torch.empty(0, dtype=torch.long)
 
-    def __call__(self, row_M: Tensor, column_M: Tensor) -> Tensor:
+    def hidden_states(self, row_M: Tensor, column_M: Tensor) -> Tensor:
+        """One forward: [G, M, K], what the head makes logits of."""
         rows = self.recorded_rows if self.recorded else row_M.unique()
         local_M = torch.searchsorted(rows, row_M)
-        ids = self.canvas.ids_RT[rows]
+        ids, groups = self.canvas.ids_RT[rows], 1
         if self.cfg_scale:
-            ids = torch.cat((ids, self.canvas.without_prompts()[rows]))
+            ids, groups = torch.cat((ids, self.canvas.without_prompts()[rows])), 2
             local_M, column_M = torch.cat((local_M, local_M + len(rows))), column_M.repeat(2)
             rows = rows.repeat(2)
-        logits = self._forward(ids, rows, local_M.to(self.device), column_M.to(self.device))
+        hidden = self._forward(ids, rows, local_M.to(self.device), column_M.to(self.device))
+        return hidden.unflatten(0, (groups, -1))
+
+    def logits(self, hidden_GMK: Tensor) -> Tensor:
+        """Logits [M, V], guided where there is guidance."""
+        logits_GMV = self.model.head(hidden_GMK.flatten(0, 1)).unflatten(0, hidden_GMK.shape[:2])
         if not self.cfg_scale:
-            return logits
-        conditional, unconditional = logits.chunk(2)
+            return logits_GMV[0]
+        conditional, unconditional = logits_GMV
         return unconditional + (1 + self.cfg_scale) * (conditional - unconditional)
 
     def _forward(self, ids_RT: Tensor, rows: Tensor, local_M: Tensor, column_M: Tensor) -> Tensor:
@@ -62,4 +69,4 @@ class BlockPredictor:
             if self.cached:
                 layout = self.recorded = RecordingLayout(packed)
                 self.recorded_rows = rows[: len(rows) // 2] if self.cfg_scale else rows
-        return self.model.head(self.model.hidden_states(ids_N, layout, keep_M=keep_M))
+        return self.model.hidden_states(ids_N, layout, keep_M=keep_M)

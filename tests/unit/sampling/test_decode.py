@@ -7,7 +7,8 @@ from diffdpo.errors import UserError
 from diffdpo.models.llada import LLaDAConfig, LLaDAModelLM
 from diffdpo.models.spec import LLADA_LORA_TARGETS, FamilySpec
 from diffdpo.sampling.canvas import Canvas
-from diffdpo.sampling.decode import Decoding, sample
+from diffdpo.sampling.confidence import ORDERS
+from diffdpo.sampling.decode import BYTES_A_LOGIT, Decoding, sample
 from diffdpo.sampling.predict import BlockPredictor
 
 MASK, EOS, VOCAB = 59, 1, 60
@@ -91,6 +92,19 @@ def test_answers_do_not_depend_on_the_batch(model, options, shift):
     assert sample(model, spec, PROMPTS, seed=seeds, **options) == alone
 
 
+@pytest.mark.parametrize("order", [*ORDERS, "random"])
+@pytest.mark.parametrize("cfg_scale", [0.0, 1.0])
+def test_the_budget_of_the_logits_changes_no_answer(model, order, cfg_scale):
+    options = SMALL | {"remasking": order, "temperature": 0.8, "cfg_scale": cfg_scale, "steps": 4}
+    whole = sample(model, SPEC, PROMPTS, **options)
+    largest = []
+    handle = model.head.register_forward_hook(lambda _, __, logits: largest.append(len(logits)))
+    parts = sample(model, SPEC, PROMPTS, logits_budget=3 * VOCAB * BYTES_A_LOGIT, **options)
+    handle.remove()
+    assert parts == whole
+    assert max(largest) == 3 * (1 + (cfg_scale > 0))
+
+
 def test_seed_and_temperature_matter(model):
     same, other = (sample(model, SPEC, PROMPTS, seed=seed, temperature=1.0, **SMALL) for seed in (0, 1))
     assert same == sample(model, SPEC, PROMPTS, seed=0, temperature=1.0, **SMALL)
@@ -127,9 +141,9 @@ def test_cached_forward_of_an_unchanged_canvas_equals_the_full_one(model, shift,
     window = canvas.window(8, 8)
     predictor = BlockPredictor(model, spec, canvas, window, cfg_scale=cfg_scale, cached=True)
     with torch.no_grad():
-        full = predictor(*canvas.masked(window).nonzero(as_tuple=True))
+        full = predictor.logits(predictor.hidden_states(*canvas.masked(window).nonzero(as_tuple=True)))
         row, column = torch.tensor([0, 2, 2]), torch.tensor([3, 0, 7])
-        again = predictor(row, column)
+        again = predictor.logits(predictor.hidden_states(row, column))
     assert torch.allclose(again, full[row * 8 + column], atol=1e-12)
 
 
