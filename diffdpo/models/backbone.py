@@ -190,12 +190,23 @@ class MaskedLM(PreTrainedModel):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **unused
     ) -> MaskedLMOutput:
-        """Logits of a right padded batch. `attention_mask` [R, T]: 1 for real tokens, a prefix of each row."""
+        """Logits of a right padded batch. `attention_mask` [R, T]: 1 for real tokens, a prefix of each row.
+
+        Other arguments of transformers' models may be given where they ask for nothing (None, False).
+        """
         rows, length = input_ids.shape
+        for name, value in unused.items():
+            if value is not None and value is not (name == "return_dict"):
+                raise TypeError(
+                    f"{type(self).__name__} takes no {name}: input_ids and attention_mask alone make logits"
+                )
         if labels is not None:
             raise NotImplementedError("a masked diffusion loss needs noise: score with diffdpo.scores.MaskedLogProbs")
         lengths = [length] * rows
         if attention_mask is not None:
+            if attention_mask.shape != input_ids.shape:
+                shapes = f"{list(attention_mask.shape)}, input_ids {list(input_ids.shape)}"
+                raise ValueError(f"attention_mask has shape {shapes}; they must be the same (right padding)")
             lengths = attention_mask.sum(-1).tolist()
             prefix = torch.arange(length, device=input_ids.device) < attention_mask.sum(-1, keepdim=True)
             if not torch.equal(prefix, attention_mask.bool()):

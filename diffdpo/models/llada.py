@@ -36,7 +36,8 @@ OPTIONAL = {
     **dict.fromkeys(("multi_query_attention", "rope_full_precision", "include_qkv_bias", "scale_logits"), bool),
 }
 # What this module computes; a config that says otherwise describes another model. Missing optional keys are fine
-# where the published code's default is the value given here, and required above where it is not.
+# where the published code's default is the value given here, and required above where it is not. Its default for the
+# dropouts is 0.1: they mean nothing here and are always written as 0, lest that code train a saved model with them.
 SUPPORTED: dict[str, tuple] = {
     "block_type": ("llama",),
     "layer_norm_type": ("rms",),
@@ -49,15 +50,15 @@ SUPPORTED: dict[str, tuple] = {
     "include_bias": (False, None),
     "bias_for_layer_norm": (False, None),
     "layer_norm_with_affine": (True, None),
-    "attention_dropout": (0.0, None),
-    "residual_dropout": (0.0, None),
-    "embedding_dropout": (0.0, None),
+    "attention_dropout": (0.0,),
+    "residual_dropout": (0.0,),
+    "embedding_dropout": (0.0,),
     "rope_scaling": (None,),
 }
 
 
 class LLaDAConfig(PublishedConfig):
-    """The published `config.json`. Every field starts as None: a missing key is an error, never another model."""
+    """The published `config.json`. Fields start as None: a missing key is an error, never another model."""
 
     model_type = "llada"
     optional_keys: ClassVar[frozenset[str]] = frozenset({*OPTIONAL, *SUPPORTED})
@@ -88,6 +89,9 @@ class LLaDAConfig(PublishedConfig):
     activation_type: Setting = None
     block_type: Setting = None
     weight_tying: Setting = None
+    attention_dropout: float = 0.0
+    residual_dropout: float = 0.0
+    embedding_dropout: float = 0.0
     include_qkv_bias: bool | None = None
     scale_logits: bool | None = None
     mask_token_id: Setting = None

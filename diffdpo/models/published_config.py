@@ -64,7 +64,7 @@ class PublishedConfig(PreTrainedConfig):
             value = getattr(self, key, None)
             if value is None:
                 continue
-            fits = type(value) is kind or (kind is float and type(value) is int)
+            fits = _is_a(kind, value)
             amount = kind in (int, float) and fits and not key.endswith("token_id")
             self.refuse(
                 [
@@ -77,7 +77,8 @@ class PublishedConfig(PreTrainedConfig):
         """Every key of `supported` that is set has one of its values."""
         for key, allowed in supported.items():
             found = getattr(self, key, None)
-            self.refuse([(found not in allowed, f"has {key}={found!r}; supported: {_listed(allowed)}")])
+            known = any(found == value and _is_a(type(value), found) for value in allowed)
+            self.refuse([(not known, f"has {key}={found!r}; supported: {_listed(allowed)}")])
 
     def check_token_ids(self, rows: int) -> None:
         """Mask, end and padding are tokens of an embedding with `rows` rows, where they are set."""
@@ -93,6 +94,11 @@ class PublishedConfig(PreTrainedConfig):
         for wrong, message in rules:
             if wrong:
                 raise UserError(f"{self.model_type} config {message}")
+
+
+def _is_a(kind: type, value: object) -> bool:
+    """JSON's types: true is no number, 1.0 no integer; an integer is a number as well."""
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
 def _listed(allowed: tuple) -> str:

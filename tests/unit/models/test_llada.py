@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -73,6 +75,9 @@ def test_a_missing_key_is_named(key):
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
         ({"num_experts": 64}, "num_experts=64; supported: 0"),
         ({"logit_shift": 2}, "logit_shift=2; supported: 0, 1"),
+        ({"logit_shift": 1.0}, r"logit_shift=1\.0; supported: 0, 1"),
+        ({"logit_shift": True}, "logit_shift=True; supported: 0, 1"),
+        ({"attention_dropout": None}, r"attention_dropout=None; supported: 0\.0"),
     ],
 )
 def test_a_contradiction_is_named(changes, words):
@@ -84,6 +89,32 @@ def test_attention_mask_must_be_a_prefix():
     model = LLaDAModelLM(config())
     with pytest.raises(ValueError, match="prefix"):
         model(torch.zeros(1, 3, dtype=torch.long), attention_mask=torch.tensor([[0, 1, 1]]))
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"position_ids": torch.arange(3)[None]}, {"return_dict": False}, {"use_cache": True}]
+)
+def test_arguments_that_would_be_ignored_are_errors(arguments):
+    ids = torch.zeros(1, 3, dtype=torch.long)
+    with pytest.raises(TypeError, match=f"LLaDAModelLM takes no {next(iter(arguments))}"):
+        LLaDAModelLM(config())(ids, **arguments)
+    nothing = {"position_ids": None, "return_dict": True, "use_cache": False}
+    assert LLaDAModelLM(config())(ids, **nothing).logits.shape == (1, 3, 40)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3, 3), (1, 2), (3,)])
+def test_an_attention_mask_of_another_shape_is_an_error(shape):
+    with pytest.raises(ValueError, match=r"attention_mask has shape .*, input_ids \[1, 3\]; they must be the same"):
+        LLaDAModelLM(config())(torch.zeros(1, 3, dtype=torch.long), attention_mask=torch.ones(shape))
+
+
+def test_dropouts_are_written_where_the_checkpoint_has_none(tmp_path):
+    """The published code's default for an absent key is 0.1."""
+    keys = {"attention_dropout", "residual_dropout", "embedding_dropout"}
+    settings = {key: value for key, value in config().to_dict().items() if key not in keys}
+    LLaDAModelLM(LLaDAConfig.from_dict(settings)).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert {key: written[key] for key in keys} == dict.fromkeys(keys, 0.0)
 
 
 def test_resizing_the_vocabulary_keeps_head_config_and_logits():
