@@ -211,7 +211,7 @@ class Encoder:
             return ids[-limit:] if keeps_end else ids[:limit]
         turns = user_turn(text) if isinstance(text, str) else text
         cut = keep_end if keeps_end else keep_start
-        return cut(turns, limit, lambda some: self._rendered(some, chat), self._tokens)
+        return cut(turns, self.prompt_text(text, chat), limit, lambda some: self._rendered(some, chat), self._tokens)
 
     def _fit(self, text: Text, ids: list[int], answers: Sequence[list[int]]) -> tuple[list[TokenAnswer], bool] | Drop:
         prefix = [] if self._uses_chat(text) else [*self._prefix]

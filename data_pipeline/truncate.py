@@ -6,40 +6,55 @@ beginning would have no sign of who speaks.
 
 from collections.abc import Callable, Sequence
 
+from jinja2 import TemplateError
+
 from data_pipeline.records import Message
 
 MARK = "\ue000"  # for private use: in no text, trimmed by no template
 
 Render = Callable[[Sequence[Message]], str]
-Tokens = Callable[[str], list[int]]
+Tokens = Callable[[Sequence[str]], list[list[int]]]
 
 
-def keep_start(turns: Sequence[Message], limit: int, render: Render, tokens: Tokens) -> list[int] | None:
-    """The first tokens of a conversation, then what stands behind its last content: the header of the answer's turn.
-    None when ``limit`` has no room for any content."""
-    head, tail = tokens(_around(turns, 0, render)[0]), tokens(_around(turns, len(turns) - 1, render)[2])
+def keep_start(turns: Sequence[Message], text: str, limit: int, render: Render, tokens: Tokens) -> list[int] | None:
+    """The first tokens of a conversation (``text``: as rendered), then what stands behind its last content: the header
+    of the answer's turn. None when ``limit`` has no room for any content."""
+    around = _around(turns, render)
+    head, tail, ids = tokens([around[0], around[-1], text])
     room = limit - len(tail)
-    return [*tokens(render(turns))[:room], *tail] if room > len(head) else None
+    return [*ids[:room], *tail] if room > len(head) else None
 
 
-def keep_end(turns: Sequence[Message], limit: int, render: Render, tokens: Tokens) -> list[int] | None:
+def keep_end(turns: Sequence[Message], text: str, limit: int, render: Render, tokens: Tokens) -> list[int] | None:
     """The conversation from the first turn on (not an answer) from which it fits, the content of this cut at its
     beginning. None when ``limit`` has no room for any content."""
+    around = _around(turns, render)
+    contents = _contents(turns, around, text)
+    behind = [frame + content for frame, content in zip(around[1:], [*contents[1:], ""], strict=True)]
+    sizes = [len(ids) for ids in tokens(behind)]  # of parts: about as many tokens as when joined
     for number, turn in enumerate(turns):
-        if number and turn["role"] == "assistant":
+        if (number and turn["role"] == "assistant") or sum(sizes[number:]) >= limit:
             continue
-        _, content, rest = map(tokens, _around(turns, number, render))
-        head = tokens(_around([turn], 0, render)[0])
+        head, ids, rest = tokens([_around([turn], render)[0], contents[number], "".join(behind[number:])])
         room = limit - len(head) - len(rest)
         if room > 0:
-            return [*head, *content[-room:], *rest]
+            return [*head, *ids[-room:], *rest]
     return None
 
 
-def _around(turns: Sequence[Message], number: int, render: Render) -> tuple[str, str, str]:
-    """The text before a turn's content, the content as the template has it, and the text behind."""
-    marked: list[Message] = [*turns]
-    marked[number] = {"role": turns[number]["role"], "content": MARK}
-    before, _, behind = render(marked).partition(MARK)
-    whole = render(turns)
-    return before, whole[len(before) : len(whole) - len(behind)], behind
+def _around(turns: Sequence[Message], render: Render) -> list[str]:
+    """The texts that a template puts before, between and behind the contents of turns: one more than turns."""
+    around = render([{"role": turn["role"], "content": MARK} for turn in turns]).split(MARK)
+    if len(around) != len(turns) + 1:
+        raise TemplateError("it does not write each content once, so a prompt that is too long cannot be cut")
+    return around
+
+
+def _contents(turns: Sequence[Message], around: list[str], text: str) -> list[str]:
+    """The contents as they stand in the rendered text: templates may trim them."""
+    contents, place = [], len(around[0])
+    for turn, behind in zip(turns, around[1:], strict=True):
+        whole = turn["content"]
+        contents.append(whole if text.startswith(whole + behind, place) else whole.strip())
+        place += len(contents[-1]) + len(behind)
+    return contents

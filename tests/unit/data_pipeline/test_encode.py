@@ -130,6 +130,21 @@ def test_a_conversation_is_cut_by_turns(chat_tokenizer):
         assert text == f"<head>user</head>{kept}<eot><head>assistant</head>x<eos>"
 
 
+def test_a_template_that_writes_content_twice_cannot_be_cut(make_tokenizer):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<head>{{ m.content }}|{{ m.content }}{% endfor %}<eot>"
+    record = pair(user_turn("abcdef"), assistant_turn("x"), assistant_turn("y"))
+    assert not isinstance(Encoder(tokenizer)(record), Drop)
+    made = Encoder(tokenizer, max_length=20, max_prompt_length=9)(record)
+    assert made.reason == "refused_by_template" and "cannot be cut" in made.detail
+
+
+def test_a_template_that_trims_is_cut_at_what_it_writes(chat_tokenizer):
+    record = pair(user_turn("  abcdef \n"), assistant_turn("x"), assistant_turn("y"))
+    text = chat_tokenizer.decode(Encoder(chat_tokenizer, max_length=40, max_prompt_length=20)(record).chosen.ids)
+    assert text == "<head>user</head>ef<eot><head>assistant</head>x<eos>"
+
+
 def test_the_beginning_of_sequence_stays_before_a_cut_prompt(make_tokenizer):
     tokenizer = make_tokenizer(bos_token="<head>")
     tokenizer.add_bos_token = True
