@@ -175,7 +175,7 @@ def run(case: Case, world) -> None:
         config = replace(config, learning_rate=1e-4)
         engine = build.make_engine(config, module, place, bf16=False)
         segments = build.choose_segments(config, world)
-        reference, _ = make_reference(config, config.reference, engine, frozen, segments=segments)
+        reference = make_reference(config, config.reference, engine, frozen)[0](segments)
         rows = equal_rows(config, shape.vocab_size)
         for _ in range(2):
             with engine.unreduced() if config.segmentation == "deferred" else _nothing():

@@ -112,7 +112,7 @@ def make_step(config: TrainConfig, place: Place, trained: str, mode: str, stored
     engine = build.make_engine(config, module, place, bf16=False)
     reference = stored
     if mode != "precomputed":
-        reference, _ = make_reference(config, mode, engine, frozen, segments=segments)
+        reference = make_reference(config, mode, engine, frozen)[0](segments)
     noise, loss = build.make_noise(config, loaded.spec), build.make_loss(config)
     return PreferenceStep(engine, reference, noise, loss, strategy="none", segments=segments)
 

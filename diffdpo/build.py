@@ -439,9 +439,13 @@ def make_noise(config: RunConfig, spec: FamilySpec) -> NoiseOptions:
     return NoiseOptions(config.score_estimator, config.num_mc_samples, config.seed, spec.mask_token_id, steps)
 
 
-def choose_segments(config: RunConfig, world: World) -> Segments:
-    """How rows are cut into forwards: ``--segment_rows``, or as many as keep a forward to a number of tokens."""
-    sharded = uses_deepspeed(config) and zero_stage(read_ds_config(Path(config.ds_config or ""))) >= 2
+def choose_segments(config: RunConfig, world: World, *, graph: bool = True) -> Segments:
+    """How rows are cut into forwards: ``--segment_rows``, or as many as keep a forward to a number of tokens.
+
+    Without a ``graph`` processes meet in forwards of sharded weights alone, with one in backwards as well.
+    """
+    least = 2 if graph else 3
+    sharded = uses_deepspeed(config) and zero_stage(read_ds_config(Path(config.ds_config or ""))) >= least
     return Segments(
         rows=getattr(config, "segment_rows", 0),
         tokens=SEGMENT_TOKENS[world.device.type],

@@ -57,7 +57,14 @@ def _sft(config: SftConfig, place: Place) -> int:
     shape = MicroBatchShape(config.per_device_train_batch_size, config.num_mc_samples, config.max_length, False)
     strategy, why = choose_strategy("auto", engine=engine, segments=segments, shape=shape)
     answers = SampledAnswers(config, engine, loaded, batches)
-    held_out = HeldOutAnswers(engine, noise, batches, answers, segments=segments, limit=config.max_eval_pairs)
+    held_out = HeldOutAnswers(
+        engine,
+        noise,
+        batches,
+        answers,
+        segments=build.choose_segments(config, place.world, graph=False),
+        limit=config.max_eval_pairs,
+    )
     place.say(
         f"model    {config.model_name_or_path or 'new'}, {count_parameters(loaded.model)[0]:,} parameters\n"
         f"data     {config.train_data or 'generated arithmetic-reasoning answers'}: {len(train_set)} answers\n"

@@ -20,6 +20,7 @@ from diffdpo.reference.precompute import Precomputed, precompute
 from diffdpo.reference.scorers import Reference
 from diffdpo.run import Job, carry_out
 from diffdpo.step.choose import MicroBatchShape, check_segmentation, choose_strategy
+from diffdpo.step.segments import Segments
 from diffdpo.step.sizing import fit_segments, suggestion
 from diffdpo.step.train_step import LossOptions, PreferenceStep, StepReport
 
@@ -81,7 +82,9 @@ class _Training:
         frozen = make_frozen(config, module, bf16=self.bf16) if self.mode == "copy" else None
         self.engine: Engine = build.make_engine(config, module, place, bf16=self.bf16)
         self.segments = build.choose_segments(config, place.world)
-        self.reference, held_out_reference, self.reference_text = self._make_reference(frozen)
+        # evaluations keep the shapes that scores made before were made in, whatever --max_memory finds for steps
+        eval_segments = build.choose_segments(config, place.world, graph=False)
+        self.reference, held_out_reference, self.reference_text = self._make_reference(frozen, eval_segments)
         self.held_out = HeldOutPairs(
             self.engine,
             held_out_reference,
@@ -89,7 +92,7 @@ class _Training:
             loss,
             self.batches,
             SampledAnswers(config, self.engine, self.loaded, self.batches),
-            segments=self.segments,
+            segments=eval_segments,
             max_length=config.max_length,
             limit=config.max_eval_pairs,
         )
@@ -98,12 +101,12 @@ class _Training:
         read = read_state(self.resume)["loader"] if self.resume else None
         return precompute(self.config, self.place, self.train_set, self.eval_set, bf16=self.bf16, read=read)
 
-    def _make_reference(self, frozen: nn.Module | None) -> tuple[Reference, Reference, str]:
+    def _make_reference(self, frozen: nn.Module | None, eval_segments: Segments) -> tuple[Reference, Reference, str]:
         """(of training, of held-out pairs, what it is)."""
         if self.scores is not None:
             return self.scores.train, self.scores.held_out, self.scores.text
-        reference, text = make_reference(self.config, self.mode, self.engine, frozen, segments=self.segments)
-        return reference, reference, text
+        reference, text = make_reference(self.config, self.mode, self.engine, frozen)
+        return reference(self.segments), reference(eval_segments), text
 
     def _load_policy(self) -> LoadedModel:
         config = self.config

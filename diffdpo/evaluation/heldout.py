@@ -8,6 +8,7 @@ from diffdpo.engine.base import Engine
 from diffdpo.errors import UserError
 from diffdpo.evaluation.answers import answer_length, exact_match, problems_of
 from diffdpo.evaluation.preferences import answer_losses, score_held_out
+from diffdpo.memory.exhausted import told_if_exhausted
 from diffdpo.models.load import LoadedModel
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.reference.scorers import Reference
@@ -47,19 +48,20 @@ class SampledAnswers:
         """1 or 0 for each problem; nothing without problems."""
         if not self.problems:
             return {}
-        right, _ = exact_match(
-            self.loaded.model,
-            self.loaded.spec,
-            self.loaded.tokenizer,
-            self.problems,
-            self.task,
-            world=self.engine.world,
-            shared_forwards=self.engine.keeps_gradients_sharded,
-            gen_length=self.length,
-            temperature=SAMPLING_TEMPERATURE,
-            seed=SAMPLING_SEED,
-            title=f"answers {when}",
-        )
+        with told_if_exhausted("while answers are sampled", "give --num_eval_problems 0, or a smaller --max_length"):
+            right, _ = exact_match(
+                self.loaded.model,
+                self.loaded.spec,
+                self.loaded.tokenizer,
+                self.problems,
+                self.task,
+                world=self.engine.world,
+                shared_forwards=self.engine.keeps_gradients_sharded,
+                gen_length=self.length,
+                temperature=SAMPLING_TEMPERATURE,
+                seed=SAMPLING_SEED,
+                title=f"answers {when}",
+            )
         return {"exact_match": right.tolist()}
 
 

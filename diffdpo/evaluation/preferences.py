@@ -6,8 +6,9 @@ change of the policy.
 Shape suffixes: B records, 2 sides, P records of all batches and ranks, D desirable and U undesirable answers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,10 +17,12 @@ from torch import Tensor
 from data_pipeline.batch import PairBatch
 from diffdpo.engine.base import Engine
 from diffdpo.noise.options import NoiseOptions
+from diffdpo.noise.rows import NoisyRows
 from diffdpo.reference.scorers import Reference
 from diffdpo.scores.fold import PairScores, fold
 from diffdpo.step.backward import score_rows
 from diffdpo.step.reference_point import reference_point
+from diffdpo.step.retry import repeated, together
 from diffdpo.step.segments import Segments
 from diffdpo.step.train_step import LossOptions
 
@@ -120,27 +123,38 @@ def score_held_out(
     limit: int = 0,
 ) -> ScoreTable:
     """Score this rank's batches, gather all ranks' (which hold as many, of one size): the first ``limit`` (0: all)."""
-    pieces = [torch.zeros(0, 4, 2)]
-    for batch in batches:
-        rows = noise.rows(batch, engine.world.device)
+
+    def rows_of(batch: PairBatch) -> NoisyRows:
+        return noise.rows(batch, engine.world.device)
+
+    def table(batch: PairBatch) -> Tensor:
+        rows = rows_of(batch)
         policy = fold(score_rows(engine, rows, segments=segments), rows)
         reference_B2 = fold(reference(rows, batch), rows).score_B2
         columns = (policy.score_B2, reference_B2, policy.tokens_B2.float(), batch.weight_B2.to(reference_B2))
-        pieces.append(torch.stack(columns, 1).cpu())
-    kl = None
-    if loss.needs_kl:
-        kl = reference_point(
-            engine,
-            reference,
-            lambda batch: noise.rows(batch, engine.world.device),
-            batches,
-            segments=segments,
-            max_length=max_length,
-        )
+        return torch.stack(columns, 1).cpu()
+
+    def point() -> Tensor:
+        return reference_point(
+            engine, reference, rows_of, batches, segments=segments, max_length=max_length, training=False
+        ).cpu()
+
+    pieces = [torch.zeros(0, 4, 2), *_each(engine, table, batches, segments)]
+    kl = repeated(engine, point, segments=segments).double() if loss.needs_kl else None
     weights = [batch.weight_B2.amax(1) for batch in batches]
     table_P42 = torch.from_numpy(_in_order(engine, batches, torch.cat(pieces), weights, limit))
     policy_P2, reference_P2, tokens_P2, weight_P2 = table_P42.unbind(1)
-    return ScoreTable(policy_P2, reference_P2, tokens_P2, weight_P2, kl if kl is None else kl.cpu().double())
+    return ScoreTable(policy_P2, reference_P2, tokens_P2, weight_P2, kl)
+
+
+def _each(
+    engine: Engine, score: Callable[[PairBatch], Tensor], batches: Sequence[PairBatch], segments: Segments
+) -> Iterator[Tensor]:
+    """``score`` of every batch, of one that is too large in smaller segments from its beginning: policy and reference
+    in the same ones, so that they agree to the bit where they are the same."""
+    for batch in batches:
+        work = partial(together, engine, partial(score, batch), graph=False)
+        yield repeated(engine, work, segments=segments)
 
 
 def _in_order(
@@ -164,10 +178,12 @@ def answer_losses(
     engine: Engine, batches: Sequence[PairBatch], noise: NoiseOptions, *, segments: Segments, limit: int = 0
 ) -> list[float]:
     """-score / tokens of every chosen answer, over all ranks: what supervised training lowers."""
-    pieces = [torch.zeros(0, 1)]
-    for batch in batches:
+
+    def losses(batch: PairBatch) -> Tensor:
         rows = noise.rows(batch, engine.world.device)
         scores = fold(score_rows(engine, rows, segments=segments), rows)
-        pieces.append(-(scores.score_B2 / scores.tokens_B2.clamp(min=1))[:, :1].cpu())
+        return -(scores.score_B2 / scores.tokens_B2.clamp(min=1))[:, :1].cpu()
+
+    pieces = [torch.zeros(0, 1), *_each(engine, losses, batches, segments)]
     chosen = [batch.weight_B2[:, 0] for batch in batches]
     return _in_order(engine, batches, torch.cat(pieces), chosen, limit)[:, 0].tolist()

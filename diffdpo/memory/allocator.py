@@ -18,3 +18,9 @@ def keep_freed_memory() -> bool:
         return False
     libc = ctypes.CDLL("libc.so.6")
     return bool(libc.mallopt(M_MMAP_THRESHOLD, LARGEST_IN_HEAP) and libc.mallopt(M_TRIM_THRESHOLD, KEEP))
+
+
+def give_freed_memory_back() -> None:
+    """What has been kept so far, where memory has run out: others may need it, and so may what is no tensor."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -6,6 +6,7 @@ beside the memory and ``precomputed`` (see ``precompute.py``) where it is not.
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -23,7 +24,7 @@ from diffdpo.losses.preference import LOSSES
 from diffdpo.models.adapter_folder import base_of_adapter, is_adapter
 from diffdpo.models.load import load_model
 from diffdpo.models.stream import checkpoint_folder, shard_files
-from diffdpo.reference.scorers import Reference, adapter_off_reference, copy_reference, frozen_copy, no_reference
+from diffdpo.reference.scorers import Reference, adapter_off_reference, frozen_copy, frozen_reference, no_reference
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.step.segments import Segments
 from diffdpo.step.train_step import LossOptions
@@ -122,15 +123,16 @@ def make_frozen(config: TrainConfig, module: MaskedLogProbs, *, bf16: bool) -> n
 
 
 def make_reference(
-    config: TrainConfig, mode: str, engine: Engine, frozen: nn.Module | None, *, segments: Segments
-) -> tuple[Reference, str]:
-    """(reference, what it is) of the modes that look nothing up. ``frozen`` from ``make_frozen``."""
+    config: TrainConfig, mode: str, engine: Engine, frozen: nn.Module | None
+) -> tuple[Callable[[Segments], Reference], str]:
+    """(the reference for a way to cut rows, what it is) of the modes that look nothing up. ``frozen`` from
+    ``make_frozen``."""
     if mode == "none":
-        return no_reference, "none"
+        return lambda segments: no_reference, "none"
     if mode == "adapter_off":
         policy = engine.module.model
         assert isinstance(policy, nn.Module)
-        return adapter_off_reference(engine, policy, segments=segments), "the policy with its adapter off"
+        return partial(adapter_off_reference, engine, policy), "the policy with its adapter off"
     assert frozen is not None
     what = config.ref_model_name_or_path or "the policy as it starts"
-    return copy_reference(engine, frozen, segments=segments), f"frozen copy of {what}"
+    return partial(frozen_reference, engine.freeze(frozen)), f"frozen copy of {what}"

@@ -23,6 +23,7 @@ from diffdpo import build
 from diffdpo.build import Place
 from diffdpo.config import TrainConfig
 from diffdpo.engine.deepspeed import release
+from diffdpo.memory.exhausted import told_if_exhausted
 from diffdpo.models.load import load_tokenizer_and_spec
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.noise.rows import NoisyRows
@@ -139,7 +140,8 @@ class _Pass:
         """Load the reference, score the steps, let go of it."""
         module = load_reference(self.config, bf16=self.bf16, mask_token_id=self.spec.mask_token_id)
         forward = build.hold_frozen(self.config, module, self.place, bf16=self.bf16)
-        _score_all(todo, forward, self.noise, self.place, segments=self.segments)
+        with told_if_exhausted("while the reference is scored", "give a smaller --segment_rows, such as 8"):
+            _score_all(todo, forward, self.noise, self.place, segments=self.segments)
         release(forward)
         del module, forward
         gc.collect()

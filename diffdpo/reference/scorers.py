@@ -24,11 +24,15 @@ def frozen_copy(module: nn.Module) -> nn.Module:
 
 def copy_reference(engine: Engine, module: nn.Module, *, segments: Segments) -> Reference:
     """A second model in memory, held by the engine as it holds the policy."""
-    forward = engine.freeze(module)
+    return frozen_reference(engine.freeze(module), segments)
+
+
+def frozen_reference(forward: Callable[..., torch.Tensor], segments: Segments) -> Reference:
+    """A module that an engine holds frozen."""
     return lambda rows, batch: score_rows(forward, rows, segments=segments)
 
 
-def adapter_off_reference(engine: Engine, peft_model: nn.Module, *, segments: Segments) -> Reference:
+def adapter_off_reference(engine: Engine, peft_model: nn.Module, segments: Segments) -> Reference:
     """The policy with its adapter switched off: no second model."""
 
     def score(rows: NoisyRows, batch: PairBatch) -> torch.Tensor:

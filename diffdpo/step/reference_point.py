@@ -27,11 +27,13 @@ def reference_point(
     *,
     segments: Segments,
     max_length: int | None,
+    training: bool = True,
 ) -> torch.Tensor:
     """z of ``kto`` over the global step, a scalar in nats, the same on every rank; no graph.
 
     A function of the step's records: neither the number of ranks nor the size of a micro-batch changes which answer
-    meets which prompt. Every rank calls, with as many micro-batches of one size.
+    meets which prompt. Every rank calls, with as many micro-batches of one size. StepTooLarge on all when memory ran
+    out on any; ``training``: in a step, which not every engine can repeat.
     """
     world = engine.world
     batches = mismatched(world.gather(list(micro_batches)), rank=world.rank, max_length=max_length)
@@ -42,6 +44,6 @@ def reference_point(
         ratio_B2 = fold(policy_R - reference(rows, batch), rows).score_B2
         return torch.stack([ratio_B2, batch.weight_B2.to(world.device)], 1)
 
-    tables = together(engine, lambda: [table(batch) for batch in batches])
+    tables = together(engine, lambda: [table(batch) for batch in batches], graph=training)
     ratio_B2, weight_B2 = world.cat(torch.cat(tables)).unbind(1)
     return kl_estimate(ratio_B2, torch.zeros_like(ratio_B2), weight_B2)

@@ -1,4 +1,4 @@
-"""Out of memory in a step: forget it and take it again in segments of half the size.
+"""Out of memory in a step or an evaluation: forget it and take it again in segments of half the size.
 
 Rows, noise and hence the gradient stay the same. A micro-batch whose backward broke off has left part of its gradient
 behind, and with accumulation that cannot be told from what earlier micro-batches left: so all of the step is taken
@@ -8,54 +8,75 @@ again. Ranks fail apart but must repeat together: after each piece of work witho
 from collections.abc import Callable
 from typing import TypeVar
 
+from tqdm import tqdm
+
 from diffdpo.engine.base import Engine
 from diffdpo.errors import UserError
-from diffdpo.memory.exhausted import out_of_memory, release_memory
+from diffdpo.memory.exhausted import first_line, out_of_memory, release_memory
 from diffdpo.step.segments import Segments, Size
 
 T = TypeVar("T")
 
 
 class StepTooLarge(Exception):
-    """Raised on every rank when at least one ran out of memory. The message is the first one's, where there is any."""
+    """Raised on every rank when at least one ran out of memory; ``here``: whether this one did."""
+
+    def __init__(self, why: str):
+        super().__init__(why or "another process ran out of memory")
+        self.here = bool(why)
 
 
-def together(engine: Engine, work: Callable[[], T]) -> T:
+def together(engine: Engine, work: Callable[[], T], *, graph: bool = True) -> T:
     """The result of ``work``, which calls no collectives. StepTooLarge on all ranks when memory ran out on any.
 
-    Where the engine cannot repeat a step (its forwards and backwards are collectives): UserError on the rank that
-    failed, whose end takes the others with it.
+    Where the engine cannot repeat the work (its forwards or backwards are collectives): UserError on the rank that
+    failed, whose end takes the others with it. Without a ``graph`` there are forwards alone, of an evaluation.
     """
     result, failure = None, ""
+    obstacle = engine.why_not_repeat() if graph or engine.keeps_gradients_sharded else None
     try:
         result = work()
     except Exception as error:
         if not out_of_memory(error):
             raise
-        obstacle = engine.why_not_repeat()
+        failure = first_line(error)
         if obstacle:
-            raise UserError(
-                f"out of memory ({_first_line(error)}), and the step cannot be repeated: {obstacle}; give a smaller "
-                "--segment_rows, or --gradient_checkpointing true, and go on with --resume_from_checkpoint latest"
-            ) from None
-        failure = _first_line(error)
+            raise UserError(_cannot_repeat(failure, obstacle, graph=graph)) from None
     # the error, and with it the frames that hold the tensors, is gone here
-    if engine.why_not_repeat() is None and engine.world.largest(int(bool(failure))):
-        raise StepTooLarge(failure or "another process ran out of memory")
+    if obstacle is None and engine.world.largest(int(bool(failure))):
+        raise StepTooLarge(failure)
     return result  # type: ignore[return-value]
 
 
-def make_smaller(engine: Engine, segments: Segments, why: str) -> str:
-    """Half the segments; what was done, for the user. UserError where a segment is one row already."""
-    release_memory()
-    largest, most = engine.world.largest, segments.most
-    if not segments.halve(Size(largest(most.rows), largest(most.tokens))):
-        raise UserError(
-            f"out of memory with one row in a forward ({why}); use a smaller --max_length, "
-            "--gradient_checkpointing true, or --use_peft true"
+def _cannot_repeat(failure: str, obstacle: str, *, graph: bool) -> str:
+    if not graph:
+        return (
+            f"out of memory in an evaluation ({failure}), which cannot be repeated: {obstacle}; give a smaller "
+            "--per_device_eval_batch_size"
         )
-    return f"out of memory ({why}): the step is taken again with {segments.describe()}"
+    return (
+        f"out of memory ({failure}), and the step cannot be repeated: {obstacle}; give a smaller "
+        "--segment_rows, or --gradient_checkpointing true, and go on with --resume_from_checkpoint latest"
+    )
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]
+def make_smaller(engine: Engine, segments: Segments, failure: StepTooLarge, *, graph: bool = True) -> str:
+    """Half of the segments that were too large; what was done, for the user. UserError where that was one row."""
+    release_memory()
+    most = segments.most if failure.here else Size(0, 0)  # others went on to segments that fitted
+    if not segments.halve(Size(engine.world.largest(most.rows), engine.world.largest(most.tokens))):
+        more = ", --gradient_checkpointing true, or --use_peft true" if graph else " or a smaller model"
+        raise UserError(f"out of memory with one row in a forward ({failure}); use a smaller --max_length{more}")
+    what = "step is taken again" if graph else "evaluation goes on"
+    return f"out of memory ({failure}): the {what} with {segments.describe()}"
+
+
+def repeated(engine: Engine, work: Callable[[], T], *, segments: Segments) -> T:
+    """The result of ``work``, forwards without a graph, in ever smaller segments while it raises StepTooLarge."""
+    while True:
+        try:
+            return work()
+        except StepTooLarge as failure:
+            note = make_smaller(engine, segments, failure, graph=False)
+            if engine.world.is_main:
+                tqdm.write(note)

@@ -47,18 +47,19 @@ class Size:
 class Segments:
     """Cuts rows by ``tokens`` of one forward, or by ``rows`` where that is given (0 and 0: one forward).
 
-    One object serves policy, reference and evaluation, so that all follow when it is made smaller. ``equal_over``:
-    the processes that must all cut into as many segments.
+    One object serves policy and reference of training, another those of evaluation, so that both follow when it is
+    made smaller. ``equal_over``: the processes that must all cut into as many segments.
     """
 
     def __init__(self, *, rows: int = 0, tokens: int = 0, equal_over: World | None = None):
         self.rows, self.tokens = rows, 0 if rows else tokens
         self.world = equal_over
-        self.most = Size(0, 0)  # of any segment cut so far
+        self.most = Size(0, 0)  # of the micro-batch cut last
 
     def __call__(self, rows: NoisyRows) -> list[Segment]:
         """The micro-batch's rows, longest first."""
         order_R = _by_length(rows)
+        self.most = Size(0, 0)
         segments = self._cut(rows, order_R)
         return segments + [Segment(rows, order_R[:0])] * self._missing(len(segments))
 
@@ -66,6 +67,7 @@ class Segments:
         """The segments of each answer: none holds rows of two."""
         order_R = _spread(rows)
         counts = torch.bincount(rows.answer_R, minlength=rows.num_answers).tolist()
+        self.most = Size(0, 0)
         answers = [self._cut(rows, own_R) for own_R in order_R.split(counts)]
         answers[-1] += [Segment(rows, order_R[:0])] * self._missing(sum(map(len, answers)))
         return answers
@@ -81,22 +83,21 @@ class Segments:
 
     def whole(self, rows: NoisyRows) -> NoisyRows:
         """All rows as one segment, whatever the size."""
-        self._note(len(rows), int(rows.lengths_R.sum()))
+        self.most = Size(len(rows), int(rows.lengths_R.sum()))
         return rows
 
     def resize(self, tokens: int) -> None:
         """Cut by so many tokens from now on."""
-        self.rows, self.tokens, self.most = 0, tokens, Size(0, 0)
+        self.rows, self.tokens = 0, tokens
 
     def halve(self, most: Size) -> bool:
-        """Half of the size that was used (``most``, over all ranks) from now on; False where that was a single row."""
+        """Half of the size that was too large (``most``) from now on; False where that was a single row."""
         if most.rows <= 1:
             return False
         if self.rows:
             self.rows = min(self.rows, most.rows) // 2
         else:
             self.tokens = min(self.tokens or most.tokens, most.tokens) // 2
-        self.most = Size(0, 0)
         return True
 
     def describe(self) -> str:
@@ -106,7 +107,10 @@ class Segments:
         return f"up to {self.tokens} tokens a segment" if self.tokens else "one segment"
 
     def _cut(self, rows: NoisyRows, order_R: torch.Tensor) -> list[Segment]:
-        cuts = self._cuts(rows.lengths_R[order_R].tolist())
+        lengths = rows.lengths_R[order_R].tolist()
+        cuts = self._cuts(lengths)
+        for start, stop in cuts:
+            self.most = Size(max(self.most.rows, stop - start), max(self.most.tokens, sum(lengths[start:stop])))
         return [Segment(rows, order_R[start:stop]) for start, stop in cuts]
 
     def _cuts(self, lengths: Sequence[int]) -> list[tuple[int, int]]:
@@ -115,15 +119,10 @@ class Segments:
         for row, length in enumerate(lengths):
             full = row - start == self.rows if self.rows else self.tokens and tokens + length > self.tokens
             if row > start and full:
-                self._note(row - start, tokens)
                 cuts.append((start, row))
                 start, tokens = row, 0
             tokens += length
-        self._note(len(lengths) - start, tokens)
         return [*cuts, (start, len(lengths))]
-
-    def _note(self, rows: int, tokens: int) -> None:
-        self.most = Size(max(rows, self.most.rows), max(tokens, self.most.tokens))
 
     def _missing(self, own: int) -> int:
         return self.world.largest(own) - own if self.world is not None else 0

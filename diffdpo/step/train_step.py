@@ -168,7 +168,7 @@ class PreferenceStep:
                 break
             except StepTooLarge as failure:
                 self.engine.discard()
-                notes.append(make_smaller(self.engine, self.segments, str(failure)))
+                notes.append(make_smaller(self.engine, self.segments, failure))
                 self.strategy = "two_pass" if self.strategy == "none" else self.strategy
         norm = self.engine.step(learning_rate)
         report = replace(self._report(scored, norm, int(total), kl), notes=tuple(notes))

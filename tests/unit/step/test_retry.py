@@ -1,10 +1,14 @@
 """Memory that really runs out in the middle of a step: the weights after it are those of an undisturbed run."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from diffdpo.errors import UserError
-from diffdpo.memory.exhausted import out_of_memory
+from diffdpo.evaluation.preferences import score_held_out
+from diffdpo.memory.exhausted import out_of_memory, told_if_exhausted
+from diffdpo.step.segments import Segments
 from tests.unit.step.test_backward import batches, make_step  # noqa: F401
 
 
@@ -99,3 +103,49 @@ def test_what_the_allocators_say():
     assert out_of_memory(error.value)
     assert out_of_memory(MemoryError()) and out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert not out_of_memory(RuntimeError("shapes do not match")) and not out_of_memory(ValueError("out of memory"))
+
+
+def held_out(step, batches, **options):  # noqa: F811
+    return score_held_out(step.engine, step.reference, batches, step.noise, step.loss, **options)
+
+
+def test_every_halving_makes_the_step_smaller(tiny_model, batches):  # noqa: F811
+    """Whatever was run in one forward before: here a larger micro-batch."""
+    step = make_step(tiny_model, "two_pass", 1000)
+    step(batches[:1], 1e-3)
+    small = replace(
+        batches[1],
+        **{name: getattr(batches[1], name)[:1] for name in ("ids", "records", "input_ids_B2T", "lengths_B2")},
+        **{name: getattr(batches[1], name)[:1] for name in ("prompt_lengths_B2", "weight_B2")},
+    )
+    sizes = fail_above(step, 3, where="forward")
+    assert len(step([small], 1e-3).notes) == 1 and max(sizes) == 6
+
+
+def test_an_evaluation_goes_on_in_smaller_segments(tiny_model, batches, capsys):  # noqa: F811
+    step = make_step(tiny_model, "two_pass", 1000)
+    expected = held_out(step, batches, segments=Segments(rows=1000))
+    segments = Segments(rows=1000)
+    sizes = fail_above(step, 7, where="forward")
+    found = held_out(step, batches, segments=segments)
+    assert max(sizes) > 7 and segments.rows <= 7
+    assert torch.allclose(found.policy_P2, expected.policy_P2, atol=1e-3)
+    assert f"the evaluation goes on with {segments.rows} rows a segment" in capsys.readouterr().out
+
+
+def test_an_evaluation_that_cannot_be_repeated_ends_with_one_line(tiny_model, batches):  # noqa: F811
+    step = make_step(tiny_model, "two_pass", 1000)
+    fail_above(step, 0, where="forward")
+    with pytest.raises(UserError, match=r"out of memory with one row in a forward .* use a smaller --max_length or"):
+        held_out(step, batches, segments=Segments(rows=1000))
+    step.engine.keeps_gradients_sharded, step.engine.why_not_repeat = True, lambda: "weights are in shards"
+    with pytest.raises(UserError, match=r"in an evaluation .*weights are in shards; .*--per_device_eval") as caught:
+        held_out(step, batches, segments=Segments(rows=1000))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_cannot_be_repeated_is_one_line():
+    with pytest.raises(UserError, match=r"^out of memory here \(.*\); do less$"), told_if_exhausted("here", "do less"):
+        torch.empty(2**60)
+    with pytest.raises(ValueError, match="other"), told_if_exhausted("here", "do less"):
+        raise ValueError("other")

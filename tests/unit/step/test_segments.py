@@ -102,3 +102,13 @@ def test_halving_starts_from_what_was_used_and_ends_at_a_row():
     whole = Segments()
     whole.whole(rows)
     assert whole.halve(whole.most) and max(len(piece.rows) for piece in whole(rows)) == 5
+
+
+def test_halving_starts_from_the_micro_batch_cut_last():
+    """An evaluation or an earlier step may have used more; what was only asked about was not used."""
+    segments = Segments(rows=100)
+    segments(rows_of([(8, 8)], n=12))
+    segments(rows_of([(8, 8)], n=3))
+    segments.fit([8] * 50)
+    assert segments.one(rows_of([(8, 8)], n=20))
+    assert segments.halve(segments.most) and segments.rows == 3
