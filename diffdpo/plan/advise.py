@@ -6,16 +6,16 @@ setting that fits, every change that turns out not to be needed is taken back, t
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from diffdpo.config import TrainConfig
+from diffdpo.config import TrainConfig, make_config
 from diffdpo.errors import UserError
 from diffdpo.plan.plan import Machine, Plan, make_plan
 
 Change = Mapping[str, Any]
-DS_CONFIGS = Path("ds_configs")  # as users type it, from the project's root
+DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 SHARDED = ("4080_offload.json", "4080_zero3_offload.json", "zero3_nvme.json")
 
 
@@ -34,7 +34,7 @@ class Advice:
 def advise(plan: Plan, *, scored: int | None = None) -> Advice | None:
     """The gentlest change that makes ``plan`` fit its machine; None when nothing tried does."""
     search = _Search(plan.job.config, plan.machine, plan.job.cuda, scored)
-    gentle = list(_same_training(plan))
+    gentle = [change for change in _same_training(plan) if search.plan([change]) is not None]
     for group in _tiers(plan.job.config):
         for change in group:
             if search.fits([*gentle, change]):
@@ -51,15 +51,16 @@ class _Search:
 
     def fits(self, changes: list[Change]) -> bool:
         """Whether the run fits with all of them."""
-        try:
-            return not self.plan(changes, timed=False).short()
-        except UserError:  # a combination that the run itself refuses is no advice
-            return False
+        plan = self.plan(changes)
+        return plan is not None and not plan.short()
 
-    def plan(self, changes: list[Change], *, timed: bool) -> Plan:
-        """The plan with all of them."""
-        config = replace(self.config, **_merged(changes))
-        return make_plan(config, self.machine, cuda=self.cuda, scored=self.scored, timed=timed)
+    def plan(self, changes: list[Change], *, timed: bool = False) -> Plan | None:
+        """The plan with all of them; None for a combination that the run itself refuses, which is no advice."""
+        try:
+            config = make_config(TrainConfig, asdict(self.config) | _merged(changes))
+            return make_plan(config, self.machine, cuda=self.cuda, scored=self.scored, timed=timed)
+        except UserError:
+            return None
 
     def finish(self, gentle: list[Change], change: Change) -> Advice:
         """Take back what is not needed, then let segments grow as far as they fit."""
@@ -71,7 +72,9 @@ class _Search:
         merged = _merged([*kept, change])
         while "segment_rows" in merged and self.fits([merged | {"segment_rows": 2 * merged["segment_rows"]}]):
             merged["segment_rows"] *= 2
-        return Advice(merged, self.plan([merged], timed=True))
+        plan = self.plan([merged], timed=True)
+        assert plan is not None, "it fits, so it was planned"
+        return Advice(merged, plan)
 
 
 def _same_training(plan: Plan) -> Iterator[Change]:
@@ -96,10 +99,18 @@ def _same_training(plan: Plan) -> Iterator[Change]:
 
 def _tiers(config: TrainConfig) -> Iterator[list[Change]]:
     yield [{}]
-    yield [{"ds_config": str(DS_CONFIGS / name)} for name in SHARDED if (DS_CONFIGS / name).exists()]
-    offload = str(DS_CONFIGS / SHARDED[0])
+    yield [{"ds_config": _shipped(name)} for name in SHARDED]
+    offload = _shipped(SHARDED[0])
     adapters: list[Change] = [{"use_peft": True}, {"use_peft": True, "load_in_4bit": True}]
     yield [change | {"ds_config": offload} for change in map(dict, adapters) if not config.load_in_4bit]
+
+
+def _shipped(name: str) -> str:
+    """A DeepSpeed JSON of the project, as it is typed from here."""
+    path, here = DS_CONFIGS / name, Path.cwd()
+    if not path.is_file():
+        raise UserError(f"{path} is not there, so no advice can be tried; plan from a checkout of the project")
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def _merged(changes: list[Change]) -> dict[str, Any]:

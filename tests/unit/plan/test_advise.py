@@ -1,6 +1,12 @@
 """Advice is a setting that was tried: it fits, and no gentler one is needed."""
 
+import json
+
+import pytest
+
 from diffdpo.config import TrainConfig
+from diffdpo.errors import UserError
+from diffdpo.plan import advise as module
 from diffdpo.plan.advise import advise
 from diffdpo.plan.hardware import GPUS, Host
 from diffdpo.plan.memory import DEVICE
@@ -29,3 +35,27 @@ def test_segments_before_anything_that_changes_the_training(small, monkeypatch):
 def test_nothing_helps_a_gpu_that_cannot_hold_cuda_itself(small, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert advise(planned(small, 2**28)) is None
+
+
+def test_the_project_s_ds_configs_are_found_from_any_folder(tmp_path, monkeypatch):
+    for folder in (ROOT, tmp_path):
+        monkeypatch.chdir(folder)
+        named = [change["ds_config"] for tier in module._tiers(TrainConfig()) for change in tier if change]
+        assert len(named) == 5 and all((folder / name).is_file() for name in named)
+        assert all(name.startswith("ds_configs/") for name in named) == (folder == ROOT)
+
+
+def test_a_missing_file_is_no_verdict(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "DS_CONFIGS", tmp_path)
+    with pytest.raises(UserError, match="is not there, so no advice can be tried"):
+        advise(planned(small, 2**28))
+
+
+def test_a_change_that_is_refused_stands_in_no_other_s_way(small, tmp_path):
+    """The JSON fixes fp32 and the micro-batch: smaller segments alone are enough."""
+    path = tmp_path / "ds.json"
+    fixed = {"bf16": {"enabled": False}, "train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 1}}
+    path.write_text(json.dumps(fixed))
+    plenty = planned(small, 2**40, ds_config=str(path), segmentation="none")
+    advice = advise(planned(small, 0.9 * plenty.need(DEVICE), ds_config=str(path), segmentation="none"))
+    assert advice is not None and "ds_config" not in advice.change and "bf16" not in advice.change
