@@ -80,11 +80,16 @@ def print_comparison(results: Mapping[str, Mapping[str, Any]]) -> None:
     table = Table(title="held-out, mean ± standard error", title_justify="left")
     for header in ("", "before", "after", "change"):
         table.add_column(header, justify="left" if not header else "right")
-    for key, title in TITLES.items():
-        if key in results:
-            cells = [_cell(key, results[key][column]) for column in ("before", "after", "change")]
-            table.add_row(f"{title} (n = {results[key]['after']['count']})", *cells)
+    for key, title in titles(results).items():
+        cells = [_cell(key, results[key][column]) for column in ("before", "after", "change")]
+        table.add_row(f"{title} (n = {results[key]['after']['count']})", *cells)
     Console(width=None if Console().is_terminal else 120).print(table)
+
+
+def titles(results: Mapping[str, Any]) -> dict[str, str]:
+    """What is shown of the results, with its title; the held-out loss where there is nothing else (supervised runs)."""
+    shown = TITLES if any(key in results for key in TITLES) else {"loss": "held-out loss, nats a token"}
+    return {key: title for key, title in shown.items() if key in results}
 
 
 def _cell(key: str, estimate: Mapping[str, float]) -> str:
@@ -112,8 +117,7 @@ def model_card(base: str, config_text: str, results: Mapping[str, Mapping[str, A
         "|---|---|---|",
         *(
             f"| {title} | {_cell(key, results[key]['before'])} | {_cell(key, results[key]['after'])} |"
-            for key, title in TITLES.items()
-            if key in results
+            for key, title in titles(results).items()
         ),
         "",
         "Load with `diffdpo.models.load.load_model(FOLDER)`.",

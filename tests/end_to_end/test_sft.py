@@ -32,6 +32,7 @@ def test_a_checkpoint_goes_on_with_one_s_own_answers(command, tiny_model, tmp_pa
     done = command([*SFT, *flags, *SHORT, "--tracking_uri", "none", "--output_dir", str(out)])
     assert done.returncode == 0, done.stderr[-3000:]
     assert (out / "final" / "model.safetensors").exists()
+    assert "held-out loss, nats a token (n = " in done.stdout
 
 
 def test_mistakes_are_one_line(command, tmp_path):
