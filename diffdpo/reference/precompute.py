@@ -163,11 +163,13 @@ def missing_steps(stream: Stream, place: Place) -> list[tuple[int, np.ndarray]]:
         options, dataset = loader.options, loader.dataset
         records_SG = as_steps(dataset.order(options, epoch), options, epoch, dataset.lengths)
         known = np.append(stream.store.known(epoch, len(dataset)), True)  # the last for PAD = -1
-        for line in stream.store.damaged(epoch):
-            place.say(f"reference  {line}; its records are scored again")
         first, last = (min(max(0, step - epoch * len(loader)), len(loader)) for step in (stream.first, stream.last))
         lacking_S = torch.from_numpy(~known[records_SG[first:last]].all(1)).long()
         steps = first + np.flatnonzero(world.sum(lacking_S.to(world.device)).cpu().numpy())
+        for line in stream.store.damaged(epoch):
+            place.say(f"reference  {line}; it is removed, and what the run needs of it is scored again")
+        if world.local_rank == 0:  # the sum above was the last to need it on this host
+            stream.store.remove_damaged(epoch)
         size = max(1, PART_RECORDS // options.global_batch_size)
         portions += [(epoch, steps[start : start + size]) for start in range(0, len(steps), size)]
     return portions

@@ -89,7 +89,7 @@ class _Epoch:
     part_E: np.ndarray
     start_E: np.ndarray
     count_E: np.ndarray
-    damaged: tuple[str, ...]
+    damaged: dict[Path, str]
     made_with: tuple[dict[str, Any], ...]
 
 
@@ -109,7 +109,12 @@ class ScoreStore:
 
     def damaged(self, epoch: int) -> tuple[str, ...]:
         """A line for each part that could not be read, and so is not counted among the known ones."""
-        return self._epoch(epoch).damaged
+        return tuple(f"{path} is damaged: {why}" for path, why in self._epoch(epoch).damaged.items())
+
+    def remove_damaged(self, epoch: int) -> None:
+        """Delete the parts that ``damaged`` names, once all processes of the host have looked at the epoch."""
+        for path in self._epoch(epoch).damaged:
+            path.unlink(missing_ok=True)
 
     def made_with(self, epoch: int) -> tuple[dict[str, Any], ...]:
         """The different shapes in which the epoch's scores were computed."""
@@ -162,13 +167,17 @@ class ScoreStore:
 
 
 def _open_epoch(folder: Path, shapes: dict[str, Any] | None) -> _Epoch:
-    paths, damaged, made_with = list[Path](), list[str](), list[dict]()
+    paths, damaged, made_with = list[Path](), dict[Path, str](), list[dict]()
     columns: list[list[np.ndarray]] = [[np.zeros(0, np.int64)] for _ in range(4)]
     for path in sorted(folder.glob(f"*{SUFFIX}")):
         try:
             part = read_part(path)
-        except (OSError, ValueError, KeyError) as error:
-            damaged.append(f"{path} is damaged: {error}")
+        except FileNotFoundError:  # a damaged one that another host has removed meanwhile
+            continue
+        except OSError as error:
+            raise UserError(f"--reference_cache: {path} cannot be read ({error}); mend that, or delete it") from None
+        except (ValueError, KeyError) as error:
+            damaged[path] = str(error)
             continue
         if shapes not in (None, part.made_with):
             continue
@@ -182,7 +191,7 @@ def _open_epoch(folder: Path, shapes: dict[str, Any] | None) -> _Epoch:
     records, number, start, count = (np.concatenate(column) for column in columns)
     keep = np.unique(records, return_index=True)[1]
     small = (number[keep].astype(np.int32), start[keep].astype(np.int32), count[keep].astype(np.int32))
-    return _Epoch(tuple(paths), records[keep], *small, tuple(damaged), tuple(made_with))
+    return _Epoch(tuple(paths), records[keep], *small, damaged, tuple(made_with))
 
 
 # ---------------------------------------------------------------------------------------------- identity

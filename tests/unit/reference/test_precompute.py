@@ -124,6 +124,19 @@ def test_damaged_parts_are_named_and_scored_again(run, capsys):
     assert run.compare(precomputed)[0] == 0.0
 
 
+def test_a_damaged_part_is_told_once(run, capsys):
+    """Also where later runs cut the missing records into other parts, or need none of them."""
+    run.precompute()
+    path = sorted(run.place.cache_dir.glob("reference_scores/*-train/epoch-0/*.part"))[-1]
+    path.write_bytes(path.read_bytes()[:-1])
+    run.precompute(max_steps=2)
+    assert run.rows == 0 and f"{path} is damaged" in capsys.readouterr().out
+    run.precompute()
+    assert run.rows > 0 and "damaged" not in capsys.readouterr().out
+    run.precompute()
+    assert run.rows == 0 and "damaged" not in capsys.readouterr().out
+
+
 def test_other_shapes_are_used_and_told(run, capsys):
     run.precompute()
     precomputed = run.precompute(per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=18)

@@ -108,3 +108,16 @@ def test_parts_of_other_shapes_can_be_left_aside(store):
 
 def test_the_identity_can_be_read_by_people(store):
     assert json.loads((store.folder / "identity.json").read_text())["identity"] == IDENTITY
+
+
+def test_an_unreadable_part_is_one_line_and_stays(store, monkeypatch):
+    store.add(0, "a", part([1], [2]))
+    path = store.folder / "epoch-0" / "a.part"
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("diffdpo.reference.store.read_part", refuse)
+    with pytest.raises(UserError, match=r"a.part cannot be read .*Permission denied") as caught:
+        make_store(store.folder).known(0, 2)
+    assert path.exists() and "\n" not in str(caught.value)
