@@ -49,6 +49,7 @@ from diffdpo.step.train_step import LossOptions, PreferenceStep
 
 MIB = 2**20
 DRAWN_ROWS = 8  # at least, over the steps of a point
+OUTPUT = Path(__file__).parents[1] / "docs/benchmarks/segment_memory"
 LOGITS_BUDGET = 2**18  # 16 tokens at the vocabulary below
 LORA_RANK = 8
 STRATEGIES = ("plain", "none", "checkpoint", "two_pass", "two_pass + layers", "deferred", "deferred + layers")
@@ -230,12 +231,14 @@ def main() -> None:
     parser.add_argument("--trained", default="all,LoRA")
     for name, value in {"width": 128, "layers": 12, "vocab": 4096, "length": 128, "segment_rows": 1}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks/segment_memory"), help="without suffix")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="without suffix")
     parser.add_argument("--keep", action="store_true", help="do not measure again what stands in --output")
     args = parser.parse_args()
     shape = {name: getattr(args, name) for name in ("width", "layers", "vocab", "length", "segment_rows")}
     file = args.output.with_suffix(".json")
     records = json.loads(file.read_text())["points"] if args.keep else []
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    machine = f"{device}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
     for trained in args.trained.split(","):
         for strategy in args.strategies.split(","):
             for n in map(int, args.numbers.split(",")):
@@ -244,13 +247,11 @@ def main() -> None:
                     continue
                 records.append(asdict(point) | measure(point))
                 print(f"{trained:5} {strategy:18} n = {n:3} {records[-1]['peak_mib']:9.1f} MiB", flush=True)
-    records.sort(key=lambda r: (r["trained"] == "LoRA", STRATEGIES.index(r["strategy"]), r["n"]))
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    machine = f"{device}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
-    file.write_text(json.dumps({"machine": machine, "points": records}, indent=1) + "\n")
-    text = table(records, machine)
-    args.output.with_suffix(".md").write_text(text)
-    print(text)
+                # point by point: a long run may be broken off
+                records.sort(key=lambda r: (r["trained"] == "LoRA", STRATEGIES.index(r["strategy"]), r["n"]))
+                file.write_text(json.dumps({"machine": machine, "points": records}, indent=1) + "\n")
+                args.output.with_suffix(".md").write_text(table(records, machine))
+    print(table(records, machine))
 
 
 if __name__ == "__main__":

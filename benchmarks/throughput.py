@@ -291,11 +291,27 @@ def compare(name: str, numbers: list[int], device: torch.device, repeats: int, w
     return records
 
 
+def command_of(shape: str, args: argparse.Namespace) -> str:
+    """What measures one shape as this run did: a table is put together from several."""
+    flags = f"--shapes {shape} --numbers {args.numbers} --repeats {args.repeats} --warm_up {args.warm_up} --keep"
+    return f"python benchmarks/throughput.py {flags}"
+
+
+def made_by(records: list[dict]) -> str:
+    """The commands that measured the records, and which were measured before commands were kept."""
+    known = dict.fromkeys(r["command"] for r in records if "command" in r)
+    unknown = dict.fromkeys(f"{r['shape']} (n = {r['n']})" for r in records if "command" not in r)
+    commands = [f"`{command}`" for command in known]
+    if unknown:
+        commands.append(f"commands that were not recorded ({', '.join(unknown)})")
+    return f"Measured by {', '.join(commands)}"
+
+
 def table(records: list[dict], machine: str) -> str:
     lines = [
         "# Pairs per second with LoRA: ours against the plain step",
         "",
-        f"`python benchmarks/throughput.py` on {machine}. Last column: ours at n = 4 against the plain "
+        f"{made_by(records)} on {machine}. Last column: ours at n = 4 against the plain "
         "step at n = 8. Utilisation: model FLOPs over the rate of a large matrix product.",
         "",
         "| shape | way | n | strategy | seconds a step | pairs/s | utilisation | faster, same n | n = 4 against 8 |",
@@ -326,7 +342,8 @@ def main() -> None:
     records = json.loads(args.output.with_suffix(".json").read_text())["records"] if args.keep else []
     for name in args.shapes.split(","):  # written shape by shape: a long one may be broken off
         records = [r for r in records if r["shape"] != name or r["n"] not in numbers]
-        records += compare(name, numbers, device, args.repeats, args.warm_up)
+        made = {"command": command_of(name, args)}
+        records += [record | made for record in compare(name, numbers, device, args.repeats, args.warm_up)]
         records.sort(key=lambda r: (list(SHAPES).index(r["shape"]), r["n"]))
         content = json.dumps({"machine": machine, "records": records}, indent=1) + "\n"
         args.output.with_suffix(".json").write_text(content)
