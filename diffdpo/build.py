@@ -349,6 +349,7 @@ def wrap(config: RunConfig, loaded: LoadedModel) -> MaskedLogProbs:
         loaded.spec,
         layer_checkpointing=config.gradient_checkpointing,
         use_liger=config.use_liger_kernel,
+        compile_blocks=config.torch_compile,
     )
 
 

@@ -87,6 +87,7 @@ class RunConfig:
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm; 0: never")
     bf16: bool | None = setting(None, "bfloat16 weights; default: on a GPU that has it")
     gradient_checkpointing: bool = setting(False, "recompute each layer in the backward pass (saves memory)")
+    torch_compile: bool = setting(False, "compile the layers: minutes at the start, then less time and memory")
     use_liger_kernel: bool = setting(False, "LM head through Liger's fused kernel (GPU; for trained heads)")
     score_estimator: str = setting("balanced", "how masks and weights are drawn; see docs/theory.md")
     num_mc_samples: int = setting(4, "forwards a score (n)")
@@ -247,7 +248,9 @@ def _check_files(config: RunConfig) -> None:
     if config.engine == "plain" and config.ds_config:
         raise UserError("--engine plain does not read --ds_config; leave one of the two out")
     if config.ds_config:
-        read_ds_config(Path(config.ds_config))
+        stage = read_ds_config(Path(config.ds_config)).get("zero_optimization", {}).get("stage", 0)
+        if stage == 3 and config.torch_compile:
+            raise UserError("--torch_compile has not been seen to work under ZeRO-3; leave it out, or use stage 2")
     for name in ("train_data", "eval_data"):
         for source in source_names(getattr(config, name) or ""):
             looks_local = "://" not in source and not any(c in source for c in "*?[{")
@@ -302,6 +305,8 @@ def _check_train(config: TrainConfig) -> None:
     _check_coefficient(config)
     if config.load_in_4bit and not config.use_peft:
         raise UserError("--load_in_4bit freezes the weights, so there is nothing to train; add --use_peft")
+    if config.load_in_4bit and config.torch_compile:
+        raise UserError("--torch_compile has not been seen to work with --load_in_4bit; leave one of the two out")
     if config.reference == "adapter_off" and not config.use_peft:
         raise UserError("--reference adapter_off needs --use_peft; without an adapter use --reference copy")
     if config.ref_model_name_or_path and config.reference not in ("auto", "copy", "precomputed"):

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffdpo.errors import UserError
 from diffdpo.models.backbone import call_block, native
+from diffdpo.models.compiled import AttentionOutside, call_compiled, check_compiler
 from diffdpo.models.layout import Layout
 from diffdpo.models.spec import FamilySpec
 from diffdpo.models.token_log_probs import check_liger
@@ -40,7 +41,7 @@ class MaskedLogProbs(nn.Module):
     `layer_checkpointing` recomputes each block in the backward (non-reentrant). `logits_budget`: bytes of the largest
     logits chunk (default `token_log_probs.DEFAULT_LOGITS_BUDGET`). `max_waste`: padding allowed inside a length
     bucket; 1.0 is one padded batch. `use_liger`: the head through Liger's fused kernel, GPU only, after a check that it
-    gives the same numbers; UserError where it cannot.
+    gives the same numbers; UserError where it cannot. `compile_blocks`: see `models.compiled`.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class MaskedLogProbs(nn.Module):
         logits_budget: int | None = None,
         max_waste: float = MAX_WASTE,
         use_liger: bool = False,
+        compile_blocks: bool = False,
     ):
         super().__init__()
         if use_liger:
@@ -60,12 +62,15 @@ class MaskedLogProbs(nn.Module):
                     "--use_liger_kernel needs a GPU and liger-kernel: pip install 'diffdpo[gpu]', or leave it out"
                 )
             check_liger("cuda", native(model).head.weight.dtype)
+        if compile_blocks:
+            check_compiler()
         self.use_liger = use_liger
         self.model = model
         self.spec = spec
         self.layer_checkpointing = layer_checkpointing
         self.logits_budget = logits_budget
         self.max_waste = max_waste
+        self.call_block = call_compiled if compile_blocks else call_block
         self.counted = TokenCount()
 
     def forward(
@@ -84,10 +89,9 @@ class MaskedLogProbs(nn.Module):
         if self.spec.logit_shift and output_M.numel() and int(output_M.min()) < 0:
             raise ValueError(f"{self.spec.name} never predicts position 0: a scored token needs one before it")
         keep_M = layout.offset_R[row_M] + output_M
-        run_block = self._checkpointed if self.layer_checkpointing and torch.is_grad_enabled() else call_block
-        hidden_MK = base.hidden_states(
-            input_ids_RT.flatten()[layout.index_N], layout, keep_M=keep_M, run_block=run_block
-        )
+        run_block = self._checkpointed if self.layer_checkpointing and torch.is_grad_enabled() else self.call_block
+        seen = AttentionOutside(layout) if self.call_block is call_compiled else layout
+        hidden_MK = base.hidden_states(input_ids_RT.flatten()[layout.index_N], seen, keep_M=keep_M, run_block=run_block)
         return base.head(hidden_MK, target_M, logits_budget=self.logits_budget, use_liger=self.use_liger)
 
     def _max_waste(self, device: torch.device) -> float:
@@ -98,4 +102,5 @@ class MaskedLogProbs(nn.Module):
         # changed graph; blocks here are deterministic (no dropout), so nothing else needs checking.
         frozen = any(not p.requires_grad for p in block.parameters())
         check = "none" if frozen else "default"
-        return checkpoint(partial(block, *args), use_reentrant=False, preserve_rng_state=False, determinism_check=check)
+        call = partial(self.call_block, block, *args)
+        return checkpoint(call, use_reentrant=False, preserve_rng_state=False, determinism_check=check)
