@@ -454,6 +454,19 @@ def choose_segments(config: RunConfig, world: World, *, graph: bool = True) -> S
     )
 
 
+def micro_batch_is_free(config: TrainConfig) -> bool:
+    """Whether ``--max_memory`` may choose it: no --ds_config fixes it, and ``deferred`` goes by the answer."""
+    sizes = read_ds_config(Path(config.ds_config)) if config.ds_config else {}
+    names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    return config.segmentation != "deferred" and all(sizes.get(name, "auto") == "auto" for name in names)
+
+
+def with_micro_batch(config: TrainConfig, pairs: int) -> TrainConfig:
+    """The same step in micro-batches of so many pairs, a divisor of its own."""
+    own = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    return replace(config, per_device_train_batch_size=pairs, gradient_accumulation_steps=own // pairs)
+
+
 def resolve(config: RunConfig) -> RunConfig:
     """The learning rate, where none is given, follows what is trained."""
     if config.learning_rate is not None:

@@ -134,7 +134,9 @@ class TrainConfig(RunConfig):
     )
     segment_rows: int = setting(0, "rows in one forward; 0: by a number of tokens")
     max_memory: float = setting(
-        0.0, "find the size of segments that fits in this share of the device's memory by measuring; 0: do not"
+        0.0,
+        "find segments and micro-batches that fit in this share of the device's memory by measuring; 0: do not; "
+        "see docs/memory.md",
     )
     reference: str = setting(
         "auto",

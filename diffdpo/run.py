@@ -163,6 +163,8 @@ FREE_TO_CHANGE = {
     *("output_dir", "run_name", "data_cache_dir", "resume_from_checkpoint", "tracking_uri", "dataset_num_workers"),
     *("logging_steps", "eval_steps", "save_steps", "save_total_limit", "segmentation", "segment_rows", "max_memory"),
     *("reference_cache", "precompute_only", "strict"),
+    # their product cannot change: the reader refuses another number of records a step
+    *("per_device_train_batch_size", "gradient_accumulation_steps"),
 }
 
 

@@ -21,7 +21,7 @@ from diffdpo.reference.scorers import Reference
 from diffdpo.run import Job, carry_out
 from diffdpo.step.choose import MicroBatchShape, check_segmentation, choose_strategy
 from diffdpo.step.segments import Segments
-from diffdpo.step.sizing import fit_segments, suggestion
+from diffdpo.step.sizing import fit_micro_batch, fit_segments
 from diffdpo.step.train_step import LossOptions, PreferenceStep, StepReport
 
 LN2 = float(np.log(2.0))
@@ -134,8 +134,8 @@ class _Training:
 
     def job(self) -> Job:
         """What is to be carried out."""
-        config = self.config
         strategy = self._announce()
+        config = self.config  # with the micro-batch that was measured
         step = PreferenceStep(
             self.engine,
             self.reference,
@@ -163,21 +163,39 @@ class _Training:
             stateful_step=step,
         )
 
-    def _fit(self, shape: MicroBatchShape) -> str:
-        """Segments as large as ``--max_memory`` allows; what was measured and what could be better, as lines."""
-        fit = fit_segments(self.engine, self.segments, shape, fraction=self.config.max_memory)
-        better = suggestion(fit, shape, self.config.gradient_accumulation_steps)
-        lines = [fit.describe(shape.max_length), *([better] if better else [])]
+    def _shape(self) -> MicroBatchShape:
+        config = self.config
+        per_answer = num_rows(config.score_estimator, length=MAX_EXACT_LENGTH, num_samples=config.num_mc_samples)
+        return MicroBatchShape(config.per_device_train_batch_size, per_answer, config.max_length, self.loss.whole_batch)
+
+    def _fit(self) -> str:
+        """Segments, and micro-batches of the same step, as large as ``--max_memory`` allows; lines of what was done."""
+        config, shape, accumulation = self.config, self._shape(), self.config.gradient_accumulation_steps
+        free = not shape.whole_batch and build.micro_batch_is_free(config)
+        fit = fit_segments(
+            self.engine,
+            self.segments,
+            shape,
+            fraction=config.max_memory,
+            accumulation=accumulation if free else 1,
+        )
+        lines = [fit.describe(shape.max_length)]
+        pairs = fit_micro_batch(fit, shape, accumulation) if free else shape.pairs
+        if pairs != shape.pairs:
+            self.config = build.with_micro_batch(config, pairs)
+            self.loader = build.train_loader(self.config, self.train_set, self.encoder, self.place.world)
+            lines.append(
+                f"micro-batches of {pairs}, {self.config.gradient_accumulation_steps} a step, instead of "
+                f"{shape.pairs}, {accumulation} a step: the same step, all rows of a micro-batch in one graph"
+            )
         return "".join(f"           {line}\n" for line in lines)
 
     def _announce(self) -> str:
+        measured = self._fit() if self.config.max_memory else ""
         config, place = self.config, self.place
-        per_answer = num_rows(config.score_estimator, length=MAX_EXACT_LENGTH, num_samples=config.num_mc_samples)
-        shape = MicroBatchShape(
-            config.per_device_train_batch_size, per_answer, config.max_length, self.loss.whole_batch
+        strategy, why = choose_strategy(
+            config.segmentation, engine=self.engine, segments=self.segments, shape=self._shape()
         )
-        measured = self._fit(shape) if config.max_memory else ""
-        strategy, why = choose_strategy(config.segmentation, engine=self.engine, segments=self.segments, shape=shape)
         held_out = f"{len(self.eval_set)} held out" if self.eval_set is not None else "none held out"
         total, trained = count_parameters(self.loaded.model)
         place.say(

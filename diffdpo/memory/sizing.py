@@ -14,18 +14,31 @@ import torch
 
 from diffdpo.memory.peak import GIB
 
+TOO_MUCH = 2**62  # bytes: the peak of what ran out of memory
+
 
 @dataclass(frozen=True)
 class Fit:
-    """``rows`` of the greatest length fit in ``budget`` bytes. ``tried``: (rows, peak bytes) measured."""
+    """``rows`` of the greatest length fit in ``budget`` bytes (of 1 see ``fits``). ``tried``: (rows, peak bytes)."""
 
     rows: int
     budget: int
     tried: tuple[tuple[int, int], ...]
 
+    @property
+    def fits(self) -> bool:
+        """Whether a row fits at all."""
+        return dict(self.tried)[self.rows] <= self.budget
+
     def describe(self, max_length: int) -> str:
         """For the user."""
         peak = dict(self.tried)[self.rows] / GIB
+        if not self.fits:
+            found = "it ran out of memory" if self.tried[0][1] == TOO_MUCH else f"it takes {peak:.2f} GiB"
+            return (
+                f"WARNING: not even one row of {max_length} tokens fits in {self.budget / GIB:.2f} GiB, {found}; give "
+                "a larger --max_memory, a smaller --max_length, or --gradient_checkpointing true"
+            )
         return (
             f"{self.rows} rows of {max_length} tokens take {peak:.2f} of {self.budget / GIB:.2f} GiB "
             f"(measured: {', '.join(str(rows) for rows, _ in self.tried)} rows)"

@@ -1,22 +1,21 @@
-"""The size of segments under ``--max_memory``: measured on the run's own engine before the first step."""
-
-from dataclasses import replace
+"""Segments and micro-batch under ``--max_memory``: measured on the run's own engine before the first step."""
 
 import torch
 
 from diffdpo.engine.base import Engine
-from diffdpo.memory.sizing import Fit, largest_fit, memory_budget, peak_of
+from diffdpo.memory.sizing import TOO_MUCH, Fit, largest_fit, memory_budget, peak_of
 from diffdpo.noise.rows import NoisyRows
 from diffdpo.step.backward import forward_rows
 from diffdpo.step.choose import MicroBatchShape
 from diffdpo.step.retry import StepTooLarge, together
 from diffdpo.step.segments import Segments
 
-TOO_MUCH = 2**62
 
-
-def fit_segments(engine: Engine, segments: Segments, shape: MicroBatchShape, *, fraction: float) -> Fit:
-    """Measure, and set the tokens of ``segments`` to what fits in ``fraction`` of the device's memory."""
+def fit_segments(
+    engine: Engine, segments: Segments, shape: MicroBatchShape, *, fraction: float, accumulation: int = 1
+) -> Fit:
+    """Measure, and set the tokens of ``segments`` to what fits in ``fraction`` of the device's memory: at most the rows
+    of ``accumulation`` micro-batches."""
     world = engine.world
 
     def measure(rows: int) -> int:
@@ -35,7 +34,7 @@ def fit_segments(engine: Engine, segments: Segments, shape: MicroBatchShape, *, 
         return world.largest(peak)
 
     budget = -world.largest(-memory_budget(fraction, world.device, reserve=_reserve(engine)))
-    fit = largest_fit(measure, budget=budget, most=shape.rows)
+    fit = largest_fit(measure, budget=budget, most=accumulation * shape.rows)
     segments.resize(fit.rows * shape.max_length)
     return fit
 
@@ -56,18 +55,13 @@ def longest_rows(rows: int, length: int) -> NoisyRows:
     )
 
 
-def suggestion(fit: Fit, shape: MicroBatchShape, accumulation: int) -> str | None:
-    """A micro-batch of the same step whose rows are never computed twice; None where there is none to suggest."""
-    pairs = min(shape.pairs, fit.rows // (2 * shape.rows_per_answer))
-    while pairs > 1 and shape.pairs % pairs:
-        pairs -= 1
-    if not 0 < pairs < shape.pairs or shape.whole_batch:
-        return None
-    smaller = replace(shape, pairs=pairs)
-    return (
-        f"--per_device_train_batch_size {pairs} --gradient_accumulation_steps {accumulation * shape.pairs // pairs} is "
-        f"the same step with all {smaller.rows} rows of a micro-batch in one graph, none computed twice"
-    )
+def fit_micro_batch(fit: Fit, shape: MicroBatchShape, accumulation: int) -> int:
+    """Pairs of the largest micro-batch of the same step whose rows all fit in one graph, so that none is computed
+    twice; those of ``shape`` where not even a pair does, or where scores come before any graph."""
+    step, most = accumulation * shape.pairs, fit.rows // (2 * shape.rows_per_answer)
+    if shape.whole_batch:
+        return shape.pairs
+    return max((pairs for pairs in range(1, most + 1) if step % pairs == 0), default=shape.pairs)
 
 
 def _reserve(engine: Engine) -> int:

@@ -1,12 +1,14 @@
 """Segments found by measuring, on a real engine."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from diffdpo.step import sizing
 from diffdpo.step.choose import MicroBatchShape
 from diffdpo.step.segments import Segments
-from diffdpo.step.sizing import fit_segments, longest_rows, suggestion
+from diffdpo.step.sizing import fit_micro_batch, fit_segments, longest_rows
 from tests.unit.step.test_backward import batches, gradient, make_step  # noqa: F401
 
 SHAPE = MicroBatchShape(pairs=8, rows_per_answer=2, max_length=60, whole_batch=False)
@@ -59,8 +61,31 @@ def test_the_longest_rows_are_all_scored():
     assert torch.equal(rows.row_M, rows.row_M.sort().values) and int(rows.position_M.min()) == 1
 
 
-def test_a_micro_batch_in_one_graph_is_suggested():
-    fit = sizing.Fit(rows=17, budget=0, tried=((17, 0),))
-    assert suggestion(fit, SHAPE, 2).startswith("--per_device_train_batch_size 4 --gradient_accumulation_steps 4 ")
-    assert suggestion(sizing.Fit(32, 0, ((32, 0),)), SHAPE, 2) is None, "it fits as it is"
-    assert suggestion(sizing.Fit(3, 0, ((3, 0),)), SHAPE, 2) is None, "not even a pair fits"
+def test_the_largest_micro_batch_in_one_graph():
+    def chosen(rows: int, shape: MicroBatchShape = SHAPE, accumulation: int = 2) -> int:
+        return fit_micro_batch(sizing.Fit(rows, 0, ((rows, 0),)), shape, accumulation)
+
+    assert chosen(17) == 4, "a divisor of the step's 16 pairs, of 4 rows each"
+    assert chosen(32) == 8, "it fits as it is"
+    assert chosen(64) == 16, "larger than asked for"
+    assert chosen(3) == 8, "not even a pair fits: as asked for"
+    assert chosen(31, replace(SHAPE, pairs=6), 1) == 6 and chosen(20, replace(SHAPE, pairs=6), 1) == 3
+    assert chosen(4, replace(SHAPE, whole_batch=True)) == 8
+
+
+def test_all_rows_of_a_step_are_tried(tiny_model, pretended, monkeypatch):
+    monkeypatch.setattr(sizing, "memory_budget", lambda *_, **__: 10**6)
+    step = make_step(tiny_model, "two_pass", 3)
+    forward = step.engine.module.forward
+    step.engine.module.forward = lambda ids_RT, *rest: pretended.append(len(ids_RT)) or forward(ids_RT, *rest)
+    shape = replace(SHAPE, pairs=2, max_length=8)
+    assert fit_segments(step.engine, step.segments, shape, fraction=0.9, accumulation=3).rows == 24
+    assert fit_segments(step.engine, step.segments, shape, fraction=0.9).rows == 8
+
+
+def test_not_even_a_row_is_told(tiny_model, pretended):
+    for peak, said in ((300, "it takes 0.00 GiB"), (sizing.TOO_MUCH, "it ran out of memory")):
+        fit = sizing.Fit(1, 265, ((1, peak),))
+        assert not fit.fits and fit.describe(60).startswith("WARNING: not even one row of 60 tokens fits in 0.00 GiB")
+        assert said in fit.describe(60) and "larger --max_memory" in fit.describe(60)
+    assert sizing.Fit(1, 265, ((1, 110), (2, 300))).fits
