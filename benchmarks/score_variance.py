@@ -56,7 +56,7 @@ def vrpo(num_t: int, num_y: int) -> Planner:
         masked_NL = rng.random((len(t_N), length)) < t_N[:, None]
         return NoisePlan(masked_NL, masked_NL, 1 / (len(t_N) * t_N), np.full(len(t_N), length / len(t_N)))
 
-    return plan
+    return Planner(plan)
 
 
 def settings(args: argparse.Namespace) -> Iterator[Setting]:

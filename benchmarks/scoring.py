@@ -21,13 +21,19 @@ from diffdpo.losses.preference import preference_loss
 from diffdpo.models.load import load_model
 from diffdpo.noise.estimators import draw_plan
 from diffdpo.noise.plan import NoiseKey, NoisePlan
-from diffdpo.noise.rows import NoisyRows, noisy_rows, rows_of_plans
+from diffdpo.noise.rows import NoisyRows, alike, noisy_rows, rows_of_plans
 from diffdpo.scores.fold import fold
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.step.backward import forward_rows, score_rows
 from diffdpo.step.segments import Segments
 
-Planner = Callable[[int, NoiseKey], NoisePlan]
+
+@dataclass(frozen=True)
+class Planner:
+    """``plan(length, key)``; ``in_common``: answers that are alike read one stream, as ``balanced`` has it."""
+
+    plan: Callable[[int, NoiseKey], NoisePlan]
+    in_common: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,25 +147,31 @@ def answer(prompt: list[int], ids: list[int]) -> TokenAnswer:
 
 def planner(estimator: str, num_samples: int, **options) -> Planner:
     """Plans of a named estimator."""
-    return lambda length, key: draw_plan(estimator, length=length, num_samples=num_samples, key=key, **options)
+    return Planner(
+        lambda length, key: draw_plan(estimator, length=length, num_samples=num_samples, key=key, **options),
+        in_common=estimator == "balanced",
+    )
 
 
-def drawn_rows(models: Models, pair: TokenPair, plan: Planner, draws: range, *, seed: int) -> NoisyRows:
+def drawn_rows(models: Models, pair: TokenPair, planner: Planner, draws: range, *, seed: int) -> NoisyRows:
     """Rows of a pair under each of the draws, as if each draw were a pair of its own."""
     pairs = [TokenPair(str(draw), pair.chosen, pair.rejected) for draw in draws]
     batch = collate(pairs, pad_id=0, epoch=0, step=0, micro=0, last_micro=True)
 
+    chosen_L, rejected_L = (side.ids[side.prompt_length :] for side in (pair.chosen, pair.rejected))
+    one_stream = planner.in_common and alike(chosen_L, rejected_L)
+
     def of(length: int, draw: str, side: int) -> NoisePlan:
-        return plan(length, NoiseKey(seed, 0, pair.id, side, int(draw)))
+        return planner.plan(length, NoiseKey(seed, 0, pair.id, 0 if one_stream else side, int(draw)))
 
     return rows_of_plans(batch, of, empty_rows=1, mask_token_id=models.mask_token_id).to(models.device)
 
 
 def drawn_scores(
-    models: Models, pair: TokenPair, plan: Planner, draws: range, *, seed: int, segment_rows: int = 64
+    models: Models, pair: TokenPair, planner: Planner, draws: range, *, seed: int, segment_rows: int = 64
 ) -> tuple[np.ndarray, np.ndarray]:
     """(policy, reference) scores [D, 2] of a pair under each of the draws, noise shared."""
-    rows = drawn_rows(models, pair, plan, draws, seed=seed)
+    rows = drawn_rows(models, pair, planner, draws, seed=seed)
     both = (models.policy, models.reference)
     scores = [fold(score_rows(model, rows, segments=Segments(rows=segment_rows)), rows).score_B2 for model in both]
     return scores[0].double().cpu().numpy(), scores[1].double().cpu().numpy()

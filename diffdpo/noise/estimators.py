@@ -99,7 +99,8 @@ def mask_count_mirror(length: int, num_samples: int, rng: np.random.Generator) -
 def balanced(length: int, num_samples: int, rng: np.random.Generator) -> NoisePlan:
     """Stratified, antithetic counts, and masks and token weights laid out so that every token counts about once in all.
 
-    ``balanced.py`` has the construction. Unbiased for B like ``mask_count``.
+    ``balanced.py`` has the construction. Unbiased for B like ``mask_count``. The rows of a pair whose answers are
+    mostly the same are drawn as ``paired`` draws them (``noise.rows.alike``).
     """
     masked_NS, scale_NS, share_N = balanced_rows(length, num_samples, rng)
     slot_L = np.argsort(np.argsort(rng.random(length)))  # a uniform permutation, growing with L token by token

@@ -94,6 +94,18 @@ class NoisyRows:
         return NoisyRows(*moved)
 
 
+ALIKE = 0.5
+"""Share of equal tokens from which ``balanced`` gives both answers of a pair one stream of noise. Measured
+(docs/theory.md, section 3): from here on the variance of h falls, below it may rise."""
+
+
+def alike(chosen_L: np.ndarray, rejected_L: np.ndarray) -> bool:
+    """Whether at least half of the longer answer's tokens stand in the other at the same places."""
+    shorter = min(len(chosen_L), len(rejected_L))
+    equal = np.count_nonzero(chosen_L[:shorter] == rejected_L[:shorter])
+    return bool(shorter and equal >= ALIKE * max(len(chosen_L), len(rejected_L)))
+
+
 def noisy_rows(
     batch: PairBatch,
     *,
@@ -106,17 +118,29 @@ def noisy_rows(
 ) -> NoisyRows:
     """Draw every answer's plan and lay its rows out, on the CPU, where the batch must be.
 
-    UserError for estimator settings that cannot serve.
+    Under ``balanced`` the answers of a pair that are ``alike`` are masked by one stream of noise, as ``paired`` masks
+    all: what they have in common then cancels in h. UserError for estimator settings that cannot serve.
     """
+    in_common = _alike_records(batch) if estimator == "balanced" else set()
 
     def plan(length: int, record_id: str, side: int) -> NoisePlan:
+        name = "paired" if record_id in in_common else estimator
         key = NoiseKey(seed, batch.epoch, record_id, side, draw)
         steps = num_diffusion_steps
-        return draw_plan(estimator, length=length, num_samples=num_samples, key=key, num_diffusion_steps=steps)
+        return draw_plan(name, length=length, num_samples=num_samples, key=key, num_diffusion_steps=steps)
 
     return rows_of_plans(
         batch, plan, empty_rows=1 if estimator == "exact" else num_samples, mask_token_id=mask_token_id
     )
+
+
+def _alike_records(batch: PairBatch) -> set[str]:
+    ids_B2T, found = batch.input_ids_B2T.numpy(), set()
+    for b, record_id in enumerate(batch.ids):
+        spans = zip(batch.prompt_lengths_B2[b].tolist(), batch.lengths_B2[b].tolist(), strict=True)
+        if alike(*(ids_B2T[b, side, start:stop] for side, (start, stop) in enumerate(spans))):
+            found.add(record_id)
+    return found
 
 
 def rows_of_plans(

@@ -7,7 +7,7 @@ import torch
 from data_pipeline.batch import collate
 from data_pipeline.encode import TokenAnswer, TokenPair
 from diffdpo.noise.estimators import ESTIMATORS
-from diffdpo.noise.rows import NoisyRows, noisy_rows
+from diffdpo.noise.rows import NoisyRows, alike, noisy_rows
 
 MASK = 99
 SAMPLED = [name for name in ESTIMATORS if name != "exact"]
@@ -106,3 +106,28 @@ def test_moved_rows_are_equal():
     rows = rows_of(pair("a", 3, 5, 9))
     moved = rows.to("cpu")
     assert torch.equal(moved.input_ids_RT, rows.input_ids_RT) and moved.num_answers == rows.num_answers
+
+
+def masks_of(rows: NoisyRows, answers: int) -> list[torch.Tensor]:
+    """Masked or not, for each row of each answer, the prompt of 2 tokens left out."""
+    masked = rows.input_ids_RT == MASK
+    return [masked[rows.answer_R == a][:, 2 : int(rows.lengths_R[rows.answer_R == a][0])] for a in range(answers)]
+
+
+@pytest.mark.parametrize(("differ", "shared"), [(1, True), (20, True), (21, False), (40, False)])
+def test_balanced_masks_both_sides_alike_where_they_mostly_agree(differ, shared):
+    """At equal places up to half of the longer answer; the mean of h needs each side's mean only."""
+    chosen, rejected = answer(2, 40), answer(2, 40)
+    rejected.ids[2 : 2 + differ] += 50
+    one, other = TokenPair("a", chosen, rejected), pair("b", 2, 40, 40)
+    first, second, third, fourth = masks_of(rows_of(one, other, estimator="balanced"), 4)
+    assert torch.equal(first, second) is shared
+    assert not torch.equal(third, fourth) and not torch.equal(first, third)
+    first, second = masks_of(rows_of(one, estimator="mask_count_mirror"), 2)
+    assert not torch.equal(first, second)
+
+
+def test_alike_counts_places_of_the_longer_answer():
+    whole = np.arange(10)
+    assert alike(whole, whole[:5]) and not alike(whole, whole[:4]) and not alike(whole, whole + 1)
+    assert not alike(whole, whole[:0]) and not alike(whole[:0], whole[:0])
