@@ -15,6 +15,14 @@ from diffdpo.config import TrainConfig
 from diffdpo.errors import UserError
 from diffdpo.flags import parse_config
 
+RATES = {
+    "gpu_flops": ("half", "FLOP/s of a GPU in 16-bit matrix products, dense, like 165.2T"),
+    "gpu_flops_fp32": ("single", "FLOP/s of a GPU in fp32, like 82.6T"),
+    "gpu_bandwidth": ("bandwidth", "bytes/s of a GPU's memory, like 1008G"),
+    "gpu_link": ("link", "bytes/s between host and GPU one way, like 32G"),
+}
+"""Flag → field of `diffdpo.plan.hardware.Gpu`, help."""
+
 
 def build_parser() -> Parser:
     """The planner's own flags."""
@@ -22,6 +30,8 @@ def build_parser() -> Parser:
     parser.formatter_class = argparse.HelpFormatter
     parser.add_argument("--gpu", help='"RTX 4080", "RTX 4090", A100, H100 or H200')
     parser.add_argument("--gpu_memory", help="memory of a GPU, like 16GiB; default: that of --gpu")
+    for flag, (_, what) in RATES.items():
+        parser.add_argument(f"--{flag}", help=f"{what}; default: that of --gpu")
     parser.add_argument("--host_memory", help="memory of the host, like 64GiB; default: not judged")
     parser.add_argument("--num_gpus", type=int, default=1, help="GPUs, all on one host (default: 1)")
     parser.add_argument("--answer_tokens", type=int, help="longest answer; default: what --max_prompt_length leaves")
@@ -43,10 +53,12 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--save_json {args.save_json} is a folder; give a file in it")
     from diffdpo.memory.exhausted import out_of_memory
     from diffdpo.plan.hardware import Host, find_gpu
-    from diffdpo.plan.sizes import parse_size
+    from diffdpo.plan.sizes import parse_rate, parse_size
 
     memory = parse_size(args.gpu_memory, "gpu_memory") if args.gpu_memory else None
-    gpu = find_gpu(args.gpu, memory)
+    given = {flag: getattr(args, flag) for flag in RATES}
+    rates = {RATES[flag][0]: parse_rate(text, flag) for flag, text in given.items() if text is not None}
+    gpu = find_gpu(args.gpu, memory, rates)
     host = Host(parse_size(args.host_memory, "host_memory")) if args.host_memory else None
     from diffdpo.plan.advise import advise
     from diffdpo.plan.plan import Machine, make_plan

@@ -1,7 +1,9 @@
 """GPUs and hosts as a roofline sees them. Figures are the makers' (dense, no sparsity); what of them is reached is an
 assumption, stated here and printed with every plan."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from diffdpo.errors import UserError
 from diffdpo.plan.sizes import GIB, gib
@@ -55,9 +57,19 @@ GPUS = {
 }
 
 
-def find_gpu(name: str | None, memory: int | None) -> Gpu | None:
-    """The GPU of ``--gpu``, with ``--gpu_memory`` in place of its own memory where given. With a memory alone: the
-    smallest known GPU that has as much, at that memory. None when neither is given."""
+def find_gpu(name: str | None, memory: int | None, rates: Mapping[str, Any] | None = None) -> Gpu | None:
+    """The GPU of ``--gpu``, with ``--gpu_memory`` and ``rates`` (fields of `Gpu`) in place of its own where given.
+
+    With a memory alone: the smallest known GPU that has as much, at that memory. None when neither is given. UserError
+    for rates of no GPU.
+    """
+    gpu = _known(name, memory)
+    if gpu is None and rates:
+        raise UserError("--gpu_flops and the like are rates of a GPU; give --gpu_memory or --gpu with them")
+    return replace(gpu, name=f"{gpu.name}, rates as given", **rates) if gpu and rates else gpu
+
+
+def _known(name: str | None, memory: int | None) -> Gpu | None:
     if name is None and memory is None:
         return None
     if name is None:

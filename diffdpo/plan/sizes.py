@@ -1,4 +1,4 @@
-"""Sizes of memory as users write and read them."""
+"""Sizes of memory, and rates, as users write and read them."""
 
 import re
 
@@ -20,6 +20,14 @@ def parse_size(text: str, flag: str) -> int:
     if size < 2**20:
         raise UserError(f"--{flag} {text} is {size} bytes; write the unit, like {match[1]}GiB")
     return size
+
+
+def parse_rate(text: str, flag: str) -> float:
+    """``97.5T``, ``717G`` → 97.5e12, 717e9, of FLOP/s or bytes/s. UserError for anything else and for 0."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([GT])\s*", text, re.IGNORECASE)
+    if not match or not float(match[1]):
+        raise UserError(f"--{flag} {text!r} is no rate; write it like 97.5T or 717G, in 1/s")
+    return float(match[1]) * {"G": 1e9, "T": 1e12}[match[2].upper()]
 
 
 def gib(size: float) -> float:

@@ -37,6 +37,22 @@ def test_advice_is_a_setting_that_fits(tmp_path, monkeypatch, capsys):
     assert advice["needed"]["device"] <= 0.75 * 2**30 and "segmentation" in advice["flags"]
 
 
+def test_a_gpu_of_any_given_numbers(tmp_path, monkeypatch, capsys):
+    """Its rates make its time, and stand among the assumptions."""
+    from launch.plan import main
+
+    monkeypatch.chdir(ROOT)
+    seconds = []
+    for flops in ("200T", "20T"):
+        out = tmp_path / "plan.json"
+        flags = ["--gpu_flops", flops, "--gpu_flops_fp32", flops, "--gpu_bandwidth", "900G", "--gpu_link", "16G"]
+        main(["--model_name_or_path", MODEL, "--gpu_memory", "20GiB", *flags, "--save_json", str(out)])
+        assert f"rates as given: {flops[:-1]}.0 TFLOP/s in 16 bits" in capsys.readouterr().out
+        plan = json.loads(out.read_text())
+        seconds += [time["policy"] for name, time in plan["time"].items() if "as given" in name]
+    assert seconds[1] > 1.1 * seconds[0]
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -47,6 +63,8 @@ def test_advice_is_a_setting_that_fits(tmp_path, monkeypatch, capsys):
         (["--model_name_or_path", MODEL, "--host_memory", "64"], "--host_memory"),
         (["--model_name_or_path", MODEL, "--ds_config", "nowhere.json"], "nowhere.json"),
         (["--model_name_or_path", MODEL, "--gpu_memory", "0GiB"], "is nothing"),
+        (["--model_name_or_path", MODEL, "--gpu", "H100", "--gpu_bandwidth", "fast"], "--gpu_bandwidth"),
+        (["--model_name_or_path", MODEL, "--gpu_link", "32G"], "give --gpu_memory or --gpu"),
         (["--model_name_or_path", MODEL, "--save_json", "tests"], "is a folder"),
         (["--model_name_or_path", MODEL, "--num_gpus", "0"], "--num_gpus"),
         (["--model_name_or_path", MODEL, "--no_such_flag", "1"], "no_such_flag"),

@@ -4,7 +4,7 @@ import pytest
 
 from diffdpo.errors import UserError
 from diffdpo.plan.hardware import find_gpu
-from diffdpo.plan.sizes import GIB, parse_size
+from diffdpo.plan.sizes import GIB, parse_rate, parse_size
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,19 @@ def test_memory_alone_and_with_a_name():
 def test_an_unknown_gpu_is_named():
     with pytest.raises(UserError, match="RTX 9999"):
         find_gpu("RTX 9999", None)
+
+
+def test_a_gpu_of_any_given_numbers():
+    rates = {"half": 200e12, "single": 50e12, "bandwidth": 900e9, "link": 16e9}
+    gpu = find_gpu(None, 20 * GIB, rates)
+    assert (gpu.memory, gpu.half, gpu.single, gpu.bandwidth, gpu.link) == (20 * GIB, *rates.values())
+    assert find_gpu("4080", None, {"link": 16e9}).half == find_gpu("4080", None).half
+    with pytest.raises(UserError, match="give --gpu_memory or --gpu"):
+        find_gpu(None, None, rates)
+
+
+def test_rates():
+    assert parse_rate("97.5T", "x") == 97.5e12 and parse_rate("717 g", "x") == 717e9
+    for text in ("", "12", "0T", "1TB", "-1G"):
+        with pytest.raises(UserError, match="--gpu_flops"):
+            parse_rate(text, "gpu_flops")
