@@ -7,8 +7,8 @@
 The plain step is what implementations of the field do: a row for every mask, padded to the longest of the micro-batch,
 logits of every position in fp32, a second model as the reference, layers recomputed in the backward, one graph, noise
 as in VRPO (t uniform, `uniform_t`). Ours is `PreferenceStep` as `launch/train.py` builds it, with the reference as the
-policy without its adapter or from scores computed before, and with segments sized by `--max_memory 0.5`. Same
-weights, same pairs, same optimizer; the row scores of both are compared first (`difference`). At the same n ours has
+policy without its adapter or from scores computed before, with and without `--torch_compile` (compilation not timed), and
+with segments sized by `--max_memory 0.5`. Same weights, same pairs, same optimizer; the row scores of both are compared first (`difference`). At the same n ours has
 the lower variance; the last column sets ours at n = 4 against the plain step at n = 8, whose variances
 docs/theory.md, section 3, compares.
 
@@ -174,10 +174,11 @@ class PlainStep:
 # ------------------------------------------------------------------------------------------------- ours
 
 
-def engine_of(policy: nn.Module, spec: FamilySpec) -> PlainEngine:
+def engine_of(policy: nn.Module, spec: FamilySpec, *, compiled: bool = False) -> PlainEngine:
     """Plain torch, where the policy is."""
     world = World(0, 0, 1, next(policy.parameters()).device)
-    return PlainEngine(MaskedLogProbs(policy, spec), world, OptimizerOptions(RATE, max_grad_norm=1.0))
+    module = MaskedLogProbs(policy, spec, compile_blocks=compiled)
+    return PlainEngine(module, world, OptimizerOptions(RATE, max_grad_norm=1.0))
 
 
 def place_of(shape: Shape, n: int) -> MicroBatchShape:
@@ -186,10 +187,17 @@ def place_of(shape: Shape, n: int) -> MicroBatchShape:
 
 
 def our_step(
-    policy: nn.Module, spec: FamilySpec, noise: NoiseOptions, shape: Shape, segments: Segments, *, precomputed: bool
+    policy: nn.Module,
+    spec: FamilySpec,
+    noise: NoiseOptions,
+    shape: Shape,
+    segments: Segments,
+    *,
+    precomputed: bool,
+    compiled: bool,
 ) -> tuple[PreferenceStep, str]:
     """The step as it is built for training, and its strategy. ``precomputed``: the reference's scores are at hand."""
-    engine, place = engine_of(policy, spec), place_of(shape, noise.num_samples)
+    engine, place = engine_of(policy, spec, compiled=compiled), place_of(shape, noise.num_samples)
     reference = adapter_off_reference(engine, policy, segments=segments)
     if precomputed:
         kept: dict[int, torch.Tensor] = {}
@@ -257,11 +265,11 @@ def compare(name: str, numbers: list[int], device: torch.device, repeats: int, w
     for n in numbers:
         noise = {estimator: NoiseOptions(estimator, n, 0, shape.vocab - 1) for estimator in (OURS, FIELD)}
         difference = max(difference, score_difference(policy, spec, batch, noise[OURS], device))
-        for precomputed in (False, True):
-            step, strategy = our_step(
-                copy.deepcopy(policy), spec, noise[OURS], shape, segments, precomputed=precomputed
-            )
+        for precomputed, compiled in ((False, False), (False, True), (True, False), (True, True)):
+            options = {"precomputed": precomputed, "compiled": compiled}
+            step, strategy = our_step(copy.deepcopy(policy), spec, noise[OURS], shape, segments, **options)
             label = "ours, reference scores precomputed" if precomputed else "ours, reference = adapter off"
+            label += ", compiled" if compiled else ""
             flops = model_flops(shape, noise[OURS], batch, reference=not precomputed)
             ways[f"{label} | {n}"] = (lambda step=step: step([batch], RATE), n, flops, strategy)
         plain = PlainStep(copy.deepcopy(policy), noise[FIELD], device)
