@@ -7,10 +7,10 @@
 The plain step is what implementations of the field do: a row for every mask, padded to the longest of the micro-batch,
 logits of every position in fp32, a second model as the reference, layers recomputed in the backward, one graph, noise
 as in VRPO (t uniform, `uniform_t`). Ours is `PreferenceStep` as `launch/train.py` builds it, with the reference as the
-policy without its adapter or from scores computed before, with and without `--torch_compile` (compilation not timed), and
-with segments sized by `--max_memory 0.5`. Same weights, same pairs, same optimizer; the row scores of both are compared first (`difference`). At the same n ours has
-the lower variance; the last column sets ours at n = 4 against the plain step at n = 8, whose variances
-docs/theory.md, section 3, compares.
+policy without its adapter or from scores computed before, with and without `--torch_compile` (compilation is not
+timed), and with segments sized by `--max_memory 0.5`. Same weights, same pairs, same optimizer; the row scores of both
+are compared first (`difference`). At the same n ours has the lower variance; the last column sets ours at n = 4 against
+the plain step at n = 8, whose variances docs/theory.md, section 3, compares.
 
 Model FLOPs are those of real tokens: forward of policy and reference and the policy's backward with respect to
 activations, 2 FLOPs a weight and token in each, attention, and the head at scored tokens. Nothing recomputed and no
