@@ -14,12 +14,12 @@ from diffdpo.engine.base import Engine, count_parameters
 from diffdpo.engine.world import leave_world
 from diffdpo.evaluation.heldout import HeldOutPairs, SampledAnswers
 from diffdpo.models.load import LoadedModel, load_model
-from diffdpo.noise.estimators import MAX_EXACT_LENGTH, check_estimator, num_rows
+from diffdpo.noise.estimators import check_estimator
 from diffdpo.reference.modes import check_reference, choose_mode, make_frozen, make_reference, second_model_share
 from diffdpo.reference.precompute import Precomputed, precompute
 from diffdpo.reference.scorers import Reference
 from diffdpo.run import Job, carry_out
-from diffdpo.step.choose import MicroBatchShape, check_segmentation, choose_strategy
+from diffdpo.step.choose import MicroBatchShape, check_segmentation, choose_strategy, micro_batch_shape
 from diffdpo.step.segments import Segments
 from diffdpo.step.sizing import fit_micro_batch, fit_segments
 from diffdpo.step.train_step import LossOptions, PreferenceStep, StepReport
@@ -164,9 +164,7 @@ class _Training:
         )
 
     def _shape(self) -> MicroBatchShape:
-        config = self.config
-        per_answer = num_rows(config.score_estimator, length=MAX_EXACT_LENGTH, num_samples=config.num_mc_samples)
-        return MicroBatchShape(config.per_device_train_batch_size, per_answer, config.max_length, self.loss.whole_batch)
+        return micro_batch_shape(self.config, whole_batch=self.loss.whole_batch)
 
     def _fit(self) -> str:
         """Segments, and micro-batches of the same step, as large as ``--max_memory`` allows; lines of what was done."""

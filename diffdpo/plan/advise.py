@@ -6,7 +6,7 @@ setting that fits, every change that turns out not to be needed is taken back, t
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,13 @@ class Advice:
 def advise(plan: Plan, *, scored: int | None = None) -> Advice | None:
     """The gentlest change that makes ``plan`` fit its machine; None when nothing tried does."""
     search = _Search(plan.job.config, plan.machine, plan.job.cuda, scored)
+    sized: Change = {"max_memory": 0.0} if plan.fit else {}  # its sizes are the job's own settings now
     gentle = [change for change in _same_training(plan) if search.plan([change]) is not None]
     for group in _tiers(plan.job.config):
         for change in group:
             if search.fits([*gentle, change]):
-                return search.finish(gentle, change)
+                advice = search.finish(gentle, change)
+                return replace(advice, change={**sized, **advice.change})
     return None
 
 

@@ -15,9 +15,8 @@ from diffdpo.config import TrainConfig
 from diffdpo.ds_config import read_ds_config
 from diffdpo.engine.base import OptimizerOptions
 from diffdpo.engine.deepspeed import DeepSpeedEngine, complete_ds_config, hands_gradients_over, zero_stage
-from diffdpo.noise.estimators import MAX_EXACT_LENGTH, num_rows
 from diffdpo.reference.modes import check_reference, choose_mode
-from diffdpo.step.choose import MicroBatchShape, choose_strategy
+from diffdpo.step.choose import choose_strategy, micro_batch_shape
 
 
 @dataclass(frozen=True)
@@ -78,6 +77,7 @@ class Job:
     segment_rows: int  # of the longest rows, as many as a segment takes
     strategy: str
     why: str
+    whole_gradients: bool  # whether ``deferred`` could be used
     reference: str
     length: int  # tokens of a row
     scored: int  # positions scored in a row
@@ -144,10 +144,8 @@ def resolve(
         engine.why_not_unreduced = partial(DeepSpeedEngine.why_not_unreduced, held)  # type: ignore[arg-type]
     loss = build.make_loss(config)
     check_reference(config, loss)
-    per_answer = num_rows(config.score_estimator, length=MAX_EXACT_LENGTH, num_samples=config.num_mc_samples)
     segments = build.choose_segments(config, place)
-    pairs = config.per_device_train_batch_size
-    shape = MicroBatchShape(pairs, per_answer, config.max_length, loss.whole_batch)
+    shape = micro_batch_shape(config, whole_batch=loss.whole_batch)
     strategy, why = choose_strategy(config.segmentation, engine=engine, segments=segments, shape=shape)
     return Job(
         config=config,
@@ -155,10 +153,11 @@ def resolve(
         cuda=cuda,
         bf16=bf16,
         world=world,
-        rows_per_answer=per_answer,
+        rows_per_answer=shape.rows_per_answer,
         segment_rows=segments.rows or max(1, segments.tokens // config.max_length),
         strategy=strategy,
         why=why,
+        whole_gradients=engine.why_not_unreduced() is None,
         reference=choose_mode(config, loss, share=second_model)[0],
         length=config.max_length,
         scored=scored or config.max_length - config.max_prompt_length,

@@ -41,6 +41,11 @@ def _header(plan: Plan) -> Iterator[str]:
     yield f"trained    {n.trained / 1e6:.1f}M parameters ({what})"
     yield f"engine     {engine}; {plan.machine.gpus} process(es)"
     yield f"rows       {job.rows} of {job.length} tokens a micro-batch, {job.rows_at_once} in a forward"
+    if plan.fit is not None:
+        peak, budget = gib(dict(plan.fit.tried)[plan.fit.rows]), gib(plan.fit.budget)
+        sizes = f"{config.per_device_train_batch_size} x {config.gradient_accumulation_steps} pairs a step"
+        found = f"{plan.fit.rows} rows a segment, {sizes}" if plan.fit.fits else "not even one row fits"
+        yield f"max_memory {found}: {peak:.2f} of {budget:.2f} GiB planned for {plan.fit.rows} rows"
     layers = ", layers recomputed" if config.gradient_checkpointing else ""
     yield f"memory     segmentation '{job.strategy}' ({job.why}){layers}; reference {job.reference}"
 
@@ -94,7 +99,19 @@ def _times(plan: Plan) -> Iterator[str]:
             f"   {detail}"
         )
     yield ""
-    yield from (f"assumed: {line}" for line in ASSUMPTIONS)
+    yield from (f"assumed: {line}" for line in _assumptions(plan))
+
+
+def _assumptions(plan: Plan) -> list[str]:
+    """With the rates of the GPU asked about, where it is none of the known ones."""
+    gpu = plan.machine.gpu
+    if gpu is None or gpu in GPUS.values():
+        return list(ASSUMPTIONS)
+    rates = (
+        f"{gpu.name}: {gpu.half / 1e12:.1f} TFLOP/s in 16 bits, {gpu.single / 1e12:.1f} in fp32, memory "
+        f"{gpu.bandwidth / 1e9:.0f} GB/s, PCIe {gpu.link / 1e9:.0f} GB/s"
+    )
+    return [rates, *ASSUMPTIONS]
 
 
 def _gpus(plan: Plan) -> list[Gpu]:
@@ -121,5 +138,5 @@ def as_json(plan: Plan, advice: Advice | None) -> dict[str, Any]:
             "flags": advice.change,
             "needed": {place: advice.plan.need(place) for place in (DEVICE, HOST, DISK)},
         },
-        "assumptions": list(ASSUMPTIONS),
+        "assumptions": _assumptions(plan),
     }

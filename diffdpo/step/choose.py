@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
+from diffdpo.config import TrainConfig
 from diffdpo.engine.base import Engine
 from diffdpo.errors import UserError
+from diffdpo.noise.estimators import MAX_EXACT_LENGTH, num_rows
 from diffdpo.step.segments import Segments
 
 
@@ -21,6 +23,12 @@ class MicroBatchShape:
     def rows(self) -> int:
         """Rows of the micro-batch."""
         return 2 * self.pairs * self.rows_per_answer
+
+
+def micro_batch_shape(config: TrainConfig, *, whole_batch: bool) -> MicroBatchShape:
+    """That of the settings, with as many rows as an answer can have."""
+    per_answer = num_rows(config.score_estimator, length=MAX_EXACT_LENGTH, num_samples=config.num_mc_samples)
+    return MicroBatchShape(config.per_device_train_batch_size, per_answer, config.max_length, whole_batch)
 
 
 def check_segmentation(name: str, *, whole_batch: bool) -> None:

@@ -37,6 +37,17 @@ def test_advice_is_a_setting_that_fits(tmp_path, monkeypatch, capsys):
     assert advice["needed"]["device"] <= 0.75 * 2**30 and "segmentation" in advice["flags"]
 
 
+def test_max_memory_is_planned_and_left_out_by_the_advice(monkeypatch, capsys):
+    from launch.plan import main
+
+    monkeypatch.chdir(ROOT)
+    main(["--model_name_or_path", MODEL, "--gpu", "RTX 4080", "--max_memory", "0.9"])
+    assert "max_memory 64 rows a segment, 8 x 1 pairs a step" in capsys.readouterr().out
+    main(["--model_name_or_path", MODEL, "--gpu_memory", "0.7GiB", "--max_memory", "0.9", "--num_mc_samples", "16"])
+    printed = capsys.readouterr().out
+    assert "max_memory " in printed and ("DOES NOT FIT" not in printed or "it fits with: --max_memory 0" in printed)
+
+
 def test_a_gpu_of_any_given_numbers(tmp_path, monkeypatch, capsys):
     """Its rates make its time, and stand among the assumptions."""
     from launch.plan import main
@@ -64,6 +75,7 @@ def test_a_gpu_of_any_given_numbers(tmp_path, monkeypatch, capsys):
         (["--model_name_or_path", MODEL, "--ds_config", "nowhere.json"], "nowhere.json"),
         (["--model_name_or_path", MODEL, "--gpu_memory", "0GiB"], "is nothing"),
         (["--model_name_or_path", MODEL, "--gpu", "H100", "--gpu_bandwidth", "fast"], "--gpu_bandwidth"),
+        (["--model_name_or_path", MODEL, "--max_memory", "0.9"], "give --gpu or --gpu_memory"),
         (["--model_name_or_path", MODEL, "--gpu_link", "32G"], "give --gpu_memory or --gpu"),
         (["--model_name_or_path", MODEL, "--save_json", "tests"], "is a folder"),
         (["--model_name_or_path", MODEL, "--num_gpus", "0"], "--num_gpus"),

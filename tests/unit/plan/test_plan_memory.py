@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from diffdpo.config import TrainConfig
+from diffdpo.errors import UserError
 from diffdpo.plan.hardware import GPUS, Host
 from diffdpo.plan.memory import DEVICE, DISK, HOST
 from diffdpo.plan.plan import Machine, Plan, make_plan
@@ -119,3 +120,23 @@ def test_the_reference_is_the_run_s_own_choice(small, ds):
         for stage in (2, 3)
     ]
     assert found == ["precomputed", "copy"]
+
+
+def test_max_memory_is_planned_as_a_run_would_size_it(small):
+    """Rows as many as fit in the share, and micro-batches of the same step that fit in one graph."""
+    flags = {"num_mc_samples": 4, "gradient_accumulation_steps": 4, "max_length": 2048, "reference": "copy"}
+    peaks = [planned(small, segmentation="two_pass", segment_rows=rows, **flags).need(DEVICE) for rows in (1, 16)]
+    machine = Machine(replace(GPUS["RTX 4080"], memory=2 * peaks[1]), Host(2**36))
+
+    def sized(share: float) -> Plan:
+        settings = BASE | flags | {"max_memory": share}
+        return make_plan(TrainConfig(model_name_or_path=small, **settings), machine, timed=False)
+
+    found, config = sized(0.6), sized(0.6).job.config
+    assert found.fit is not None and found.fit.fits and found.fit.budget == int(0.6 * machine.gpu.memory)
+    assert found.fit.rows in (8, 16, 32) and found.need(DEVICE) <= found.fit.budget
+    assert config.per_device_train_batch_size * config.gradient_accumulation_steps == 8
+    assert found.job.strategy == "none" and found.job.rows == 8 * config.per_device_train_batch_size <= found.fit.rows
+    assert not sized(peaks[0] / 3 / machine.gpu.memory).fit.fits
+    with pytest.raises(UserError, match="--max_memory is a share of a GPU's memory; give --gpu"):
+        make_plan(TrainConfig(model_name_or_path=small, max_memory=0.5), Machine(None, None))
