@@ -89,11 +89,11 @@ def test_policy_and_reference_are_the_same_numbers_at_the_start(model, counter):
 @pytest.mark.parametrize("trained", TRAINED)
 def test_inductor_gives_the_same(model, trained):
     torch._dynamo.reset()
-    plain, fast = scorers(model.float(), trained)
+    plain, fast = scorers(model, trained)  # fp64
     for batch in (rows(5, 9, 9), rows(3, 7, 11, 20, 20, 33)):
         (scores, gradients), (expected, wanted) = (scores_and_gradients(way, batch) for way in (fast, plain))
-        assert torch.allclose(scores, expected, rtol=0, atol=1e-5)
-        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(gradients, wanted, strict=True))
+        assert torch.allclose(scores, expected, rtol=0, atol=1e-10)
+        assert all(torch.allclose(a, b, rtol=0, atol=1e-9) for a, b in zip(gradients, wanted, strict=True))
 
 
 def test_without_a_compiler_it_is_refused(model):
