@@ -26,7 +26,7 @@ from data_pipeline.sources.candidates import Pairing
 from data_pipeline.sources.files import Row
 from data_pipeline.sources.formats import convert
 
-CONVERSION = 2  # raised when equal rows become other records: what was built before is then built anew
+CONVERSION = 3  # raised when equal rows become other records: what was built before is then built anew
 EXAMPLES_KEPT = 5
 HASHES = np.dtype(
     [("offset", "<i8"), ("size", "<u4"), ("chunk", "<u4"), ("id", "<u8"), ("content", "<u8"), ("prompt", "<u8")]

@@ -29,7 +29,7 @@ from data_pipeline.index import (
 from data_pipeline.parallel import ordered_map
 from data_pipeline.remote import cached_file, expand_remote, is_glob, is_remote
 from data_pipeline.shards import TAR, Bad, ShardScan, scan_shard
-from data_pipeline.sources.files import refuse_split
+from data_pipeline.sources.files import SourceOptions, named_split, refuse_split
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,8 @@ def expand(pattern: str) -> list[str]:
     path = Path(pattern).expanduser()
     if not is_remote(pattern) and path.exists():
         return [str(path.resolve())]
-    if not (is_glob(pattern) or "{" in pattern or pattern.endswith(TAR)):
+    folder = Path(named_split(pattern, SourceOptions())[0]).expanduser()
+    if folder.exists() or not (is_glob(pattern) or "{" in pattern or pattern.endswith(TAR)):
         return [pattern]
     found: list[str] = []
     for name in braceexpand(pattern):

@@ -214,7 +214,8 @@ def record_from_fields(row: dict) -> Record:
     if name not in row:
         raise missing_field("chosen", row)
     text = as_text(require(row, name), name)
-    return with_id(AnswerRecord("", prompt, text, answer_label(row, LABELS) is not False, meta), row.get("id"))
+    label = as_label(row["label"]) if "label" in row else answer_label(row, GRADES) is not False
+    return with_id(AnswerRecord("", prompt, text, label, meta), row.get("id"))
 
 
 def answer_label(row: dict, names: tuple[str, ...]) -> bool | None:

@@ -92,8 +92,12 @@ def _files_of_split(folder: Path, files: list[str], options: SourceOptions) -> l
         return files
     if options.split is not None and options.split not in splits:
         raise DataError(f"{folder} has no split {options.split!r}; allowed: {', '.join(splits)}")
-    chosen = {str(file) for file in splits[options.split or next(iter(splits))]}
-    return [name for name in files if name in chosen]
+    split = options.split or next(iter(splits))
+    chosen = {file.resolve() for file in splits[split]}  # ``datasets`` makes paths absolute, and follows links
+    names = [name for name in files if Path(name).resolve() in chosen]
+    if not names:
+        raise DataError(f"{folder}: split {split!r} has no data file; allowed: {', '.join(sorted(READERS))}")
+    return names
 
 
 def refuse_split(source: str, options: SourceOptions) -> None:
@@ -229,10 +233,11 @@ def _cell(column: str, value: str) -> Any:
 
 
 def _empty_texts(cells: dict[str, str]) -> list[str]:
-    """The empty cells that are missing text: prompts, and answers where no other answer makes up for them."""
-    answered = any(cells.get(name) for name in ANSWERS)
-    wanted = PAIR if any(cells.get(name) for name in PAIR) else () if answered else ANSWERS
-    return [name for name in (*PROMPTS, *wanted) if cells.get(name) == ""]  # None: the line ends before it
+    """The empty cells that are missing text: prompts and answers where no other one makes up for them."""
+    paired, asked, answered = (any(cells.get(name) for name in names) for names in (PAIR, PROMPTS, ANSWERS))
+    prompts = () if asked or paired else PROMPTS  # a pair may hold its prompt itself
+    answers = PAIR if paired else () if answered else ANSWERS
+    return [name for name in (*prompts, *answers) if cells.get(name) == ""]  # None: the line ends before it
 
 
 def _parquet_rows(path: Path, name: str) -> Iterator[Row]:

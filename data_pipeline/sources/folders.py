@@ -3,6 +3,7 @@
 From the ``configs`` of its README.md where it lists any, else from the names of files and folders.
 """
 
+from glob import escape
 from pathlib import Path
 
 import yaml
@@ -18,7 +19,7 @@ def folder_splits(folder: Path, config: str | None) -> dict[str, list[Path]]:
     if _lists_configs(folder / "README.md"):
         name, options = str(folder), {"name": config}
     elif config is None:
-        name, options = "json", {"data_dir": str(folder)}  # looks at names only, whatever the type of the files
+        name, options = "json", {"data_dir": escape(str(folder))}  # looks at names only, whatever the type of the files
     else:
         raise DataError(f"{folder} has no configuration {config!r}: it has no README.md that lists any; leave it out")
     try:

@@ -335,6 +335,36 @@ def test_splits_and_configurations_that_a_readme_lists(hub_folder, cache):
         records(hub_folder, cache, build_options=BuildOptions(source=SourceOptions(config="c")))
 
 
+def test_a_split_of_a_folder_by_a_relative_name_a_link_or_in_the_home(tmp_path, make_rows, jsonl, cache, monkeypatch):
+    (tmp_path / "mix").mkdir()
+    for number, name in enumerate(("train", "test")):
+        jsonl(tmp_path / f"blob{number}", make_rows(3, start=10 * number))
+        (tmp_path / "mix" / f"{name}.jsonl").symlink_to(tmp_path / f"blob{number}")
+    (tmp_path / "link").symlink_to("mix")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("mix", "./mix", "link", "~/link", f"{tmp_path}/link"):
+        assert [r[0] for r in records(f"{name}:test", cache)] == ["r10", "r11", "r12"]
+
+
+def test_a_split_without_data_files_is_said(hub_folder, cache):
+    head = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: one\n    path: '*.txt'\n---\n"
+    (hub_folder / "README.md").write_text(head)
+    (hub_folder / "words.txt").write_text("words")
+    with pytest.raises(DataError, match=r"split 'one' has no data file; allowed: \.csv"):
+        open_dataset(f"{hub_folder}:one", cache_dir=cache)
+
+
+def test_a_folder_with_letters_of_patterns_in_its_name(tmp_path, make_rows, jsonl, cache):
+    folder = tmp_path / "set[v1]"
+    folder.mkdir()
+    for name in ("train", "test"):
+        jsonl(folder / f"{name}.jsonl", make_rows(3))
+    assert len(records(f"{folder}:test", cache)) == 3
+    (folder / "test.jsonl").unlink()
+    assert len(records(folder, cache)) == 3
+
+
 def test_train_and_test_files_of_a_folder_are_not_mixed(tmp_path, make_rows, jsonl, cache):
     folder = tmp_path / "hh"
     folder.mkdir()
@@ -387,7 +417,9 @@ def test_json_in_a_csv_cell_is_text_unless_its_column_may_hold_it(tmp_path):
     ("text", "dropped"),
     [
         ("prompt,chosen,rejected\nQ1,good,bad\nQ2,,bad\nQ3,good,\n", {"empty_chosen": 1, "empty_rejected": 1}),
-        ("prompt,chosen,rejected\nQ1,good,bad\n,good dog,good cat\n", {"empty_prompt": 1}),
+        ("prompt,chosen,rejected\nQ1,good,bad\n,good dog,good cat\n", {}),  # an implicit prompt
+        ('prompt,chosen,rejected\n,"\n\nHuman: Hi\n\nAssistant: a","\n\nHuman: Hi\n\nAssistant: b"\n', {}),
+        ("prompt,question,completion,label\n,Q1,a,true\nQ2,,a,true\n,,a,true\n", {"empty_prompt": 1}),
         ("prompt,completion,label\nQ1,a,true\nQ2,,false\n", {"empty_answer": 1}),
         ("question,answer\nQ1,a\nQ2,\n", {"empty_answer": 1}),
         ("prompt,chosen,rejected,completion,label\nQ1,,,a,true\nQ1,good,bad,,\n", {}),  # two formats in one table
@@ -397,4 +429,4 @@ def test_empty_csv_cells_are_counted(tmp_path, text, dropped):
     (tmp_path / "x.csv").write_text(text)
     report = build([str(tmp_path / "x.csv")], tmp_path / "out", BuildOptions())["provenance"]["report"]
     assert {kind: item["count"] for kind, item in report["dropped"].items()} == dropped
-    assert report["records"] == text.count("\n") - 1 - sum(dropped.values())
+    assert report["records"] == report["rows"] - sum(dropped.values())

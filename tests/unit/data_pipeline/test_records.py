@@ -59,6 +59,11 @@ def test_unusable(change, kind):
     assert error.value.kind == kind
 
 
+def test_a_label_that_is_null_is_no_label():
+    with pytest.raises(RecordError, match="label None is not true or false"):
+        decode_record(b'{"prompt": "q", "answer": "a", "label": null}')
+
+
 @pytest.mark.parametrize("raw", [b"{", b"[1]", b"\xff\xfe\x00", b"nul", b"[" * 100_000])
 def test_not_json_objects(raw):
     with pytest.raises(RecordError) as error:
