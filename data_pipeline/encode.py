@@ -157,10 +157,10 @@ class Encoder:
         return self.tokenizer(texts, add_special_tokens=False, **QUIET)["input_ids"]
 
     def _unended(self, answer: str) -> str:
-        """An answer without the end tokens that close it."""
+        """An answer without the end tokens that close it; '' when that leaves only white space."""
         while (text := answer.rstrip()).endswith(self._ends):
             answer = text.removesuffix(next(end for end in self._ends if text.endswith(end)))
-        return answer
+        return answer if answer.strip() else ""
 
     def _uses_chat(self, prompt: Text) -> bool:
         if self.template == "auto":

@@ -17,12 +17,21 @@ Tokens = Callable[[Sequence[str]], list[list[int]]]
 
 
 def keep_start(turns: Sequence[Message], text: str, limit: int, render: Render, tokens: Tokens) -> list[int] | None:
-    """The first tokens of a conversation (``text``: as rendered), then what stands behind its last content: the header
-    of the answer's turn. None when ``limit`` has no room for any content."""
+    """The conversation (``text``: as rendered) up to the last turn (a question) of which something fits, the content of
+    this cut at its end. None when ``limit`` has no room for any content."""
     around = _around(turns, render)
-    head, tail, ids = tokens([around[0], around[-1], text])
-    room = limit - len(tail)
-    return [*ids[:room], *tail] if room > len(head) else None
+    contents = _contents(turns, around, text)
+    before = [content + frame for content, frame in zip(["", *contents[:-1]], around[:-1], strict=True)]
+    sizes = [len(ids) for ids in tokens(before)]  # of parts: about as many tokens as when joined
+    for number in reversed(range(len(turns))):
+        if turns[number]["role"] in ("assistant", "system") or sum(sizes[: number + 1]) >= limit:
+            continue
+        tail = around[-1] if number == len(turns) - 1 else _around(turns[: number + 1], render)[-1]
+        head, ids, rest = tokens(["".join(before[: number + 1]), contents[number], tail])
+        room = limit - len(head) - len(rest)
+        if room > 0:
+            return [*head, *ids[:room], *rest]
+    return None
 
 
 def keep_end(turns: Sequence[Message], text: str, limit: int, render: Render, tokens: Tokens) -> list[int] | None:

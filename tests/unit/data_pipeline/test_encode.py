@@ -82,6 +82,8 @@ def test_a_terminator_within_an_answer_or_alone_drops_the_record(tokenizer):
     within, alone = (Encoder(tokenizer)(pair("ab", text)) for text in ("c<eos>d", "<eos>"))
     assert isinstance(within, Drop) and within.reason == "special_token"
     assert isinstance(alone, Drop) and alone.reason == "empty_answer"
+    spaced = Encoder(tokenizer)(pair(user_turn("ab"), assistant_turn("<eos>"), assistant_turn("e")))
+    assert isinstance(spaced, Drop) and spaced.reason == "empty_answer"
     in_prompt = Encoder(tokenizer)(pair("a<eos>b"))
     assert scored(in_prompt.chosen).count(tokenizer.eos_token_id) == 1
 
@@ -126,6 +128,22 @@ def test_a_conversation_is_cut_by_turns(chat_tokenizer):
     turns = (*user_turn("abcdef"), *assistant_turn("ghi"), *user_turn("jkl"))
     for limit, kept in ((45, "ef<eot><head>assistant</head>ghi<eot><head>user</head>jkl"), (30, "jkl"), (20, "kl")):
         encoder = Encoder(chat_tokenizer, max_length=90, max_prompt_length=limit)
+        text = chat_tokenizer.decode(encoder(pair(turns, assistant_turn("x"), assistant_turn("y"))).chosen.ids)
+        assert text == f"<head>user</head>{kept}<eot><head>assistant</head>x<eos>"
+
+
+def test_the_beginning_of_a_conversation_is_cut_by_turns(chat_tokenizer):
+    turns = (*user_turn("abcdef"), *assistant_turn("ghi"), *user_turn("jkl"))
+    whole = "abcdef<eot><head>assistant</head>ghi<eot><head>user</head>"
+    for limit, kept in (
+        (48, f"{whole}jk"),
+        (47, f"{whole}j"),
+        (46, "abcdef"),
+        (24, "abcdef"),
+        (23, "abcde"),
+        (19, "a"),
+    ):
+        encoder = Encoder(chat_tokenizer, max_length=90, max_prompt_length=limit, truncation="keep_start")
         text = chat_tokenizer.decode(encoder(pair(turns, assistant_turn("x"), assistant_turn("y"))).chosen.ids)
         assert text == f"<head>user</head>{kept}<eot><head>assistant</head>x<eos>"
 
