@@ -13,7 +13,8 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -172,8 +173,8 @@ def _prepare(work: Path, signature: str) -> None:
 
 def check_first_rows(sources: Sequence[str], options: BuildOptions, *, rows: int = 1000) -> None:
     """DataError for what is wrong with the first rows of files, as :func:`build` would say; nothing is written."""
-    options, dropped = replace(options, limit=rows), Dropped()
-    for job in _convert_jobs(sources, Path(), options, dropped):
+    dropped = Dropped()
+    for job in _convert_jobs(sources, Path(), options, dropped, first=rows):
         for _ in convert_rows(job, dropped):
             pass
         _refuse_malformed(dropped, options)
@@ -202,12 +203,12 @@ def _convert(
 
 
 def _convert_jobs(
-    sources: Sequence[str], folder: Path, options: BuildOptions, dropped: Dropped
+    sources: Sequence[str], folder: Path, options: BuildOptions, dropped: Dropped, first: int | None = None
 ) -> Iterator[ConvertJob]:
     number = 0
     for source in (part for whole in sources for part in expand_folder(whole, options.source)):
         name = source if is_remote(source) else Path(source).name.split(".")[0]
-        rows = _until_torn(_rows(source, options), options.on_error, dropped)
+        rows = _until_torn(_rows(source, options, first), options.on_error, dropped)
         for chunk in chunks(rows, ROWS_PER_CHUNK):
             yield ConvertJob(number, chunk, name, folder, options.convert)
             number += 1
@@ -223,9 +224,11 @@ def _until_torn(rows: Iterator[Row], on_error: str, dropped: Dropped) -> Iterato
         dropped.add(error, "source")
 
 
-def _rows(source: str, options: BuildOptions) -> Iterator[Row]:
-    """The rows of a source; answers given one a row with their correctness are gathered by question."""
-    rows, number = _readable(open_rows(source, options.source), source), 0
+def _rows(source: str, options: BuildOptions, first: int | None) -> Iterator[Row]:
+    """The rows of a source, of its ``first`` rows if given; answers given one a row with their correctness are gathered
+    by question."""
+    rows: Iterator[Row] = islice(_readable(open_rows(source, options.source), source), first)
+    number = 0
     if options.convert.format in ("auto", "candidates"):
         rows = _gathered(rows, source)
     for number, row in enumerate(rows, 1):

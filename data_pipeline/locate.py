@@ -27,7 +27,7 @@ from data_pipeline.index import (
     save_index,
 )
 from data_pipeline.parallel import ordered_map
-from data_pipeline.remote import cached_file, expand_remote, is_glob, is_remote
+from data_pipeline.remote import AbsentError, cached_file, expand_remote, is_glob, is_remote
 from data_pipeline.shards import TAR, Bad, ShardScan, scan_shard
 from data_pipeline.sources.files import SourceOptions, named_split, refuse_split
 
@@ -68,7 +68,12 @@ def _ready(source: str, cache: Path, split: str, workers: int | None) -> tuple[I
 def open_side(source: str, cache: Path, split: str) -> Index | None:
     """One side of a folder built with a split; None where it has been taken away."""
     if is_remote(source):
-        return _remote_folder(source.rstrip("/"), cache, split)[0]
+        url = source.rstrip("/")
+        try:
+            cached_file(f"{url}/{split}/{MANIFEST}", cache, fresh=True)
+        except AbsentError:
+            return None
+        return _remote_folder(url, cache, split)[0]
     side = Path(source).expanduser() / split
     return load_index(side.resolve()) if (side / MANIFEST).exists() else None
 
@@ -162,11 +167,14 @@ def _index_shards(urls: list[str], cache: Path, workers: int | None) -> Index:
             manifest, entries, keys = merge_scans(urls, scans)
             if not len(entries):
                 raise DataError(f"no usable record in {len(urls)} shards: {bad_summary(manifest['bad'])}")
-            manifest["gone"] = _gone(folder.with_name(last.read_text()), entries) if last.exists() else None
+            earlier = last.read_text() if last.exists() else ""
+            manifest["gone"] = _gone(folder.with_name(earlier), entries) if earlier else None
             publish(folder, lambda partial: save_index(partial, manifest, entries, keys))
         index = replace(load_index(folder), fresh=fresh)
         if not index.manifest.get("gone"):  # else the index that knows more is compared with again
-            last.write_text(digest)
+            partial = last.with_name(f"{last.name}.{os.getpid()}.partial")
+            partial.write_text(digest)
+            partial.replace(last)
     if fresh and (gone := index.manifest["gone"]):
         _warn(f"{sum(map(len, gone.values()))} records that these shards held before are gone: {', '.join(gone)}")
     if index.manifest["bad"]:

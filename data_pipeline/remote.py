@@ -23,6 +23,10 @@ BACKOFF_SECONDS = 0.5  # doubled after each failure: 0.5, 1, 2, 4
 CHUNK = 1 << 20
 
 
+class AbsentError(DataError):
+    """There is no such file, as the other side says."""
+
+
 def is_remote(source: str) -> bool:
     """True for URLs of another scheme than file."""
     return "://" in source and not source.startswith("file://")
@@ -66,7 +70,8 @@ def cached_file(
     With ``size``, a copy of another length is an error. Copies of different ``version`` (the sha256 an index knows)
     are kept apart, so that a shard that was built anew is fetched anew.
 
-    Raises DataError when the URL stays unreachable after ``retries`` attempts with doubling pauses.
+    Raises AbsentError when there is no such file, DataError when the URL stays unreachable after ``retries`` attempts
+    with doubling pauses.
     """
     target = cache_path(url, cache_dir, version)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +96,7 @@ def _fetch_with_retries(
             raise DataError(f"{url}: {error}; for s3:// install the extra: pip install 'diffdpo[s3]'") from error
         except Exception as error:  # each protocol has its own family of network errors
             if _is_absent(error):
-                raise DataError(f"{url} does not exist") from error
+                raise AbsentError(f"{url} does not exist") from error
             if attempt == retries:
                 raise DataError(f"{url} is unreachable after {retries} attempts: {_reason(error)}") from error
             pause = backoff * 2 ** (attempt - 1)

@@ -247,6 +247,16 @@ def test_verify_knows_what_shards_without_index_held_before(built, cache, capsys
     assert "DAMAGED" in (printed := capsys.readouterr().out) and "7 of 10 records lost" in printed
 
 
+def test_a_note_of_the_last_index_that_is_empty_counts_as_absent(built, cache):
+    folder = foreign(built)
+    open_dataset(str(folder), cache_dir=cache)
+    (note,) = (cache / "index").glob("*.last")
+    note.write_text("")
+    os.utime(folder / "shard-00000.tar", (1, 1))
+    assert len(open_dataset(str(folder), cache_dir=cache)) == 30
+    assert note.read_text() and not list(cache.rglob("*.partial"))
+
+
 def test_nothing_but_damage(tmp_path, cache):
     (tmp_path / "a.tar").write_bytes(b"words" * 1000)
     with pytest.raises(DataError, match=r"no usable record in 1 shards.*a\.tar"):

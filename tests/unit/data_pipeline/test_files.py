@@ -6,10 +6,12 @@ import json
 
 import pytest
 
+from data_pipeline import build as build_module
 from data_pipeline.build import BuildOptions, build
 from data_pipeline.commands.stats import source_mix
 from data_pipeline.dataset import open_dataset
 from data_pipeline.errors import DataError
+from data_pipeline.locate import check_rows
 from data_pipeline.shards import write_shard
 from data_pipeline.sources.files import SourceOptions, open_rows
 from data_pipeline.stream import RecordReader
@@ -292,6 +294,15 @@ def test_long_rows_are_gathered_behind_a_broken_one(tmp_path, jsonl):
         build([str(source)], tmp_path / "out", BuildOptions())
     build([str(source)], tmp_path / "out", BuildOptions(on_error="skip"))
     assert contents(tmp_path / "out") == [{"prompt": "2+3?", "chosen": "5", "rejected": "6"}]
+
+
+def test_only_the_first_long_rows_are_looked_at_beforehand(tmp_path, jsonl, monkeypatch):
+    source = jsonl(tmp_path / "a.jsonl", GRADED * 1000)
+    read = []
+    gather = build_module._gather
+    monkeypatch.setattr(build_module, "_gather", lambda row, groups: read.append(row) or gather(row, groups))
+    check_rows(str(source))
+    assert len(read) == 1000
 
 
 def test_grades_in_shards_of_other_makers(tmp_path, monkeypatch, cache):

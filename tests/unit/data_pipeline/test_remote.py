@@ -13,6 +13,7 @@ from data_pipeline.build import BuildOptions, build
 from data_pipeline.dataset import open_dataset
 from data_pipeline.encode import Encoder
 from data_pipeline.errors import DataError
+from data_pipeline.names import source_names
 from data_pipeline.reader import PairLoader
 from data_pipeline.remote import cached_file
 from data_pipeline.stream import RecordReader
@@ -214,6 +215,28 @@ def test_a_folder_built_anew_behind_its_url_is_fetched_anew(served, tmp_path, js
         shutil.rmtree(folder)
 
 
+def test_a_side_of_a_split_folder_behind_a_url_may_be_absent_but_not_out_of_reach(
+    served, tmp_path, jsonl, make_rows, cache, monkeypatch
+):
+    folder, base, _ = served
+    build([str(jsonl(tmp_path / "a.jsonl", make_rows(40)))], folder / "pairs", BuildOptions(eval_fraction=0.3))
+    other = str(jsonl(tmp_path / "b.jsonl", make_rows(5, start=50)))
+    count = len(open_dataset(f"{base}/pairs", cache_dir=cache))
+
+    def refuse(handler):
+        if "/eval/" in handler.path:
+            handler.send_error(503)
+        else:
+            SimpleHTTPRequestHandler.do_GET(handler)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Handler, "do_GET", refuse)
+        with pytest.raises(DataError, match=r"eval/manifest\.json is unreachable"):
+            open_dataset([f"{base}/pairs", other], cache_dir=cache)
+    shutil.rmtree(folder / "pairs" / "eval")
+    assert len(open_dataset([f"{base}/pairs", other], cache_dir=cache)) == count + 5
+
+
 def test_files_behind_urls(served, jsonl, make_rows, cache, tmp_path):
     """Lists of files that are no shards, addresses with a query; a folder without index is refused in one line."""
     folder, base, _ = served
@@ -222,6 +245,9 @@ def test_files_behind_urls(served, jsonl, make_rows, cache, tmp_path):
     for way in ("part-{0,1}.jsonl", "part-{0..1}.jsonl?download=true", "{part-0,part-1}.jsonl", "part-*.jsonl"):
         dataset = open_dataset(f"{base}/{way}", cache_dir=cache)
         assert [RecordReader(dataset)(number).id for number in range(len(dataset))] == [f"r{i}" for i in range(10)]
+    (address,) = source_names(f"{base}/part-0.jsonl?columns=a%2Cb")
+    assert len(open_dataset(address, cache_dir=cache)) == 5
+    assert served[2].log[-1].split("?")[1] in ("columns=a,b", "columns=a%2Cb")
     assert build([f"{base}/part-0.jsonl?download=true"], tmp_path / "out", BuildOptions())["num_records"] == 5
     for ways in ("{a,b}", "folder"):
         with pytest.raises(DataError, match="is no folder made by"):
