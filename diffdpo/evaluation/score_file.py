@@ -35,7 +35,8 @@ class ScoreFile:
             partial.write_text(json.dumps(settings, indent=1) + "\n")
             partial.replace(self.settings)
             self.records.write_bytes(b"")
-        self._lines, self._digests = path.open("ab"), self.records.open("ab")
+        self._lines = path.open("ab")
+        self._digests = self.records.open("ab", buffering=0)  # at once: the lines' buffer may overflow at any line
 
     def write(self, line: dict[str, Any], record_digest: str) -> None:
         """Append a record's line; it counts once :meth:`flush` has returned."""
@@ -43,8 +44,7 @@ class ScoreFile:
         self._lines.write((json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass"))
 
     def flush(self) -> None:
-        """Hand over what was written, hashes first."""
-        self._digests.flush()
+        """Hand over what was written."""
         self._lines.flush()
 
     def close(self) -> None:

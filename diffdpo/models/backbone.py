@@ -31,6 +31,10 @@ WITHOUT_EFFECT = {"trust_remote_code", "adapter_kwargs", "low_cpu_mem_usage"}
 """Arguments of `from_pretrained` that change nothing where a model is registered and no adapter is there."""
 
 
+OFF = {"local_files_only", "force_download", "ignore_mismatched_sizes", "weights_only"}
+"""Arguments that False switches off, as if they were not given. Any other may be a setting of the config."""
+
+
 class RowLayout(Protocol):
     """What a backbone asks of a layout: rotary positions, their bound, and attention within rows."""
 
@@ -88,6 +92,16 @@ def _resolved(dtype: str | torch.dtype, config, name_or_path: str) -> torch.dtyp
     return getattr(torch, chosen) if isinstance(chosen, str) else chosen
 
 
+def _as_left_out(key: str, value: object) -> bool:
+    return value is None or (value is False and key in OFF)
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Tells a file that was written again from one that was left; None where there is none."""
+    status = path.stat() if path.is_file() else None
+    return status and (status.st_ino, status.st_mtime_ns)
+
+
 def refuse_partial(report: dict, name_or_path: str) -> None:
     """UserError when transformers reports tensors that were missing (and left random), unknown or misshapen."""
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -134,7 +148,7 @@ class MaskedLM(PreTrainedModel):
         Shards are streamed as by `load_model` where no more than a config and a dtype is given. What else there is
         (devices, quantisation, revisions) is transformers', which keeps every shard mapped until the last is read.
         """
-        given = {key for key, value in kwargs.items() if value not in (None, False)} - WITHOUT_EFFECT
+        given = {key for key, value in kwargs.items() if not _as_left_out(key, value)} - WITHOUT_EFFECT
         if not (args or output_loading_info or given - {"config", "dtype", "torch_dtype"} or is_adapter(name_or_path)):
             config = copy.deepcopy(kwargs.get("config")) or cast(Any, cls.config_class).from_pretrained(name_or_path)
             dtype = kwargs.get("dtype") or kwargs.get("torch_dtype") or "auto"
@@ -154,13 +168,13 @@ class MaskedLM(PreTrainedModel):
         folder, published, main = Path(save_directory), self.config.architectures, kwargs.get("is_main_process", True)
         if is_adapter(folder):
             raise UserError(f"{str(folder)!r} holds an adapter, which would hide the model: name another folder")
-        if main:
-            (folder / INDEX).unlink(missing_ok=True)
+        before = {name: _stamp(folder / name) for name in (INDEX, SINGLE)}
         super().save_pretrained(save_directory, *args, **kwargs)
         if not main:
             return
-        if (folder / INDEX).is_file():
-            (folder / SINGLE).unlink(missing_ok=True)
+        for name in before:  # once the new weights are there, what this save did not write is the old model's
+            if before[name] is not None and _stamp(folder / name) == before[name]:
+                (folder / name).unlink()
         self.config.architectures = published or self.config.architectures
         name = str(self.name_or_path or "")
         source = Path(name)

@@ -19,6 +19,9 @@ DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 SHARDED = ("4080_offload.json", "4080_zero3_offload.json", "zero3_nvme.json")
 
 
+SIZED = ("segment_rows", "per_device_train_batch_size", "gradient_accumulation_steps")  # by --max_memory
+
+
 @dataclass(frozen=True)
 class Advice:
     """Flags to set, and the plan with them."""
@@ -34,7 +37,9 @@ class Advice:
 def advise(plan: Plan, *, scored: int | None = None) -> Advice | None:
     """The gentlest change that makes ``plan`` fit its machine; None when nothing tried does."""
     search = _Search(plan.job.config, plan.machine, plan.job.cuda, scored)
-    sized: Change = {"max_memory": 0.0} if plan.fit else {}  # its sizes are the job's own settings now
+    sized: Change = {}
+    if plan.fit:  # its sizes are the job's own settings now, from which the search starts
+        sized = {"max_memory": 0.0} | {name: getattr(plan.job.config, name) for name in SIZED}
     gentle = [change for change in _same_training(plan) if search.plan([change]) is not None]
     for group in _tiers(plan.job.config):
         for change in group:

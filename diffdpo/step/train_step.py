@@ -7,7 +7,7 @@ Losses are sums over pairs divided by the real pairs of the global step, counted
 Shape suffixes: B pairs, 2 sides, R rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -61,6 +61,10 @@ class LossOptions:
             return self
         names, weights = zip(*kept, strict=True)
         return replace(self, names=names, weights=weights)
+
+    def sft_alone(self) -> "LossOptions":
+        """The sft term with its weight."""
+        return replace(self, names=("sft",), weights=(self.sft_weight,))
 
     @property
     def of_answers(self) -> bool:
@@ -240,13 +244,17 @@ class PreferenceStep:
     def _loss_of(self, rows: NoisyRows, batch: PairBatch, reference_R: torch.Tensor, total: torch.Tensor) -> LossOf:
         reference, weight_B2 = fold(reference_R, rows), batch.weight_B2.to(reference_R.device)
 
-        def loss(policy: PairScores, reference: PairScores) -> torch.Tensor:
-            return self.loss(policy, reference, weight_B2).sum() / total
+        def of(loss: LossOptions) -> Callable[[PairScores, PairScores], torch.Tensor]:
+            return lambda policy, reference: loss(policy, reference, weight_B2).sum() / total
 
         if self.coefficient.kind == "same":
-            return lambda f_R: loss(fold(f_R, rows), reference)
-        share = self.coefficient.share_of_own(self.noise.num_samples)
-        return linearised(loss, rows, reference=reference, other=self._further_scores(batch), share=share)
+            return lambda f_R: of(self.loss)(fold(f_R, rows), reference)
+        share, other = self.coefficient.share_of_own(self.noise.num_samples), self._further_scores(batch)
+        preference = linearised(of(self.loss.without_sft()), rows, reference=reference, other=other, share=share)
+        if not self.loss.sft_weight:
+            return preference
+        sft = of(self.loss.sft_alone())  # linear in the score: its coefficient needs no rows
+        return lambda f_R: preference(f_R) + sft(fold(f_R, rows), reference)
 
     def _further_scores(self, batch: PairBatch) -> tuple[PairScores, PairScores]:
         """(policy, reference) scores from rows of the coefficient alone."""
@@ -311,7 +319,7 @@ class PreferenceStep:
             ).cpu()
             if self.loss.sft_weight:
                 weight_B2 = micro.batch.weight_B2.to(world.device)
-                sft_B = LossOptions(("sft",), (self.loss.sft_weight,), self.loss.beta)(policy, reference, weight_B2)
+                sft_B = self.loss.sft_alone()(policy, reference, weight_B2)
                 supervised += float(sft_B.sum()) / max(1, records)
             logit_B = (ratio.score_B2[:, 0] - ratio.score_B2[:, 1]).abs()
             largest = max(largest, float(logit_B.max()))

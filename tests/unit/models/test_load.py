@@ -42,6 +42,25 @@ def scores(loaded):
     return MaskedLogProbs(loaded.model, loaded.spec)(ids, torch.tensor([9, 8]), *where)
 
 
+def test_a_setting_of_the_config_may_be_false(tiny_model, tmp_path):
+    """``from_pretrained(..., scale_logits=False)`` is another model than the one whose config says True."""
+    shutil.copytree(tiny_model, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"scale_logits": True}))
+    assert LLaDAModelLM.from_pretrained(tmp_path / "model").config.scale_logits is True
+    assert LLaDAModelLM.from_pretrained(tmp_path / "model", scale_logits=False).config.scale_logits is False
+
+
+def test_a_save_that_fails_leaves_the_model_that_was_there(tiny_model, tmp_path):
+    loaded = load_model(str(tiny_model))
+    loaded.model.save_pretrained(tmp_path, max_shard_size="20KB")
+    with pytest.raises(ValueError, match="not supported"):
+        loaded.model.save_pretrained(tmp_path, max_shard_size="5XB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    loaded.model.save_pretrained(tmp_path)
+    assert not (tmp_path / "model.safetensors.index.json").exists() and (tmp_path / "model.safetensors").is_file()
+
+
 def test_save_load_save_gives_identical_bytes_and_scores(directory, tmp_path):
     first = load_model(str(directory), dtype="float64")
     save_model(first.model, first.tokenizer, tmp_path / "again")

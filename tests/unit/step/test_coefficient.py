@@ -57,6 +57,18 @@ def test_while_policy_is_reference_the_rows_do_not_matter(tiny_model, batches): 
     torch.testing.assert_close(found, same)
 
 
+def test_the_sft_term_is_told_apart(tiny_model, batches):  # noqa: F811
+    """The loss of the first step is ln 2 with other rows and an sft term too."""
+    reports = []
+    for kind in ("same", "other", "all"):
+        step = make_step(tiny_model, "none", 0, "sigmoid,sft", apart=False)
+        step.coefficient = CoefficientRows(kind, 5)
+        reports.append(step(batches[:1], 0.0))
+    assert [report.loss for report in reports] == pytest.approx([0.6931472] * 3, abs=1e-6)
+    assert len({report.sft_loss for report in reports}) == 1
+    assert [report.grad_norm for report in reports] == pytest.approx([reports[0].grad_norm] * 3, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
