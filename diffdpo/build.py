@@ -48,7 +48,6 @@ from diffdpo.step.choose import check_deferred
 from diffdpo.step.coefficient import CoefficientRows
 from diffdpo.step.segments import Segments
 from diffdpo.step.train_step import LossOptions
-from diffdpo.tracking.journal import has_steps
 from diffdpo.tracking.run import tracking_uri
 
 BUNDLED_MODEL = Path(__file__).parent / "pretrained" / "arithmetic"
@@ -89,7 +88,7 @@ def find_place(config: RunConfig, command: str) -> Place:
 
 def _check_output_dir(output_dir: Path, resume: str | None) -> None:
     """The folder is made when the run's record begins: a mistake met before leaves nothing behind."""
-    if has_steps(output_dir):
+    if (output_dir / "metrics.jsonl").exists():
         if not resume:
             raise UserError(
                 f"--output_dir {output_dir} holds a run already; give another, or "

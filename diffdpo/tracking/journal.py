@@ -41,15 +41,6 @@ class Journal:
         self.file.close()
 
 
-def has_steps(output_dir: Path) -> bool:
-    """Whether a folder holds a run that has taken a step, or a file of this name that is something else."""
-    path = output_dir / FILE
-    try:
-        return path.exists() and any(line["step"] > 0 for line in read_journal(path))
-    except (ValueError, TypeError, KeyError):
-        return True
-
-
 def read_journal(path: Path, start: int = 0) -> Iterator[dict[str, Any]]:
     """The lines from byte ``start`` on. A torn last line (the crash of its writer) ends the reading."""
     with path.open("rb") as file:

@@ -17,8 +17,6 @@ class Tracking:
 
     def __init__(self, output_dir: Path, *, resume_step: int | None = None):
         self.output_dir = output_dir
-        if resume_step is None:
-            (output_dir / STATE_FILE).unlink(missing_ok=True)  # of a run that ended before its first step
         self.journal = Journal(output_dir, resume_step=resume_step)
         self.mlflow: MlflowRun | None = None
 

@@ -79,7 +79,7 @@ def test_a_mistake_leaves_no_folder_behind(tmp_path):
 
 def test_another_run_s_checkpoint_does_not_overwrite_a_run(tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 3}\n')
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
     other = tmp_path / "other" / "checkpoints" / "step-2"
     with pytest.raises(UserError, match="is of another"):
         build.find_place(TrainConfig(output_dir=str(tmp_path / "run"), resume_from_checkpoint=str(other)), "train")

@@ -1,6 +1,6 @@
 """metrics.jsonl: what is written is read, a torn line is not, a resumed run repeats no step."""
 
-from diffdpo.tracking.journal import FILE, Journal, has_steps, read_journal
+from diffdpo.tracking.journal import FILE, Journal, read_journal
 
 
 def write(folder, steps, **options):
@@ -31,13 +31,3 @@ def test_steps_after_the_checkpoint_are_run_and_written_again(tmp_path):
         file.write('{"torn')
     write(tmp_path, [3, 4, 5], resume_step=2)
     assert [line["step"] for line in read_journal(tmp_path / FILE)] == [1, 2, 3, 4, 5]
-
-
-def test_a_run_that_took_no_step_may_be_begun_again(tmp_path):
-    assert not has_steps(tmp_path)
-    write(tmp_path, [0])
-    assert not has_steps(tmp_path)
-    write(tmp_path, [0, 1])
-    assert has_steps(tmp_path)
-    (tmp_path / FILE).write_text("something of the user's\n")
-    assert has_steps(tmp_path)
