@@ -7,21 +7,20 @@ Four freedoms that leave the mean of a score alone, spent against its variance (
    masked tokens are the noisy ones (standard deviation ~ k^-1/2), hence narrower strata there.
 2. *Antithetic counts.* One uniform number places all counts, from below in some strata and from above in the others,
    such that a linear trend of log p in k (all but) cancels: Σ ± c_j² ≈ 0. With n = 2 that is the mirrored pair.
-3. *Layout.* Masks of different rows may depend on each other. Slots least covered so far are masked next, so the rows
-   together cover all tokens as evenly as their sizes allow.
+3. *Layout.* Masks of different rows may depend on each other. From the largest to the smallest, each masks the slots
+   that are masked least often so far: all tokens are covered, and those of small masks are seen in a large one as well.
 4. *Slot weights.* A row's weight c_j may be spread unevenly over its k_j tokens, as tokens are assigned to slots at
-   random. Most of it is poured where the total over the rows so far is lowest, until these are level: then easy and
-   hard tokens count alike, and what differs between tokens, much of a score's variance, cancels.
+   random: so that what differs between tokens, much of a score's variance, cancels over the rows
+   (``token_model.py``).
 
-Shape suffixes: N rows, S slots (= L), K masked slots of a row.
+Shape suffixes: N rows, S slots (= L).
 """
 
 import numpy as np
 
-STRATA_POWER = 1.25  # stratum boundaries are L (j/n)^power; 1: equal widths
-EVEN_SHARE = (
-    0.3  # of a row's weight: spread evenly over the row, which the rows' own noise asks for; the rest is poured
-)
+from diffdpo.noise.token_model import best_weights
+
+STRATA_POWER = 1.5  # stratum boundaries are L (j/n)^power; 1: equal widths
 
 
 def balanced_rows(length: int, num_rows: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -31,16 +30,16 @@ def balanced_rows(length: int, num_rows: int, rng: np.random.Generator) -> tuple
     place = rng.random()
     place_N = np.where(antithetic_signs(width_N**2) > 0, place, 1 - place)
     k_N = np.minimum((bound[:-1] + place_N * width_N).astype(np.int64) + 1, length)
-    masked_NS = np.zeros((num_rows, length), dtype=bool)
-    weight_NS = np.zeros((num_rows, length))
-    total_S = np.zeros(length)
-    for row in range(num_rows):  # from the smallest masks, which have the least choice, to the largest
-        slots = np.argsort(total_S, kind="stable")[: k_N[row]]
-        poured_K = pour(total_S[slots], width_N[row])
-        masked_NS[row, slots] = True
-        weight_NS[row, slots] = (1 - EVEN_SHARE) * poured_K + EVEN_SHARE * width_N[row] / k_N[row]
-        total_S += weight_NS[row]
-    return masked_NS, weight_NS, width_N
+    masked_NS = layout(k_N, length)
+    return masked_NS, best_weights(masked_NS, width_N), width_N
+
+
+def layout(k_N: np.ndarray, length: int) -> np.ndarray:
+    """Masks [N, S] of k_N slots each; the largest is laid first, each on the slots masked least often so far."""
+    masked_NS = np.zeros((len(k_N), length), dtype=bool)
+    for row in np.argsort(-k_N, kind="stable"):
+        masked_NS[row, np.argsort(masked_NS.sum(0), kind="stable")[: k_N[row]]] = True
+    return masked_NS
 
 
 def antithetic_signs(size_N: np.ndarray) -> np.ndarray:
@@ -50,10 +49,3 @@ def antithetic_signs(size_N: np.ndarray) -> np.ndarray:
         sign_N[n] = -1.0 if total > 0 else 1.0
         total += sign_N[n] * size_N[n]
     return sign_N
-
-
-def pour(level_K: np.ndarray, amount: float) -> np.ndarray:
-    """How much each of K vessels gets when ``amount`` is poured over them; their levels ascend."""
-    surface_K = (amount + np.cumsum(level_K)) / np.arange(1, len(level_K) + 1)  # if only the first 1, 2, ... take part
-    surface = surface_K[np.flatnonzero(surface_K >= level_K)[-1]]
-    return np.maximum(surface - level_K, 0.0)
