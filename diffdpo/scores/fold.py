@@ -42,9 +42,9 @@ def fold(f_R: torch.Tensor, rows: NoisyRows) -> PairScores:
 
 
 def _standard_error(f_R: torch.Tensor, rows: NoisyRows) -> torch.Tensor:
-    """sqrt(coupling Σ share² · s²), s² the share-weighted variance over rows of u = weight f / share.
+    """sqrt(coupling Σ share² · s²), s² the share-weighted variance over rows of u = weight f / share, a token's score.
 
-    u is a score per token. With equal shares and a coupling of 1 this is the standard error of a mean of independent rows.
+    With equal shares and a coupling of 1 this is the standard error of a mean of independent rows.
     """
 
     def mean(value_R: torch.Tensor) -> torch.Tensor:
