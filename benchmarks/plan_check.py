@@ -231,7 +231,6 @@ def equal_rows(config, vocabulary: int):
         position.repeat(count),
         ids_RT[:, config.max_prompt_length :].flatten(),
         torch.ones(count * scored),
-        torch.ones(count // config.num_mc_samples),
         torch.full((count // config.num_mc_samples,), scored),
     )
 

@@ -11,16 +11,16 @@ Four freedoms that leave the mean of a score alone, spent against its variance (
    that are masked least often so far: all tokens are covered, and those of small masks are seen in a large one as well.
 4. *Slot weights.* A row's weight c_j may be spread unevenly over its k_j tokens, as tokens are assigned to slots at
    random: so that what differs between tokens, much of a score's variance, cancels over the rows
-   (``token_model.py``).
+   (``token_weights.py``).
 
 Shape suffixes: N rows, S slots (= L).
 """
 
 import numpy as np
 
-from diffdpo.noise.token_model import best_weights
+from diffdpo.noise.token_weights import token_weights
 
-STRATA_POWER = 1.5  # stratum boundaries are L (j/n)^power; 1: equal widths
+STRATA_POWER = 1.35  # stratum boundaries are L (j/n)^power; 1: equal widths
 
 
 def balanced_rows(length: int, num_rows: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -31,7 +31,7 @@ def balanced_rows(length: int, num_rows: int, rng: np.random.Generator) -> tuple
     place_N = np.where(antithetic_signs(width_N**2) > 0, place, 1 - place)
     k_N = np.minimum((bound[:-1] + place_N * width_N).astype(np.int64) + 1, length)
     masked_NS = layout(k_N, length)
-    return masked_NS, best_weights(masked_NS, width_N), width_N
+    return masked_NS, token_weights(masked_NS, width_N), width_N
 
 
 def layout(k_N: np.ndarray, length: int) -> np.ndarray:

@@ -19,7 +19,6 @@ import numpy as np
 from diffdpo.errors import UserError
 from diffdpo.noise.balanced import balanced_rows
 from diffdpo.noise.plan import NoiseKey, NoisePlan
-from diffdpo.noise.token_model import coupling
 
 EPSILON = 1e-3  # smallest t of the estimators that weigh by 1/t: their variance would be infinite at 0 (LLaDA, VRPO)
 MAX_EXACT_LENGTH = 12  # 4095 masks
@@ -94,8 +93,7 @@ def mask_count_mirror(length: int, num_samples: int, rng: np.random.Generator) -
     if single:
         k_N = np.append(k_N, rng.integers(1, length + 1))
         ranks_NL = np.concatenate([ranks_NL, _ranks(1, length, rng)])
-    plan = _counted(k_N, ranks_NL)
-    return replace(plan, coupling=coupling(plan.masked_NL, plan.masked_NL * plan.weight_N[:, None]))
+    return _counted(k_N, ranks_NL)
 
 
 def balanced(length: int, num_samples: int, rng: np.random.Generator) -> NoisePlan:
@@ -106,8 +104,8 @@ def balanced(length: int, num_samples: int, rng: np.random.Generator) -> NoisePl
     """
     masked_NS, scale_NS, share_N = balanced_rows(length, num_samples, rng)
     slot_L = np.argsort(np.argsort(rng.random(length)))  # a uniform permutation, growing with L token by token
-    masked_NL, weight_N = masked_NS[:, slot_L], np.ones(num_samples)
-    return NoisePlan(masked_NL, masked_NL, weight_N, share_N, scale_NS[:, slot_L], coupling(masked_NS, scale_NS))
+    masked_NL = masked_NS[:, slot_L]
+    return NoisePlan(masked_NL, masked_NL, np.ones(num_samples), share_N, scale_NS[:, slot_L])
 
 
 def paired(length: int, num_samples: int, rng: np.random.Generator) -> NoisePlan:

@@ -41,8 +41,6 @@ class NoisePlan:
     ``share_N``    float64, tokens of the answer that row n stands for, Σ = L. Where rows are drawn alike it is L / N.
                    Only the standard error uses it; 0 where nothing is random (``exact``).
     ``scale_NL``   float64 weight of a token within its row, or None for 1 everywhere; may be negative.
-    ``coupling``   variance of the estimate over what the spread of its rows suggests, 1 for rows drawn independently,
-                   less where they cancel each other's error (``token_model.coupling``). For the standard error too.
     """
 
     masked_NL: np.ndarray
@@ -50,7 +48,6 @@ class NoisePlan:
     weight_N: np.ndarray
     share_N: np.ndarray
     scale_NL: np.ndarray | None = None
-    coupling: float = 1.0
 
     def __len__(self) -> int:
         return len(self.weight_N)

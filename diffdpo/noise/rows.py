@@ -29,7 +29,6 @@ class NoisyRows:
     ``share_R``       float32, tokens of the answer the row stands for (see NoisePlan); for standard errors only.
     ``row_M, position_M, target_M``  long: score token ``target`` at ``position`` of ``row``; ``row_M`` ascending.
     ``scale_M``       float32, weight of a token within its row (1 for most estimators).
-    ``coupling_A``    float32, see NoisePlan; for standard errors only.
     ``tokens_A``      long, scored tokens of each answer; 0 where there is none.
     """
 
@@ -42,7 +41,6 @@ class NoisyRows:
     position_M: torch.Tensor
     target_M: torch.Tensor
     scale_M: torch.Tensor
-    coupling_A: torch.Tensor
     tokens_A: torch.Tensor
 
     def __len__(self) -> int:
@@ -71,7 +69,6 @@ class NoisyRows:
             self.position_M[place_M],
             self.target_M[place_M],
             self.scale_M[place_M],
-            self.coupling_A,
             self.tokens_A,
         )
 
@@ -88,7 +85,6 @@ class NoisyRows:
             none,
             none,
             self.scale_M[:0],
-            self.coupling_A,
             self.tokens_A,
         )
 
@@ -178,7 +174,6 @@ class _Block:
     position_M: np.ndarray
     target_M: np.ndarray
     scale_M: np.ndarray
-    coupling: float
 
 
 def _block(ids_T: np.ndarray, prompt: int, plan: NoisePlan, mask_token_id: int) -> _Block:
@@ -187,14 +182,14 @@ def _block(ids_T: np.ndarray, prompt: int, plan: NoisePlan, mask_token_id: int) 
     ids_NT[:, prompt:][plan.masked_NL] = mask_token_id
     row_M, offset_M = np.nonzero(plan.scored_NL)
     scale_M = np.ones(len(row_M)) if plan.scale_NL is None else plan.scale_NL[row_M, offset_M]
-    positions, targets = offset_M + prompt, answer_L[offset_M]
-    shape = (plan.weight_N, plan.share_N, row_M, positions, targets, scale_M, plan.coupling)
-    return _Block(ids_NT, len(answer_L), *shape)
+    return _Block(
+        ids_NT, len(answer_L), plan.weight_N, plan.share_N, row_M, offset_M + prompt, answer_L[offset_M], scale_M
+    )
 
 
 def _dummy(rows: int, mask_token_id: int) -> _Block:
     nothing, zero_N = np.empty(0, np.int64), np.zeros(rows)
-    return _Block(np.full((rows, 1), mask_token_id), 0, zero_N, zero_N, nothing, nothing, nothing, np.empty(0), 1.0)
+    return _Block(np.full((rows, 1), mask_token_id), 0, zero_N, zero_N, nothing, nothing, nothing, np.empty(0))
 
 
 def _join(blocks: list[_Block]) -> NoisyRows:
@@ -219,6 +214,5 @@ def _join(blocks: list[_Block]) -> NoisyRows:
         joined("position_M", torch.long),
         joined("target_M", torch.long),
         joined("scale_M", torch.float32),
-        torch.tensor([block.coupling for block in blocks], dtype=torch.float32),
         torch.tensor([block.tokens for block in blocks], dtype=torch.long),
     )

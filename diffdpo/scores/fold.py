@@ -15,8 +15,9 @@ class PairScores:
     """Scores of a micro-batch, sums over tokens in nats; 0 where a side is absent.
 
     ``score_B2``   float32, differentiable.
-    ``stderr_B2``  float32, detached: standard error from the spread of an answer's rows and from how they are coupled
-                   to cancel each other's error (``NoisePlan.coupling``). 0 for ``exact``, NaN with a single row.
+    ``stderr_B2``  float32, detached: standard error from the spread of an answer's rows, as if they were drawn
+                   independently, so on the safe side for the estimators whose rows are coupled to cancel errors. 0 for
+                   ``exact``, NaN with a single row.
     ``tokens_B2``  long, scored tokens.
     """
 
@@ -42,9 +43,9 @@ def fold(f_R: torch.Tensor, rows: NoisyRows) -> PairScores:
 
 
 def _standard_error(f_R: torch.Tensor, rows: NoisyRows) -> torch.Tensor:
-    """sqrt(coupling Σ share² · s²), s² the share-weighted variance over rows of u = weight f / share, a token's score.
+    """sqrt(Σ share² · s²), s² the share-weighted variance over rows of u = weight f / share, a score per token.
 
-    With equal shares and a coupling of 1 this is the standard error of a mean of independent rows.
+    With equal shares this is the standard error of a mean of independent rows.
     """
 
     def mean(value_R: torch.Tensor) -> torch.Tensor:
@@ -56,7 +57,7 @@ def _standard_error(f_R: torch.Tensor, rows: NoisyRows) -> torch.Tensor:
     spread_A = mean((u_R - mean(u_R)[rows.answer_R]) ** 2)
     largest_A = mean(share_R) / share_A.clamp(min=1e-12)  # Σ share² / (Σ share)²: 1/n for equal shares
     # E[spread] = s² (1 - largest) for independent rows of one variance; a single row says nothing of its error
-    variance_A = rows.coupling_A * share_A**2 * spread_A * largest_A / (1 - largest_A)
+    variance_A = share_A**2 * spread_A * largest_A / (1 - largest_A)
     known_A = torch.where(largest_A < 1 - 1e-9, variance_A.sqrt(), torch.nan)
     return torch.where(share_A > 0, known_A, 0.0)
 

@@ -50,7 +50,7 @@ def longest_rows(rows: int, length: int) -> NoisyRows:
         torch.zeros(rows, dtype=torch.long),
         *(ones_R, ones_R),
         *(row_M, place_RT.reshape(-1), torch.zeros_like(row_M)),
-        *(torch.ones(len(row_M)), torch.ones(1)),
+        torch.ones(len(row_M)),
         torch.tensor([length - 1]),
     )
 

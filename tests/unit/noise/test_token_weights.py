@@ -1,11 +1,11 @@
-"""The token model: weights against a constrained least-squares problem written out, coupling against simulation."""
+"""Token weights against the constrained least-squares problem written out, and against other weights."""
 
 import numpy as np
 import pytest
 
 from diffdpo.noise.balanced import balanced_rows
 from diffdpo.noise.estimators import mask_count
-from diffdpo.noise.token_model import MEAN, NOISE, TOKEN, best_weights, coupling
+from diffdpo.noise.token_weights import MEAN, NOISE, TOKEN, token_weights
 
 
 def error_variance(masked_NS: np.ndarray, weight_NS: np.ndarray) -> float:
@@ -30,7 +30,7 @@ def test_weights_solve_the_constrained_problem(length, num_rows):
     constraint_NM = (np.arange(num_rows)[:, None] == row_M).astype(float)
     system = np.block([[quadratic_MM, constraint_NM.T], [constraint_NM, np.zeros((num_rows, num_rows))]])
     solution = np.linalg.solve(system, np.concatenate([features_M2 @ TOKEN @ MEAN, total_N]))
-    weight_NS = best_weights(masked_NS, total_N)
+    weight_NS = token_weights(masked_NS, total_N)
     np.testing.assert_allclose(weight_NS[masked_NS], solution[: len(row_M)], atol=1e-9)
     assert (weight_NS[~masked_NS] == 0).all()
 
@@ -54,28 +54,3 @@ def test_balanced_rows_leave_a_fraction_of_the_error_of_independent_ones():
     balanced = [error_variance(*balanced_rows(64, 4, np.random.default_rng(seed))[:2]) for seed in range(100)]
     independent = [of_independent(np.random.default_rng(seed)) for seed in range(100)]
     assert np.mean(balanced) < 0.5 * np.mean(independent)
-
-
-@pytest.mark.parametrize(("length", "num_rows"), [(12, 2), (40, 4), (16, 9)])
-def test_coupling_is_what_simulation_finds(length, num_rows):
-    rng = np.random.default_rng(3)
-    masked_NS, weight_NS, total_N = balanced_rows(length, num_rows, rng)
-    u_N, share_N = masked_NS.mean(1), total_N / total_N.sum()
-    token_S2 = rng.multivariate_normal([0.0, 0.0], TOKEN, length)
-    token_S2 = (token_S2 - token_S2.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(token_S2.T, ddof=1))).T
-    token_S2 = token_S2 @ np.linalg.cholesky(TOKEN).T  # of exactly the model's covariance
-    estimates, suggested = [], []
-    for _ in range(40_000):
-        own_S2 = token_S2[rng.permutation(length)]
-        noise_NS = rng.normal(size=masked_NS.shape) * np.sqrt(NOISE * u_N)[:, None]
-        sum_N = (weight_NS * (own_S2[:, 0] + np.outer(u_N**2, own_S2[:, 1]) + noise_NS)).sum(1)
-        apart_N = sum_N / share_N
-        spread = share_N @ (apart_N - share_N @ apart_N) ** 2
-        estimates.append(sum_N.sum())
-        suggested.append(spread * (share_N @ share_N) / (1 - share_N @ share_N))
-    assert coupling(masked_NS, weight_NS) == pytest.approx(np.var(estimates) / np.mean(suggested), rel=0.04)
-
-
-def test_a_single_row_and_a_single_token_have_no_coupling_to_speak_of():
-    assert coupling(np.ones((1, 5), bool), np.full((1, 5), 1.0)) == 1.0
-    assert coupling(np.ones((2, 1), bool), np.full((2, 1), 0.5)) == pytest.approx(1.0)
