@@ -20,12 +20,10 @@ import numpy as np
 
 from diffdpo.noise.token_weights import token_weights
 
-STRATA_POWER = 1.35  # stratum boundaries are L (j/n)^power; 1: equal widths
-
 
 def balanced_rows(length: int, num_rows: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Masks [N, S] bool, slot weights [N, S] (row j sums to c_j; 0 outside the mask), and widths c_N (Σ = length)."""
-    bound = length * (np.arange(num_rows + 1) / num_rows) ** STRATA_POWER
+    bound = strata(length, num_rows)
     width_N = np.diff(bound)
     place = rng.random()
     place_N = np.where(antithetic_signs(width_N**2) > 0, place, 1 - place)
@@ -34,11 +32,19 @@ def balanced_rows(length: int, num_rows: int, rng: np.random.Generator) -> tuple
     return masked_NS, token_weights(masked_NS, width_N), width_N
 
 
+def strata(length: int, num_rows: int) -> np.ndarray:
+    """Boundaries L (j/n)^p, j = 0..n, with p = 1 + log2(L) / 16 as measured (docs/LOG.md, 2026-11-26, fifth round): the
+    longer an answer, the more of the variance comes from masks that ask few of its tokens."""
+    return length * (np.arange(num_rows + 1) / num_rows) ** (1 + np.log2(length) / 16)
+
+
 def layout(k_N: np.ndarray, length: int) -> np.ndarray:
     """Masks [N, S] of k_N slots each; the largest is laid first, each on the slots masked least often so far."""
-    masked_NS = np.zeros((len(k_N), length), dtype=bool)
+    masked_NS, times_S = np.zeros((len(k_N), length), dtype=bool), np.zeros(length, dtype=np.int64)
     for row in np.argsort(-k_N, kind="stable"):
-        masked_NS[row, np.argsort(masked_NS.sum(0), kind="stable")[: k_N[row]]] = True
+        slots = np.argsort(times_S, kind="stable")[: k_N[row]]
+        masked_NS[row, slots] = True
+        times_S[slots] += 1
     return masked_NS
 
 

@@ -141,9 +141,11 @@ def trajectory(length: int, num_samples: int, rng: np.random.Generator, num_step
         stop = min(start + num_steps, num_samples)
         tau_NL[start:stop] = rng.integers(1, num_steps + 1, length)
         step_N[start:stop] = 1 + rng.permutation(num_steps)[: stop - start]
-    weight_N = np.full(num_samples, num_steps / num_samples)
-    step_N1 = step_N[:, None]
-    return NoisePlan(tau_NL <= step_N1, tau_NL == step_N1, weight_N, np.full(num_samples, length / num_samples))
+    masked_NL, scored_NL = tau_NL <= step_N[:, None], tau_NL == step_N[:, None]
+    weight_N, share_N = np.full(num_samples, num_steps / num_samples), np.full(num_samples, length / num_samples)
+    if num_samples % num_steps == 0:  # every token once a trajectory: how many a step has of them is then no error
+        share_N = weight_N * scored_NL.sum(1)
+    return NoisePlan(masked_NL, scored_NL, weight_N, share_N)
 
 
 def exact(length: int, num_samples: int, rng: np.random.Generator) -> NoisePlan:

@@ -41,12 +41,16 @@ def token_weights(masked_NS: np.ndarray, total_N: np.ndarray) -> np.ndarray:
     u_N = masked_NS.mean(1)
     features_N2 = np.stack([np.ones_like(u_N), u_N**2], 1)
     seen_NP = masked_NS[:, first_P] / (NOISE * u_N)[:, None]
-    posterior_P22 = np.linalg.inv(np.linalg.inv(TOKEN) + np.einsum("np,na,nb->pab", seen_NP, features_N2, features_N2))
-    gain_NP2 = np.einsum("np,na,pab->npb", seen_NP, features_N2, posterior_P22)
-    # einsum and sum, not products of matrices: the order of its sums does not depend on the number of threads
-    shared_NN = np.einsum("p,npb,mp,mb->nm", count_P, gain_NP2, seen_NP, features_N2)
+    seen_NP2 = seen_NP[:, :, None] * features_N2[:, None, :]
+    posterior_P22 = np.linalg.inv(np.linalg.inv(TOKEN) + np.einsum("npa,nb->pab", seen_NP2, features_N2))
+    gain_NP2 = np.einsum("npa,pab->npb", seen_NP2, posterior_P22)
+    # einsum and sum, not products of matrices, whose sums depend on the number of threads. The last digits still depend
+    # on the machine (solve); weights are used in 32 bits.
+    rows, patterns = seen_NP.shape
+    counted_NQ = (gain_NP2 * count_P[:, None]).reshape(rows, 2 * patterns)
+    shared_NN = np.einsum("nq,mq->nm", counted_NQ, seen_NP2.reshape(rows, 2 * patterns))
     prior_NP = np.einsum("npb,b->np", gain_NP2, MEAN)
     lambda_N = np.linalg.solve(np.diag((seen_NP * count_P).sum(1)) - shared_NN, total_N - (prior_NP * count_P).sum(1))
-    taken_P2 = np.einsum("mp,mb,m->pb", seen_NP, features_N2, lambda_N)
+    taken_P2 = np.einsum("npb,n->pb", seen_NP2, lambda_N)
     weight_NP = prior_NP - np.einsum("npb,pb->np", gain_NP2, taken_P2) + seen_NP * lambda_N[:, None]
     return weight_NP[:, pattern_S.ravel()]

@@ -16,8 +16,8 @@ class PairScores:
 
     ``score_B2``   float32, differentiable.
     ``stderr_B2``  float32, detached: standard error from the spread of an answer's rows, as if they were drawn
-                   independently, so on the safe side for the estimators whose rows are coupled to cancel errors. 0 for
-                   ``exact``, NaN with a single row.
+                   independently: as a rule too large for the estimators whose rows are coupled to cancel errors
+                   (docs/theory.md, section 4). 0 for ``exact``, NaN where a single row scores all tokens.
     ``tokens_B2``  long, scored tokens.
     """
 

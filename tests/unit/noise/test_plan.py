@@ -110,6 +110,16 @@ def test_a_plan_is_the_same_on_every_machine():
     assert (plan.masked_NL @ (1 << np.arange(8))).tolist() == [221, 223]
 
 
+def test_the_default_plan_is_the_same_on_every_machine():
+    """Strata, layout, weights and constants: after a change of any, scores that were stored are those of other rows."""
+    plan = draw_plan("balanced", length=12, num_samples=4, key=NoiseKey(7, 1, "pair-é", 1))
+    assert (plan.masked_NL @ (1 << np.arange(12))).tolist() == [257, 82, 3752, 4095]
+    weight_NL = token_weights(plan)
+    np.testing.assert_allclose(weight_NL.sum(1), [2.198992, 2.937924, 3.301263, 3.561821], rtol=1e-6)
+    each = [sorted({round(float(weight), 5) for weight in row if weight}) for row in weight_NL]
+    assert each == [[1.0995], [0.97931], [0.55021], [0.23461, 0.24665, 0.3072, 0.50948]]
+
+
 def test_paired_sides_share_noise_where_they_agree_and_others_do_not():
     def masks(estimator: str, side: int, length: int) -> np.ndarray:
         return draw_plan(estimator, length=length, num_samples=4, key=NoiseKey(1, 0, "a", side)).masked_NL

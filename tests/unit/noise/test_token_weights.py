@@ -43,7 +43,8 @@ def test_no_other_weights_of_the_same_totals_have_less_variance():
     for _ in range(20):
         step_NS = np.where(masked_NS, rng.normal(size=masked_NS.shape), 0.0)
         step_NS -= masked_NS * (step_NS.sum(1) / masked_NS.sum(1))[:, None]
-        assert error_variance(masked_NS, weight_NS + 0.1 * step_NS) > least
+        assert error_variance(masked_NS, weight_NS + 1e-3 * step_NS) > least
+        assert error_variance(masked_NS, weight_NS - 1e-3 * step_NS) > least
 
 
 def test_balanced_rows_leave_a_fraction_of_the_error_of_independent_ones():
@@ -53,4 +54,5 @@ def test_balanced_rows_leave_a_fraction_of_the_error_of_independent_ones():
 
     balanced = [error_variance(*balanced_rows(64, 4, np.random.default_rng(seed))[:2]) for seed in range(100)]
     independent = [of_independent(np.random.default_rng(seed)) for seed in range(100)]
-    assert np.mean(balanced) < 0.5 * np.mean(independent)
+    # 0.36; with even weights in the same masks 0.47
+    assert np.mean(balanced) < 0.4 * np.mean(independent)

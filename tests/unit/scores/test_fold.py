@@ -21,7 +21,7 @@ def rows_of(estimator: str, num_samples: int, lengths=((5, 9), (3, None)), draw:
     return noisy_rows(batch, estimator=estimator, num_samples=num_samples, seed=0, mask_token_id=99, draw=draw)
 
 
-@pytest.mark.parametrize("estimator", ["mask_count", "balanced", "exact"])
+@pytest.mark.parametrize("estimator", ["mask_count", "balanced", "exact", "trajectory"])
 def test_constant_log_probability_gives_tokens_times_it(estimator):
     rows = rows_of(estimator, 4)
     scores = fold(row_scores(torch.full(rows.target_M.shape, -2.0), rows), rows)
@@ -62,6 +62,22 @@ def test_standard_error_of_equal_rows_is_that_of_a_mean():
     assert scores.score_B2[0, 0].item() == pytest.approx(1.0)
     assert scores.stderr_B2[0, 0].item() == pytest.approx(math.sqrt(np.var([1, 2, 4, -3], ddof=1) / 4))
     assert scores.stderr_B2[0, 1].item() == 0
+
+
+def test_a_trajectory_of_one_token_is_one_row_to_score_and_knows_no_error():
+    rows = rows_of("trajectory", 4, lengths=((1, 2000),))
+    scores = fold(row_scores(torch.randn(len(rows.target_M)), rows), rows)
+    assert scores.stderr_B2[0, 0].isnan() and scores.stderr_B2[0, 1] > 0
+
+
+def test_standard_error_of_a_trajectory_counts_its_tokens():
+    """Independent noise of variance 1: L tokens have a standard error of sqrt(L), however they fall on the steps."""
+    found = []
+    for draw in range(200):
+        rows = rows_of("trajectory", 8, lengths=((64, None),), draw=draw)
+        noise_M = torch.from_numpy(np.random.default_rng(draw).normal(-3.0, 1.0, len(rows.target_M)))
+        found.append(fold(row_scores(noise_M, rows), rows).stderr_B2[0, 0].item())
+    assert 8.0 < np.sqrt(np.mean(np.square(found))) < 9.0
 
 
 def test_one_row_knows_no_error_and_exact_has_none():
