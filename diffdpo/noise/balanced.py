@@ -6,7 +6,7 @@ Four freedoms that leave the mean of a score alone, spent against its variance (
    width c_j. Σ c_j = L exactly, so a constant log-probability per token is estimated without error. Rows with few
    masked tokens are the noisy ones (standard deviation ~ k^-1/2), hence narrower strata there.
 2. *Antithetic counts.* One uniform number places all counts, from below in some strata and from above in the others,
-   such that a linear trend of log p in k (all but) cancels: Σ ± c_j² ≈ 0. With n = 2 and equal widths: the mirrored pair.
+   such that a linear trend of log p in k (all but) cancels: Σ ± c_j² ≈ 0. n = 2, equal widths: a mirrored pair.
 3. *Layout.* Masks of different rows may depend on each other. From the largest to the smallest, each masks the slots
    that are masked least often so far: all tokens are covered, and those of small masks are seen in a large one as well.
 4. *Slot weights.* A row's weight c_j may be spread unevenly over its k_j tokens, as tokens are assigned to slots at
