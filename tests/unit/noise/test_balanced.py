@@ -43,6 +43,11 @@ def test_rows_keep_their_promises(length, num_rows):
         assert (sizes >= np.floor(bound[:-1]) + (bound[:-1] == 0)).all() and (sizes <= np.ceil(bound[1:])).all()
 
 
+def test_totals_over_rows_are_nearly_level_with_enough_rows():
+    totals = [balanced_rows(64, 8, np.random.default_rng(seed))[1].sum(0) for seed in range(50)]
+    assert np.var(totals) < 0.12  # 0.59 = (H_64 - 1) / 8 for independent rows
+
+
 @dataclass
 class Place:
     """Stands for the generator, of which balanced_rows asks one number."""
