@@ -32,6 +32,7 @@ from data_pipeline.records import (
     Text,
     answer_label,
     as_object,
+    aside_of,
     assistant_turn,
     decode_record,
     missing_field,
@@ -182,18 +183,19 @@ def _pair(fields: Fields, prompt: Text, chosen: Text, rejected: Text) -> Record:
     if isinstance(prompt, tuple):
         chosen, rejected = (assistant_turn(side) if isinstance(side, str) else side for side in (chosen, rejected))
         _one_answer(chosen, rejected)  # type: ignore[arg-type]
-        _refuse_open_call(prompt)
+        prompt = _before_answer(prompt)
     record = PreferenceRecord("", prompt, chosen, rejected, _meta(fields), read_template_kwargs(fields))
     return with_id(record, fields.get("id"))
 
 
-def _refuse_open_call(prompt: tuple[Message, ...]) -> None:
-    if (
-        prompt
-        and prompt[-1]["role"] == "assistant"
-        and (prompt[-1].get("tool_calls") or prompt[-1].get("function_call"))
-    ):
+def _before_answer(prompt: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Prompt turns without an empty last one of the assistant: it says no more than that its turn begins. A call of a
+    tool that nobody answered cannot be continued by an answer."""
+    if not prompt or prompt[-1]["role"] != "assistant":
+        return prompt
+    if prompt[-1].get("tool_calls") or prompt[-1].get("function_call"):
         raise RecordError("prompt_without_question", "the prompt ends with a call of a tool that nobody answered")
+    return prompt if prompt[-1]["content"] or aside_of(prompt[-1]) else prompt[:-1]
 
 
 def _prompt_of(fields: Fields, said: tuple[Text, ...] = ()) -> Text:
@@ -392,7 +394,7 @@ def _prompt_and_answer(fields: Fields) -> tuple[Text, Text]:
     if isinstance(prompt, tuple) and isinstance(answer, tuple):
         answer = _without_prompt(answer, prompt)
         _one_answer(answer)
-        _refuse_open_call(prompt)
+        prompt = _before_answer(prompt)
     return prompt, answer
 
 

@@ -275,7 +275,10 @@ GRADED = [{"question": "2+3?", "answer": a, "is_correct": a == "5"} for a in ("5
 def contents(folder):
     dataset = open_dataset(str(folder))
     found = [vars(record) for record in map(RecordReader(dataset), range(len(dataset)))]
-    return [{name: value for name, value in fields.items() if name not in ("id", "meta", "template_kwargs")} for fields in found]
+    return [
+        {name: value for name, value in fields.items() if name not in ("id", "meta", "template_kwargs")}
+        for fields in found
+    ]
 
 
 @pytest.mark.parametrize("write", [write_parquet, write_jsonl_gz])
