@@ -24,12 +24,12 @@ import torch
 import webdataset as wds
 
 from data_pipeline.batch import PairBatch, collate
-from data_pipeline.build import BuildOptions, build
 from data_pipeline.encode import Encoder
 from data_pipeline.generate import generate_pairs, write_jsonl
 from data_pipeline.index import load_index, save_index
 from data_pipeline.reader import PairLoader, open_dataset
 from data_pipeline.records import decode_record
+from data_pipeline.shard_builder import BuildOptions, build
 from data_pipeline.shards import ENTRY
 
 SHARD_SIZE, MICRO, GLOBAL = 4000, 8, 64
@@ -218,8 +218,8 @@ from pathlib import Path
 from itertools import islice
 from data_pipeline.dataset import Part, ShardedDataset
 from data_pipeline.index import load_index
-from data_pipeline.plan import PlanOptions
-from data_pipeline.stream import Share, micro_plans
+from data_pipeline.order import PlanOptions
+from data_pipeline.stages import Share, micro_plans
 import data_pipeline.reader
 def anonymous():
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()

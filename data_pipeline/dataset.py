@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.build import BuildOptions
 from data_pipeline.errors import DataError
 from data_pipeline.index import GZIP, Index
 from data_pipeline.locate import open_index, open_side
-from data_pipeline.plan import PlanOptions, mixed_records, shuffled_records
+from data_pipeline.order import PlanOptions, mixed_records, shuffled_records
 from data_pipeline.remote import default_cache_dir, is_remote, without_scheme
+from data_pipeline.shard_builder import BuildOptions
 from data_pipeline.split import eval_mask
 
 log = logging.getLogger(__name__)

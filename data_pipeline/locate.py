@@ -12,7 +12,6 @@ import numpy as np
 from braceexpand import braceexpand
 from filelock import FileLock
 
-from data_pipeline.build import BuildOptions, build, check_first_rows, job_signature
 from data_pipeline.errors import DataError
 from data_pipeline.index import (
     ENTRIES,
@@ -28,6 +27,7 @@ from data_pipeline.index import (
 )
 from data_pipeline.parallel import ordered_map
 from data_pipeline.remote import AbsentError, cached_file, expand_remote, is_glob, is_remote
+from data_pipeline.shard_builder import BuildOptions, build, check_first_rows, job_signature
 from data_pipeline.shards import TAR, Bad, ShardScan, scan_shard
 from data_pipeline.sources.files import SourceOptions, named_split, refuse_split
 

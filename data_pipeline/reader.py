@@ -18,8 +18,8 @@ from data_pipeline.dataset import ShardedDataset, open_dataset
 from data_pipeline.encode import DROP_KINDS, Encoder
 from data_pipeline.errors import DataError
 from data_pipeline.index import bad_summary
-from data_pipeline.plan import PlanOptions, num_steps
-from data_pipeline.stream import PlanSource, Share, encode_batches, read_records
+from data_pipeline.order import PlanOptions, num_steps
+from data_pipeline.stages import PlanSource, Share, encode_batches, read_records
 
 __all__ = ["PairLoader", "open_dataset"]
 
@@ -46,11 +46,11 @@ class PairLoader:
     for any micro-batch size. ``epoch`` and ``step`` count what was consumed: when the last micro-batch of step t is
     handed out, ``step`` is t + 1, which is what a checkpoint written after that step must hold.
 
-    ``tail``, ``shuffle_shards`` and ``bucket_steps`` are those of ``plan.PlanOptions``; ``shuffle_shards`` None is what
-    a loaded state says, else 8 for remote shards and the whole corpus for local ones. ``batching="balanced"`` evens out
-    the tokens of the micro-batches of a step (their sizes differ, alike on all ranks; their number does not). A record
-    that cannot be read is an empty slot and a fault, counted and logged; ``strict`` raises instead, and so does a share
-    of faults above ``max_fault_fraction``.
+    ``tail``, ``shuffle_shards`` and ``bucket_steps`` are those of ``order.PlanOptions``; ``shuffle_shards`` None is
+    what a loaded state says, else 8 for remote shards and the whole corpus for local ones. ``batching="balanced"``
+    evens out the tokens of the micro-batches of a step (their sizes differ, alike on all ranks; their number does not).
+    A record that cannot be read is an empty slot and a fault, counted and logged; ``strict`` raises instead, and so
+    does a share of faults above ``max_fault_fraction``.
     """
 
     def __init__(

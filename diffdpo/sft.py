@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from data_pipeline.batch import Fault, PairBatch
 from data_pipeline.dataset import ShardedDataset
 from data_pipeline.records import AnswerRecord
-from data_pipeline.stream import RecordReader
+from data_pipeline.stages import RecordReader
 from diffdpo import build
 from diffdpo.build import Place
 from diffdpo.checkpoint import find_checkpoint

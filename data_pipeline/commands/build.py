@@ -6,7 +6,6 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from data_pipeline.build import build
 from data_pipeline.commands.common import build_options, encoder_of
 from data_pipeline.convert import ConvertOptions
 from data_pipeline.encode import Encoder
@@ -14,6 +13,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.index import MANIFEST
 from data_pipeline.locate import expand
 from data_pipeline.remote import without_scheme
+from data_pipeline.shard_builder import build
 from data_pipeline.shards import to_json
 
 

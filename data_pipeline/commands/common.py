@@ -4,11 +4,11 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from data_pipeline.build import BuildOptions
 from data_pipeline.convert import ConvertOptions
 from data_pipeline.dataset import ShardedDataset, open_dataset
 from data_pipeline.encode import MAX_LENGTH, MAX_PROMPT_LENGTH, Encoder, default_template
 from data_pipeline.errors import DataError
+from data_pipeline.shard_builder import BuildOptions
 from data_pipeline.sources.candidates import Pairing
 from data_pipeline.sources.files import SourceOptions
 from data_pipeline.tokenizer import load_tokenizer, token_id

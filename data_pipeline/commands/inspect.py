@@ -12,10 +12,10 @@ from data_pipeline.commands.common import dataset_of, encoder_of
 from data_pipeline.dataset import ShardedDataset
 from data_pipeline.encode import Drop, Encoder, TokenAnswer
 from data_pipeline.errors import DataError
-from data_pipeline.plan import generator
+from data_pipeline.order import generator
 from data_pipeline.reader import describe
 from data_pipeline.records import AnswerRecord, Record, Text, encode_record
-from data_pipeline.stream import RecordReader
+from data_pipeline.stages import RecordReader
 
 
 def run(args: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ from data_pipeline.dataset import ShardedDataset
 from data_pipeline.encode import Drop, Encoder
 from data_pipeline.errors import DataError
 from data_pipeline.shards import to_json
-from data_pipeline.stream import RecordReader
+from data_pipeline.stages import RecordReader
 
 PERCENTILES = (5, 50, 95, 99)
 UNLIMITED = 1 << 30  # tokens: lengths before any cut

@@ -50,7 +50,7 @@ class _Answer:
 
 def _answers(step: Sequence[Sequence[PairBatch]], side: int) -> list[_Answer]:
     """The answers of one side in the order of the data: the plan deals the records of each micro-batch over the ranks
-    in turn (``data_pipeline.plan.deal_step``)."""
+    in turn (``data_pipeline.order.deal_step``)."""
     found = []
     for micro, batches in enumerate(zip(*step, strict=True)):
         for slot in range(max(len(batch.ids) for batch in batches)):

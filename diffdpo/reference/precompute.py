@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from data_pipeline.batch import PairBatch
 from data_pipeline.dataset import ShardedDataset
-from data_pipeline.plan import as_steps
+from data_pipeline.order import as_steps
 from data_pipeline.reader import PairLoader
 from diffdpo import build
 from diffdpo.build import Place

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.build import BuildOptions, build
+from data_pipeline.shard_builder import BuildOptions, build
 from diffdpo.config import TrainConfig, make_config
 from diffdpo.errors import UserError
 

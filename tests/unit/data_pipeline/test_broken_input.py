@@ -10,11 +10,11 @@ import zlib
 import pytest
 
 from data_pipeline.__main__ import main
-from data_pipeline.build import BuildOptions, build
 from data_pipeline.cli import exit_code
 from data_pipeline.dataset import open_dataset
 from data_pipeline.errors import DataError
 from data_pipeline.records import RecordError
+from data_pipeline.shard_builder import BuildOptions, build
 from data_pipeline.sources.formats import convert
 
 MESSAGES = [{"role": "user", "content": "2 + 3?"}]

@@ -9,11 +9,11 @@ from io import BytesIO
 import pytest
 
 from data_pipeline.__main__ import main
-from data_pipeline.build import BuildOptions, build
 from data_pipeline.dataset import open_dataset
 from data_pipeline.encode import Encoder
 from data_pipeline.errors import DataError
 from data_pipeline.reader import PairLoader
+from data_pipeline.shard_builder import BuildOptions, build
 from data_pipeline.shards import scan_shard, write_shard
 
 PER_SHARD, SHARDS = 10, 3

@@ -6,15 +6,15 @@ import json
 
 import pytest
 
-from data_pipeline import build as build_module
-from data_pipeline.build import BuildOptions, build
+from data_pipeline import shard_builder as build_module
 from data_pipeline.commands.stats import source_mix
 from data_pipeline.dataset import open_dataset
 from data_pipeline.errors import DataError
 from data_pipeline.locate import check_rows
+from data_pipeline.shard_builder import BuildOptions, build
 from data_pipeline.shards import write_shard
 from data_pipeline.sources.files import SourceOptions, open_rows
-from data_pipeline.stream import RecordReader
+from data_pipeline.stages import RecordReader
 
 
 def records(source, cache, **options):

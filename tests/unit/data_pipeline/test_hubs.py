@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.build import BuildOptions, build
+from data_pipeline.shard_builder import BuildOptions, build
 from tests.conftest import ROOT
 from tests.hub import hub_with
 
@@ -20,7 +20,7 @@ READ = """
 import json, sys
 from data_pipeline.dataset import open_dataset
 from data_pipeline.errors import DataError
-from data_pipeline.stream import RecordReader
+from data_pipeline.stages import RecordReader
 def ids(source):
     try:
         dataset = open_dataset(source, cache_dir=sys.argv[1])

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-import data_pipeline.build as build_module
-from data_pipeline.build import BuildOptions, build
+import data_pipeline.shard_builder as build_module
 from data_pipeline.dataset import open_dataset
 from data_pipeline.errors import DataError
 from data_pipeline.parallel import ordered_map
+from data_pipeline.shard_builder import BuildOptions, build
 from tests.conftest import ROOT
 
 ROWS = 8_000  # four chunks

@@ -7,10 +7,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.build import BuildOptions, build
 from data_pipeline.encode import Encoder
 from data_pipeline.errors import DataError
 from data_pipeline.reader import PairLoader, open_dataset
+from data_pipeline.shard_builder import BuildOptions, build
 
 LARGEST = 97
 

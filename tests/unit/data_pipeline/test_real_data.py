@@ -6,14 +6,14 @@ import json
 
 import pytest
 
-from data_pipeline.build import BuildOptions, build
 from data_pipeline.convert import ConvertOptions
 from data_pipeline.dataset import open_dataset
 from data_pipeline.encode import Drop, Encoder
 from data_pipeline.reader import PairLoader
 from data_pipeline.records import AnswerRecord, PreferenceRecord
+from data_pipeline.shard_builder import BuildOptions, build
 from data_pipeline.sources.candidates import Pairing
-from data_pipeline.stream import RecordReader
+from data_pipeline.stages import RecordReader
 
 # file: rows, records, kind of record, whether the prompt is a conversation
 EXPECTED = {

@@ -9,14 +9,14 @@ import fsspec
 import pytest
 
 import data_pipeline.remote as remote
-from data_pipeline.build import BuildOptions, build
 from data_pipeline.dataset import open_dataset
 from data_pipeline.encode import Encoder
 from data_pipeline.errors import DataError
 from data_pipeline.names import source_names
 from data_pipeline.reader import PairLoader
 from data_pipeline.remote import cached_file
-from data_pipeline.stream import RecordReader
+from data_pipeline.shard_builder import BuildOptions, build
+from data_pipeline.stages import RecordReader
 
 
 class Handler(SimpleHTTPRequestHandler):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from data_pipeline.dataset import open_dataset
 from data_pipeline.encode import Encoder
 from data_pipeline.errors import DataError
-from data_pipeline.plan import (
+from data_pipeline.order import (
     PAD,
     PlanOptions,
     as_steps,

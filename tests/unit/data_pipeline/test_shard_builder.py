@@ -12,15 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import data_pipeline.build as build_module
-from data_pipeline.build import BuildOptions, build
+import data_pipeline.shard_builder as build_module
 from data_pipeline.convert import ConvertOptions
 from data_pipeline.dataset import open_dataset
 from data_pipeline.errors import DataError
 from data_pipeline.index import MANIFEST, load_index
+from data_pipeline.shard_builder import BuildOptions, build
 from data_pipeline.shards import scan_shard, write_shard
 from data_pipeline.split import eval_mask
-from data_pipeline.stream import RecordReader
+from data_pipeline.stages import RecordReader
 
 
 def read_all(folder):
@@ -158,7 +158,7 @@ def test_a_finished_build_appears_by_one_rename(tmp_path, jsonl, make_rows, monk
 
 DIE_WHILE_BUILDING = """
 import signal, sys
-import data_pipeline.build as module
+import data_pipeline.shard_builder as module
 from data_pipeline.shards import write_shard
 written = []
 def dying(path, members):

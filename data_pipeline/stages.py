@@ -17,7 +17,7 @@ from data_pipeline.batch import Fault, PairBatch, collate
 from data_pipeline.dataset import ShardedDataset
 from data_pipeline.encode import Drop, Encoder, TokenPair
 from data_pipeline.errors import DataError
-from data_pipeline.plan import PAD, PlanOptions, as_steps, deal_step, micro_sizes, num_steps
+from data_pipeline.order import PAD, PlanOptions, as_steps, deal_step, micro_sizes, num_steps
 from data_pipeline.records import Record, RecordError, decode_record
 
 OPEN_SHARDS = 64  # file descriptors a worker holds at most
