@@ -22,11 +22,11 @@ from diffdpo import build
 from diffdpo.build import Place
 from diffdpo.config import TrainConfig
 from diffdpo.engine.world import World
-from diffdpo.models.adapters import add_lora
+from diffdpo.models.lora.adapters import add_lora
 from diffdpo.models.load import load_model
 from diffdpo.reference.modes import make_frozen, make_reference
 from diffdpo.reference.precompute import precompute
-from diffdpo.step.train_step import PreferenceStep
+from diffdpo.step.step import PreferenceStep
 
 MODES = (("all", "copy"), ("all", "precomputed"), ("LoRA", "adapter_off"), ("LoRA", "precomputed"))
 

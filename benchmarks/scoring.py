@@ -24,8 +24,8 @@ from diffdpo.noise.plan import NoiseKey, NoisePlan
 from diffdpo.noise.rows import NoisyRows, alike, noisy_rows, rows_of_plans
 from diffdpo.scores.fold import fold
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
-from diffdpo.step.backward import forward_rows, score_rows
-from diffdpo.step.segments import Segments
+from diffdpo.scores.rows import forward_rows, score_rows
+from diffdpo.scores.segments import Segments
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from data_pipeline.locate import check_rows
 from data_pipeline.names import source_names
 from data_pipeline.reader import PairLoader
 from diffdpo.config import RunConfig, SftConfig, TrainConfig, data_weights
-from diffdpo.ds_config import read_ds_config
+from diffdpo.engine.ds_config import read_ds_config
 from diffdpo.engine.base import Engine, OptimizerOptions
 from diffdpo.engine.deepspeed import (
     DeepSpeedEngine,
@@ -34,20 +34,20 @@ from diffdpo.engine.deepspeed import (
 from diffdpo.engine.operators import prepare_operators
 from diffdpo.engine.plain import PlainEngine
 from diffdpo.engine.preflight import check_nvme, check_values
-from diffdpo.engine.world import World, join_world
+from diffdpo.engine.world import World, init_distributed
 from diffdpo.errors import UserError
 from diffdpo.losses.preference import DEFAULTS, check_loss, check_read
 from diffdpo.memory.allocator import keep_freed_memory
 from diffdpo.models.load import LoadedModel, empty_model, load_tokenizer_and_spec
-from diffdpo.models.lora_targets import target_pattern
-from diffdpo.models.spec import FamilySpec
+from diffdpo.models.lora.targets import target_pattern
+from diffdpo.models.architecture.spec import FamilySpec
 from diffdpo.noise.estimators import MAX_EXACT_LENGTH
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
-from diffdpo.step.choose import check_deferred
+from diffdpo.step.strategy import check_deferred
 from diffdpo.step.coefficient import CoefficientRows
-from diffdpo.step.segments import Segments
-from diffdpo.step.train_step import LossOptions
+from diffdpo.scores.segments import Segments
+from diffdpo.step.step import LossOptions
 from diffdpo.tracking.run import tracking_uri
 
 BUNDLED_MODEL = Path(__file__).parent / "pretrained" / "arithmetic"
@@ -74,14 +74,14 @@ class Place:
 def find_place(config: RunConfig, command: str) -> Place:
     """Join the other processes and agree on a name and a folder. UserError when the folder holds another run."""
     _set_threads()
-    world = join_world(always_distributed=uses_deepspeed(config))
+    world = init_distributed(always_distributed=uses_deepspeed(config))
     if world.device.type == "cpu":
         keep_freed_memory()
-    name = world.same_for_all(config.run_name or f"{command}-{time.strftime('%Y%m%d-%H%M%S')}")
+    name = world.broadcast(config.run_name or f"{command}-{time.strftime('%Y%m%d-%H%M%S')}")
     output_dir = Path(config.output_dir or Path("outputs") / name).resolve()
     _check_output_dir(output_dir, config.resume_from_checkpoint)
     tracking_uri(config.tracking_uri, output_dir)  # a wrong one is refused here, before a model is loaded
-    world.wait()  # no rank may write there before all have looked
+    world.barrier()  # no rank may write there before all have looked
     cache_dir = Path(config.data_cache_dir) if config.data_cache_dir else output_dir.parent / "data_cache"
     return Place(world, output_dir, cache_dir, name)
 
@@ -147,7 +147,7 @@ def open_data(
 
 def check_kind_of_records(dataset: ShardedDataset, loss: LossOptions) -> None:
     """UserError when a loss of pairs is given single answers: it would train on nothing."""
-    if loss.of_answers:
+    if loss.unpaired:
         return
     single = sum(
         int((np.minimum(part.column("chosen_bytes"), part.column("rejected_bytes")) == 0).sum())
@@ -426,7 +426,7 @@ def make_loss(config: TrainConfig) -> LossOptions:
 
 def make_coefficient(config: TrainConfig, loss: LossOptions) -> CoefficientRows:
     """Where dL/dS is taken. UserError for a loss of the whole step, whose scores come before any gradient."""
-    if config.coefficient_rows != "same" and loss.whole_batch:
+    if config.coefficient_rows != "same" and loss.couples_pairs:
         raise UserError(
             f"--coefficient_rows {config.coefficient_rows}: {','.join(loss.names)} couples the pairs of a step"
         )

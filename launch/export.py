@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from diffdpo.cli import Parser, run
+from diffdpo.cli.command import Parser, run
 from diffdpo.errors import UserError
-from diffdpo.models.adapter_folder import ADAPTER_CONFIG, base_of_adapter, is_adapter
+from diffdpo.models.checkpoint.adapter_folder import ADAPTER_CONFIG, base_of_adapter, is_adapter
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -39,9 +39,9 @@ def main(argv: list[str]) -> None:
     """Load, merge if there is an adapter, write."""
     args = build_parser().parse_args(argv)
     check(args)
-    from diffdpo.models.adapters import merge
+    from diffdpo.models.lora.adapters import merge
     from diffdpo.models.load import load_adapter, load_model, save_model
-    from diffdpo.models.stream import stored_dtype
+    from diffdpo.models.checkpoint.weights import stored_dtype
 
     base = args.model_name_or_path or base_of_adapter(args.adapter)
     dtype = stored_dtype(base) if args.dtype == "auto" else args.dtype

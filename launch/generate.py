@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from diffdpo.cli import Parser, run
+from diffdpo.cli.command import Parser, run
 from diffdpo.errors import UserError
 
 ORDERS = ("low_confidence", "maskgit_plus", "top_margin", "entropy", "random")

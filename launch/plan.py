@@ -10,10 +10,10 @@ import argparse
 import json
 from pathlib import Path
 
-from diffdpo.cli import Parser, run
+from diffdpo.cli.command import Parser, run
 from diffdpo.config import TrainConfig
 from diffdpo.errors import UserError
-from diffdpo.flags import parse_config
+from diffdpo.cli.flags import parse_config
 
 RATES = {
     "gpu_flops": ("half", "FLOP/s of a GPU in 16-bit matrix products, dense, like 165.2T"),
@@ -21,7 +21,7 @@ RATES = {
     "gpu_bandwidth": ("bandwidth", "bytes/s of a GPU's memory, like 1008G"),
     "gpu_link": ("link", "bytes/s between host and GPU one way, like 32G"),
 }
-"""Flag → field of `diffdpo.plan.hardware.Gpu`, help."""
+"""Flag → field of `diffdpo.planner.hardware.Gpu`, help."""
 
 
 def build_parser() -> Parser:
@@ -52,17 +52,17 @@ def main(argv: list[str]) -> None:
     if args.save_json and args.save_json.is_dir():
         raise UserError(f"--save_json {args.save_json} is a folder; give a file in it")
     from diffdpo.memory.exhausted import out_of_memory
-    from diffdpo.plan.hardware import Host, find_gpu
-    from diffdpo.plan.sizes import parse_rate, parse_size
+    from diffdpo.planner.hardware import Host, find_gpu
+    from diffdpo.planner.sizes import parse_rate, parse_size
 
     memory = parse_size(args.gpu_memory, "gpu_memory") if args.gpu_memory else None
     given = {flag: getattr(args, flag) for flag in RATES}
     rates = {RATES[flag][0]: parse_rate(text, flag) for flag, text in given.items() if text is not None}
     gpu = find_gpu(args.gpu, memory, rates)
     host = Host(parse_size(args.host_memory, "host_memory")) if args.host_memory else None
-    from diffdpo.plan.advise import advise
-    from diffdpo.plan.plan import Machine, make_plan
-    from diffdpo.plan.report import as_json, as_text
+    from diffdpo.planner.advise import advise
+    from diffdpo.planner.plan import Machine, make_plan
+    from diffdpo.planner.report import as_json, as_text
 
     try:
         plan = make_plan(config, Machine(gpu, host, args.num_gpus), scored=args.answer_tokens)

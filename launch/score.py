@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffdpo.cli import Parser, run
+from diffdpo.cli.command import Parser, run
 from diffdpo.errors import UserError
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def score_all(args, records: Iterator, file: "ScoreFile | None") -> tuple[int, l
     from data_pipeline.encode import Drop
     from diffdpo.build import make_encoder, make_noise
     from diffdpo.evaluation.score_pairs import as_line, batches, encoded, score_pairs
-    from diffdpo.step.segments import Segments
+    from diffdpo.scores.segments import Segments
 
     models, spec, tokenizer = load_models(args)
     encoder = make_encoder(args, tokenizer, spec)

@@ -3,15 +3,15 @@
 Without options: the bundled arithmetic model's recipe is `--config recipes/sft_arithmetic.yaml`.
 """
 
-from diffdpo.cli import run
+from diffdpo.cli.command import run
 from diffdpo.config import SftConfig
-from diffdpo.flags import parse_config
+from diffdpo.cli.flags import parse_config
 
 
 def main(argv: list[str]) -> int:
     """Parse first: a wrong flag must not wait for torch."""
     config = parse_config(SftConfig, argv, __doc__ or "")
-    from diffdpo.sft import sft
+    from diffdpo.train.supervised import sft
 
     return sft(config)
 

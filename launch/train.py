@@ -3,15 +3,15 @@
 Run it with `deepspeed launch/train.py --ds_config ds_configs/4080_offload.json`, with torchrun, or with plain python.
 """
 
-from diffdpo.cli import run
+from diffdpo.cli.command import run
 from diffdpo.config import TrainConfig
-from diffdpo.flags import parse_config
+from diffdpo.cli.flags import parse_config
 
 
 def main(argv: list[str]) -> int:
     """Parse first: a wrong flag must not wait for torch."""
     config = parse_config(TrainConfig, argv, __doc__ or "")
-    from diffdpo.train import train
+    from diffdpo.train.preference import train
 
     return train(config)
 

@@ -18,13 +18,13 @@ from data_pipeline.batch import PairBatch
 from diffdpo.engine.base import Engine
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.noise.rows import NoisyRows
-from diffdpo.reference.scorers import Reference
+from diffdpo.scores.reference import Reference
 from diffdpo.scores.fold import PairScores, fold
-from diffdpo.step.backward import score_rows
-from diffdpo.step.reference_point import reference_point
-from diffdpo.step.retry import repeated, together
-from diffdpo.step.segments import Segments
-from diffdpo.step.train_step import LossOptions
+from diffdpo.scores.rows import score_rows
+from diffdpo.step.kto import reference_point
+from diffdpo.step.retry import repeated, run_on_all_ranks
+from diffdpo.scores.segments import Segments
+from diffdpo.step.step import LossOptions
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class ScoreTable:
         ``aot`` sorts over the held-out records as one batch: of its values only the mean has a meaning.
         """
         alone = loss.without_sft()
-        if not alone.of_answers:
+        if not alone.unpaired:
             present_P = self.weight_P2[:, 0] > 0 if alone.names == ("sft",) else self.weight_P2.prod(1) > 0
             return self._loss(alone, self.weight_P2)[present_P].tolist()
         sides = []
@@ -153,7 +153,7 @@ def _each(
     """``score`` of every batch, of one that is too large in smaller segments from its beginning: policy and reference
     in the same ones, so that they agree to the bit where they are the same."""
     for batch in batches:
-        work = partial(together, engine, partial(score, batch), graph=False)
+        work = partial(run_on_all_ranks, engine, partial(score, batch), graph=False)
         yield repeated(engine, work, segments=segments)
 
 
@@ -166,9 +166,9 @@ def _in_order(
     for batch in batches:
         size = len(batch.ids)
         places.append((batch.step * world.size + world.rank) * size + torch.arange(size))
-    place_P = world.cat(torch.cat(places).to(world.device)).cpu()
-    weight_P = world.cat(torch.cat([torch.zeros(0), *weights]).to(world.device)).cpu()
-    everything = world.cat(table.to(world.device)).cpu().double()
+    place_P = world.all_gather(torch.cat(places).to(world.device)).cpu()
+    weight_P = world.all_gather(torch.cat([torch.zeros(0), *weights]).to(world.device)).cpu()
+    everything = world.all_gather(table.to(world.device)).cpu().double()
     order = [p for p in place_P.argsort().tolist() if weight_P[p] > 0]
     return everything[order[: limit or None]].numpy()
 

@@ -15,19 +15,19 @@ from torch import nn
 
 from diffdpo import build
 from diffdpo.config import TrainConfig
-from diffdpo.ds_config import read_ds_config
+from diffdpo.engine.ds_config import read_ds_config
 from diffdpo.engine.base import Engine
 from diffdpo.engine.deepspeed import zero_stage
 from diffdpo.engine.world import World
 from diffdpo.errors import UserError
 from diffdpo.losses.preference import LOSSES
-from diffdpo.models.adapter_folder import base_of_adapter, is_adapter
+from diffdpo.models.checkpoint.adapter_folder import base_of_adapter, is_adapter
 from diffdpo.models.load import load_model
-from diffdpo.models.stream import checkpoint_folder, shard_files
-from diffdpo.reference.scorers import Reference, adapter_off_reference, frozen_copy, frozen_reference, no_reference
+from diffdpo.models.checkpoint.weights import checkpoint_folder, shard_files
+from diffdpo.scores.reference import Reference, adapter_off_reference, frozen_copy, frozen_reference, no_reference
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
-from diffdpo.step.segments import Segments
-from diffdpo.step.train_step import LossOptions
+from diffdpo.scores.segments import Segments
+from diffdpo.step.step import LossOptions
 
 AFFORDABLE = 0.1  # of a process's memory: up to there ``auto`` keeps a second model
 

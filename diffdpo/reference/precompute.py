@@ -29,10 +29,10 @@ from diffdpo.noise.options import NoiseOptions
 from diffdpo.noise.rows import NoisyRows
 from diffdpo.reference.identity import fingerprint, identity_of, weights_digest
 from diffdpo.reference.modes import dtype_name, load_reference
-from diffdpo.reference.scorers import Reference
+from diffdpo.scores.reference import Reference
 from diffdpo.reference.store import Part, ScoreStore, make_folder, open_store
-from diffdpo.step.backward import score_rows
-from diffdpo.step.segments import Segments
+from diffdpo.scores.rows import score_rows
+from diffdpo.scores.segments import Segments
 
 FOLDER = "reference_scores"
 PART_RECORDS = 256  # about how many a part holds: what a kill can cost
@@ -98,7 +98,7 @@ class _Pass:
         self.noise = build.make_noise(config, self.spec)
         self.segments = build.choose_segments(config, place.world)
         self.reference = config.ref_model_name_or_path or policy
-        self.weights = place.world.same_for_all(weights_digest(self.reference) if place.world.is_main else None)
+        self.weights = place.world.broadcast(weights_digest(self.reference) if place.world.is_main else None)
 
     def training(self, dataset: ShardedDataset, read: dict[str, Any] | None) -> Stream:
         """What the run trains on from where it stands."""
@@ -133,7 +133,7 @@ class _Pass:
             folder = self.place.cache_dir / FOLDER / f"{fingerprint(identity)}-{name}"
         if self.place.world.local_rank == 0:
             make_folder(folder, identity, about={"reference": self.reference})
-        self.place.world.wait()
+        self.place.world.barrier()
         return open_store(folder, identity, shapes=shapes)
 
     def score(self, todo: Sequence[tuple[Stream, int, np.ndarray]]) -> None:
@@ -165,7 +165,7 @@ def missing_steps(stream: Stream, place: Place) -> list[tuple[int, np.ndarray]]:
         known = np.append(stream.store.known(epoch, len(dataset)), True)  # the last for PAD = -1
         first, last = (min(max(0, step - epoch * len(loader)), len(loader)) for step in (stream.first, stream.last))
         lacking_S = torch.from_numpy(~known[records_SG[first:last]].all(1)).long()
-        steps = first + np.flatnonzero(world.sum(lacking_S.to(world.device)).cpu().numpy())
+        steps = first + np.flatnonzero(world.all_reduce_sum(lacking_S.to(world.device)).cpu().numpy())
         for line in stream.store.damaged(epoch):
             place.say(f"reference  {line}; it is removed, and what the run needs of it is scored again")
         if world.local_rank == 0:  # the sum above was the last to need it on this host
@@ -195,11 +195,11 @@ def _score_all(
                     f_R = score_rows(forward, rows, segments=segments)
                     pieces.append(part_of(batch, rows, f_R, stream.shapes))
                 bar.update(stream.loader.options.global_batch_size)
-            part = Part.of([piece for of_rank in world.gather(pieces) for piece in of_rank])
+            part = Part.of([piece for of_rank in world.all_gather_object(pieces) for piece in of_rank])
             if world.local_rank == 0:
                 size = stream.loader.options.global_batch_size
                 stream.store.add(epoch, f"{steps[0]:08d}-{steps[-1]:08d}-of-{size}", part)
-    world.wait()
+    world.barrier()
     for stream, _, _ in todo:
         stream.loader.close()
         stream.store.forget()

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffdpo.errors import UserError
-from diffdpo.models.backbone import call_block, native
-from diffdpo.models.compiled import AttentionOutside, call_compiled, check_compiler
-from diffdpo.models.layout import Layout
-from diffdpo.models.spec import FamilySpec
-from diffdpo.models.token_log_probs import check_liger
+from diffdpo.models.architecture.backbone import call_block, native
+from diffdpo.models.architecture.compiled import AttentionOutside, call_compiled, check_compiler
+from diffdpo.models.architecture.layout import Layout
+from diffdpo.models.architecture.spec import FamilySpec
+from diffdpo.models.architecture.token_log_probs import check_liger
 
 MAX_WASTE = 0.05
 """Share of padding a bucket of rows may hold before it is split: below it, fewer and larger attention calls win."""

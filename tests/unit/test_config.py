@@ -6,7 +6,7 @@ import pytest
 
 from diffdpo.config import SftConfig, TrainConfig, to_yaml
 from diffdpo.errors import UserError
-from diffdpo.flags import parse_config
+from diffdpo.cli.flags import parse_config
 
 
 def parse(*argv: str) -> TrainConfig:

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from diffdpo.ds_config import read_ds_config
+from diffdpo.engine.ds_config import read_ds_config
 from diffdpo.engine import preflight
 from diffdpo.engine.base import OptimizerOptions
 from diffdpo.engine.deepspeed import complete_ds_config, hands_gradients_over, why_not_whole_gradients

@@ -2,15 +2,15 @@ import pytest
 import torch
 
 from diffdpo.errors import UserError
-from diffdpo.models.dream import (
+from diffdpo.models.architecture.dream import (
     DreamConfig,
     DreamModel,
     LlamaDiffusionConfig,
     Qwen2DiffusionConfig,
     Qwen3DiffusionConfig,
 )
-from diffdpo.models.llada import LLaDAConfig, LLaDAModelLM
-from diffdpo.models.spec import LLADA_LORA_TARGETS, FamilySpec
+from diffdpo.models.architecture.llada import LLaDAConfig, LLaDAModelLM
+from diffdpo.models.architecture.spec import LLADA_LORA_TARGETS, FamilySpec
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 
 MASK, VOCAB = 29, 30
@@ -72,7 +72,7 @@ def test_packed_rows_score_as_each_row_alone(family, max_waste, layer_checkpoint
         logits = model(ids[r : r + 1, : LENGTHS[r]]).logits[0]
         alone.append(logits.log_softmax(-1)[p - spec.logit_shift, t])
     alone = torch.stack(alone)
-    assert torch.allclose(together, alone, atol=1e-5)
+    assert torch.allclose(run_on_all_ranks, alone, atol=1e-5)
     for a, b in zip(gradient, torch.autograd.grad(alone.sum(), model.parameters()), strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
 
