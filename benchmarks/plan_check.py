@@ -160,8 +160,8 @@ def run(case: Case, world) -> None:
     from diffdpo import build
     from diffdpo.planner.shapes import read_shape
     from diffdpo.reference.modes import make_reference
-    from diffdpo.scores.reference import frozen_copy
     from diffdpo.scores.masked_log_probs import MaskedLogProbs
+    from diffdpo.scores.reference import frozen_copy
     from diffdpo.step.backward import STRATEGIES
 
     with tempfile.TemporaryDirectory() as folder:
@@ -201,8 +201,8 @@ def _nothing():
 
 
 def _model(family, shape, config) -> tuple[Any, Any]:
-    from diffdpo.models.lora.adapters import add_lora
     from diffdpo.models.architecture.spec import FamilySpec
+    from diffdpo.models.lora.adapters import add_lora
 
     spec = FamilySpec(shape.model_type, 5, 6, 6, "", family.lora_targets, logit_shift=family.logit_shift)
     model = family.model_class(shape)

@@ -9,8 +9,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffdpo.config import TrainConfig
 from diffdpo.cli.flags import parse_config
+from diffdpo.config import TrainConfig
 from diffdpo.planner.hardware import GPUS, Host
 from diffdpo.planner.memory import DEVICE, DISK, HOST, needed
 from diffdpo.planner.plan import Machine, Plan, make_plan

@@ -10,13 +10,13 @@ from itertools import islice
 
 import numpy as np
 import torch
+from diffdpo.build import BUNDLED_MODEL
 
 from data_pipeline.batch import collate
 from data_pipeline.encode import TokenAnswer, TokenPair
 from data_pipeline.generate import generate_pairs
 from data_pipeline.sources.files import SourceOptions, open_rows
 from data_pipeline.sources.formats import convert
-from diffdpo.build import BUNDLED_MODEL
 from diffdpo.losses.preference import preference_loss
 from diffdpo.models.load import load_model
 from diffdpo.noise.estimators import draw_plan

@@ -35,15 +35,15 @@ from data_pipeline.encode import TokenAnswer, TokenPair
 from diffdpo.engine.base import OptimizerOptions
 from diffdpo.engine.plain import PlainEngine
 from diffdpo.engine.world import World
-from diffdpo.models.lora.adapters import add_lora
 from diffdpo.models.architecture.backbone import native
 from diffdpo.models.architecture.llada import LLaDAConfig, LLaDAModelLM
 from diffdpo.models.architecture.spec import LLADA_LORA_TARGETS, FamilySpec
+from diffdpo.models.lora.adapters import add_lora
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.noise.rows import NoisyRows
-from diffdpo.scores.reference import adapter_off_reference, copy_reference, frozen_copy
 from diffdpo.scores.fold import row_scores
 from diffdpo.scores.masked_log_probs import MaskedLogProbs, TokenCount
+from diffdpo.scores.reference import adapter_off_reference, copy_reference, frozen_copy
 from diffdpo.scores.segments import Segments
 from diffdpo.step.step import LossOptions, PreferenceStep
 

@@ -40,19 +40,19 @@ from data_pipeline.encode import TokenAnswer, TokenPair
 from diffdpo.engine.base import OptimizerOptions
 from diffdpo.engine.plain import PlainEngine
 from diffdpo.engine.world import World
-from diffdpo.models.lora.adapters import add_lora
 from diffdpo.models.architecture.backbone import native
 from diffdpo.models.architecture.llada import LLaDAConfig, LLaDAModelLM
 from diffdpo.models.architecture.spec import LLADA_LORA_TARGETS, FamilySpec
+from diffdpo.models.lora.adapters import add_lora
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.noise.rows import NoisyRows
-from diffdpo.scores.reference import adapter_off_reference
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
+from diffdpo.scores.reference import adapter_off_reference
 from diffdpo.scores.rows import score_rows
-from diffdpo.step.strategy import MicroBatchShape, choose_strategy
 from diffdpo.scores.segments import Segments
 from diffdpo.step.fit import fit_segments
 from diffdpo.step.step import LossOptions, PreferenceStep
+from diffdpo.step.strategy import MicroBatchShape, choose_strategy
 
 BETA, RATE, RANK, MAX_MEMORY = 0.1, 1e-5, 16, 0.5
 OURS, FIELD = "balanced", "uniform_t"

@@ -58,7 +58,7 @@ class Part:
 @dataclass(frozen=True)
 class Opened:
     """A source before its side is chosen. ``other_side``: of a folder built with a split, where several sources are
-    opened run_on_all_ranks, what it holds on the side that is not wanted."""
+    opened together, what it holds on the side that is not wanted."""
 
     name: str
     index: Index

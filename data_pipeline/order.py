@@ -82,7 +82,7 @@ def take_share(size: int, count: int, *, seed: int, source: int, epoch: int) -> 
 
 
 def shares(sizes: Sequence[int], weights: Sequence[float]) -> np.ndarray:
-    """Records of each source in an epoch as long as all sources run_on_all_ranks, in proportion to the weights (rounded so
+    """Records of each source in an epoch as long as all sources together, in proportion to the weights (rounded so
     that the sum is exact: largest remainders first)."""
     exact = np.array(weights, float) / np.sum(weights) * sum(sizes)
     counts = np.floor(exact).astype(np.int64)

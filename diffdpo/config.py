@@ -70,13 +70,9 @@ class SftConfig(RunConfig):
     per_device_eval_batch_size: int = setting(64, "records in a batch of one process in evaluation", at_least=1)
     warmup_steps: int = setting(100, "steps of linear warm-up", at_least=0)
     weight_decay: float = setting(0.05, "AdamW's, on matrices only", at_least=0)
-    score_estimator: str = setting(
-        "mask_count", "how masks and weights are drawn; see docs/theory.md", common=True
-    )
+    score_estimator: str = setting("mask_count", "how masks and weights are drawn; see docs/theory.md", common=True)
     num_mc_samples: int = setting(1, "masks drawn for an answer in a step (n)", at_least=1, common=True)
-    eval_steps: int = setting(
-        500, "steps between evaluations; 0: before and after only", at_least=0, common=True
-    )
+    eval_steps: int = setting(500, "steps between evaluations; 0: before and after only", at_least=0, common=True)
     answer_canvas: int = setting(
         0, "fill half of the answers up to so many tokens with terminators; 0: none", at_least=0
     )

@@ -11,9 +11,9 @@ from typing import Any
 
 from diffdpo.engine.ds_config import complete_ds_config, read_ds_config
 from diffdpo.engine.optimizer import OptimizerOptions
-from diffdpo.settings.engine import EngineSettings
 from diffdpo.engine.sharding import Sharding, sharding_of
 from diffdpo.errors import UserError
+from diffdpo.settings.engine import EngineSettings
 
 PLAIN, DEEPSPEED = "plain", "deepspeed"
 SIZES = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -28,7 +28,7 @@ class EngineChoice:
     kind: str = PLAIN
     processes: int = 1
     bf16: bool = False
-    sharding: Sharding = Sharding()
+    sharding: Sharding = field(default_factory=Sharding)
     ds_config: Mapping[str, Any] = field(default_factory=dict)
     given: Mapping[str, Any] = field(default_factory=dict)
 

@@ -8,13 +8,13 @@ from diffdpo.engine.base import Engine
 from diffdpo.errors import UserError
 from diffdpo.evaluation.answers import answer_length, exact_match, problems_of
 from diffdpo.evaluation.preferences import answer_losses, score_held_out
+from diffdpo.evaluation.result import Evaluation
+from diffdpo.losses.options import LossOptions
 from diffdpo.memory.exhausted import told_if_exhausted
 from diffdpo.models.load import LoadedModel
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.scores.reference import Reference
-from diffdpo.train.result import Evaluation
 from diffdpo.scores.segments import Segments
-from diffdpo.step.step import LossOptions
 
 SAMPLING_TEMPERATURE = 1.0  # answers are drawn from the model's distribution, not its mode
 SAMPLING_SEED = 0
@@ -56,7 +56,7 @@ class SampledAnswers:
                 self.problems,
                 self.task,
                 world=self.engine.world,
-                shared_forwards=self.engine.keeps_gradients_sharded,
+                shared_forwards=self.engine.choice.shards_parameters,
                 gen_length=self.length,
                 temperature=SAMPLING_TEMPERATURE,
                 seed=SAMPLING_SEED,

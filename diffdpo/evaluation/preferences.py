@@ -16,29 +16,29 @@ from torch import Tensor
 
 from data_pipeline.batch import PairBatch
 from diffdpo.engine.base import Engine
+from diffdpo.losses.options import LossOptions
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.noise.rows import NoisyRows
-from diffdpo.scores.reference import Reference
 from diffdpo.scores.fold import PairScores, fold
+from diffdpo.scores.reference import Reference
 from diffdpo.scores.rows import score_rows
+from diffdpo.scores.segments import Segments
 from diffdpo.step.kto import reference_point
 from diffdpo.step.retry import repeated, run_on_all_ranks
-from diffdpo.scores.segments import Segments
-from diffdpo.step.step import LossOptions
 
 
 @dataclass(frozen=True)
 class ScoreTable:
     """Scores of held-out records, float64 on the CPU, in the order of the data; ``weight_P2`` is 0 for absent sides.
 
-    ``kl`` is the reference point z of ``kto`` over these records, None for other losses.
+    ``reference_point`` is z of ``kto`` over these records, None for other losses.
     """
 
     policy_P2: Tensor
     reference_P2: Tensor
     tokens_P2: Tensor
     weight_P2: Tensor
-    kl: Tensor | None = None
+    reference_point: Tensor | None = None
 
     def values(self, loss: LossOptions) -> dict[str, list[float]]:
         """One value an item, by the names of the training metrics (docs/losses.md); names without an item left out."""
@@ -84,7 +84,7 @@ class ScoreTable:
         policy, reference = (
             PairScores(score_P2, unknown_P2, self.tokens_P2) for score_P2 in (self.policy_P2, self.reference_P2)
         )
-        return loss(policy, reference, weight_P2, kl=self.kl)
+        return loss(policy, reference, weight_P2, reference_point=self.reference_point)
 
 
 def separation(chosen_D: np.ndarray, rejected_U: np.ndarray) -> np.ndarray:
@@ -140,11 +140,11 @@ def score_held_out(
         ).cpu()
 
     pieces = [torch.zeros(0, 4, 2), *_each(engine, table, batches, segments)]
-    kl = repeated(engine, point, segments=segments).double() if loss.needs_kl else None
+    z = repeated(engine, point, segments=segments).double() if loss.needs_reference_point else None
     weights = [batch.weight_B2.amax(1) for batch in batches]
     table_P42 = torch.from_numpy(_in_order(engine, batches, torch.cat(pieces), weights, limit))
     policy_P2, reference_P2, tokens_P2, weight_P2 = table_P42.unbind(1)
-    return ScoreTable(policy_P2, reference_P2, tokens_P2, weight_P2, kl)
+    return ScoreTable(policy_P2, reference_P2, tokens_P2, weight_P2, z)
 
 
 def _each(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LossOptions:
-    """``--loss_type`` and what goes with it. ``parameters``: those of the losses; what is left out is at its default."""
+    """``--loss_type`` and what goes with it. ``parameters``: the losses' own; what is left out is at its default."""
 
     names: tuple[str, ...]
     weights: tuple[float, ...]

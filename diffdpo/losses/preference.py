@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 class LossParameters(Settings):
     """The losses' own parameters: a field here is a flag, and reaches every loss that has an argument of its name."""
 
-    label_smoothing: float = setting(0.0, "share of pairs assumed to be labelled the wrong way round", at_least=0, below=0.5)
+    label_smoothing: float = setting(
+        0.0, "share of pairs assumed to be labelled the wrong way round", at_least=0, below=0.5
+    )
     discopop_tau: float = setting(0.05, "temperature of the loss `discopop`")
     simpo_gamma: float = setting(0.5, "margin of the loss `simpo`")
     desirable_weight: float = setting(1.0, "weight of desirable answers in `kto` and `apo_zero_unpaired`", at_least=0)
@@ -182,7 +184,8 @@ def kto(
 ) -> Tensor:
     """λ_D (1 - σ(β (r - z))) for desirable answers, λ_U (1 - σ(β (z - r))) for undesirable ones (arXiv 2402.01306).
 
-    z is ``reference_point``, detached (:func:`reference_point_of`). The chosen side holds desirable answers; either side may be absent.
+    z is ``reference_point``, detached (:func:`reference_point_of`). The chosen side holds desirable answers; either side
+    may be absent.
     """
     w, l = (policy_B2 - reference_B2).unbind(1)
     desirable, undesirable = (-beta * (w - reference_point)).sigmoid(), (-beta * (reference_point - l)).sigmoid()

@@ -13,7 +13,6 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Tokenizer
 
 from diffdpo.errors import UserError
-from diffdpo.models.checkpoint.adapter_folder import base_of_adapter, is_adapter
 from diffdpo.models.architecture.dream import (
     A2DLlamaConfig,
     A2DLlamaLMHeadModel,
@@ -29,11 +28,17 @@ from diffdpo.models.architecture.dream import (
 )
 from diffdpo.models.architecture.llada import LLaDAConfig, LLaDAModelLM
 from diffdpo.models.architecture.spec import DECODER_LORA_TARGETS, LLADA_LORA_TARGETS, FamilySpec
+from diffdpo.models.checkpoint.adapter_folder import base_of_adapter, is_adapter
 from diffdpo.models.checkpoint.weights import only_kept, read_model
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 STOP_TOKENS = ("<|eot_id|>", "<|im_end|>")
 """End-of-turn tokens of the chat templates in use; they end an answer when sampling, beside the terminator."""
+
+
+def dtype_name(bf16: bool) -> str:
+    """Of the weights of a run."""
+    return "bfloat16" if bf16 else "float32"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What to change when a run does not fit: changes of flags that the planner has tried itself.
 
 Changes come in tiers, the gentlest first: what leaves every number of the training as it is, where things are kept,
-what is trained. A tier is entered only when all of the tiers before it, taken run_on_all_ranks, do not suffice. From the first
+what is trained. A tier is entered only when all of the tiers before it, taken together, do not suffice. From the first
 setting that fits, every change that turns out not to be needed is taken back, the slowest first.
 """
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diffdpo.config import TrainConfig, make_config
+from diffdpo.engine.choice import DEEPSPEED
 from diffdpo.errors import UserError
 from diffdpo.planner.plan import Machine, Plan, make_plan
 
@@ -91,7 +92,7 @@ def _same_training(plan: Plan) -> Iterator[Change]:
         yield {"reference": "precomputed"}
     if job.rows_at_once > 1:
         yield {"segment_rows": 1}
-    if job.zero and not job.bf16:
+    if job.choice.kind == DEEPSPEED and not job.bf16:
         yield {"bf16": True}
     if not config.gradient_checkpointing:
         yield {"gradient_checkpointing": True}

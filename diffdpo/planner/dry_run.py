@@ -14,14 +14,14 @@ from torch import nn
 
 from diffdpo.engine.base import trained_parameters
 from diffdpo.noise.rows import NoisyRows
-from diffdpo.planner.job import Job
+from diffdpo.planner.job import PlannedRun
 from diffdpo.planner.kernels import device_kernels
 from diffdpo.planner.shapes import Numbers
 from diffdpo.planner.trace import Ledger, Trace, Work
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.scores.rows import score_rows
-from diffdpo.step.backward import STRATEGIES
 from diffdpo.scores.segments import Segment
+from diffdpo.step.backward import STRATEGIES
 
 ACTIVATIONS, LOGITS, GRADIENTS = "activations", "logits", "gradients"
 
@@ -36,7 +36,7 @@ class DryRun:
     reference_work: Counter[Work]
 
 
-def meta_rows(count: int, job: Job) -> NoisyRows:
+def meta_rows(count: int, job: PlannedRun) -> NoisyRows:
     """``count`` rows, all as long as the longest, with all their scored positions."""
     value_M = torch.empty(count * job.scored, device="meta")
     row_R = torch.empty(count, device="meta")
@@ -57,7 +57,7 @@ class MetaSegment(Segment):
 class MetaSegments:
     """As `diffdpo.scores.segments.Segments` cuts rows of equal length."""
 
-    def __init__(self, job: Job, segments: int):
+    def __init__(self, job: PlannedRun, segments: int):
         self.job, self.segments = job, segments
 
     def __call__(self, rows: NoisyRows) -> list[Segment]:
@@ -79,15 +79,14 @@ class MetaSegments:
 class DryEngine:
     """Stands in for the engine: gradients stay in ``.grad``, or leave through a bucket as in ZeRO-2 and ZeRO-3."""
 
-    keeps_gradients_sharded = hands_gradients_over = False
-
-    def __init__(self, module: MaskedLogProbs, job: Job, ledger: Ledger):
+    def __init__(self, module: MaskedLogProbs, job: PlannedRun, ledger: Ledger):
         self.module, self.ledger = module, ledger
         self.parameters = trained_parameters(module)
-        self.bucketed = job.zero is not None and job.zero.stage >= 2 and job.strategy != "deferred"
-        self.bucket = job.zero.reduce_bucket if job.zero else 0
-        self.offload = job.zero is not None and job.zero.optimizer != "device"
-        self.sharded = job.zero is not None and job.zero.stage == 3
+        self.choice, cut = job.choice, job.sharding
+        self.bucketed = cut.gradients and job.strategy != "deferred"
+        self.bucket = cut.reduce_bucket
+        self.offload = cut.offloads_optimizer
+        self.sharded = cut.parameters
         self.world: Any = SimpleNamespace(size=1, rank=0, is_main=True, device=torch.device("meta"))
         self.waiting: list[torch.Tensor] = []  # gradients above the bucket's size, until the bucket is reduced
         self.kept: list[torch.Tensor] = []  # ... and until the backward ends where more backwards follow
@@ -146,7 +145,7 @@ class DryEngine:
         self.sizes.clear()
 
 
-def dry_run(module: MaskedLogProbs, numbers: Numbers, job: Job, *, timed: bool = True) -> DryRun:
+def dry_run(module: MaskedLogProbs, numbers: Numbers, job: PlannedRun, *, timed: bool = True) -> DryRun:
     """Peak and work of a micro-batch. More than two segments (``deferred``: two an answer) add nothing to the peak;
     their work is extrapolated. Without ``timed`` the work is that of the pieces run, for when only the peak matters."""
     several = job.segments > 1 or job.backwards > 1
@@ -181,7 +180,7 @@ def _ledger(module: nn.Module, numbers: Numbers) -> Ledger:
     return ledger
 
 
-def _policy(module: MaskedLogProbs, numbers: Numbers, job: Job, *, pieces: int) -> Trace:
+def _policy(module: MaskedLogProbs, numbers: Numbers, job: PlannedRun, *, pieces: int) -> Trace:
     """``pieces`` segments of one micro-batch; of a strategy with one segment, as many micro-batches."""
     ledger = _ledger(module, numbers)
     many = job.segments > (2 * job.pairs if job.strategy == "deferred" else 1)
@@ -198,7 +197,7 @@ def _policy(module: MaskedLogProbs, numbers: Numbers, job: Job, *, pieces: int) 
     return ledger.trace
 
 
-def _reference(module: MaskedLogProbs, numbers: Numbers, job: Job) -> Trace:
+def _reference(module: MaskedLogProbs, numbers: Numbers, job: PlannedRun) -> Trace:
     ledger = _ledger(module, numbers)
     off = module.model.disable_adapter() if job.reference == "adapter_off" else nullcontext()  # type: ignore[operator]
     segments: Any = MetaSegments(job, 1)

@@ -13,9 +13,10 @@ N is the number of processes, P the trained parameters.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from diffdpo.engine.sharding import Sharding
 from diffdpo.planner.dry_run import DryRun
 from diffdpo.planner.hardware import CONTEXT, PROCESS, SLACK
-from diffdpo.planner.job import Job, Zero
+from diffdpo.planner.job import PlannedRun
 from diffdpo.planner.shapes import Numbers
 
 DEVICE, HOST, DISK = "device", "host", "disk"
@@ -43,10 +44,10 @@ def needed(parts: Sequence[Part], place: str, *, assumed: bool = True) -> tuple[
     )
 
 
-def memory_parts(job: Job, numbers: Numbers, run: DryRun) -> list[Part]:
+def memory_parts(job: PlannedRun, numbers: Numbers, run: DryRun) -> list[Part]:
     """Everything one process holds, where and when. Parts of no bytes are left out."""
     weights = numbers.trained_bytes + numbers.frozen_bytes
-    held = _plain(job, numbers) if job.zero is None or job.zero.stage == 0 else _zero(job, job.zero, numbers)
+    held = _sharded(job, numbers) if job.sharding.any else _whole(job, numbers)
     parts = [*held, *_reference(job, weights), *_live(job, run)]
     if job.cuda:
         parts += [
@@ -56,7 +57,7 @@ def memory_parts(job: Job, numbers: Numbers, run: DryRun) -> list[Part]:
     return [part for part in parts if part.bytes]
 
 
-def _plain(job: Job, n: Numbers) -> list[Part]:
+def _whole(job: PlannedRun, n: Numbers) -> list[Part]:
     """torch's AdamW on whole weights; DeepSpeed's stage 0 holds the same."""
     parts = [
         Part("weights", DEVICE, n.trained_bytes + n.frozen_bytes),
@@ -70,18 +71,18 @@ def _plain(job: Job, n: Numbers) -> list[Part]:
     return parts
 
 
-def _reference(job: Job, weights: int) -> list[Part]:
+def _reference(job: PlannedRun, weights: int) -> list[Part]:
     if job.reference != "copy":
         return []
-    if job.zero is None or job.zero.stage < 3:
+    if not job.sharding.parameters:
         return [Part("reference copy", DEVICE, weights)]
     return [
-        Part("reference copy", PLACES[job.zero.parameters], weights // job.world, STEP),
+        Part("reference copy", PLACES[job.sharding.parameters_on], weights // job.world, STEP),
         Part("reference copy", HOST if job.cuda else DEVICE, weights, ("start",)),
     ]
 
 
-def _live(job: Job, run: DryRun) -> list[Part]:
+def _live(job: PlannedRun, run: DryRun) -> list[Part]:
     """Tensors of the forwards and backwards, by kind, at their peak."""
     peaks = [run.policy.at_peak] + ([run.reference.at_peak] if run.reference else [])
     peak = max(peaks, key=lambda at_peak: sum(at_peak.values()))
@@ -91,14 +92,14 @@ def _live(job: Job, run: DryRun) -> list[Part]:
     return parts
 
 
-def _zero(job: Job, zero: Zero, n: Numbers) -> list[Part]:
-    return _stage_3(job, zero, n) if zero.stage == 3 else _stage_1_2(job, zero, n)
+def _sharded(job: PlannedRun, n: Numbers) -> list[Part]:
+    return _parameters_cut(job, job.sharding, n) if job.sharding.parameters else _state_cut(job, job.sharding, n)
 
 
-def _stage_1_2(job: Job, zero: Zero, n: Numbers) -> list[Part]:
+def _state_cut(job: PlannedRun, zero: Sharding, n: Numbers) -> list[Part]:
     """Flat weights whole, fp32 masters and Adam's moments of 1/N; ZeRO-2 also keeps 1/N of the gradients only."""
     share, w = n.trained // job.world, job.width
-    offload = zero.optimizer != "device"
+    offload = zero.offloads_optimizer
     place = HOST if offload else DEVICE
     parts = [
         Part("weights", DEVICE, n.trained_bytes + n.frozen_bytes),
@@ -118,23 +119,23 @@ def _stage_1_2(job: Job, zero: Zero, n: Numbers) -> list[Part]:
         if job.backwards > 1:
             parts.append(Part("gradients summed over backwards", HOST, _pinned(share * w, zero, HOST), STEP))
         return parts
-    kept = share * w * (2 if job.backwards > 1 else 1) if zero.stage == 2 else 0
+    kept = share * w * (2 if job.backwards > 1 else 1) if zero.gradients else 0
     update = share * w + (4 * share if w == 2 else 0)
     return [
         *parts,
         Part("gradients", DEVICE, kept, ("backward",)),
-        Part("gradients", DEVICE, n.trained_bytes if zero.stage == 1 else share * w, ("update",)),
+        Part("gradients", DEVICE, share * w if zero.gradients else n.trained_bytes, ("update",)),
         Part("gradients, flat in fp32", DEVICE, update, ("update",)),
     ]
 
 
-def _stage_3(job: Job, zero: Zero, n: Numbers) -> list[Part]:
+def _parameters_cut(job: PlannedRun, zero: Sharding, n: Numbers) -> list[Part]:
     """1/N of everything, weights gathered as they are needed."""
     share, w = n.trained // job.world, job.width
     weights = n.trained_bytes + n.frozen_bytes
     group = max(min(zero.sub_group, share), n.largest_trained // job.world)
     gathered = min(weights, (zero.max_live + n.largest_module) * w)
-    home, states = PLACES[zero.parameters], PLACES[zero.optimizer]
+    home, states = PLACES[zero.parameters_on], PLACES[zero.optimizer_on]
     gradients = DEVICE if states == DEVICE else HOST
     parts = [
         # read to the host, then weight by weight to the device and on to its shard
@@ -161,13 +162,13 @@ def _stage_3(job: Job, zero: Zero, n: Numbers) -> list[Part]:
     return [*parts, Part("gradients in fp32 of a sub-group", DEVICE, 4 * group * (1 if w == 4 else 2), STEP)]
 
 
-def _pinned(size: int, zero: Zero, place: str) -> int:
+def _pinned(size: int, zero: Sharding, place: str) -> int:
     """torch's allocator of page-locked memory rounds up to a power of two."""
     if not (zero.pinned and place == HOST) or size <= 1:
         return size
     return 1 << (size - 1).bit_length()
 
 
-def _touched(elements: int, n: Numbers, job: Job) -> int:
+def _touched(elements: int, n: Numbers, job: PlannedRun) -> int:
     """A CPU's untouched pages are no memory; on a GPU a buffer is there whole."""
     return elements if job.cuda else min(elements, n.trained)

@@ -3,20 +3,20 @@
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from diffdpo.build import BUNDLED_MODEL, choose_bf16, make_loss, micro_batch_is_free, with_micro_batch
 from diffdpo.config import TrainConfig
 from diffdpo.errors import UserError
 from diffdpo.memory.largest_fit import Fit, largest_fit
+from diffdpo.models.bundled import model_or_bundled
 from diffdpo.models.checkpoint.adapter_folder import base_of_adapter, is_adapter
 from diffdpo.planner.dry_run import DryRun, dry_run
 from diffdpo.planner.hardware import GPUS, Gpu, Host
-from diffdpo.planner.job import Job, resolve
+from diffdpo.planner.job import PlannedRun, plan_run, planned_engine
 from diffdpo.planner.memory import DEVICE, HOST, Part, memory_parts, needed
 from diffdpo.planner.roofline import StepTime, step_time
 from diffdpo.planner.shapes import Numbers, count, read_shape, skeleton, weight_elements
 from diffdpo.reference.modes import share_of_memory
-from diffdpo.step.strategy import micro_batch_shape
 from diffdpo.step.fit import fit_micro_batch
+from diffdpo.step.strategy import micro_batch_shape, with_micro_batch
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Machine:
 class Plan:
     """A planned run. Bytes are of one process, the host's of all."""
 
-    job: Job
+    job: PlannedRun
     numbers: Numbers
     run: DryRun
     machine: Machine
@@ -61,25 +61,25 @@ class Plan:
 def make_plan(
     config: TrainConfig, machine: Machine, *, cuda: bool = True, scored: int | None = None, timed: bool = True
 ) -> Plan:
-    """Run the step without data. ``scored`` as in `job.resolve`; without ``timed`` the work is not counted.
+    """Run the step without data. ``scored`` as in `job.plan_run`; without ``timed`` the work is not counted.
 
     With ``--max_memory`` the job is that of the sizes that a run would find: its config names them.
     """
     fit = None
     if config.max_memory:
         fit, config = _sized(config, machine, cuda=cuda)
-    policy = config.model_name_or_path or str(BUNDLED_MODEL)
+    policy = model_or_bundled(config.model_name_or_path)
     family, shape = read_shape(policy)
     memory = (machine.gpu or max(GPUS.values(), key=lambda gpu: gpu.memory)).memory
 
     def second_model() -> float:
         name = config.ref_model_name_or_path or policy
         size = 2 * weight_elements(*read_shape(base_of_adapter(name) if is_adapter(name) else name))  # files in 16 bits
-        return share_of_memory(config, size, memory=memory, processes=machine.gpus)
+        return share_of_memory(choice, size, memory=memory)
 
-    bf16 = choose_bf16(config, able=cuda)
-    module = skeleton(family, shape, config, bf16=bf16, cast=bf16)
-    job = resolve(config, module, cuda=cuda, world=machine.gpus, second_model=second_model, scored=scored)
+    choice = planned_engine(config, cuda=cuda, processes=machine.gpus)
+    module = skeleton(family, shape, config, bf16=choice.bf16, cast=choice.bf16)
+    job = plan_run(config, module, choice, cuda=cuda, second_model=second_model, scored=scored)
     numbers = count(module)
     return Plan(job, numbers, dry_run(module, numbers, job, timed=timed), machine, fit)
 
@@ -88,8 +88,9 @@ def _sized(config: TrainConfig, machine: Machine, *, cuda: bool) -> tuple[Fit, T
     """The run's own search with planned peaks in place of measured ones, and what it chooses as settings."""
     if machine.gpu is None:
         raise UserError("--max_memory is a share of a GPU's memory; give --gpu or --gpu_memory to plan it")
-    shape = micro_batch_shape(config, couples_pairs=make_loss(config).couples_pairs)
-    free = not shape.couples_pairs and micro_batch_is_free(config)
+    shape = micro_batch_shape(config, couples_pairs=config.loss().couples_pairs)
+    choice = planned_engine(config, cuda=cuda, processes=machine.gpus)
+    free = not shape.couples_pairs and config.segmentation != "deferred" and not choice.fixes_batch_sizes
     accumulation = config.gradient_accumulation_steps if free else 1
     asked, config = config.max_memory, replace(config, max_memory=0.0)
 

@@ -33,13 +33,9 @@ def _header(plan: Plan) -> Iterator[str]:
     job, n, config = plan.job, plan.numbers, plan.job.config
     kind = "NF4" if config.load_in_4bit else "bf16" if job.bf16 else "fp32"
     what = f"LoRA rank {config.lora_r}" if config.use_peft else "all"
-    zero = job.zero
-    engine = f"DeepSpeed ZeRO-{zero.stage}" if zero else "plain torch"
-    if zero and zero.stage:
-        engine += f", optimizer on {zero.optimizer}, parameters on {zero.parameters}"
     yield f"model      {n.total / 1e9:.3f}B parameters in {n.layers} layers, {kind}"
     yield f"trained    {n.trained / 1e6:.1f}M parameters ({what})"
-    yield f"engine     {engine}; {plan.machine.gpus} process(es)"
+    yield f"engine     {job.choice.describe()}; {plan.machine.gpus} process(es)"
     yield f"rows       {job.rows} of {job.length} tokens a micro-batch, {job.rows_at_once} in a forward"
     if plan.fit is not None:
         peak, budget = gib(dict(plan.fit.tried)[plan.fit.rows]), gib(plan.fit.budget)

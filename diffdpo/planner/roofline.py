@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from diffdpo.planner.dry_run import DryRun
 from diffdpo.planner.hardware import BANDWIDTH_SHARE, LINK_SHARE, MATMUL_SHARE, Gpu, Host
-from diffdpo.planner.job import Job
+from diffdpo.planner.job import PlannedRun
 from diffdpo.planner.shapes import Numbers
 from diffdpo.planner.trace import Work
 
@@ -46,7 +46,7 @@ class StepTime:
         return self.flops / self.seconds / self.peak
 
 
-def step_time(job: Job, numbers: Numbers, run: DryRun, gpu: Gpu, host: Host) -> StepTime:
+def step_time(job: PlannedRun, numbers: Numbers, run: DryRun, gpu: Gpu, host: Host) -> StepTime:
     """Of one process with its own GPU, link and share of the host."""
     micro = job.config.gradient_accumulation_steps
     policy = micro * _compute(run.policy_work, gpu)
@@ -73,7 +73,7 @@ def _compute(work: Counter[Work], gpu: Gpu) -> float:
     return sum(seconds(kind) * times for kind, times in work.items())
 
 
-def _passes(job: Job) -> int:
+def _passes(job: PlannedRun) -> int:
     """Times the weights are gone through in a step: each forward once, each backward once, a layer's recomputation
     once more; reference and the first pass of two_pass are forwards."""
     forwards = -(-job.rows // job.reference_rows) if job.reference in ("copy", "adapter_off") else 0
@@ -82,34 +82,33 @@ def _passes(job: Job) -> int:
     return (forwards + backward) * job.config.gradient_accumulation_steps
 
 
-def _link_bytes(job: Job, n: Numbers) -> int:
+def _link_bytes(job: PlannedRun, n: Numbers) -> int:
     """Over PCIe in the busier direction: gradients down at each backward (and back up to be added to, and once in
     fp32), updated weights up once; with parameters offloaded, all weights up at every pass."""
-    zero = job.zero
-    if zero is None or zero.stage == 0:
+    cut = job.sharding
+    if not cut.any:
         return 0
     share, w, total = n.trained // job.world, job.width, 0
-    if zero.optimizer != "device":
+    if cut.offloads_optimizer:
         total += share * (4 + w + w * (job.backwards if job.backwards > 1 else 0))
-    if zero.parameters != "device":
+    if cut.parameters_on != "device":
         total += _passes(job) * (n.trained_bytes + n.frozen_bytes) // job.world
     return total
 
 
-def _optimizer(job: Job, n: Numbers, gpu: Gpu, host: Host) -> float:
+def _optimizer(job: PlannedRun, n: Numbers, gpu: Gpu, host: Host) -> float:
     """AdamW reads and writes fp32 weights and moments and reads gradients: 28 bytes a parameter, and casts."""
-    sharded = job.zero is not None and job.zero.stage > 0
-    share = n.trained // job.world if sharded else n.trained
-    offloaded = job.zero is not None and job.zero.optimizer != "device"
+    share = n.trained // job.world if job.sharding.any else n.trained
+    offloaded = job.sharding.offloads_optimizer
     rate = host.bandwidth if offloaded else BANDWIDTH_SHARE * gpu.bandwidth
     return share * (28 + 3 * job.width) / rate
 
 
-def _disk_bytes(job: Job, n: Numbers) -> int:
+def _disk_bytes(job: PlannedRun, n: Numbers) -> int:
     """Optimizer state read and written once a step (16 bytes a parameter each way); weights read at every pass."""
-    zero, total = job.zero, 0
-    if zero and zero.optimizer == "nvme":
+    cut, total = job.sharding, 0
+    if cut.optimizer_on == "nvme":
         total += 2 * 16 * n.trained // job.world
-    if zero and zero.parameters == "nvme":
+    if cut.parameters_on == "nvme":
         total += _passes(job) * (n.trained_bytes + n.frozen_bytes) // job.world
     return total

@@ -11,10 +11,10 @@ from transformers import PreTrainedConfig
 
 from diffdpo.config import TrainConfig
 from diffdpo.errors import UserError
-from diffdpo.models.lora.adapters import add_lora
 from diffdpo.models.architecture.backbone import native
-from diffdpo.models.load import FAMILIES, Family, read_config
 from diffdpo.models.architecture.spec import FamilySpec
+from diffdpo.models.load import FAMILIES, Family, read_config
+from diffdpo.models.lora.adapters import add_lora
 from diffdpo.planner.kernels import Nf4Linear
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 
@@ -62,8 +62,8 @@ def weight_elements(family: Family, shape: PreTrainedConfig) -> int:
 
 
 def skeleton(family: Family, shape: PreTrainedConfig, config: TrainConfig, *, bf16: bool, cast: bool) -> MaskedLogProbs:
-    """What `diffdpo.train.preference` hands its engine, on the meta device. ``cast``: the engine casts everything to bf16, the
-    adapter too (DeepSpeed does)."""
+    """What preference training hands its engine, on the meta device. ``cast``: the engine casts everything to bf16,
+    the adapter too (DeepSpeed does)."""
     dtype = torch.bfloat16 if bf16 else torch.float32
     with torch.device("meta"):
         model: Any = family.model_class(shape).to(dtype)  # type: ignore[arg-type]
@@ -79,7 +79,7 @@ def skeleton(family: Family, shape: PreTrainedConfig, config: TrainConfig, *, bf
                 r=config.lora_r,
                 alpha=config.lora_alpha,
                 target_modules=config.lora_target_modules,
-                use_dora=getattr(config, "use_dora", False),
+                use_dora=config.use_dora,
             )
     else:
         model.requires_grad_(True)

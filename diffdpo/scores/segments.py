@@ -15,8 +15,12 @@ from itertools import zip_longest
 
 import torch
 
+from diffdpo.engine.choice import EngineChoice
 from diffdpo.engine.world import World
 from diffdpo.noise.rows import NoisyRows
+from diffdpo.settings.segments import SegmentSettings
+
+SEGMENT_TOKENS = {"cpu": 8192, "cuda": 16384}  # tokens of a forward that segments are cut to by default
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,10 @@ class Segments:
             self.tokens = min(self.tokens or most.tokens, most.tokens) // 2
         return True
 
+    def sizes(self) -> dict[str, int]:
+        """What the shapes of the forwards follow from."""
+        return {"segment_rows": self.rows, "segment_tokens": self.tokens}
+
     def describe(self) -> str:
         """For the user."""
         if self.rows:
@@ -126,6 +134,27 @@ class Segments:
 
     def _missing(self, own: int) -> int:
         return self.world.all_reduce_max(own) - own if self.world is not None else 0
+
+
+def make_segments(
+    settings: SegmentSettings,
+    choice: EngineChoice,
+    device: torch.device,
+    *,
+    world: World | None = None,
+    in_training: bool = False,
+) -> Segments:
+    """How rows are cut into forwards: ``--segment_rows``, or as many as keep a forward to a number of tokens.
+
+    ``world``: the processes of the run, None for one. They must cut into as many segments where they meet in forwards
+    (parameters in shards) or, ``in_training``, in backwards (gradients in shards).
+    """
+    meets = choice.shards_parameters or (in_training and choice.sharding.gradients)
+    return Segments(
+        rows=settings.segment_rows,
+        tokens=SEGMENT_TOKENS[device.type],
+        equal_over=world if meets and world is not None and world.size > 1 else None,
+    )
 
 
 def _spread(rows: NoisyRows) -> torch.Tensor:

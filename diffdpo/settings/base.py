@@ -1,7 +1,7 @@
 """Settings of one subject: a dataclass whose fields are flags, with their ranges. No torch in this package.
 
-A subject (data, engine, noise, ...) derives a class from :class:`Settings` and checks what concerns it alone in a method
-``check``; ``config.py`` composes these classes into the settings of a command, whose fields stay flat. Those of the
+A subject (data, engine, noise, ...) derives a class from :class:`Settings` and checks what concerns it alone in its
+method ``check``; ``config.py`` composes these classes into the settings of a command, whose fields stay flat. Those of the
 losses stand in ``losses/settings.py``: a loss's parameters are declared beside the losses.
 """
 
@@ -44,7 +44,7 @@ def check_settings(settings: Settings) -> None:
     for item in dataclasses.fields(settings):
         check_field(item, getattr(settings, item.name))
     for subject in reversed(type(settings).__mro__):
-        if "check" in vars(subject):
+        if issubclass(subject, Settings) and "check" in vars(subject):
             subject.check(settings)
 
 

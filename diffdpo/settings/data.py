@@ -63,9 +63,7 @@ class DataSettings(EncodingSettings):
     shuffle_shards: int | None = setting(
         None, "shuffle over groups of so many shards; 0: over all; default: 8 for remote shards, else 0", at_least=0
     )
-    bucket_steps: int = setting(
-        0, "bring records of like length together over so many steps; 0: do not", at_least=0
-    )
+    bucket_steps: int = setting(0, "bring records of like length together over so many steps; 0: do not", at_least=0)
     batching: str = setting(
         "equal", "micro-batches of a step: of one size, or of like numbers of tokens", choices=("equal", "balanced")
     )
@@ -101,8 +99,8 @@ class DataSettings(EncodingSettings):
         sources = len(source_names(self.train_data)) if self.train_data else 0
         if len(weights) != sources or not all(0 <= weight < math.inf for weight in weights) or not any(weights):
             raise UserError(
-                f"--data_weights {self.data_weights}: give one number, at least 0, for each of the {sources} sources of "
-                "--train_data, not all 0"
+                f"--data_weights {self.data_weights}: give one number, at least 0, for each of the {sources} sources "
+                "of --train_data, not all 0"
             )
         if self.shuffle_shards:
             raise UserError(

@@ -18,13 +18,9 @@ class OutputSettings(Settings):
     max_steps: int = setting(-1, "optimizer steps; -1: --num_train_epochs decides", common=True)
     num_train_epochs: float = setting(1.0, "passes over the training data", common=True)
     logging_steps: int = setting(1, "steps between lines of metrics.jsonl", at_least=1)
-    save_steps: int = setting(
-        0, "steps between checkpoints; 0: none but the final model", at_least=0, common=True
-    )
+    save_steps: int = setting(0, "steps between checkpoints; 0: none but the final model", at_least=0, common=True)
     save_total_limit: int = setting(2, "newest checkpoints to keep", at_least=1)
-    resume_from_checkpoint: str | None = setting(
-        None, "a checkpoint folder, or 'latest' of --output_dir", common=True
-    )
+    resume_from_checkpoint: str | None = setting(None, "a checkpoint folder, or 'latest' of --output_dir", common=True)
 
     def check(self) -> None:
         """A run has a length, a name that is no folder, and a place to be resumed from."""

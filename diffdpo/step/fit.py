@@ -6,9 +6,9 @@ from diffdpo.engine.base import Engine
 from diffdpo.memory.largest_fit import TOO_MUCH, Fit, largest_fit, memory_budget, peak_of
 from diffdpo.noise.rows import NoisyRows
 from diffdpo.scores.rows import forward_rows
-from diffdpo.step.strategy import MicroBatchShape
-from diffdpo.step.retry import StepTooLarge, run_on_all_ranks
 from diffdpo.scores.segments import Segments
+from diffdpo.step.retry import StepTooLarge, run_on_all_ranks
+from diffdpo.step.strategy import MicroBatchShape
 
 
 def fit_segments(
@@ -67,5 +67,5 @@ def fit_micro_batch(fit: Fit, shape: MicroBatchShape, accumulation: int) -> int:
 def _reserve(engine: Engine) -> int:
     """Bytes that are not there yet: Adam's moments (which DeepSpeed has made by now), the buffers of ``deferred``."""
     trained = sum(p.numel() * p.element_size() for p in engine.parameters)
-    moments = 0 if engine.saves_per_process else 2 * trained
+    moments = 0 if engine.choice.makes_moments_at_once else 2 * trained
     return moments + (0 if engine.no_sync_obstacle() else 2 * trained)

@@ -10,13 +10,13 @@ import torch
 from data_pipeline.batch import PairBatch
 from diffdpo.engine.base import Engine
 from diffdpo.losses.mismatched import mismatched
-from diffdpo.losses.preference import kl_estimate
+from diffdpo.losses.preference import reference_point_of
 from diffdpo.noise.rows import NoisyRows
-from diffdpo.scores.reference import Reference
 from diffdpo.scores.fold import fold
+from diffdpo.scores.reference import Reference
 from diffdpo.scores.rows import score_rows
-from diffdpo.step.retry import run_on_all_ranks
 from diffdpo.scores.segments import Segments
+from diffdpo.step.retry import run_on_all_ranks
 
 
 def reference_point(
@@ -46,4 +46,4 @@ def reference_point(
 
     tables = run_on_all_ranks(engine, lambda: [table(batch) for batch in batches], graph=training)
     ratio_B2, weight_B2 = world.all_gather(torch.cat(tables)).unbind(1)
-    return kl_estimate(ratio_B2, torch.zeros_like(ratio_B2), weight_B2)
+    return reference_point_of(ratio_B2, torch.zeros_like(ratio_B2), weight_B2)

@@ -21,7 +21,7 @@ from diffdpo.engine.base import Engine
 from diffdpo.errors import TrainingError, UserError
 
 FOLDER, STATE = "checkpoints", "run.json"
-NEEDED = ("step", "loader", "step_state", "before", "config", "held_by")
+NEEDED = ("step", "loader", "before", "config", "held_by")
 NAME = re.compile(r"step-(\d+)")
 
 

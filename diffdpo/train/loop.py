@@ -19,15 +19,16 @@ from tqdm import tqdm
 
 from data_pipeline.batch import PairBatch
 from data_pipeline.reader import PairLoader
-from diffdpo.train.checkpoint import list_checkpoints, save_checkpoint
 from diffdpo.config import RunConfig
 from diffdpo.engine.base import Engine
 from diffdpo.errors import TrainingError
 from diffdpo.losses.metrics import means
 from diffdpo.memory.peak import peak_memory_gib
-from diffdpo.train.schedule import learning_rate
-from diffdpo.step.step import StepReport
+from diffdpo.step.report import StepReport
 from diffdpo.tracking.journal import Journal
+from diffdpo.train.callbacks import Callbacks
+from diffdpo.train.checkpoint import list_checkpoints, save_checkpoint
+from diffdpo.train.schedule import learning_rate
 
 StepFunction = Callable[[Sequence[PairBatch], float], StepReport]
 ON_THE_BAR = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
@@ -46,9 +47,9 @@ class Loop:
     journal: Journal | None  # on rank 0 only
     evaluate: Callable[[], Mapping[str, float]]
     check_first: Callable[[StepReport], None]
+    callbacks: Callbacks = field(default_factory=Callbacks)
     unit: str = "pairs"  # what a record is called
     state: dict[str, Any] = field(default_factory=dict)
-    step_state: Callable[[], Mapping[str, Any]] = dict  # what the step function must be given back on a resume
     done: int = 0  # steps taken, also by the run that is resumed
 
     def run(self) -> bool:
@@ -69,7 +70,9 @@ class Loop:
                 if self.done == 1:
                     self.check_first(report)
                 finite = math.isfinite(report.loss) and math.isfinite(report.grad_norm)
-                stop = bool(world.all_reduce_sum(torch.tensor(float(asked.is_set()), device=world.device)))
+                wanted = self.callbacks.on_step(self.done, report) or asked.is_set()
+                # ranks hear of a signal at different steps and must leave the loop at the same one
+                stop = bool(world.all_reduce_sum(torch.tensor(float(wanted), device=world.device)))
                 save = stop or bool(config.save_steps and self.done % config.save_steps == 0)
                 # before a checkpoint too: what a resumed run goes on with is an empty window
                 if self.done % config.logging_steps == 0 or self.done == self.total_steps or save or not finite:
@@ -85,7 +88,7 @@ class Loop:
 
     def _learning_rate(self, step: int) -> float:
         config = self.config
-        assert config.learning_rate is not None, "build.resolve has chosen one"
+        assert config.learning_rate is not None, "config.resolve has chosen one"
         return learning_rate(
             step,
             peak=config.learning_rate,
@@ -139,13 +142,15 @@ class Loop:
             if self.journal is not None:
                 self.journal.sync()
             loader = self.loader.state_dict(self.engine.world.all_reduce_sums)
-            state = self.state | {"step": step, "loader": loader, "step_state": dict(self.step_state())}
-            save_checkpoint(self.output_dir, step, self.engine, state, keep=config.save_total_limit)
+            state = self.state | {"step": step, "loader": loader}
+            folder = save_checkpoint(self.output_dir, step, self.engine, state, keep=config.save_total_limit)
+            self.callbacks.on_save(step, folder)
 
     def record_evaluation(self, metrics: Mapping[str, float]) -> None:
         """Write held-out metrics at the current step."""
         if self.journal is not None:
             self.journal.write(self.done, {f"eval/{key}": value for key, value in metrics.items()})
+        self.callbacks.on_evaluation(self.done, metrics)
 
     def _diverged(self, report: StepReport) -> TrainingError:
         saved = list_checkpoints(self.output_dir)
@@ -170,7 +175,7 @@ class _Window:
     def metrics(self, unit: str) -> dict[str, float]:
         """Means over the window; rates are of all ranks together."""
         count, last = len(self.reports), self.reports[-1]
-        sums = torch.stack([report.sums for report in self.reports]).sum(0)
+        sums = {name: sum(report.sums[name] for report in self.reports) for name in last.sums}
         records = sum(report.records for report in self.reports)
         return {
             "loss": sum(report.loss for report in self.reports) / count,

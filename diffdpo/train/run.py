@@ -4,32 +4,44 @@ import json
 import platform
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from data_pipeline.dataset import ShardedDataset
 from data_pipeline.reader import PairLoader
 from diffdpo import __version__
-from diffdpo.build import Place, save_final, total_steps, uses_deepspeed
-from diffdpo.train.checkpoint import list_checkpoints, read_state, set_aside_after, told_if_unreadable, told_if_unwritable
 from diffdpo.config import RunConfig, to_yaml
-from diffdpo.engine.ds_config import read_ds_config
 from diffdpo.engine.base import Engine, count_parameters
 from diffdpo.errors import UserError
-from diffdpo.train.loop import Loop, StepFunction
+from diffdpo.evaluation.result import Evaluation, comparison
 from diffdpo.memory.peak import peak_memory_gib
 from diffdpo.models.load import LoadedModel
-from diffdpo.train.result import Evaluation, comparison, model_card, print_comparison, write_summary
-from diffdpo.step.step import StepReport
+from diffdpo.setup.context import RunContext
+from diffdpo.setup.data import total_steps
+from diffdpo.setup.model import save_final
+from diffdpo.step.report import StepReport
 from diffdpo.tracking.journal import FILE, read_journal
 from diffdpo.tracking.mlflow_run import Shipped
 from diffdpo.tracking.run import Tracking, open_command, run_tags, tracking_uri
+from diffdpo.train.callbacks import Callback, Callbacks
+from diffdpo.train.checkpoint import (
+    list_checkpoints,
+    read_state,
+    set_aside_after,
+    told_if_unreadable,
+    told_if_unwritable,
+)
+from diffdpo.train.loop import Loop, StepFunction
+from diffdpo.train.result import model_card, print_comparison, write_summary
 
 
 class HeldOut(Protocol):
@@ -44,24 +56,32 @@ class HeldOut(Protocol):
         ...
 
 
-class Stateful(Protocol):
-    """A part of a run that a resumed run must be given back as it was."""
+@dataclass(frozen=True)
+class Result:
+    """What a run came to. ``summary``: that of ``summary.json``, whose ``held_out`` has each metric before, after and
+    the change, with standard errors; empty where the run was stopped, or took no steps. ``model`` and ``tokenizer``
+    are what was trained, in eval mode. ``run_id`` is MLflow's, None without it."""
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values, the same on every rank."""
-        ...
+    output_dir: Path
+    steps: int
+    complete: bool
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    model: nn.Module | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    run_id: str | None = None
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What ``state_dict`` gave."""
-        ...
+    @classmethod
+    def of_precomputation(cls, output_dir: Path) -> "Result":
+        """Of a run that made reference scores and ended."""
+        return cls(output_dir, steps=0, complete=True)
 
 
 @dataclass(frozen=True)
-class Job:
+class Run:
     """What a command has built. The rest of a run, :func:`carry_out`, is the same for all commands."""
 
     config: RunConfig
-    place: Place
+    context: RunContext
     resume: Path | None  # a checkpoint
     data: ShardedDataset
     loader: PairLoader
@@ -72,85 +92,95 @@ class Job:
     check_first: Callable[[StepReport], None]
     unit: str  # what a record is called
     base: str  # what was trained, for the model card
-    stateful_step: Stateful | None = None  # ``step``, where a step depends on the one before
+    callbacks: Sequence[Callback] = ()
 
 
-def carry_out(job: Job) -> int:
-    """Before, train, after; the record of it and the final model. Returns the exit code."""
-    config, place, engine, held_out = job.config, job.place, job.engine, job.held_out
-    state = read_state(job.resume) if job.resume else {}
-    if job.resume:  # before anything of the run's record is touched: a refusal must leave it as it was
-        resume_parts(config, place, job.resume, engine, job.loader)
-        if job.stateful_step is not None:
-            job.stateful_step.load_state_dict(state["step_state"])
-    extra = {"data_fingerprint": job.data.fingerprint}
-    tracking = start_tracking(config, place, resume_step=state.get("step"), extra=extra)
-    with finish(place, tracking) as end:
-        before = Evaluation(state["before"]) if job.resume else held_out.evaluate("before")
-        loop = Loop(
-            config=config,
-            output_dir=place.output_dir,
-            engine=engine,
-            loader=job.loader,
-            step=job.step,
-            total_steps=total_steps(config, job.loader),
-            journal=tracking.journal if tracking else None,
-            evaluate=held_out.quick,
-            check_first=job.check_first,
-            unit=job.unit,
-            state={"before": dict(before.values), "config": asdict(config), "held_by": held_by(engine)},
-            step_state=job.stateful_step.state_dict if job.stateful_step else dict,
-            done=state.get("step", 0),
-        )
-        if not job.resume:
+def carry_out(run: Run) -> Result:
+    """Before, train, after; the record of it and the final model."""
+    config, context, engine, held_out = run.config, run.context, run.engine, run.held_out
+    state = read_state(run.resume) if run.resume else {}
+    if run.resume:  # before anything of the run's record is touched: a refusal must leave it as it was
+        resume_parts(config, context, run.resume, engine, run.loader)
+    extra = {"data_fingerprint": run.data.fingerprint}
+    tracking = start_tracking(run, resume_step=state.get("step"), extra=extra)
+    with finish(context, tracking) as end:
+        before = Evaluation(state["before"]) if run.resume else held_out.evaluate("before")
+        loop = _loop_of(run, tracking, before, done=state.get("step", 0))
+        if not run.resume:
             loop.record_evaluation(before.means())
         end.phase = "in training"
         complete = loop.run()
-        if not_learned := job.loader.summary(engine.world.all_reduce_sums):
-            place.say(f"data    {not_learned}")
-        if not complete:
+        if not_learned := run.loader.summary(engine.world.all_reduce_sums):
+            context.print(f"data    {not_learned}")
+        if complete:
+            folder = context.output_dir / "final"
+            with told_if_unwritable(folder):
+                save_final(folder, engine, run.loaded)
+            end.phase = f"in the evaluation after training; the trained model is in {folder}"
+            after = held_out.evaluate("after")
+            loop.record_evaluation(after.means())
+            end.write_card(folder, run.base, to_yaml(config), before, after)
+            end.completed(steps=loop.done, engine=engine)
+        else:
             end.stopped(loop.done)
-            return 0
-        folder = place.output_dir / "final"
-        with told_if_unwritable(folder):
-            save_final(folder, engine, job.loaded)
-        end.phase = f"in the evaluation after training; the trained model is in {folder}"
-        after = held_out.evaluate("after")
-        loop.record_evaluation(after.means())
-        end.write_card(folder, job.base, to_yaml(config), before, after)
-        end.completed(steps=loop.done, engine=engine)
-    place.world.barrier()
-    return 0
+        loop.callbacks.on_end(loop.done)
+    context.world.barrier()
+    return Result(
+        output_dir=context.output_dir,
+        steps=loop.done,
+        complete=complete,
+        summary=end.summary,
+        model=run.loaded.model.eval(),
+        tokenizer=run.loaded.tokenizer,
+        run_id=tracking.mlflow.shipped.run_id if tracking and tracking.mlflow else None,
+    )
 
 
-def start_tracking(
-    config: RunConfig, place: Place, *, resume_step: int | None, extra: Mapping[str, Any]
-) -> Tracking | None:
+def _loop_of(run: Run, tracking: Tracking | None, before: Evaluation, *, done: int) -> Loop:
+    return Loop(
+        config=run.config,
+        output_dir=run.context.output_dir,
+        engine=run.engine,
+        loader=run.loader,
+        step=run.step,
+        total_steps=total_steps(run.config, run.loader),
+        journal=tracking.journal if tracking else None,
+        evaluate=run.held_out.quick,
+        check_first=run.check_first,
+        callbacks=Callbacks(run.callbacks),
+        unit=run.unit,
+        state={"before": dict(before.values), "config": asdict(run.config), "held_by": held_by(run.engine)},
+        done=done,
+    )
+
+
+def start_tracking(run: Run, *, resume_step: int | None, extra: Mapping[str, Any]) -> Tracking | None:
     """Write ``config.yaml``, ``ds_config.json`` and ``environment.json``; open the journal and MLflow. Rank 0 only."""
-    if not place.world.is_main:
+    config, context = run.config, run.context
+    if not context.world.is_main:
         return None
-    output_dir, uri = place.output_dir, tracking_uri(config.tracking_uri, place.output_dir)
+    output_dir, uri = context.output_dir, tracking_uri(config.tracking_uri, context.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "config.yaml").write_text(to_yaml(config))
-    ds_config = read_ds_config(Path(config.ds_config)) if uses_deepspeed(config) and config.ds_config else {}
+    ds_config = dict(run.engine.choice.given)
     (output_dir / "ds_config.json").write_text(json.dumps(ds_config, indent=1))
     environment = {
         "diffdpo": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "device": _device_name(place.world.device),
-        "processes": place.world.size,
+        "device": _device_name(context.world.device),
+        "processes": context.world.size,
         "command": " ".join(sys.argv),
         **extra,
     }
     (output_dir / "environment.json").write_text(json.dumps(environment, indent=1))
     for path in set_aside_after(output_dir, resume_step) if resume_step is not None else ():
-        place.say(f"{path.name} is set aside: this run goes on from step {resume_step}")
+        context.print(f"{path.name} is set aside: this run goes on from step {resume_step}")
     tracking = Tracking(output_dir, resume_step=resume_step)
     if uri is not None:
         params = {**asdict(config), **environment, "ds_config_json": json.dumps(ds_config)}
         texts = {key: str(value) for key, value in params.items()}
-        shipped = Shipped(uri, config.experiment_name, place.run_name, texts, run_tags())
+        shipped = Shipped(uri, config.experiment_name, context.run_name, texts, run_tags())
         tracking.start_mlflow(shipped, elsewhere=config.tracking_uri is not None)
     return tracking
 
@@ -171,13 +201,13 @@ FREE_TO_CHANGE = {
 def held_by(engine: Engine) -> dict[str, Any]:
     """What must be the same when a checkpoint is read again: its files hold no other engine's state."""
     return {
-        "engine": engine.describe(),
-        "processes": engine.world.size if engine.saves_per_process else None,
+        "engine": engine.choice.identity(),
+        "processes": engine.world.size if engine.choice.checkpoint_is_per_rank else None,
         "trained_parameters": count_parameters(engine.module)[1],
     }
 
 
-def resume_parts(config: RunConfig, place: Place, checkpoint: Path, engine: Engine, loader: PairLoader) -> None:
+def resume_parts(config: RunConfig, context: RunContext, checkpoint: Path, engine: Engine, loader: PairLoader) -> None:
     """Engine and reader as they were at the checkpoint; settings that have changed since are told.
 
     UserError when the checkpoint was written by another engine, number of processes it matters to, or set of weights.
@@ -197,20 +227,21 @@ def resume_parts(config: RunConfig, place: Place, checkpoint: Path, engine: Engi
     loader.load_state_dict(state["loader"])
     with told_if_unreadable(checkpoint):
         engine.load(checkpoint)
-    place.say(f"resumed from {checkpoint} after step {state['step']}")
+    context.print(f"resumed from {checkpoint} after step {state['step']}")
     for name, value in asdict(config).items():
         if name not in FREE_TO_CHANGE and state["config"].get(name) != value:
-            place.say(f"  NOTE --{name} was {state['config'].get(name)} and is {value}: not the same run any more")
+            context.print(f"  NOTE --{name} was {state['config'].get(name)} and is {value}: not the same run any more")
 
 
 class Finish:
     """How a run ends: what the user is told and what is written."""
 
-    def __init__(self, place: Place, tracking: Tracking | None):
-        self.place, self.tracking = place, tracking
+    def __init__(self, context: RunContext, tracking: Tracking | None):
+        self.context, self.tracking = context, tracking
         self.status, self.started = "FAILED", time.time()
         self.phase = "before the first step"  # where the run is, for who interrupts it
         self.compared: dict[str, dict[str, Any]] = {}
+        self.summary: dict[str, Any] = {}
 
     def write_card(self, folder: Path, base: str, config_text: str, before: Evaluation, after: Evaluation) -> None:
         """README.md of the final model, with the held-out results."""
@@ -221,19 +252,19 @@ class Finish:
     def stopped(self, step: int) -> None:
         """A signal ended the run early, with a checkpoint."""
         self.status = "KILLED"
-        self.place.say(
+        self.context.print(
             f"stopped after step {step}, which is saved; go on with "
-            f"--output_dir {self.place.output_dir} --resume_from_checkpoint latest"
+            f"--output_dir {self.context.output_dir} --resume_from_checkpoint latest"
         )
 
     def interrupted(self) -> None:
         """A signal ended the run at once, with what had been written before."""
         self.status = "KILLED"
-        self.place.say(f"\nstopped {self.phase}")
-        if saved := list_checkpoints(self.place.output_dir):
-            self.place.say(
+        self.context.print(f"\nstopped {self.phase}")
+        if saved := list_checkpoints(self.context.output_dir):
+            self.context.print(
                 f"newest checkpoint: {saved[-1]}; go on from there with "
-                f"--output_dir {self.place.output_dir} --resume_from_checkpoint latest"
+                f"--output_dir {self.context.output_dir} --resume_from_checkpoint latest"
             )
 
     def completed(self, *, steps: int, engine: Engine) -> None:
@@ -242,17 +273,18 @@ class Finish:
         peaks = engine.world.all_gather_object(peak_memory_gib(engine.world.device))
         if self.tracking is None:
             return
-        lines = [line for line in read_journal(self.place.output_dir / FILE) if "step_seconds" in line]
+        lines = [line for line in read_journal(self.context.output_dir / FILE) if "step_seconds" in line]
         rates = {key: _mean(lines, key) for key in ("pairs_per_second", "answers_per_second", "tokens_per_second")}
         summary = {
-            "run_name": self.place.run_name,
+            "run_name": self.context.run_name,
             "steps": steps,
             "seconds": round(time.time() - self.started, 1),
             **{key: value for key, value in rates.items() if value is not None},
             "peak_memory_gib": max(peaks),
             "held_out": self.compared,
         }
-        write_summary(self.place.output_dir, summary)
+        self.summary = summary
+        write_summary(self.context.output_dir, summary)
 
     def close(self) -> None:
         """Ship the rest to MLflow and tell where everything is."""
@@ -263,7 +295,7 @@ class Finish:
             return
         if self.compared:
             print_comparison(self.compared)
-        output_dir = self.place.output_dir
+        output_dir = self.context.output_dir
         print(f"files   {output_dir}  (final/, metrics.jsonl, summary.json, plots/curves.png)")
         mlflow = self.tracking.mlflow
         if mlflow is not None:
@@ -283,14 +315,16 @@ def _mean(lines: list[dict[str, Any]], key: str) -> float | None:
 
 
 @contextmanager
-def finish(place: Place, tracking: Tracking | None) -> Iterator[Finish]:
+def finish(context: RunContext, tracking: Tracking | None) -> Iterator[Finish]:
     """The run's ``Finish``; its record is closed also when the body raises."""
-    end = Finish(place, tracking)
+    end = Finish(context, tracking)
 
     def on_term(number: int, frame: object) -> None:
         raise KeyboardInterrupt  # the training loop, which can save, has a handler of its own
 
-    before = signal.signal(signal.SIGTERM, on_term)
+    # only the main thread may listen to signals; a notebook's other threads train without
+    listens = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, on_term) if listens else None
     try:
         yield end
     except KeyboardInterrupt:
@@ -298,4 +332,5 @@ def finish(place: Place, tracking: Tracking | None) -> Iterator[Finish]:
         raise
     finally:
         end.close()
-        signal.signal(signal.SIGTERM, before)
+        if listens:
+            signal.signal(signal.SIGTERM, before)

@@ -6,82 +6,102 @@ response tokens only, the terminator among them, the prompt never masked (Nie et
 
 import shutil
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 from data_pipeline.batch import Fault, PairBatch
 from data_pipeline.dataset import ShardedDataset
 from data_pipeline.records import AnswerRecord
 from data_pipeline.stages import RecordReader
-from diffdpo import build
-from diffdpo.build import Place
-from diffdpo.train.checkpoint import find_checkpoint
-from diffdpo.config import SftConfig
+from diffdpo.config import SftConfig, resolve
 from diffdpo.engine.base import count_parameters
+from diffdpo.engine.choice import EngineChoice, choose_engine
+from diffdpo.engine.make import bf16_able, load_device, make_engine
+from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.world import shutdown_distributed
 from diffdpo.evaluation.heldout import HeldOutAnswers, SampledAnswers
+from diffdpo.losses.options import LossOptions
 from diffdpo.models.architecture.from_scratch import new_model, train_tokenizer
-from diffdpo.models.load import LoadedModel, load_model
-from diffdpo.noise.estimators import check_estimator
+from diffdpo.models.load import LoadedModel, dtype_name, load_model
+from diffdpo.noise.options import NoiseOptions
+from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.scores.reference import no_reference
-from diffdpo.train.run import Job, carry_out
-from diffdpo.train.answer_canvas import fill_canvas
+from diffdpo.scores.segments import make_segments
+from diffdpo.setup import data as run_data
+from diffdpo.setup.context import RunContext, open_context
+from diffdpo.setup.preflight import check_before_weights, check_settings_meet
+from diffdpo.step.report import StepReport
+from diffdpo.step.step import PreferenceStep
 from diffdpo.step.strategy import MicroBatchShape, choose_strategy
-from diffdpo.step.step import LossOptions, PreferenceStep, StepReport
+from diffdpo.train.answer_canvas import fill_canvas
+from diffdpo.train.callbacks import Callback
+from diffdpo.train.checkpoint import find_checkpoint
+from diffdpo.train.run import Result, Run, carry_out
 
 TOKENIZER_RECORDS = 20_000  # the tokenizer of a new model is trained on the first of the data
 
 
-def sft(config: SftConfig) -> int:
-    """Run to the end. Returns the exit code."""
-    config = build.resolve(config)  # type: ignore[assignment]
-    check_estimator(config.score_estimator, num_samples=config.num_mc_samples)
-    place = build.find_place(config, "sft")
+def sft(config: SftConfig, *, callbacks: Sequence[Callback] = ()) -> Result:
+    """Run to the end, whatever the number of processes. UserError or DataError for what a user can mend."""
+    config = cast(SftConfig, resolve(config))
+    check_settings_meet(config)
+    context = open_context(config, "sft")
     try:
-        build.check_ds_config(config, place.world)
-        build.check_names(config)
-        return _sft(config, place)
+        device = context.world.device
+        processes, cuda = context.world.size, device.type == "cuda"
+        choice = choose_engine(config, processes=processes, cuda=cuda, bf16_able=bf16_able(device))
+        check_before_weights(config, choice)
+        return carry_out(_build(config, context, choice, callbacks))
     finally:
         shutdown_distributed()
 
 
-def _sft(config: SftConfig, place: Place) -> int:
-    resume = find_checkpoint(config.resume_from_checkpoint, place.output_dir) if config.resume_from_checkpoint else None
-    train_set, eval_set = build.open_data(config, place, build.generated(config))
-    bf16 = build.resolve_bf16(config, place.world.device)
-    loaded = _load_or_make(config, place, train_set, bf16=bf16)
-    encoder = build.make_encoder(config, loaded.tokenizer, loaded.spec)
-    loader = build.train_loader(config, train_set, encoder, place.world)
-    batches = build.eval_batches(config, eval_set, encoder, place.world)
-    noise = build.make_noise(config, loaded.spec)
-    engine = build.make_engine(config, build.wrap(config, loaded), place, bf16=bf16)
-    segments = build.choose_segments(config, place.world)
-    shape = MicroBatchShape(config.per_device_train_batch_size, config.num_mc_samples, config.max_length, False)
-    strategy, why = choose_strategy("auto", engine=engine, segments=segments, shape=shape)
-    answers = SampledAnswers(config, engine, loaded, batches)
+def _build(config: SftConfig, context: RunContext, choice: EngineChoice, callbacks: Sequence[Callback]) -> Run:
+    world = context.world
+    resume = None
+    if config.resume_from_checkpoint:
+        resume = find_checkpoint(config.resume_from_checkpoint, context.output_dir)
+    train_set, eval_set = run_data.open_data(config, context, run_data.generated(config))
+    loaded = _load_or_make(config, context, choice, train_set)
+    encoder = run_data.make_encoder(config, loaded.tokenizer, loaded.spec)
+    loader = run_data.train_loader(config, train_set, encoder, world)
+    batches = run_data.eval_batches(config, eval_set, encoder, world)
+    noise = NoiseOptions.of(config, mask_token_id=loaded.spec.mask_token_id)
+    module = MaskedLogProbs.of(loaded.model, loaded.spec, config)
+    engine = make_engine(choice, module, world, OptimizerOptions.of(config), say=context.print)
+    meets = world if engine.retry_obstacle() is not None else None
+    segments = make_segments(config, choice, world.device, world=meets, in_training=True)
+    strategy, why = choose_strategy(
+        config.segmentation,
+        obstacle=engine.no_sync_obstacle(),
+        reduces_in_backward=choice.reduces_in_backward,
+        segments=segments,
+        shape=MicroBatchShape(config.per_device_train_batch_size, config.num_mc_samples, config.max_length, False),
+    )
     held_out = HeldOutAnswers(
         engine,
         noise,
         batches,
-        answers,
-        segments=build.choose_segments(config, place.world, graph=False),
+        SampledAnswers(config, engine, loaded, batches),
+        segments=make_segments(config, choice, world.device, world=world),
         limit=config.max_eval_pairs,
     )
-    place.say(
+    context.print(
         f"model    {config.model_name_or_path or 'new'}, {count_parameters(loaded.model)[0]:,} parameters\n"
         f"data     {config.train_data or 'generated arithmetic-reasoning answers'}: {len(train_set)} answers\n"
-        f"engine   {engine.describe()}; segmentation '{strategy}' ({why})\n"
-        f"output   {place.output_dir}"
+        f"engine   {choice.describe()}; segmentation '{strategy}' ({why})\n"
+        f"output   {context.output_dir}"
     )
     loss = LossOptions(("sft",), (1.0,), beta=1.0)
-    score_step = PreferenceStep(engine, no_reference, noise, loss, strategy=strategy, segments=segments)
+    score_step = PreferenceStep(engine, no_reference, noise, loss, strategy=strategy, segments=segments, compared=False)
 
     def step(micro_batches: Sequence[PairBatch], rate: float) -> StepReport:
         canvas = {"canvas": config.answer_canvas, "terminator_id": loaded.spec.terminator_id, "seed": config.seed}
         filled = [fill_canvas(b, **canvas) for b in micro_batches] if config.answer_canvas else micro_batches
         return score_step(filled, rate)
 
-    job = Job(
+    return Run(
         config=config,
-        place=place,
+        context=context,
         resume=resume,
         data=train_set,
         loader=loader,
@@ -92,23 +112,23 @@ def _sft(config: SftConfig, place: Place) -> int:
         check_first=_nothing_to_check,
         unit="answers",
         base=config.model_name_or_path or "random weights",
+        callbacks=callbacks,
     )
-    return carry_out(job)
 
 
 def _nothing_to_check(report: StepReport) -> None:
     """Supervised training has no reference to agree with."""
 
 
-def _load_or_make(config: SftConfig, place: Place, data: ShardedDataset, *, bf16: bool) -> LoadedModel:
+def _load_or_make(config: SftConfig, context: RunContext, choice: EngineChoice, data: ShardedDataset) -> LoadedModel:
     """The named model, or a new one with a tokenizer trained on the data: the same on every rank."""
+    device = load_device(choice, context.world)
     if config.model_name_or_path:
-        dtype = "bfloat16" if bf16 else "float32"
-        loaded = load_model(config.model_name_or_path, dtype=dtype, device=build.load_device(config, place.world))
+        loaded = load_model(config.model_name_or_path, dtype=dtype_name(choice.bf16), device=device)
         loaded.model.requires_grad_(True)
         return loaded
-    folder = place.output_dir / "start"
-    if place.world.is_main and not (config.resume_from_checkpoint and folder.exists()):
+    folder = context.output_dir / "start"
+    if context.world.is_main and not (config.resume_from_checkpoint and folder.exists()):
         shutil.rmtree(folder, ignore_errors=True)  # of a start that was broken off, perhaps with other settings
         tokenizer = train_tokenizer(_texts(data), vocab_size=config.vocab_size)
         model = new_model(tokenizer, width=config.width, layers=config.layers, heads=config.heads, seed=config.seed)
@@ -116,8 +136,8 @@ def _load_or_make(config: SftConfig, place: Place, data: ShardedDataset, *, bf16
         tokenizer.save_pretrained(partial)
         model.save_pretrained(partial)
         partial.rename(folder)
-    place.world.barrier()
-    loaded = load_model(str(folder), device=build.load_device(config, place.world))
+    context.world.barrier()
+    loaded = load_model(str(folder), device=device)
     loaded.model.requires_grad_(True)
     return loaded
 

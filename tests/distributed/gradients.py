@@ -18,12 +18,12 @@ from diffdpo.engine.base import OptimizerOptions
 from diffdpo.engine.deepspeed import DeepSpeedEngine, zero_stage
 from diffdpo.engine.plain import PlainEngine
 from diffdpo.engine.world import World, init_distributed, shutdown_distributed
-from diffdpo.models.lora.adapters import add_lora
 from diffdpo.models.architecture.backbone import native
 from diffdpo.models.load import load_model
+from diffdpo.models.lora.adapters import add_lora
 from diffdpo.noise.options import NoiseOptions
-from diffdpo.scores.reference import copy_reference, frozen_copy
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
+from diffdpo.scores.reference import copy_reference, frozen_copy
 from diffdpo.scores.segments import Segments
 from diffdpo.step.step import LossOptions, PreferenceStep
 
@@ -172,7 +172,10 @@ def gradients_of(engine) -> list[torch.Tensor]:
         # DeepSpeed 0.19.8 does not link the states of a second group to its parameters: read the flat partitions
         optimizer, found = engine.optimizer, {}
         for members, own in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
-            flat, sizes = engine.world.all_gather(optimizer.optimizer.state[own]["exp_avg"]), [p.numel() for p in members]
+            flat, sizes = (
+                engine.world.all_gather(optimizer.optimizer.state[own]["exp_avg"]),
+                [p.numel() for p in members],
+            )
             pieces = flat[: sum(sizes)].split(sizes)
             found |= {id(p): piece.view_as(p) for p, piece in zip(members, pieces, strict=True)}
         return [found[id(p)] for p in engine.parameters]

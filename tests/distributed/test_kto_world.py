@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.generate import generate_pairs
-from diffdpo.config import TrainConfig
 from diffdpo.cli.flags import parse_config
+from diffdpo.config import TrainConfig
 from diffdpo.train.preference import train
 
 TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node", "2", "launch/train.py"]

@@ -5,8 +5,8 @@ import re
 import pytest
 
 from benchmarks.plan_profiles import BEGIN, DOC, END, MACHINE, PROFILES, plan, table
-from diffdpo.config import TrainConfig
 from diffdpo.cli.flags import parse_config
+from diffdpo.config import TrainConfig
 from diffdpo.planner.memory import DEVICE, HOST, needed
 from diffdpo.planner.plan import make_plan
 from diffdpo.planner.sizes import gib

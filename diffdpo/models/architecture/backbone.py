@@ -21,9 +21,9 @@ from transformers import PreTrainedModel, initialization
 from transformers.utils import ModelOutput
 
 from diffdpo.errors import UserError
-from diffdpo.models.checkpoint.adapter_folder import is_adapter
 from diffdpo.models.architecture.layers import RMSNorm, RotaryTable, VocabularyHead
 from diffdpo.models.architecture.layout import Layout
+from diffdpo.models.checkpoint.adapter_folder import is_adapter
 from diffdpo.models.checkpoint.weights import INDEX, SINGLE, read_model, stored_dtype
 
 RunBlock = Callable[..., Tensor]

@@ -14,11 +14,11 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from diffdpo.errors import UserError
-from diffdpo.models.checkpoint.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from diffdpo.models.architecture.backbone import native
 from diffdpo.models.architecture.layers import VocabularyHead
-from diffdpo.models.lora.targets import target_pattern
 from diffdpo.models.architecture.spec import FamilySpec
+from diffdpo.models.checkpoint.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from diffdpo.models.lora.targets import target_pattern
 
 
 def add_lora(

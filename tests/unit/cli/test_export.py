@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 
 import launch.export as export
 from diffdpo.errors import UserError
-from diffdpo.models.lora.adapters import add_lora
 from diffdpo.models.load import load_model, save_model
+from diffdpo.models.lora.adapters import add_lora
 
 
 @pytest.fixture

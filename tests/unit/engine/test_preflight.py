@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from diffdpo.engine.ds_config import read_ds_config
 from diffdpo.engine import preflight
 from diffdpo.engine.base import OptimizerOptions
 from diffdpo.engine.deepspeed import complete_ds_config, hands_gradients_over, why_not_whole_gradients
+from diffdpo.engine.ds_config import read_ds_config
 from diffdpo.errors import UserError
 from tests.conftest import ROOT
 

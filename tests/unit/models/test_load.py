@@ -15,12 +15,12 @@ from transformers import (
 )
 
 from diffdpo.errors import UserError
-from diffdpo.models.lora.adapters import add_lora
 from diffdpo.models.architecture.dream import DreamModel
 from diffdpo.models.architecture.from_scratch import new_model
 from diffdpo.models.architecture.llada import LLaDAModelLM
-from diffdpo.models.load import load_model, save_model
 from diffdpo.models.checkpoint.weights import shard_files
+from diffdpo.models.load import load_model, save_model
+from diffdpo.models.lora.adapters import add_lora
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffdpo.build import Place
 
 from data_pipeline.reader import open_dataset
 from diffdpo import build
-from diffdpo.build import Place
 from diffdpo.config import TrainConfig
 from diffdpo.engine.world import World
 from diffdpo.errors import UserError

@@ -72,7 +72,7 @@ def test_packed_rows_score_as_each_row_alone(family, max_waste, layer_checkpoint
         logits = model(ids[r : r + 1, : LENGTHS[r]]).logits[0]
         alone.append(logits.log_softmax(-1)[p - spec.logit_shift, t])
     alone = torch.stack(alone)
-    assert torch.allclose(run_on_all_ranks, alone, atol=1e-5)
+    assert torch.allclose(together, alone, atol=1e-5)
     for a, b in zip(gradient, torch.autograd.grad(alone.sum(), model.parameters()), strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
 

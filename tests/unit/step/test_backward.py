@@ -13,9 +13,9 @@ from diffdpo.engine.world import World
 from diffdpo.losses.mismatched import mismatched
 from diffdpo.models.load import load_model
 from diffdpo.noise.options import NoiseOptions
-from diffdpo.scores.reference import copy_reference, frozen_copy
 from diffdpo.scores.fold import fold
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
+from diffdpo.scores.reference import copy_reference, frozen_copy
 from diffdpo.scores.rows import forward_rows, score_rows
 from diffdpo.scores.segments import Segments
 from diffdpo.step.step import LossOptions, PreferenceStep

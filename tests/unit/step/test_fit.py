@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diffdpo.step import fit as sizing
-from diffdpo.step.strategy import MicroBatchShape
 from diffdpo.scores.segments import Segments
+from diffdpo.step import fit as sizing
 from diffdpo.step.fit import fit_micro_batch, fit_segments, longest_rows
+from diffdpo.step.strategy import MicroBatchShape
 from tests.unit.step.test_backward import batches, gradient, make_step  # noqa: F401
 
 SHAPE = MicroBatchShape(pairs=8, rows_per_answer=2, max_length=60, couples_pairs=False)

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 import pytest
 
 from diffdpo.errors import UserError
-from diffdpo.step.strategy import MicroBatchShape, choose_strategy
 from diffdpo.scores.segments import Segments
+from diffdpo.step.strategy import MicroBatchShape, choose_strategy
 
 
 @dataclass

@@ -5,6 +5,10 @@ import json
 import pytest
 import torch
 
+from diffdpo.engine.base import OptimizerOptions
+from diffdpo.engine.plain import PlainEngine
+from diffdpo.engine.world import World
+from diffdpo.errors import TrainingError, UserError
 from diffdpo.train.checkpoint import (
     NEEDED,
     STATE,
@@ -16,10 +20,6 @@ from diffdpo.train.checkpoint import (
     told_if_unreadable,
     told_if_unwritable,
 )
-from diffdpo.engine.base import OptimizerOptions
-from diffdpo.engine.plain import PlainEngine
-from diffdpo.engine.world import World
-from diffdpo.errors import TrainingError, UserError
 
 STATE_OF_A_RUN = {name: {} for name in NEEDED}
 

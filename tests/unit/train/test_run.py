@@ -14,8 +14,8 @@ from diffdpo.engine.plain import PlainEngine
 from diffdpo.engine.world import World
 from diffdpo.errors import UserError
 from diffdpo.models.load import load_model
-from diffdpo.train.run import finish
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
+from diffdpo.train.run import finish
 
 WORLD = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
 

@@ -10,8 +10,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from diffdpo.config import TrainConfig, make_config
 from diffdpo.errors import UserError
 from diffdpo.models.architecture import compiled
-from diffdpo.models.lora.adapters import add_lora, reference
 from diffdpo.models.architecture.spec import LLADA_LORA_TARGETS, FamilySpec
+from diffdpo.models.lora.adapters import add_lora, reference
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 
 SPEC = FamilySpec("llada", 2, 1, 1, "LLaDABlock", LLADA_LORA_TARGETS)

@@ -124,6 +124,7 @@ def test_a_liger_kernel_with_other_numbers_is_refused(monkeypatch):
 @pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="liger-kernel is not installed")
 def test_liger_s_own_kernel_passes_the_check_in_triton_s_interpreter(command, python):
     """The kernel itself on the CPU, as far as it goes without a GPU: numbers and gradients, not speed."""
-    check = "from diffdpo.models.architecture.token_log_probs import check_liger as c; import torch; c('cpu', torch.bfloat16)"
+    module = "diffdpo.models.architecture.token_log_probs"
+    check = f"from {module} import check_liger as c; import torch; c('cpu', torch.bfloat16)"
     done = command([python, "-c", check], timeout=300, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr[-2000:]

@@ -4,18 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffdpo.build import check_names
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from diffdpo.build import check_names
 from diffdpo.config import TrainConfig, make_config
 from diffdpo.errors import UserError
-from diffdpo.models.lora.adapters import add_lora, merge, reference
 from diffdpo.models.architecture.backbone import native
 from diffdpo.models.architecture.from_scratch import new_model
 from diffdpo.models.load import load_adapter, load_model, save_model
+from diffdpo.models.lora.adapters import add_lora, merge, reference
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 
 
