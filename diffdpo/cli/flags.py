@@ -31,7 +31,7 @@ def build_parser(config_class: type[RunConfig], description: str) -> Parser:
         if kind is bool:
             options |= {"nargs": "?", "const": True, "type": _boolean, "metavar": "true|false"}
         else:
-            options |= {"type": kind, "choices": item.metadata.get("choices")}
+            options |= {"type": kind, "choices": item.metadata["choices"] or None}
         parser.add_argument(f"--{item.name}", **options)
     parser.formatter_class = _HelpFormatter
     if config_class is TrainConfig:

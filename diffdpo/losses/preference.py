@@ -184,8 +184,8 @@ def kto(
 ) -> Tensor:
     """λ_D (1 - σ(β (r - z))) for desirable answers, λ_U (1 - σ(β (z - r))) for undesirable ones (arXiv 2402.01306).
 
-    z is ``reference_point``, detached (:func:`reference_point_of`). The chosen side holds desirable answers; either side
-    may be absent.
+    z is ``reference_point``, detached (:func:`reference_point_of`). The chosen side holds desirable answers; either
+    side may be absent.
     """
     w, l = (policy_B2 - reference_B2).unbind(1)
     desirable, undesirable = (-beta * (w - reference_point)).sigmoid(), (-beta * (reference_point - l)).sigmoid()

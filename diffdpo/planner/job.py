@@ -96,8 +96,8 @@ def plan_run(
     scored: int | None = None,
 ) -> PlannedRun:
     """Settings → what a process would do. ``module``: what would be trained, on the meta device. ``second_model()``:
-    the part of the memory that a copy of it would take, for ``--reference auto``. ``scored``: scored positions of a row;
-    default: all of the longest answer."""
+    the part of the memory that a copy of it would take, for ``--reference auto``. ``scored``: scored positions of a
+    row; default: all of the longest answer."""
     everything, trained = count_parameters(module)
     obstacle = choice.no_sync_obstacle(few=trained <= SMALL_SHARE * everything)
     loss = config.loss()

@@ -1,8 +1,8 @@
 """Settings of one subject: a dataclass whose fields are flags, with their ranges. No torch in this package.
 
 A subject (data, engine, noise, ...) derives a class from :class:`Settings` and checks what concerns it alone in its
-method ``check``; ``config.py`` composes these classes into the settings of a command, whose fields stay flat. Those of the
-losses stand in ``losses/settings.py``: a loss's parameters are declared beside the losses.
+method ``check``; ``config.py`` composes these classes into the settings of a command, whose fields stay flat. Those of
+the losses stand in ``losses/settings.py``: a loss's parameters are declared beside the losses.
 """
 
 import dataclasses
