@@ -9,8 +9,8 @@ import torch
 
 from diffdpo.evaluation.estimate import Estimate
 from diffdpo.evaluation.preferences import ScoreTable, separation
+from diffdpo.losses.options import LossOptions
 from diffdpo.losses.preference import LOSSES
-from diffdpo.step.step import LossOptions
 
 # log-ratios: (1, -2), (0, 0), (-3, 1); β = 0.1
 PAIRS = ScoreTable(
@@ -54,7 +54,7 @@ def test_every_loss_of_pairs_has_a_held_out_value(name):
 
 
 def test_single_answers_by_hand():
-    values = replace(SINGLES, kl=torch.tensor(0.5)).values(KTO)
+    values = replace(SINGLES, reference_point=torch.tensor(0.5)).values(KTO)
     assert values["rewards/chosen"] == pytest.approx([0.1])
     assert values["rewards/rejected"] == pytest.approx([0.0, 0.1])
     assert np.mean(values["rewards/separation"]) == pytest.approx(0.75)  # above one, level with the other
@@ -64,7 +64,7 @@ def test_single_answers_by_hand():
 
 
 def test_pairs_under_a_loss_of_answers_have_both():
-    values = replace(PAIRS, kl=torch.tensor(0.0)).values(KTO)
+    values = replace(PAIRS, reference_point=torch.tensor(0.0)).values(KTO)
     assert len(values["loss"]) == 6 and len(values["rewards/margins"]) == 3
 
 
