@@ -21,7 +21,7 @@ PAIRS = ScoreTable(
 )
 SINGLES = replace(PAIRS, weight_P2=torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]).double())
 SIGMOID = LossOptions(("sigmoid",), (1.0,), beta=0.1)
-KTO = LossOptions(("kto",), (1.0,), beta=0.1, desirable_weight=2.0)
+KTO = LossOptions(("kto",), (1.0,), beta=0.1, parameters={"desirable_weight": 2.0})
 
 
 def sigma(x: float) -> float:
@@ -46,7 +46,7 @@ def test_the_loss_is_the_one_that_is_trained_without_its_sft_term():
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if LOSSES[name].scope != "answer" and name != "sft"])
 def test_every_loss_of_pairs_has_a_held_out_value(name):
-    loss = LossOptions((name,), (1.0,), beta=0.1, label_smoothing=0.1)
+    loss = LossOptions((name,), (1.0,), beta=0.1, parameters={"label_smoothing": 0.1})
     values = PAIRS.values(loss)["loss"]
     assert len(values) == 3 and np.isfinite(values).all()
     mixed = replace(PAIRS, weight_P2=torch.tensor([[1.0, 1.0], [0.0, 1.0], [1.0, 1.0]]).double())
