@@ -29,7 +29,7 @@ def prepare_operators(ds_config: Mapping[str, Any], world: World, say: Callable[
         say(f"compiling DeepSpeed's operators ({names}): once on this machine, two to three minutes")
     for lock in locked_operators(needed) if world.local_rank == 0 else ():
         wait_for(lock, say)
-    world.wait()  # no rank may take a lock before these have been looked at
+    world.barrier()  # no rank may take a lock before these have been looked at
 
 
 def needed_operators(ds_config: Mapping[str, Any]) -> list[str]:
