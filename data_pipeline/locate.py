@@ -15,7 +15,7 @@ import numpy as np
 from braceexpand import braceexpand
 from filelock import FileLock
 
-from data_pipeline.convert import CONVERSION, told_in_a_line
+from data_pipeline.convert import CONVERSION, ConvertOptions, told_in_a_line
 from data_pipeline.errors import DataError
 from data_pipeline.files import write_whole
 from data_pipeline.identity import content_digest
@@ -36,6 +36,7 @@ from data_pipeline.parallel import ordered_map
 from data_pipeline.remote import AbsentError, cached_file, expand_remote, is_glob, is_remote
 from data_pipeline.shard_builder import BuildOptions, build, check_first_rows, job_signature
 from data_pipeline.shards import TAR, ShardScan, scan_shard
+from data_pipeline.sources.columns import parse_columns
 from data_pipeline.sources.files import SourceOptions, named_split, refuse_split
 from data_pipeline.sources.formats import TO_BE_BUILT, RowOptions, RowReader
 
@@ -91,12 +92,12 @@ def open_side(source: str, cache: Path, split: str) -> Index | None:
     return load_index(side.resolve()) if (side / MANIFEST).exists() else None
 
 
-def check_rows(source: str) -> None:
+def check_rows(source: str, columns: str | None = None) -> None:
     """DataError for what is wrong in the first rows of local files, so that it shows before anything slow is begun.
     Shards, folders and what has to be fetched are looked at when they are opened."""
     files = [] if is_remote(source) else expand(source)
     if files and all(Path(name).is_file() and not name.endswith(TAR) for name in files):
-        check_first_rows(files, BuildOptions())
+        check_first_rows(files, BuildOptions(convert=ConvertOptions(columns=parse_columns(columns))))
 
 
 def expand(pattern: str) -> list[str]:

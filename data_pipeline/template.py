@@ -136,7 +136,7 @@ def _apply(tokenizer: Any, turns: Sequence[Message], kwargs: Mapping[str, Any] |
 
 @cache
 def _pinned(source: str) -> str:
-    """A template in which the time it asks for is ``NOW``, written into its text: transformers hands no functions on."""
+    """A template with ``NOW`` written into its text where it asks for the time: transformers hands no functions on."""
     return CLOCK_READ.sub(lambda found: repr(NOW.strftime(found["format"])), source)
 
 

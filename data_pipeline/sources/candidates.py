@@ -175,7 +175,7 @@ def add_long_row(groups: dict[str, dict], row: dict) -> None:
     question = with_turns_before(prompt, fields)
     given = read_template_kwargs(fields)
     key = text_key(question) + (repr(sorted(given.items())) if given else "")
-    new = {"question": question, "candidates": []} | ({"template_kwargs": given} if given else {})
+    new: dict[str, Any] = {"question": question, "candidates": []} | ({"template_kwargs": given} if given else {})
     group = groups.setdefault(key, new)
     group["candidates"].append(item)
     group |= {name: fields[name] for name in (*REFERENCES, "source") if fields.get(name) is not None}

@@ -138,7 +138,7 @@ def convert(
     if name == "candidates":
         fields.read.update((*LISTS, *FLAGS, *TEXTS, "model"), (key for key in fields if is_graded(fields[key])))
         prompt, given = _prompt_of(fields), read_template_kwargs(fields)
-        records = list(candidate_records(fields, pairing or Pairing(), prompt, given))
+        records: list[Record] = list(candidate_records(fields, pairing or Pairing(), prompt, given))
     else:
         records = [CONVERTERS[name](fields)]
     if told is not None:
