@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 
 from diffdpo.cli.command import Parser
-from diffdpo.config import RunConfig, TrainConfig, make_config
+from diffdpo.config import TrainConfig, make_config
 from diffdpo.errors import UserError
+from diffdpo.settings.base import Settings
 
 # The settings when neither a model nor data is named: those that suit what comes with diffdpo
 BUNDLED_RECIPE = Path(__file__).parents[1] / "pretrained" / "arithmetic" / "train.yaml"
@@ -19,7 +20,7 @@ BUNDLED_RECIPE = Path(__file__).parents[1] / "pretrained" / "arithmetic" / "trai
 _UNSET = object()  # tells a flag that was not given from one given with its default
 
 
-def build_parser(config_class: type[RunConfig], description: str) -> Parser:
+def build_parser(config_class: type[Settings], description: str) -> Parser:
     """A parser with one flag per field, ``--config`` for a recipe, and the ``--local_rank`` that launchers append."""
     parser = Parser(description=description, argument_default=None)
     parser.add_argument("--config", help="YAML recipe; flags override it")
@@ -43,7 +44,7 @@ def build_parser(config_class: type[RunConfig], description: str) -> Parser:
     return parser
 
 
-def parse_config(config_class: type[RunConfig], argv: Sequence[str], description: str) -> Any:
+def parse_config(config_class: type[Settings], argv: Sequence[str], description: str) -> Any:
     """Defaults, then the recipe of ``--config``, then flags; checked. UserError for a recipe's mistake."""
     namespace = vars(build_parser(config_class, description).parse_args(argv))
     flags = {name: value for name, value in namespace.items() if value is not _UNSET}
@@ -57,7 +58,7 @@ def parse_config(config_class: type[RunConfig], argv: Sequence[str], description
     return make_config(config_class, given)
 
 
-def read_recipe(config_class: type[RunConfig], path: Path) -> dict[str, Any]:
+def read_recipe(config_class: type[Settings], path: Path) -> dict[str, Any]:
     """The settings of a YAML recipe; each key must be a flag's name and each value of its type."""
     try:
         content = yaml.safe_load(path.read_text())

@@ -21,6 +21,7 @@ from diffdpo.engine.world import shutdown_distributed
 from diffdpo.evaluation.heldout import HeldOutAnswers, SampledAnswers
 from diffdpo.losses.options import LossOptions
 from diffdpo.models.architecture.from_scratch import new_model, train_tokenizer
+from diffdpo.models.encoder import make_encoder
 from diffdpo.models.load import LoadedModel, dtype_name, load_model
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
@@ -62,7 +63,7 @@ def _build(config: SftConfig, context: RunContext, choice: EngineChoice, callbac
         resume = find_checkpoint(config.resume_from_checkpoint, context.output_dir)
     train_set, eval_set = run_data.open_data(config, context, run_data.generated(config))
     loaded = _load_or_make(config, context, choice, train_set)
-    encoder = run_data.make_encoder(config, loaded.tokenizer, loaded.spec)
+    encoder = make_encoder(config, loaded.tokenizer, loaded.spec)
     loader = run_data.train_loader(config, train_set, encoder, world)
     batches = run_data.eval_batches(config, eval_set, encoder, world)
     noise = NoiseOptions.of(config, mask_token_id=loaded.spec.mask_token_id)
