@@ -154,7 +154,7 @@ def measure(case: Case) -> int:
 
 
 def run(case: Case, world) -> None:
-    """Two optimizer steps, as `diffdpo.train.preference` puts them together."""
+    """Two optimizer steps, as `diffdpo.training.preference` puts them together."""
     import torch
 
     from diffdpo.engine.choice import choose_engine

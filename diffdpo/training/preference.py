@@ -31,9 +31,9 @@ from diffdpo.step.fit import fit_micro_batch, fit_segments
 from diffdpo.step.report import StepReport
 from diffdpo.step.step import PreferenceStep
 from diffdpo.step.strategy import MicroBatchShape, choose_strategy, micro_batch_shape, with_micro_batch
-from diffdpo.train.callbacks import Callback
-from diffdpo.train.checkpoint import find_checkpoint, read_state
-from diffdpo.train.run import Result, Run, carry_out
+from diffdpo.training.callbacks import Callback
+from diffdpo.training.checkpoint import find_checkpoint, read_state
+from diffdpo.training.run import Result, Run, carry_out
 
 LN2 = float(np.log(2.0))
 LN2_TOLERANCE = {False: 1e-6, True: 1e-2}  # fp32, bf16

@@ -33,10 +33,10 @@ from diffdpo.setup.preflight import check_before_weights, check_settings_meet
 from diffdpo.step.report import StepReport
 from diffdpo.step.step import PreferenceStep
 from diffdpo.step.strategy import MicroBatchShape, choose_strategy
-from diffdpo.train.answer_canvas import fill_canvas
-from diffdpo.train.callbacks import Callback
-from diffdpo.train.checkpoint import find_checkpoint
-from diffdpo.train.run import Result, Run, carry_out
+from diffdpo.training.answer_canvas import fill_canvas
+from diffdpo.training.callbacks import Callback
+from diffdpo.training.checkpoint import find_checkpoint
+from diffdpo.training.run import Result, Run, carry_out
 
 TOKENIZER_RECORDS = 20_000  # the tokenizer of a new model is trained on the first of the data
 
