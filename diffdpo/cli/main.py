@@ -56,7 +56,8 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "Several processes: torchrun --nproc_per_node N -m diffdpo train ..., deepspeed --module diffdpo train ...,",
-            "accelerate launch -m diffdpo train ...",
+            "Several processes: torchrun --nproc_per_node N -m diffdpo train ...",
+            "                   deepspeed --module diffdpo train ...",
+            "                   accelerate launch -m diffdpo train ...",
         ]
     )
