@@ -17,7 +17,7 @@ from functools import cache
 import numpy as np
 
 from diffdpo.errors import UserError
-from diffdpo.noise.balanced import balanced_rows, blocks
+from diffdpo.noise.balanced import PLAIN, balanced_rows, blocks
 from diffdpo.noise.plan import NoiseKey, NoisePlan
 
 EPSILON = 1e-3  # smallest t of the estimators that weigh by 1/t: their variance would be infinite at 0 (LLaDA, VRPO)
@@ -118,10 +118,11 @@ def balanced(length: int, num_samples: int, rng: np.random.Generator) -> NoisePl
         scale.append(scale_NS[:, slot_L])
         share.append(width_N)
     masked_NL, weight_N = np.concatenate(masked), np.repeat(size_G / num_samples, size_G)
-    block_N = np.repeat(np.arange(len(size_G)), size_G) if len(size_G) > 1 else None
-    return NoisePlan(
-        masked_NL, masked_NL, weight_N, weight_N * np.concatenate(share), np.concatenate(scale), block_N=block_N
-    )
+    plan = NoisePlan(masked_NL, masked_NL, weight_N, weight_N * np.concatenate(share), np.concatenate(scale))
+    if len(size_G) > 1:
+        return replace(plan, block_N=np.repeat(np.arange(len(size_G)), size_G))
+    # a single block says nothing of its error; what is known of it is the spread of its rows, less their trend in k
+    return replace(plan, cell_N=_neighbours(np.arange(num_samples))) if num_samples > PLAIN else plan
 
 
 def paired(length: int, num_samples: int, rng: np.random.Generator) -> NoisePlan:
