@@ -16,8 +16,8 @@ Four freedoms that leave the mean of a score alone, spent against its variance (
    (``token_weights.py``).
 
 Rows that share one assignment of tokens to slots share its luck, and how many they are does not help against that. So
-many rows are drawn as blocks, each with an assignment of its own (``blocks``); their places of freedom 2 are spaced
-evenly. A block is unbiased by itself, and independent of the others but for that.
+many rows are drawn as blocks, each by itself (``blocks``): their mean has a variance that falls as 1/n, and what they
+differ in says what it is.
 
 Shape suffixes: N rows, S slots (= L).
 """
@@ -28,7 +28,8 @@ from diffdpo.noise.token_weights import token_weights
 
 
 BLOCK = 16
-"""Rows of a block, at least: below it a row more gains more than its share (docs/LOG.md, 2026-11-28)."""
+"""Rows of a block, at least. A larger one has less variance for its rows, but two blocks are the fewest whose spread
+tells the error (docs/LOG.md, 2026-11-28)."""
 PLAIN = 4
 """Up to so many rows ties are broken by the slots' order: who meets whom makes no difference there, and the default
 number of rows is the one whose noise earlier runs and stored scores depend on."""

@@ -107,22 +107,27 @@ def balanced(length: int, num_samples: int, rng: np.random.Generator) -> NoisePl
     ``balanced.py`` has the construction. Unbiased for B like ``mask_count``. The rows of a pair whose answers are
     mostly the same are drawn as ``paired`` draws them (``noise.rows.alike``).
     """
-    place, size_G = rng.random(), blocks(num_samples)
+    size_G = blocks(num_samples)
+    if len(size_G) == 1:
+        plan = _block(length, num_samples, rng)
+        # a single block says nothing of its error; what is known of it is the spread of its rows, less their trend in k
+        return replace(plan, cell_N=_neighbours(np.arange(num_samples))) if num_samples > PLAIN else plan
     # streams of their own: what a block draws must not depend on how many tokens the one before it had (``paired``)
-    streams = [rng, *(np.random.Generator(rng.bit_generator.jumped(g)) for g in range(1, len(size_G)))]
-    masked, scale, share = [], [], []
-    for g, (size, stream) in enumerate(zip(size_G, streams, strict=True)):
-        masked_NS, scale_NS, width_N = balanced_rows(length, size, (place + g / len(size_G)) % 1.0)
-        slot_L = np.argsort(np.argsort(stream.random(length)))  # a uniform permutation, growing with L token by token
-        masked.append(masked_NS[:, slot_L])
-        scale.append(scale_NS[:, slot_L])
-        share.append(width_N)
-    masked_NL, weight_N = np.concatenate(masked), np.repeat(size_G / num_samples, size_G)
-    plan = NoisePlan(masked_NL, masked_NL, weight_N, weight_N * np.concatenate(share), np.concatenate(scale))
-    if len(size_G) > 1:
-        return replace(plan, block_N=np.repeat(np.arange(len(size_G)), size_G))
-    # a single block says nothing of its error; what is known of it is the spread of its rows, less their trend in k
-    return replace(plan, cell_N=_neighbours(np.arange(num_samples))) if num_samples > PLAIN else plan
+    streams = [np.random.Generator(rng.bit_generator.jumped(g)) for g in range(len(size_G))]
+    plans = [_block(length, size, stream) for size, stream in zip(size_G, streams, strict=True)]
+    weight_N = np.repeat(size_G / num_samples, size_G)
+    masked_NL = np.concatenate([plan.masked_NL for plan in plans])
+    share_N = weight_N * np.concatenate([plan.share_N for plan in plans])
+    scale_NL = np.concatenate([plan.scale_NL for plan in plans])
+    return NoisePlan(masked_NL, masked_NL, weight_N, share_N, scale_NL, np.repeat(np.arange(len(size_G)), size_G))
+
+
+def _block(length: int, num_rows: int, rng: np.random.Generator) -> NoisePlan:
+    """Balanced rows that share one assignment of tokens to slots."""
+    masked_NS, scale_NS, width_N = balanced_rows(length, num_rows, rng.random())
+    slot_L = np.argsort(np.argsort(rng.random(length)))  # a uniform permutation, growing with L token by token
+    masked_NL = masked_NS[:, slot_L]
+    return NoisePlan(masked_NL, masked_NL, np.ones(num_rows), width_N, scale_NS[:, slot_L])
 
 
 def paired(length: int, num_samples: int, rng: np.random.Generator) -> NoisePlan:
