@@ -236,6 +236,8 @@ def equal_rows(config, vocabulary: int):
         ids_RT[:, config.max_prompt_length :].flatten(),
         torch.ones(count * scored),
         torch.full((count // config.num_mc_samples,), scored),
+        torch.arange(count),
+        torch.arange(count) // config.num_mc_samples,
     )
 
 
