@@ -6,6 +6,7 @@ from typing import cast
 import numpy as np
 from torch import nn
 
+from data_pipeline.facts import refuse_unusable
 from diffdpo.config import TrainConfig, resolve
 from diffdpo.engine.base import Engine, FrozenModule, count_parameters
 from diffdpo.engine.choice import EngineChoice, choose_engine
@@ -16,7 +17,7 @@ from diffdpo.evaluation.heldout import HeldOutPairs, SampledAnswers
 from diffdpo.losses.options import LossOptions
 from diffdpo.models.bundled import model_or_bundled
 from diffdpo.models.encoder import make_encoder
-from diffdpo.models.load import load_tokenizer_and_spec
+from diffdpo.models.load import load_tokenizer_and_spec, model_context
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.reference.modes import choose_mode, make_frozen, make_reference, second_model_share
 from diffdpo.reference.precompute import Precomputed, ReferencePass
@@ -72,6 +73,9 @@ class _Data:
         run_data.check_batch_size(config, self.loss, world)
         tokenizer, self.spec = load_tokenizer_and_spec(model_or_bundled(config.model_name_or_path))
         self.encoder = make_encoder(config, tokenizer, self.spec)
+        longest = model_context(model_or_bundled(config.model_name_or_path))
+        run_data.warn_of_data(config, context, (self.train_set, self.eval_set), self.loss, longest)
+        refuse_unusable(self.train_set, self.encoder)
         run_data.check_exact(config, self.encoder, (self.train_set, self.eval_set))
         self.loader = run_data.train_loader(config, self.train_set, self.encoder, world)
 

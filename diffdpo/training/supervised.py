@@ -10,6 +10,7 @@ from typing import cast
 
 from data_pipeline.batch import Fault, PairBatch
 from data_pipeline.dataset import ShardedDataset
+from data_pipeline.facts import refuse_unusable
 from data_pipeline.records import AnswerRecord
 from data_pipeline.stages import RecordReader
 from diffdpo.config import SftConfig, resolve
@@ -64,6 +65,9 @@ def _build(config: SftConfig, context: RunContext, choice: EngineChoice, callbac
     train_set, eval_set = run_data.open_data(config, context, run_data.generated(config))
     loaded = _load_or_make(config, context, choice, train_set)
     encoder = make_encoder(config, loaded.tokenizer, loaded.spec)
+    longest = getattr(loaded.model.config, "max_position_embeddings", None)
+    run_data.warn_of_data(config, context, (train_set, eval_set), longest=longest)
+    refuse_unusable(train_set, encoder)
     loader = run_data.train_loader(config, train_set, encoder, world)
     batches = run_data.eval_batches(config, eval_set, encoder, world)
     noise = NoiseOptions.of(config, mask_token_id=loaded.spec.mask_token_id)
