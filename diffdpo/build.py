@@ -33,7 +33,7 @@ from diffdpo.engine.deepspeed import (
 )
 from diffdpo.engine.operators import prepare_operators
 from diffdpo.engine.plain import PlainEngine
-from diffdpo.engine.preflight import check_nvme, check_values
+from diffdpo.engine.preflight import check_nvme, check_values, check_zeropp
 from diffdpo.engine.world import World, join_world
 from diffdpo.errors import UserError
 from diffdpo.losses.preference import DEFAULTS, check_loss, check_read
@@ -323,6 +323,7 @@ def check_ds_config(config: RunConfig, world: World) -> None:
     ds_config = read_ds_config(Path(config.ds_config or ""))
     check_values(_completed_ds_config(config, world, bf16=resolve_bf16(config, world.device)))
     check_nvme(ds_config)
+    check_zeropp(ds_config, world_size=world.size, cuda=world.device.type == "cuda")
     if isinstance(config, TrainConfig):
         check_deferred(config.segmentation, why_not_whole_gradients(ds_config, world.size, few=config.use_peft))
 

@@ -22,6 +22,10 @@ from diffdpo.errors import UserError
 
 OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 
+FOR_GRADIENTS = ("offload_optimizer", "zero_hpz_partition_size", "zero_quantized_gradients")
+"""What of "zero_optimization" concerns the backward and the step. (DeepSpeed makes the groups of a hierarchical
+partition once a process and fails at a second module that asks for them.)"""
+
 SMALL_SHARE = 0.25  # of trained parameters: whole gradients of a LoRA adapter do not matter beside the frozen weights
 
 
@@ -141,7 +145,7 @@ def freeze(module: nn.Module, world: World, config: Mapping[str, Any]) -> Callab
     deepspeed = import_deepspeed()
     deepspeed.init_distributed(verbose=False)
     config = {k: v for k, v in config.items() if k not in ("optimizer", "gradient_clipping")}
-    config["zero_optimization"] = {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"}
+    config["zero_optimization"] = {k: v for k, v in config["zero_optimization"].items() if k not in FOR_GRADIENTS}
     return deepspeed.initialize(model=_placed(module, world, config), config=config)[0]
 
 
