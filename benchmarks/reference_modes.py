@@ -16,17 +16,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from diffdpo.build import Place
 
 from data_pipeline.dataset import ShardedDataset
 from diffdpo import build
-from diffdpo.build import Place
 from diffdpo.config import TrainConfig
 from diffdpo.engine.world import World
-from diffdpo.models.adapters import add_lora
 from diffdpo.models.load import load_model
+from diffdpo.models.lora.adapters import add_lora
 from diffdpo.reference.modes import make_frozen, make_reference
 from diffdpo.reference.precompute import precompute
-from diffdpo.step.train_step import PreferenceStep
+from diffdpo.step.step import PreferenceStep
 
 MODES = (("all", "copy"), ("all", "precomputed"), ("LoRA", "adapter_off"), ("LoRA", "precomputed"))
 

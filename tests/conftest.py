@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 def tiny_model(tmp_path_factory) -> Path:
     """A folder with a random model of 2 layers whose tokenizer knows the generated problems."""
     from data_pipeline.generate import generate_corpus
-    from diffdpo.models.from_scratch import new_model, train_tokenizer
+    from diffdpo.models.architecture.from_scratch import new_model, train_tokenizer
     from diffdpo.models.load import save_model
 
     texts = [record["prompt"] + record["completion"] for record in generate_corpus(500, seed=0)]

@@ -30,7 +30,7 @@ def prepare_operators(ds_config: Mapping[str, Any], world: World, say: Callable[
         say(f"compiling DeepSpeed's operators ({names}): once on this machine, two to three minutes")
     for lock in locked_operators(needed) if world.local_rank == 0 else ():
         wait_for(lock, say)
-    world.wait()  # no rank may take a lock before these have been looked at
+    world.barrier()  # no rank may take a lock before these have been looked at
 
 
 def needed_operators(ds_config: Mapping[str, Any]) -> list[str]:
@@ -47,7 +47,8 @@ def needed_operators(ds_config: Mapping[str, Any]) -> list[str]:
 
 def missing_operators(needed: Sequence[str]) -> list[str]:
     """Those of them that are not in torch's extension cache, or there for another environment: its cache is shared by
-    all environments of a user and holds what the last one compiled. One that DeepSpeed was installed with is not missing.
+    all environments of a user and holds what the last one compiled. Those that DeepSpeed was
+    installed with are not missing.
 
     UserError when they cannot be compiled here (no C++ compiler, no Python headers, for a GPU's Adam no CUDA toolkit).
     """

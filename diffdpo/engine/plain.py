@@ -1,6 +1,6 @@
 """One process, or several with one flat sum of the gradients: no library, every number can be followed."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -8,17 +8,31 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffdpo.engine.base import OptimizerOptions, parameter_groups, trained_parameters
+from diffdpo.engine.base import parameter_groups, trained_parameters
+from diffdpo.engine.choice import PLAIN, EngineChoice
+from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.world import World
+
+
+class PlainFrozen:
+    """A module that every rank holds whole on its device and nobody trains."""
+
+    def __init__(self, module: nn.Module, device: torch.device):
+        self.module: nn.Module | None = module.to(device).eval().requires_grad_(False)
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        assert self.module is not None, "released"
+        return self.module(*inputs)
+
+    def release(self) -> None:
+        self.module = None
 
 
 class PlainEngine:
     """torch's AdamW on a module that every rank holds whole."""
 
-    keeps_gradients_sharded = hands_gradients_over = False
-    saves_per_process = False
-
     def __init__(self, module: nn.Module, world: World, options: OptimizerOptions):
+        self.choice = EngineChoice(PLAIN, world.size)
         self.module, self.world, self.options = module.to(world.device), world, options
         self.parameters = trained_parameters(module)
         self.optimizer = torch.optim.AdamW(
@@ -32,22 +46,19 @@ class PlainEngine:
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         return self.module(*inputs)
 
-    def describe(self) -> str:
-        return "plain torch"
-
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         loss.backward()
 
-    def why_not_unreduced(self) -> str | None:
+    def no_sync_obstacle(self) -> str | None:
         return None
 
-    def unreduced(self) -> AbstractContextManager[None]:
+    def no_sync(self) -> AbstractContextManager[None]:
         return nullcontext()  # nothing is reduced before ``step``
 
-    def why_not_repeat(self) -> str | None:
+    def retry_obstacle(self) -> str | None:
         return None
 
-    def discard(self) -> None:
+    def abort_step(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
     def step(self, learning_rate: float) -> float:
@@ -64,12 +75,12 @@ class PlainEngine:
         if self.world.size == 1:
             return
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
-        flat = self.world.sum(torch.cat([gradient.flatten() for gradient in gradients]))
+        flat = self.world.all_reduce_sum(torch.cat([gradient.flatten() for gradient in gradients]))
         for parameter, piece in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
             parameter.grad = piece.view_as(parameter)
 
-    def freeze(self, module: nn.Module) -> Callable[..., torch.Tensor]:
-        return module.to(self.world.device).eval().requires_grad_(False)
+    def freeze(self, module: nn.Module) -> PlainFrozen:
+        return PlainFrozen(module, self.world.device)
 
     def save(self, folder: Path) -> None:
         if self.world.is_main:

@@ -48,7 +48,7 @@ def check_nvme(ds_config: Mapping[str, Any]) -> None:
         raise UserError("DeepSpeed reads and writes NVMe through libaio and does not find it; install libaio-dev")
 
 
-def check_zeropp(ds_config: Mapping[str, Any], *, world_size: int, cuda: bool) -> None:
+def check_zeropp(ds_config: Mapping[str, Any], *, processes: int, cuda: bool) -> None:
     """UserError for what ZeRO++ cannot do here: quantise without a GPU, or split the processes into unequal groups."""
     zero = ds_config.get("zero_optimization", {})
     quantised = [key for key in QUANTISED if zero.get(key)]
@@ -58,9 +58,9 @@ def check_zeropp(ds_config: Mapping[str, Any], *, world_size: int, cuda: bool) -
             "is no GPU; set them to false"
         )
     group = zero.get("zero_hpz_partition_size", 1)
-    if isinstance(group, int) and group > 1 and world_size % min(group, world_size):
+    if isinstance(group, int) and group > 1 and processes % min(group, processes):
         raise UserError(
-            f"--ds_config sets zero_hpz_partition_size to {group} and the run has {world_size} processes; set it to "
+            f"--ds_config sets zero_hpz_partition_size to {group} and the run has {processes} processes; set it to "
             "the processes of one host"
         )
 

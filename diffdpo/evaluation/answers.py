@@ -11,7 +11,7 @@ from tqdm import tqdm
 from data_pipeline.arithmetic import read_answer
 from data_pipeline.batch import PairBatch
 from diffdpo.engine.world import World
-from diffdpo.models.spec import FamilySpec
+from diffdpo.models.architecture.spec import FamilySpec
 from diffdpo.sampling.decode import sample
 
 BLOCK_LENGTH = 16
@@ -100,7 +100,7 @@ def exact_match(
             texts.update(zip(part, (tokenizer.decode(ids, skip_special_tokens=True) for ids in answers), strict=True))
             bar.update(len(part))
     everyone: dict[int, str] = {}
-    for part in world.gather(texts):
+    for part in world.all_gather_object(texts):
         everyone.update(part)
     ordered = [everyone[i] for i in range(len(problems))]
     right = [VERIFIERS[task](text) == problem.truth for text, problem in zip(ordered, problems, strict=True)]

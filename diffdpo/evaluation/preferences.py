@@ -16,29 +16,29 @@ from torch import Tensor
 
 from data_pipeline.batch import PairBatch
 from diffdpo.engine.base import Engine
+from diffdpo.losses.options import LossOptions
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.noise.rows import NoisyRows
-from diffdpo.reference.scorers import Reference
 from diffdpo.scores.fold import PairScores, fold
-from diffdpo.step.backward import score_rows
-from diffdpo.step.reference_point import reference_point
-from diffdpo.step.retry import repeated, together
-from diffdpo.step.segments import Segments
-from diffdpo.step.train_step import LossOptions
+from diffdpo.scores.reference import Reference
+from diffdpo.scores.rows import score_rows
+from diffdpo.scores.segments import Segments
+from diffdpo.step.kto import reference_point
+from diffdpo.step.retry import repeated, run_on_all_ranks
 
 
 @dataclass(frozen=True)
 class ScoreTable:
     """Scores of held-out records, float64 on the CPU, in the order of the data; ``weight_P2`` is 0 for absent sides.
 
-    ``kl`` is the reference point z of ``kto`` over these records, None for other losses.
+    ``reference_point`` is z of ``kto`` over these records, None for other losses.
     """
 
     policy_P2: Tensor
     reference_P2: Tensor
     tokens_P2: Tensor
     weight_P2: Tensor
-    kl: Tensor | None = None
+    reference_point: Tensor | None = None
 
     def values(self, loss: LossOptions) -> dict[str, list[float]]:
         """One value an item, by the names of the training metrics (docs/losses.md); names without an item left out."""
@@ -69,7 +69,7 @@ class ScoreTable:
         ``aot`` sorts over the held-out records as one batch: of its values only the mean has a meaning.
         """
         alone = loss.without_sft()
-        if not alone.of_answers:
+        if not alone.unpaired:
             present_P = self.weight_P2[:, 0] > 0 if alone.names == ("sft",) else self.weight_P2.prod(1) > 0
             return self._loss(alone, self.weight_P2)[present_P].tolist()
         sides = []
@@ -84,7 +84,7 @@ class ScoreTable:
         policy, reference = (
             PairScores(score_P2, unknown_P2, self.tokens_P2) for score_P2 in (self.policy_P2, self.reference_P2)
         )
-        return loss(policy, reference, weight_P2, kl=self.kl)
+        return loss(policy, reference, weight_P2, reference_point=self.reference_point)
 
 
 def separation(chosen_D: np.ndarray, rejected_U: np.ndarray) -> np.ndarray:
@@ -140,11 +140,11 @@ def score_held_out(
         ).cpu()
 
     pieces = [torch.zeros(0, 4, 2), *_each(engine, table, batches, segments)]
-    kl = repeated(engine, point, segments=segments).double() if loss.needs_kl else None
+    z = repeated(engine, point, segments=segments).double() if loss.needs_reference_point else None
     weights = [batch.weight_B2.amax(1) for batch in batches]
     table_P42 = torch.from_numpy(_in_order(engine, batches, torch.cat(pieces), weights, limit))
     policy_P2, reference_P2, tokens_P2, weight_P2 = table_P42.unbind(1)
-    return ScoreTable(policy_P2, reference_P2, tokens_P2, weight_P2, kl)
+    return ScoreTable(policy_P2, reference_P2, tokens_P2, weight_P2, z)
 
 
 def _each(
@@ -153,7 +153,7 @@ def _each(
     """``score`` of every batch, of one that is too large in smaller segments from its beginning: policy and reference
     in the same ones, so that they agree to the bit where they are the same."""
     for batch in batches:
-        work = partial(together, engine, partial(score, batch), graph=False)
+        work = partial(run_on_all_ranks, engine, partial(score, batch), graph=False)
         yield repeated(engine, work, segments=segments)
 
 
@@ -166,9 +166,9 @@ def _in_order(
     for batch in batches:
         size = len(batch.ids)
         places.append((batch.step * world.size + world.rank) * size + torch.arange(size))
-    place_P = world.cat(torch.cat(places).to(world.device)).cpu()
-    weight_P = world.cat(torch.cat([torch.zeros(0), *weights]).to(world.device)).cpu()
-    everything = world.cat(table.to(world.device)).cpu().double()
+    place_P = world.all_gather(torch.cat(places).to(world.device)).cpu()
+    weight_P = world.all_gather(torch.cat([torch.zeros(0), *weights]).to(world.device)).cpu()
+    everything = world.all_gather(table.to(world.device)).cpu().double()
     order = [p for p in place_P.argsort().tolist() if weight_P[p] > 0]
     return everything[order[: limit or None]].numpy()
 

@@ -15,8 +15,8 @@ from diffdpo.noise.estimators import MAX_EXACT_LENGTH
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.scores.fold import PairScores, fold
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
-from diffdpo.step.backward import score_rows
-from diffdpo.step.segments import Segments
+from diffdpo.scores.rows import score_rows
+from diffdpo.scores.segments import Segments
 
 
 def score_pairs(

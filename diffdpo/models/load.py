@@ -13,8 +13,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Tokenizer
 
 from diffdpo.errors import UserError
-from diffdpo.models.adapter_folder import base_of_adapter, is_adapter
-from diffdpo.models.dream import (
+from diffdpo.models.architecture.dream import (
     A2DLlamaConfig,
     A2DLlamaLMHeadModel,
     A2DQwen2Config,
@@ -27,13 +26,19 @@ from diffdpo.models.dream import (
     Qwen2DiffusionConfig,
     Qwen3DiffusionConfig,
 )
-from diffdpo.models.llada import LLaDAConfig, LLaDAModelLM
-from diffdpo.models.spec import DECODER_LORA_TARGETS, LLADA_LORA_TARGETS, FamilySpec
-from diffdpo.models.stream import only_kept, read_model
+from diffdpo.models.architecture.llada import LLaDAConfig, LLaDAModelLM
+from diffdpo.models.architecture.spec import DECODER_LORA_TARGETS, LLADA_LORA_TARGETS, FamilySpec
+from diffdpo.models.checkpoint.adapter_folder import base_of_adapter, is_adapter
+from diffdpo.models.checkpoint.weights import only_kept, read_model
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 STOP_TOKENS = ("<|eot_id|>", "<|im_end|>")
 """End-of-turn tokens of the chat templates in use; they end an answer when sampling, beside the terminator."""
+
+
+def dtype_name(bf16: bool) -> str:
+    """Of the weights of a run."""
+    return "bfloat16" if bf16 else "float32"
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ def load_adapter(folder: str | Path, *, base: str | None = None, **options) -> L
     if is_adapter(base):
         raise UserError(f"{base!r}, the base of the adapter {str(folder)!r}, is an adapter itself: merge it first")
     loaded = load_model(base, **options)
-    from diffdpo.models.adapters import attach_adapter  # peft takes seconds to import
+    from diffdpo.models.lora.adapters import attach_adapter  # peft takes seconds to import
 
     return LoadedModel(attach_adapter(loaded.model, folder), loaded.tokenizer, loaded.spec)
 

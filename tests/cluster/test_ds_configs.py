@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from diffdpo.ds_config import read_ds_config
 from diffdpo.engine import preflight
-from diffdpo.engine.base import OptimizerOptions
-from diffdpo.engine.deepspeed import complete_ds_config
+from diffdpo.engine.ds_config import complete_ds_config, read_ds_config
+from diffdpo.engine.optimizer import OptimizerOptions
+from diffdpo.errors import UserError
 from tests.conftest import ROOT
 
 FOLDER = ROOT / "ds_configs"
@@ -37,12 +37,28 @@ def test_deepspeed_accepts_it(path, cuda):
     options = OptimizerOptions(learning_rate=1e-3)
     place = {"micro_batch_size": 4, "accumulation_steps": 2, "world_size": 16, "bf16": cuda, "cuda": cuda}
     preflight.check_values(complete_ds_config(read_ds_config(path), options, **place))
-    preflight.check_zeropp(read_ds_config(path), world_size=16, cuda=True)
+    preflight.check_zeropp(read_ds_config(path), processes=16, cuda=True)
 
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
 def test_it_holds_sharding_and_offload_only(path):
     assert set(json.loads(path.read_text())) <= {"zero_optimization", "aio"}
+
+
+@pytest.mark.parametrize("key", preflight.QUANTISED)
+def test_quantisation_without_a_gpu_is_one_line(key):
+    asked = {"zero_optimization": {"stage": 3, key: True}}
+    with pytest.raises(UserError, match=f"{key}.*operators for GPUs only"):
+        preflight.check_zeropp(asked, processes=8, cuda=False)
+    preflight.check_zeropp(asked, processes=8, cuda=True)
+
+
+def test_processes_that_make_no_whole_groups_are_one_line():
+    asked = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}
+    with pytest.raises(UserError, match="zero_hpz_partition_size to 8 and the run has 12"):
+        preflight.check_zeropp(asked, processes=12, cuda=True)
+    for processes in (1, 2, 8, 16):  # DeepSpeed makes a larger group as small as the run
+        preflight.check_zeropp(asked, processes=processes, cuda=True)
 
 
 def runnable(name: str, folder: Path) -> Path:

@@ -17,15 +17,15 @@ from data_pipeline.reader import PairLoader, open_dataset
 from diffdpo.engine.base import OptimizerOptions
 from diffdpo.engine.deepspeed import DeepSpeedEngine, zero_stage
 from diffdpo.engine.plain import PlainEngine
-from diffdpo.engine.world import World, join_world, leave_world
-from diffdpo.models.adapters import add_lora
-from diffdpo.models.backbone import native
+from diffdpo.engine.world import World, init_distributed, shutdown_distributed
+from diffdpo.models.architecture.backbone import native
 from diffdpo.models.load import load_model
+from diffdpo.models.lora.adapters import add_lora
 from diffdpo.noise.options import NoiseOptions
-from diffdpo.reference.scorers import copy_reference, frozen_copy
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
-from diffdpo.step.segments import Segments
-from diffdpo.step.train_step import LossOptions, PreferenceStep
+from diffdpo.scores.reference import copy_reference, frozen_copy
+from diffdpo.scores.segments import Segments
+from diffdpo.step.step import LossOptions, PreferenceStep
 
 MICRO, ACCUMULATION, TOTAL = 2, 2, 8  # pairs of a micro-batch, micro-batches, pairs of the step over all ranks
 OPTIONS = OptimizerOptions(learning_rate=0.0, betas=(0.0, 0.95))
@@ -172,7 +172,10 @@ def gradients_of(engine) -> list[torch.Tensor]:
         # DeepSpeed 0.19.8 does not link the states of a second group to its parameters: read the flat partitions
         optimizer, found = engine.optimizer, {}
         for members, own in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
-            flat, sizes = engine.world.cat(optimizer.optimizer.state[own]["exp_avg"]), [p.numel() for p in members]
+            flat, sizes = (
+                engine.world.all_gather(optimizer.optimizer.state[own]["exp_avg"]),
+                [p.numel() for p in members],
+            )
             pieces = flat[: sum(sizes)].split(sizes)
             found |= {id(p): piece.view_as(p) for p, piece in zip(members, pieces, strict=True)}
         return [found[id(p)] for p in engine.parameters]
@@ -207,7 +210,7 @@ def run(folder: str, data, case: Case, world: World, truth: dict) -> dict[str, d
             found[f"{case.name} {strategy} {loss}"] = {
                 "error": (difference / size) ** 0.5,
                 "loss": [report.loss, expected_loss],
-                "calls": world.gather(engine.calls),
+                "calls": world.all_gather_object(engine.calls),
                 "sharded": sum(p.numel() for p in engine.parameters) == 0,
                 "repeated": bool(report.notes),
                 "stage": zero_stage(engine.config) if case.ds else None,
@@ -217,7 +220,7 @@ def run(folder: str, data, case: Case, world: World, truth: dict) -> dict[str, d
 
 def main() -> None:
     folder, pairs, cases, out = sys.argv[1:5]
-    world = join_world(always_distributed=True)
+    world = init_distributed(always_distributed=True)
     results: dict[str, dict] = {}
     truth: dict = {}
     for settings in json.loads(cases):
@@ -230,7 +233,7 @@ def main() -> None:
             )
     if world.is_main:
         Path(out).write_text(json.dumps(results, indent=1))
-    leave_world()
+    shutdown_distributed()
 
 
 if __name__ == "__main__":

@@ -11,15 +11,15 @@ import plain_models
 import pytest
 import torch
 
-from diffdpo.models.dream import (
+from diffdpo.models.architecture.dream import (
     DreamConfig,
     DreamModel,
     LlamaDiffusionConfig,
     Qwen2DiffusionConfig,
     Qwen3DiffusionConfig,
 )
-from diffdpo.models.llada import LLaDAConfig, LLaDAModelLM
-from diffdpo.models.spec import FamilySpec
+from diffdpo.models.architecture.llada import LLaDAConfig, LLaDAModelLM
+from diffdpo.models.architecture.spec import FamilySpec
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 
 VOCAB, LENGTH, MASK = 50, 11, 49

@@ -7,13 +7,13 @@ import subprocess
 import sys
 
 import pytest
+from diffdpo.build import BUNDLED_MODEL, make_encoder
 
 from data_pipeline.__main__ import _parser as parser
 from data_pipeline.__main__ import main
 from data_pipeline.cli import exit_code
 from data_pipeline.commands.common import encoder_of
 from data_pipeline.records import PreferenceRecord, assistant_turn, user_turn
-from diffdpo.build import BUNDLED_MODEL, make_encoder
 from diffdpo.config import TrainConfig, make_config
 from diffdpo.models.load import load_tokenizer_and_spec
 

@@ -10,7 +10,7 @@ import torch
 from diffdpo.evaluation.estimate import Estimate
 from diffdpo.evaluation.preferences import ScoreTable, separation
 from diffdpo.losses.preference import LOSSES
-from diffdpo.step.train_step import LossOptions
+from diffdpo.step.step import LossOptions
 
 # log-ratios: (1, -2), (0, 0), (-3, 1); β = 0.1
 PAIRS = ScoreTable(

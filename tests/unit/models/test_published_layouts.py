@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForMaskedLM
 
 from diffdpo.errors import UserError
-from diffdpo.models.dream import A2DLlamaLMHeadModel, A2DQwen2LMHeadModel, A2DQwen3LMHeadModel, DreamModel
-from diffdpo.models.llada import LLaDAModelLM
+from diffdpo.models.architecture.dream import A2DLlamaLMHeadModel, A2DQwen2LMHeadModel, A2DQwen3LMHeadModel, DreamModel
+from diffdpo.models.architecture.llada import LLaDAModelLM
 from diffdpo.models.load import load_model, save_model
 
 ROWS = 320

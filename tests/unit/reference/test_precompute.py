@@ -6,17 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffdpo.build import Place
 
 from data_pipeline.reader import open_dataset
 from diffdpo import build
-from diffdpo.build import Place
 from diffdpo.config import TrainConfig
 from diffdpo.engine.world import World
 from diffdpo.errors import UserError
 from diffdpo.models.load import load_model
 from diffdpo.reference import precompute as module
 from diffdpo.reference.precompute import precompute
-from diffdpo.step.backward import score_rows
+from diffdpo.scores.rows import score_rows
 
 WORLD = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
 
@@ -175,7 +175,7 @@ def test_the_model_leaves_memory(run, monkeypatch):
 
 
 def test_another_reference_is_read_from_its_folder(run, tiny_model, tmp_path):
-    from diffdpo.models.from_scratch import new_model
+    from diffdpo.models.architecture.from_scratch import new_model
     from diffdpo.models.load import save_model
 
     tokenizer = load_model(str(tiny_model)).tokenizer

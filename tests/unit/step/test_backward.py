@@ -13,12 +13,12 @@ from diffdpo.engine.world import World
 from diffdpo.losses.mismatched import mismatched
 from diffdpo.models.load import load_model
 from diffdpo.noise.options import NoiseOptions
-from diffdpo.reference.scorers import copy_reference, frozen_copy
 from diffdpo.scores.fold import fold
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
-from diffdpo.step.backward import forward_rows, score_rows
-from diffdpo.step.segments import Segments
-from diffdpo.step.train_step import LossOptions, PreferenceStep
+from diffdpo.scores.reference import copy_reference, frozen_copy
+from diffdpo.scores.rows import forward_rows, score_rows
+from diffdpo.scores.segments import Segments
+from diffdpo.step.step import LossOptions, PreferenceStep
 
 WORLD = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
 

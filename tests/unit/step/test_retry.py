@@ -8,7 +8,7 @@ import torch
 from diffdpo.errors import UserError
 from diffdpo.evaluation.preferences import score_held_out
 from diffdpo.memory.exhausted import out_of_memory, told_if_exhausted
-from diffdpo.step.segments import Segments
+from diffdpo.scores.segments import Segments
 from tests.unit.step.test_backward import batches, make_step  # noqa: F401
 
 
@@ -138,7 +138,7 @@ def test_an_evaluation_that_cannot_be_repeated_ends_with_one_line(tiny_model, ba
     fail_above(step, 0, where="forward")
     with pytest.raises(UserError, match=r"out of memory with one row in a forward .* use a smaller --max_length or"):
         held_out(step, batches, segments=Segments(rows=1000))
-    step.engine.keeps_gradients_sharded, step.engine.why_not_repeat = True, lambda: "weights are in shards"
+    step.engine.keeps_gradients_sharded, step.engine.retry_obstacle = True, lambda: "weights are in shards"
     with pytest.raises(UserError, match=r"in an evaluation .*weights are in shards; .*--per_device_eval") as caught:
         held_out(step, batches, segments=Segments(rows=1000))
     assert "\n" not in str(caught.value)

@@ -1,0 +1,48 @@
+"""All that is looked at before weights are read, in one list: cheap first, data and hub last."""
+
+from data_pipeline.locate import check_rows
+from data_pipeline.names import source_names
+from diffdpo.config import RunConfig, TrainConfig
+from diffdpo.engine.choice import EngineChoice
+from diffdpo.engine.make import check_host
+from diffdpo.models.bundled import model_or_bundled
+from diffdpo.models.load import empty_model, load_tokenizer_and_spec
+from diffdpo.models.lora.targets import target_pattern
+from diffdpo.noise.estimators import check_estimator
+from diffdpo.reference.modes import check_reference
+from diffdpo.step.strategy import check_deferred, check_segmentation
+
+
+def check_settings_meet(config: RunConfig) -> None:
+    """UserError for settings of different rooms that cannot serve one another; nothing is opened."""
+    check_estimator(
+        config.score_estimator, num_samples=config.num_mc_samples, num_diffusion_steps=config.num_diffusion_steps
+    )
+    if isinstance(config, TrainConfig):
+        loss = config.loss()
+        check_segmentation(config.segmentation, couples_pairs=loss.couples_pairs)
+        check_reference(config, loss)
+
+
+def check_before_weights(config: RunConfig, choice: EngineChoice) -> None:
+    """UserError or DataError for what engine, data and models would refuse, as far as it is known without weights."""
+    check_host(choice)
+    if isinstance(config, TrainConfig):
+        check_deferred(config.segmentation, choice.no_sync_obstacle(few=config.use_peft))
+    check_named(config)
+
+
+def check_named(config: RunConfig) -> None:
+    """What is wrong with named data at first sight (DataError), and a named model without a config or tokenizer to read
+    or without the modules that LoRA is to adapt (UserError), before all the data are prepared."""
+    for text in (config.train_data, config.eval_data):
+        for source in source_names(text) if text else ():
+            check_rows(source)
+    names = [config.model_name_or_path]
+    if isinstance(config, TrainConfig):
+        names.append(config.ref_model_name_or_path)
+    for name in filter(None, names):
+        load_tokenizer_and_spec(name)
+    if isinstance(config, TrainConfig) and config.lora_target_modules:
+        policy = model_or_bundled(config.model_name_or_path)
+        target_pattern(empty_model(policy), load_tokenizer_and_spec(policy)[1], config.lora_target_modules)
