@@ -102,14 +102,12 @@ def eval_batches(
     config: RunConfig, dataset: ShardedDataset | None, encoder: Encoder, world: World
 ) -> Sequence[PairBatch]:
     """This rank's share of the held-out records, as many batches on every rank; kept for all evaluations."""
-    if dataset is None:
-        return []
-    loader = eval_loader(config, dataset, encoder, world)
-    return list(islice(loader, eval_steps(config, loader)))
+    return [] if dataset is None else list(eval_loader(config, dataset, encoder, world))
 
 
 def eval_loader(config: RunConfig, dataset: ShardedDataset, encoder: Encoder, world: World) -> PairLoader:
-    """The held-out records of this rank: the same order whatever the training seed."""
+    """The held-out records of this rank: the first ``--max_eval_pairs`` of one order, which is drawn once and is the
+    same whatever the training seed, the batch and the number of processes."""
     size = config.per_device_eval_batch_size
     return PairLoader(
         dataset,
@@ -119,14 +117,9 @@ def eval_loader(config: RunConfig, dataset: ShardedDataset, encoder: Encoder, wo
         micro_batch_size=size,
         rank=world.rank,
         world_size=world.size,
+        limit=config.max_eval_pairs,
         max_fault_fraction=config.max_fault_fraction,
     )
-
-
-def eval_steps(config: RunConfig, loader: PairLoader) -> int:
-    """Batches of each rank that ``--max_eval_pairs`` comes to."""
-    size = loader.options.global_batch_size
-    return min(-(-config.max_eval_pairs // size) or len(loader), len(loader))
 
 
 def total_steps(config: RunConfig, loader: PairLoader) -> int:

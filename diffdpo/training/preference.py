@@ -97,7 +97,7 @@ class _Data:
         streams = [work.training(loader, last=run_data.total_steps(config, loader))]
         if self.eval_set is not None:
             held_out = run_data.eval_loader(config, self.eval_set, self.encoder, world)
-            streams.append(work.held_out(held_out, last=run_data.eval_steps(config, held_out)))
+            streams.append(work.held_out(held_out))
         return work.complete(streams)
 
 
@@ -140,7 +140,6 @@ class _Training:
             SampledAnswers(config, self.engine, self.loaded, batches),
             segments=segments,
             max_length=config.max_length,
-            limit=config.max_eval_pairs,
         )
 
     def _references(self, frozen: FrozenModule | None, eval_segments: Segments) -> tuple[Reference, Reference, str]:

@@ -88,7 +88,6 @@ def _build(config: SftConfig, context: RunContext, choice: EngineChoice, callbac
         batches,
         SampledAnswers(config, engine, loaded, batches),
         segments=make_segments(config, choice, world.device, world=world),
-        limit=config.max_eval_pairs,
     )
     context.print(
         f"model    {config.model_name_or_path or 'new'}, {count_parameters(loaded.model)[0]:,} parameters\n"
