@@ -10,7 +10,14 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Tokenizer
+from transformers import (
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
+)
 
 from diffdpo.errors import UserError
 from diffdpo.models.architecture.dream import (
@@ -26,6 +33,7 @@ from diffdpo.models.architecture.dream import (
     Qwen2DiffusionConfig,
     Qwen3DiffusionConfig,
 )
+from diffdpo.models.architecture.illada import ILLaDAConfig, ILLaDAForCausalLM
 from diffdpo.models.architecture.llada import LLaDAConfig, LLaDAModelLM
 from diffdpo.models.architecture.spec import DECODER_LORA_TARGETS, LLADA_LORA_TARGETS, FamilySpec
 from diffdpo.models.checkpoint.adapter_folder import base_of_adapter, is_adapter
@@ -43,16 +51,22 @@ def dtype_name(bf16: bool) -> str:
 
 @dataclass(frozen=True)
 class Family:
-    """What reading a checkpoint of one `model_type` takes."""
+    """What reading a checkpoint of one `model_type` takes.
+
+    `mask_token`, `mask_token_id`: name and id of the published mask, for checkpoints that declare none.
+    """
 
     config_class: type[PreTrainedConfig]
     model_class: type[PreTrainedModel]
     lora_targets: str
     logit_shift: int
+    mask_token: str | None = None
+    mask_token_id: int | None = None
 
 
 FAMILIES = {
     "llada": Family(LLaDAConfig, LLaDAModelLM, LLADA_LORA_TARGETS, 0),
+    "illada": Family(ILLaDAConfig, ILLaDAForCausalLM, DECODER_LORA_TARGETS, 0, "<[MASK]>", 5),
     "Dream": Family(DreamConfig, DreamModel, DECODER_LORA_TARGETS, 1),
     "qwen2": Family(Qwen2DiffusionConfig, DreamModel, DECODER_LORA_TARGETS, 1),
     "qwen3": Family(Qwen3DiffusionConfig, DreamModel, DECODER_LORA_TARGETS, 1),
@@ -160,19 +174,26 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer without remote code. Dream's own class is a Qwen2 tokenizer with added tokens."""
     kept = only_kept(name_or_path)
     try:
-        settings = _tokenizer_class(name_or_path, kept)
-        loader = Qwen2Tokenizer if settings == "DreamTokenizer" else AutoTokenizer
+        path = _file_of(name_or_path, "tokenizer_config.json", kept)
+        named = json.loads(path.read_text()).get("tokenizer_class") if path else None
+        loader = Qwen2Tokenizer if named == "DreamTokenizer" else AutoTokenizer
         return loader.from_pretrained(name_or_path, trust_remote_code=False, local_files_only=kept)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        # a class that only remote code has, or none named: tokenizer.json holds all that a fast tokenizer is
+        if _file_of(name_or_path, "tokenizer.json", kept):
+            try:
+                return PreTrainedTokenizerFast.from_pretrained(name_or_path, local_files_only=kept)
+            except Exception:  # noqa: BLE001, S110 - damaged as well: the first message says more
+                pass
         raise UserError(f"no tokenizer at {name_or_path!r}: {_first_line(error)}") from error
 
 
-def _tokenizer_class(name_or_path: str, kept: bool) -> str | None:
+def _file_of(name_or_path: str, name: str, kept: bool) -> Path | None:
     from transformers.utils import cached_file
 
     lenient = {"_raise_exceptions_for_missing_entries": False, "local_files_only": kept}
-    path = cached_file(name_or_path, "tokenizer_config.json", **lenient)
-    return json.loads(Path(path).read_text()).get("tokenizer_class") if path else None
+    path = cached_file(name_or_path, name, **lenient)
+    return Path(path) if path else None
 
 
 def load_tokenizer_and_spec(name_or_path: str) -> tuple[PreTrainedTokenizerBase, FamilySpec]:
@@ -189,7 +210,7 @@ def make_spec(config: PreTrainedConfig, family: Family, tokenizer: PreTrainedTok
 
     `logit_shift` in config.json overrides the family's (a model made from an autoregressive one and trained unshifted).
     """
-    mask = _first_id(config.mask_token_id, tokenizer.mask_token_id)
+    mask = _first_id(config.mask_token_id, tokenizer.mask_token_id, _published_mask(family, tokenizer))
     terminator = _first_id(config.eos_token_id, tokenizer.eos_token_id)
     rows = getattr(config, "embedding_size", config.vocab_size)
     if mask is None:
@@ -202,6 +223,8 @@ def make_spec(config: PreTrainedConfig, family: Family, tokenizer: PreTrainedTok
             "call model.resize_token_embeddings and save the model first"
         )
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [terminator]
+    if mask >= rows:
+        raise UserError(f"the mask token {mask} is no row of the embedding, which has {rows}: set mask_token_id")
     if mask in ends:
         raise UserError(f"mask_token_id and eos_token_id are both {mask}: they must differ")
     check_ids(config, tokenizer)
@@ -220,6 +243,12 @@ def make_spec(config: PreTrainedConfig, family: Family, tokenizer: PreTrainedTok
         template="chat" if tokenizer.chat_template else "plain",
         stop_token_ids=tuple(stop for stop in stops if stop != terminator),
     )
+
+
+def _published_mask(family: Family, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The mask of a family whose checkpoints declare none: the token of its name, else the published id."""
+    named = tokenizer.get_vocab().get(family.mask_token) if family.mask_token else None
+    return family.mask_token_id if named is None else named
 
 
 def check_ids(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
