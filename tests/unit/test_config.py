@@ -138,7 +138,7 @@ def test_what_a_resumed_run_writes_down_is_the_run_from_its_start(tmp_path):
 
 
 def test_recipes_of_the_project_are_readable():
-    from tests.conftest import ROOT
+    from tests.support.paths import ROOT
 
     for path in (ROOT / "recipes").glob("*.yaml"):
         kind = SftConfig if path.name.startswith("sft") else TrainConfig

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from diffdpo.engine.base import OptimizerOptions
+from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.plain import PlainEngine
 from diffdpo.engine.world import World
 from diffdpo.errors import TrainingError, UserError
