@@ -14,7 +14,7 @@ from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.plain import PlainEngine
 from diffdpo.engine.world import World
 from diffdpo.errors import TrainingError, UserError
-from diffdpo.train.checkpoint import (
+from diffdpo.training.checkpoint import (
     NEEDED,
     STATE,
     NotSaved,
@@ -26,7 +26,7 @@ from diffdpo.train.checkpoint import (
     told_if_unreadable,
     told_if_unwritable,
 )
-from diffdpo.train.manifest import MANIFEST, fault_of, files_of, read_manifest, write_manifest
+from diffdpo.training.manifest import MANIFEST, fault_of, files_of, read_manifest, write_manifest
 
 WORLD = World(0, 0, 1, torch.device("cpu"))
 STATE_OF_A_RUN = {name: {} for name in NEEDED}

@@ -33,7 +33,7 @@ STAGES = (  # a file's place and function to what is being done there, the inner
     ("engine/", "backward", "backward"),
     ("engine/", "step", "optimizer step"),
     ("reference/", "", "reference"),
-    ("train/checkpoint.py", "", "save"),
+    ("training/checkpoint.py", "", "save"),
     ("data_pipeline/", "", "data"),
     ("scores/masked_log_probs.py", "", "forward"),
     ("evaluation/", "", "evaluation"),

@@ -22,7 +22,7 @@ from diffdpo.engine.base import Engine, count_parameters
 from diffdpo.engine.choice import DEEPSPEED
 from diffdpo.engine.world import World
 from diffdpo.errors import TrainingError, UserError
-from diffdpo.train.manifest import FileSum, fault_of, publish, sums_of_share, write_manifest
+from diffdpo.training.manifest import FileSum, fault_of, publish, sums_of_share, write_manifest
 
 FOLDER, STATE = "checkpoints", "run.json"
 NEEDED = ("step", "loader", "before", "config", "held_by")
