@@ -36,8 +36,8 @@ def load_tokenizer(name: str) -> tuple[Any, int | None, int | None]:
 def read_tokenizer(name: str) -> Any:
     """The tokenizer in a folder or on the hub, without running code of its own. Raises DataError.
 
-    Dream's class is such code; its tokenizer is Qwen2's with added tokens. Of any other class that transformers does not
-    have, or where none is named, tokenizer.json is read, which holds all that a fast tokenizer is.
+    Dream's class is such code; its tokenizer is Qwen2's with added tokens. Of any other class that transformers does
+    not have, or where none is named, tokenizer.json is read, which holds all that a fast tokenizer is.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
     from transformers.models.auto.tokenization_auto import get_tokenizer_config

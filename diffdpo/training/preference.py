@@ -67,7 +67,7 @@ class _Data:
         world = context.world
         self.resume = None
         if config.resume_from_checkpoint:
-            self.resume = find_checkpoint(config.resume_from_checkpoint, context.output_dir)
+            self.resume = find_checkpoint(config.resume_from_checkpoint, context.output_dir, world, context.print)
         self.train_set, self.eval_set = run_data.open_data(config, context, run_data.generated(config))
         run_data.check_kind_of_records(self.train_set, self.loss)
         run_data.check_batch_size(config, self.loss, world)

@@ -61,7 +61,7 @@ def _build(config: SftConfig, context: RunContext, choice: EngineChoice, callbac
     world = context.world
     resume = None
     if config.resume_from_checkpoint:
-        resume = find_checkpoint(config.resume_from_checkpoint, context.output_dir)
+        resume = find_checkpoint(config.resume_from_checkpoint, context.output_dir, world, context.print)
     train_set, eval_set = run_data.open_data(config, context, run_data.generated(config))
     loaded = _load_or_make(config, context, choice, train_set)
     encoder = make_encoder(config, loaded.tokenizer, loaded.spec)

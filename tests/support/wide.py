@@ -1,4 +1,4 @@
-"""transformers' Llama and Qwen models in fp64: their norms and rotary positions are made in fp32, whatever the weights."""
+"""transformers' Llama and Qwen models in fp64: their norms and rotary positions are made in fp32 otherwise."""
 
 import torch
 
