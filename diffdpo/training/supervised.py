@@ -89,12 +89,7 @@ def _build(config: SftConfig, context: RunContext, choice: EngineChoice, callbac
         SampledAnswers(config, engine, loaded, batches),
         segments=make_segments(config, choice, world.device, world=world),
     )
-    context.print(
-        f"model    {config.model_name_or_path or 'new'}, {count_parameters(loaded.model)[0]:,} parameters\n"
-        f"data     {config.train_data or 'generated arithmetic-reasoning answers'}: {len(train_set)} answers\n"
-        f"engine   {choice.describe()}; segmentation '{strategy}' ({why})\n"
-        f"output   {context.output_dir}"
-    )
+    context.print(_announcement(config, context, choice, loaded, len(train_set), f"'{strategy}' ({why})"))
     loss = LossOptions(("sft",), (1.0,), beta=1.0)
     score_step = PreferenceStep(engine, no_reference, noise, loss, strategy=strategy, segments=segments, compared=False)
 
@@ -117,6 +112,17 @@ def _build(config: SftConfig, context: RunContext, choice: EngineChoice, callbac
         unit="answers",
         base=config.model_name_or_path or "random weights",
         callbacks=callbacks,
+    )
+
+
+def _announcement(
+    config: SftConfig, context: RunContext, choice: EngineChoice, loaded: LoadedModel, answers: int, strategy: str
+) -> str:
+    return (
+        f"model    {config.model_name_or_path or 'new'}, {count_parameters(loaded.model)[0]:,} parameters\n"
+        f"data     {config.train_data or 'generated arithmetic-reasoning answers'}: {answers} answers\n"
+        f"engine   {choice.describe()}; segmentation {strategy}\n"
+        f"output   {context.output_dir}"
     )
 
 
