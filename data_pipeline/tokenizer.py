@@ -7,7 +7,7 @@ that comes with a tokenizer is never run.
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,10 @@ def load_tokenizer(name: str) -> tuple[Any, int | None, int | None]:
 def read_tokenizer(name: str) -> Any:
     """The tokenizer in a folder or on the hub, without running code of its own. Raises DataError.
 
-    Dream's class is such code; its tokenizer is Qwen2's with added tokens.
+    Dream's class is such code; its tokenizer is Qwen2's with added tokens. Of any other class that transformers does
+    not have, or where none is named, tokenizer.json is read, which holds all that a fast tokenizer is.
     """
-    from transformers import AutoTokenizer, Qwen2Tokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     try:
@@ -50,6 +51,8 @@ def read_tokenizer(name: str) -> Any:
     except DataError:
         raise
     except Exception as error:  # of many kinds, by what is missing, malformed or would need code of its own
+        with suppress(Exception), _quiet():  # damaged as well: the first message says more
+            return PreTrainedTokenizerFast.from_pretrained(name, local_files_only=only_kept(name))
         raise DataError(f"no tokenizer at {name!r}: {in_a_line(error)}") from error
 
 

@@ -27,6 +27,7 @@ from diffdpo.models.architecture.dream import (
     Qwen2DiffusionConfig,
     Qwen3DiffusionConfig,
 )
+from diffdpo.models.architecture.illada import ILLaDAConfig, ILLaDAForCausalLM
 from diffdpo.models.architecture.llada import LLaDAConfig, LLaDAModelLM
 from diffdpo.models.architecture.spec import DECODER_LORA_TARGETS, LLADA_LORA_TARGETS, FamilySpec
 from diffdpo.models.checkpoint.adapter_folder import base_of_adapter, is_adapter
@@ -44,16 +45,22 @@ def dtype_name(bf16: bool) -> str:
 
 @dataclass(frozen=True)
 class Family:
-    """What reading a checkpoint of one `model_type` takes."""
+    """What reading a checkpoint of one `model_type` takes.
+
+    `mask_token`, `mask_token_id`: name and id of the published mask, for checkpoints that declare none.
+    """
 
     config_class: type[PreTrainedConfig]
     model_class: type[PreTrainedModel]
     lora_targets: str
     logit_shift: int
+    mask_token: str | None = None
+    mask_token_id: int | None = None
 
 
 FAMILIES = {
     "llada": Family(LLaDAConfig, LLaDAModelLM, LLADA_LORA_TARGETS, 0),
+    "illada": Family(ILLaDAConfig, ILLaDAForCausalLM, DECODER_LORA_TARGETS, 0, "<[MASK]>", 5),
     "Dream": Family(DreamConfig, DreamModel, DECODER_LORA_TARGETS, 1),
     "qwen2": Family(Qwen2DiffusionConfig, DreamModel, DECODER_LORA_TARGETS, 1),
     "qwen3": Family(Qwen3DiffusionConfig, DreamModel, DECODER_LORA_TARGETS, 1),
@@ -186,7 +193,7 @@ def make_spec(config: PreTrainedConfig, family: Family, tokenizer: PreTrainedTok
 
     `logit_shift` in config.json overrides the family's (a model made from an autoregressive one and trained unshifted).
     """
-    mask = first_id(config.mask_token_id, tokenizer.mask_token_id)
+    mask = first_id(config.mask_token_id, tokenizer.mask_token_id, _published_mask(family, tokenizer))
     terminator = first_id(config.eos_token_id, tokenizer.eos_token_id)
     rows = getattr(config, "embedding_size", config.vocab_size)
     if mask is None:
@@ -199,6 +206,8 @@ def make_spec(config: PreTrainedConfig, family: Family, tokenizer: PreTrainedTok
             "call model.resize_token_embeddings and save the model first"
         )
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [terminator]
+    if mask >= rows:
+        raise UserError(f"the mask token {mask} is no row of the embedding, which has {rows}: set mask_token_id")
     if mask in ends:
         raise UserError(f"mask_token_id and eos_token_id are both {mask}: they must differ")
     check_ids(config, tokenizer)
@@ -217,6 +226,12 @@ def make_spec(config: PreTrainedConfig, family: Family, tokenizer: PreTrainedTok
         template="chat" if tokenizer.chat_template else "plain",
         stop_token_ids=tuple(stop for stop in stops if stop != terminator),
     )
+
+
+def _published_mask(family: Family, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The mask of a family whose checkpoints declare none: the token of its name, else the published id."""
+    named = tokenizer.get_vocab().get(family.mask_token) if family.mask_token else None
+    return family.mask_token_id if named is None else named
 
 
 def check_ids(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from data_pipeline.batch import PairBatch
 from data_pipeline.dataset import ShardedDataset, open_dataset
-from data_pipeline.encode import Encoder, default_template
+from data_pipeline.encode import Encoder
 from data_pipeline.facts import count_kinds, longest_text, overlap
 from data_pipeline.generate import GENERATOR_VERSION, generate_corpus, generate_pairs, parse_mix, write_jsonl
 from data_pipeline.names import source_names
@@ -19,9 +19,7 @@ from diffdpo.config import RunConfig, SftConfig, TrainConfig
 from diffdpo.engine.world import World
 from diffdpo.errors import UserError
 from diffdpo.losses.options import LossOptions
-from diffdpo.models.architecture.spec import FamilySpec
 from diffdpo.noise.estimators import MAX_EXACT_LENGTH
-from diffdpo.settings.data import EncodingSettings
 from diffdpo.setup.context import RunContext
 
 GENERATED_EVAL_PAIRS, GENERATED_EVAL_SEED = 512, 0  # the same held-out problems whatever the training seed
@@ -79,20 +77,6 @@ def generated(config: TrainConfig | SftConfig) -> Callable[[Path], tuple[str, st
     return generate
 
 
-def make_encoder(config: EncodingSettings, tokenizer, spec: FamilySpec) -> Encoder:
-    """Text to tokens by the family's habits; `python -m data_pipeline inspect` shows the same."""
-    return Encoder(
-        tokenizer,
-        max_length=config.max_length,
-        max_prompt_length=config.max_prompt_length,
-        truncation=config.truncation,
-        answer_truncation=config.answer_truncation,
-        template=config.template or default_template(tokenizer),
-        terminator=spec.terminator_id,
-        forbidden_ids=(spec.mask_token_id,),
-    )
-
-
 def train_loader(config: RunConfig, dataset: ShardedDataset, encoder: Encoder, world: World) -> PairLoader:
     """The endless training stream of this rank."""
     micro = config.per_device_train_batch_size
@@ -118,14 +102,12 @@ def eval_batches(
     config: RunConfig, dataset: ShardedDataset | None, encoder: Encoder, world: World
 ) -> Sequence[PairBatch]:
     """This rank's share of the held-out records, as many batches on every rank; kept for all evaluations."""
-    if dataset is None:
-        return []
-    loader = eval_loader(config, dataset, encoder, world)
-    return list(islice(loader, eval_steps(config, loader)))
+    return [] if dataset is None else list(eval_loader(config, dataset, encoder, world))
 
 
 def eval_loader(config: RunConfig, dataset: ShardedDataset, encoder: Encoder, world: World) -> PairLoader:
-    """The held-out records of this rank: the same order whatever the training seed."""
+    """The held-out records of this rank: the first ``--max_eval_pairs`` of one order, which is drawn once and is the
+    same whatever the training seed, the batch and the number of processes."""
     size = config.per_device_eval_batch_size
     return PairLoader(
         dataset,
@@ -135,14 +117,9 @@ def eval_loader(config: RunConfig, dataset: ShardedDataset, encoder: Encoder, wo
         micro_batch_size=size,
         rank=world.rank,
         world_size=world.size,
+        limit=config.max_eval_pairs,
         max_fault_fraction=config.max_fault_fraction,
     )
-
-
-def eval_steps(config: RunConfig, loader: PairLoader) -> int:
-    """Batches of each rank that ``--max_eval_pairs`` comes to."""
-    size = loader.options.global_batch_size
-    return min(-(-config.max_eval_pairs // size) or len(loader), len(loader))
 
 
 def total_steps(config: RunConfig, loader: PairLoader) -> int:

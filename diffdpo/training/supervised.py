@@ -22,6 +22,7 @@ from diffdpo.engine.world import shutdown_distributed
 from diffdpo.evaluation.heldout import HeldOutAnswers, SampledAnswers
 from diffdpo.losses.options import LossOptions
 from diffdpo.models.architecture.from_scratch import new_model, train_tokenizer
+from diffdpo.models.encoder import make_encoder
 from diffdpo.models.load import LoadedModel, dtype_name, load_model
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
@@ -33,10 +34,10 @@ from diffdpo.setup.preflight import check_before_weights, check_settings_meet
 from diffdpo.step.report import StepReport
 from diffdpo.step.step import PreferenceStep
 from diffdpo.step.strategy import MicroBatchShape, choose_strategy
-from diffdpo.train.answer_canvas import fill_canvas
-from diffdpo.train.callbacks import Callback
-from diffdpo.train.checkpoint import find_checkpoint
-from diffdpo.train.run import Result, Run, carry_out
+from diffdpo.training.answer_canvas import fill_canvas
+from diffdpo.training.callbacks import Callback
+from diffdpo.training.checkpoint import find_checkpoint
+from diffdpo.training.run import Result, Run, carry_out
 
 TOKENIZER_RECORDS = 20_000  # the tokenizer of a new model is trained on the first of the data
 
@@ -60,10 +61,10 @@ def _build(config: SftConfig, context: RunContext, choice: EngineChoice, callbac
     world = context.world
     resume = None
     if config.resume_from_checkpoint:
-        resume = find_checkpoint(config.resume_from_checkpoint, context.output_dir)
+        resume = find_checkpoint(config.resume_from_checkpoint, context.output_dir, world, context.print)
     train_set, eval_set = run_data.open_data(config, context, run_data.generated(config))
     loaded = _load_or_make(config, context, choice, train_set)
-    encoder = run_data.make_encoder(config, loaded.tokenizer, loaded.spec)
+    encoder = make_encoder(config, loaded.tokenizer, loaded.spec)
     longest = getattr(loaded.model.config, "max_position_embeddings", None)
     run_data.warn_of_data(config, context, (train_set, eval_set), longest=longest)
     refuse_unusable(train_set, encoder)
@@ -87,14 +88,8 @@ def _build(config: SftConfig, context: RunContext, choice: EngineChoice, callbac
         batches,
         SampledAnswers(config, engine, loaded, batches),
         segments=make_segments(config, choice, world.device, world=world),
-        limit=config.max_eval_pairs,
     )
-    context.print(
-        f"model    {config.model_name_or_path or 'new'}, {count_parameters(loaded.model)[0]:,} parameters\n"
-        f"data     {config.train_data or 'generated arithmetic-reasoning answers'}: {len(train_set)} answers\n"
-        f"engine   {choice.describe()}; segmentation '{strategy}' ({why})\n"
-        f"output   {context.output_dir}"
-    )
+    context.print(_announcement(config, context, choice, loaded, len(train_set), f"'{strategy}' ({why})"))
     loss = LossOptions(("sft",), (1.0,), beta=1.0)
     score_step = PreferenceStep(engine, no_reference, noise, loss, strategy=strategy, segments=segments, compared=False)
 
@@ -117,6 +112,17 @@ def _build(config: SftConfig, context: RunContext, choice: EngineChoice, callbac
         unit="answers",
         base=config.model_name_or_path or "random weights",
         callbacks=callbacks,
+    )
+
+
+def _announcement(
+    config: SftConfig, context: RunContext, choice: EngineChoice, loaded: LoadedModel, answers: int, strategy: str
+) -> str:
+    return (
+        f"model    {config.model_name_or_path or 'new'}, {count_parameters(loaded.model)[0]:,} parameters\n"
+        f"data     {config.train_data or 'generated arithmetic-reasoning answers'}: {answers} answers\n"
+        f"engine   {choice.describe()}; segmentation {strategy}\n"
+        f"output   {context.output_dir}"
     )
 
 

@@ -13,12 +13,13 @@ from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.plain import PlainEngine
 from diffdpo.engine.world import World
 from diffdpo.errors import UserError
+from diffdpo.models.encoder import make_encoder
 from diffdpo.models.load import load_model
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.setup import data as run_data
 from diffdpo.setup.context import RunContext, open_context
 from diffdpo.setup.model import save_final
-from diffdpo.train.run import finish
+from diffdpo.training.run import finish
 
 
 def engine_of(config: TrainConfig):
@@ -114,7 +115,7 @@ def test_bf16_needs_master_weights():
 def test_flags_of_truncation_and_of_damaged_records_reach_the_loader(tiny_model, tmp_path):
     loaded = load_model(str(tiny_model))
     config = TrainConfig(truncation="drop", answer_truncation="drop", strict=True, per_device_train_batch_size=1)
-    encoder = run_data.make_encoder(config, loaded.tokenizer, loaded.spec)
+    encoder = make_encoder(config, loaded.tokenizer, loaded.spec)
     assert (encoder.truncation, encoder.answer_truncation) == ("drop", "drop")
     (tmp_path / "a.jsonl").write_text('{"prompt": "q", "chosen": "a", "rejected": "b"}\n')
     dataset = open_dataset(str(tmp_path / "a.jsonl"), cache_dir=tmp_path / "cache")

@@ -16,6 +16,7 @@ from diffdpo.engine.world import shutdown_distributed
 from diffdpo.evaluation.heldout import HeldOutPairs, SampledAnswers
 from diffdpo.losses.options import LossOptions
 from diffdpo.models.bundled import model_or_bundled
+from diffdpo.models.encoder import make_encoder
 from diffdpo.models.load import load_tokenizer_and_spec, model_context
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.reference.modes import choose_mode, make_frozen, make_reference, second_model_share
@@ -31,9 +32,9 @@ from diffdpo.step.fit import fit_micro_batch, fit_segments
 from diffdpo.step.report import StepReport
 from diffdpo.step.step import PreferenceStep
 from diffdpo.step.strategy import MicroBatchShape, choose_strategy, micro_batch_shape, with_micro_batch
-from diffdpo.train.callbacks import Callback
-from diffdpo.train.checkpoint import find_checkpoint, read_state
-from diffdpo.train.run import Result, Run, carry_out
+from diffdpo.training.callbacks import Callback
+from diffdpo.training.checkpoint import find_checkpoint, read_state
+from diffdpo.training.run import Result, Run, carry_out
 
 LN2 = float(np.log(2.0))
 LN2_TOLERANCE = {False: 1e-6, True: 1e-2}  # fp32, bf16
@@ -66,12 +67,12 @@ class _Data:
         world = context.world
         self.resume = None
         if config.resume_from_checkpoint:
-            self.resume = find_checkpoint(config.resume_from_checkpoint, context.output_dir)
+            self.resume = find_checkpoint(config.resume_from_checkpoint, context.output_dir, world, context.print)
         self.train_set, self.eval_set = run_data.open_data(config, context, run_data.generated(config))
         run_data.check_kind_of_records(self.train_set, self.loss)
         run_data.check_batch_size(config, self.loss, world)
         tokenizer, self.spec = load_tokenizer_and_spec(model_or_bundled(config.model_name_or_path))
-        self.encoder = run_data.make_encoder(config, tokenizer, self.spec)
+        self.encoder = make_encoder(config, tokenizer, self.spec)
         longest = model_context(model_or_bundled(config.model_name_or_path))
         run_data.warn_of_data(config, context, (self.train_set, self.eval_set), self.loss, longest)
         refuse_unusable(self.train_set, self.encoder)
@@ -96,7 +97,7 @@ class _Data:
         streams = [work.training(loader, last=run_data.total_steps(config, loader))]
         if self.eval_set is not None:
             held_out = run_data.eval_loader(config, self.eval_set, self.encoder, world)
-            streams.append(work.held_out(held_out, last=run_data.eval_steps(config, held_out)))
+            streams.append(work.held_out(held_out))
         return work.complete(streams)
 
 
@@ -139,7 +140,6 @@ class _Training:
             SampledAnswers(config, self.engine, self.loaded, batches),
             segments=segments,
             max_length=config.max_length,
-            limit=config.max_eval_pairs,
         )
 
     def _references(self, frozen: FrozenModule | None, eval_segments: Segments) -> tuple[Reference, Reference, str]:
