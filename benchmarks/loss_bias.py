@@ -27,8 +27,8 @@ from scoring import Models, drawn_rows, drawn_scores, load_models, natural_pairs
 
 from data_pipeline.encode import TokenPair
 from diffdpo.scores.fold import fold
-from diffdpo.step.backward import forward_rows, score_rows
-from diffdpo.step.segments import Segments
+from diffdpo.scores.rows import forward_rows, score_rows
+from diffdpo.scores.segments import Segments
 
 STEP = 1e-3  # of the central difference, relative to the norm of the parameters' direction
 

@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from diffdpo.models.adapters import add_lora
-from diffdpo.models.backbone import native
-from diffdpo.models.llada import LLaDAConfig, LLaDAModelLM
-from diffdpo.models.spec import LLADA_LORA_TARGETS, FamilySpec
+from diffdpo.models.architecture.backbone import native
+from diffdpo.models.architecture.llada import LLaDAConfig, LLaDAModelLM
+from diffdpo.models.architecture.spec import LLADA_LORA_TARGETS, FamilySpec
+from diffdpo.models.lora.adapters import add_lora
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 
 

@@ -123,8 +123,8 @@ def settings(case: Case, folder: Path) -> Any:
 
 def predict(case: Case) -> dict[str, Any]:
     """Bytes of the worst moment, of everything that is no live tensor then, and of live tensors."""
-    from diffdpo.plan.memory import MOMENTS
-    from diffdpo.plan.plan import Machine, make_plan
+    from diffdpo.planner.memory import MOMENTS
+    from diffdpo.planner.plan import Machine, make_plan
 
     with tempfile.TemporaryDirectory() as folder:
         plan = make_plan(settings(case, Path(folder)), Machine(None, None), cuda=False)
@@ -139,9 +139,9 @@ def predict(case: Case) -> dict[str, Any]:
 
 def measure(case: Case) -> int:
     """Bytes that two real steps of the case take at most above the process before."""
-    from diffdpo.engine.world import join_world
+    from diffdpo.engine.world import init_distributed
 
-    world = join_world(always_distributed=case.zero is not None)
+    world = init_distributed(always_distributed=case.zero is not None)
     tiny = dict(case.shape) | {"vocab_size": 64, "embedding_size": 64} | {"n_layers": 2, "num_hidden_layers": 2}
     flags = dict(case.flags) | {"max_length": 16, "max_prompt_length": 8}
     run(replace(case, shape=tiny, flags=flags), world)
@@ -154,14 +154,17 @@ def measure(case: Case) -> int:
 
 
 def run(case: Case, world) -> None:
-    """Two optimizer steps, as `diffdpo.train` puts them together."""
+    """Two optimizer steps, as `diffdpo.training.preference` puts them together."""
     import torch
 
-    from diffdpo import build
-    from diffdpo.plan.shapes import read_shape
+    from diffdpo.engine.choice import choose_engine
+    from diffdpo.engine.make import make_engine
+    from diffdpo.engine.optimizer import OptimizerOptions
+    from diffdpo.planner.shapes import read_shape
     from diffdpo.reference.modes import make_reference
-    from diffdpo.reference.scorers import frozen_copy
     from diffdpo.scores.masked_log_probs import MaskedLogProbs
+    from diffdpo.scores.reference import frozen_copy
+    from diffdpo.scores.segments import make_segments
     from diffdpo.step.backward import STRATEGIES
 
     with tempfile.TemporaryDirectory() as folder:
@@ -171,14 +174,15 @@ def run(case: Case, world) -> None:
         family, shape = read_shape(config.model_name_or_path)
         module = MaskedLogProbs(*_model(family, shape, config), layer_checkpointing=config.gradient_checkpointing)
         frozen = frozen_copy(module) if config.reference == "copy" else None
-        place: Any = build.Place(world, Path(folder), Path(folder), "check")
         config = replace(config, learning_rate=1e-4)
-        engine = build.make_engine(config, module, place, bf16=False)
-        segments = build.choose_segments(config, world)
-        reference = make_reference(config, config.reference, engine, frozen)[0](segments)
+        choice = choose_engine(config, processes=world.size, cuda=False, bf16_able=False)
+        engine = make_engine(choice, module, world, OptimizerOptions.of(config), say=print)
+        segments = make_segments(config, choice, world.device)
+        held = engine.freeze(frozen) if frozen is not None else None
+        reference = make_reference(config, config.reference, engine, held)[0](segments)
         rows = equal_rows(config, shape.vocab_size)
         for _ in range(2):
-            with engine.unreduced() if config.segmentation == "deferred" else _nothing():
+            with engine.no_sync() if config.segmentation == "deferred" else _nothing():
                 score_R = reference(rows, None)
                 STRATEGIES[config.segmentation](
                     engine,
@@ -201,8 +205,8 @@ def _nothing():
 
 
 def _model(family, shape, config) -> tuple[Any, Any]:
-    from diffdpo.models.adapters import add_lora
-    from diffdpo.models.spec import FamilySpec
+    from diffdpo.models.architecture.spec import FamilySpec
+    from diffdpo.models.lora.adapters import add_lora
 
     spec = FamilySpec(shape.model_type, 5, 6, 6, "", family.lora_targets, logit_shift=family.logit_shift)
     model = family.model_class(shape)

@@ -9,12 +9,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffdpo.cli.flags import parse_config
 from diffdpo.config import TrainConfig
-from diffdpo.flags import parse_config
-from diffdpo.plan.hardware import GPUS, Host
-from diffdpo.plan.memory import DEVICE, DISK, HOST, needed
-from diffdpo.plan.plan import Machine, Plan, make_plan
-from diffdpo.plan.sizes import GIB, gib
+from diffdpo.planner.hardware import GPUS, Host
+from diffdpo.planner.memory import DEVICE, DISK, HOST, needed
+from diffdpo.planner.plan import Machine, Plan, make_plan
+from diffdpo.planner.sizes import GIB, gib
 
 ROOT = Path(__file__).parents[1]
 DOC = ROOT / "docs/4080.md"

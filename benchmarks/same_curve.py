@@ -6,7 +6,7 @@
 
 The runs: one process on the plain engine; ZeRO-2 with its optimizer on the host; a LoRA adapter against a precomputed
 reference. Times, rates and memory are left out. A change that claims no numerical effect must print "same" three times;
-exit code 1 otherwise, with the first difference of each run. Compare on one machine: another processor rounds otherwise.
+exit code 1 otherwise, with the first difference of each run. Compare on one machine: another one rounds otherwise.
 """
 
 import argparse
@@ -53,7 +53,9 @@ def main() -> int:
 def compare(name: str, ours: list[dict], theirs: list[dict]) -> int:
     """Print whether the curves are the same, or where they first differ. 1 where they do."""
     pairs = zip(ours, theirs, strict=False)
-    found = [(a["step"], key, a.get(key), b.get(key)) for a, b in pairs for key in {**a, **b} if a.get(key) != b.get(key)]
+    found = [
+        (a["step"], key, a.get(key), b.get(key)) for a, b in pairs for key in {**a, **b} if a.get(key) != b.get(key)
+    ]
     if len(ours) != len(theirs):
         found.append((0, "lines", len(ours), len(theirs)))
     if not found:
@@ -73,7 +75,9 @@ def _other(place: Path, name: str) -> list[dict]:
 def curve_of(checkout: Path, name: str) -> list[dict]:
     """The lines of a run of ``checkout`` without what depends on the machine's mood."""
     launcher, flags = RUNS[name]
-    start = [sys.executable] if launcher == "plain" else [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus=1"]
+    start = (
+        [sys.executable] if launcher == "plain" else [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus=1"]
+    )
     paths = os.pathsep.join(filter(None, [str(checkout), os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
@@ -84,7 +88,9 @@ def curve_of(checkout: Path, name: str) -> list[dict]:
             text=True,
         )
         if done.returncode:
-            raise SystemExit(f"{name} in {checkout} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+            raise SystemExit(
+                f"{name} in {checkout} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+            )
         lines = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if not any(part in key for part in MEASURED)} for line in lines]
 

@@ -30,8 +30,8 @@ from diffdpo.losses.preference import preference_loss
 from diffdpo.noise.estimators import EPSILON, ESTIMATORS
 from diffdpo.noise.plan import NoiseKey, NoisePlan
 from diffdpo.scores.fold import fold
-from diffdpo.step.backward import forward_rows, score_rows
-from diffdpo.step.segments import Segments
+from diffdpo.scores.rows import forward_rows, score_rows
+from diffdpo.scores.segments import Segments
 
 VRPO = ((1, 1), (4, 1), (8, 1), (1, 4), (2, 2))
 BASELINE = ("uniform_t", 8)  # VRPO's training setting

@@ -16,16 +16,16 @@ from data_pipeline.encode import TokenAnswer, TokenPair
 from data_pipeline.generate import generate_pairs
 from data_pipeline.sources.files import SourceOptions, open_rows
 from data_pipeline.sources.formats import convert
-from diffdpo.build import BUNDLED_MODEL
 from diffdpo.losses.preference import preference_loss
+from diffdpo.models.bundled import BUNDLED_MODEL
 from diffdpo.models.load import load_model
 from diffdpo.noise.estimators import draw_plan
 from diffdpo.noise.plan import NoiseKey, NoisePlan
 from diffdpo.noise.rows import NoisyRows, alike, noisy_rows, rows_of_plans
 from diffdpo.scores.fold import fold
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
-from diffdpo.step.backward import forward_rows, score_rows
-from diffdpo.step.segments import Segments
+from diffdpo.scores.rows import forward_rows, score_rows
+from diffdpo.scores.segments import Segments
 
 
 @dataclass(frozen=True)

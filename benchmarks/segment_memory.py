@@ -32,20 +32,21 @@ from torch.utils._pytree import tree_leaves
 
 from data_pipeline.batch import PairBatch, collate
 from data_pipeline.encode import TokenAnswer, TokenPair
-from diffdpo.engine.base import OptimizerOptions
+from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.plain import PlainEngine
 from diffdpo.engine.world import World
-from diffdpo.models.adapters import add_lora
-from diffdpo.models.backbone import native
-from diffdpo.models.llada import LLaDAConfig, LLaDAModelLM
-from diffdpo.models.spec import LLADA_LORA_TARGETS, FamilySpec
+from diffdpo.losses.options import LossOptions
+from diffdpo.models.architecture.backbone import native
+from diffdpo.models.architecture.llada import LLaDAConfig, LLaDAModelLM
+from diffdpo.models.architecture.spec import LLADA_LORA_TARGETS, FamilySpec
+from diffdpo.models.lora.adapters import add_lora
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.noise.rows import NoisyRows
-from diffdpo.reference.scorers import adapter_off_reference, copy_reference, frozen_copy
 from diffdpo.scores.fold import row_scores
 from diffdpo.scores.masked_log_probs import MaskedLogProbs, TokenCount
-from diffdpo.step.segments import Segments
-from diffdpo.step.train_step import LossOptions, PreferenceStep
+from diffdpo.scores.reference import adapter_off_reference, copy_reference, frozen_copy
+from diffdpo.scores.segments import Segments
+from diffdpo.step.step import PreferenceStep
 
 MIB = 2**20
 DRAWN_ROWS = 8  # at least, over the steps of a point
@@ -119,7 +120,7 @@ def make_step(point: Point, device: torch.device) -> PreferenceStep:
         module = MaskedLogProbs(model, spec, layer_checkpointing=bool(layers), logits_budget=LOGITS_BUDGET)
     frozen = frozen_copy(AllLogits(native(model)) if plain else module)
     engine = PlainEngine(module, World(0, 0, 1, device), OptimizerOptions(learning_rate=0.0))
-    engine.step = lambda learning_rate: engine.discard() or 0.0  # type: ignore[method-assign,func-returns-value]
+    engine.step = lambda learning_rate: engine.abort_step() or 0.0  # type: ignore[method-assign,func-returns-value]
     segments = Segments(rows=point.segment_rows)
     if plain:
         reference = PlainReference(frozen.to(device))

@@ -37,22 +37,23 @@ from torch.utils.checkpoint import checkpoint
 
 from data_pipeline.batch import PairBatch, collate
 from data_pipeline.encode import TokenAnswer, TokenPair
-from diffdpo.engine.base import OptimizerOptions
+from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.plain import PlainEngine
 from diffdpo.engine.world import World
-from diffdpo.models.adapters import add_lora
-from diffdpo.models.backbone import native
-from diffdpo.models.llada import LLaDAConfig, LLaDAModelLM
-from diffdpo.models.spec import LLADA_LORA_TARGETS, FamilySpec
+from diffdpo.losses.options import LossOptions
+from diffdpo.models.architecture.backbone import native
+from diffdpo.models.architecture.llada import LLaDAConfig, LLaDAModelLM
+from diffdpo.models.architecture.spec import LLADA_LORA_TARGETS, FamilySpec
+from diffdpo.models.lora.adapters import add_lora
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.noise.rows import NoisyRows
-from diffdpo.reference.scorers import adapter_off_reference
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
-from diffdpo.step.backward import score_rows
-from diffdpo.step.choose import MicroBatchShape, choose_strategy
-from diffdpo.step.segments import Segments
-from diffdpo.step.sizing import fit_segments
-from diffdpo.step.train_step import LossOptions, PreferenceStep
+from diffdpo.scores.reference import adapter_off_reference
+from diffdpo.scores.rows import score_rows
+from diffdpo.scores.segments import Segments
+from diffdpo.step.fit import fit_segments
+from diffdpo.step.step import PreferenceStep
+from diffdpo.step.strategy import MicroBatchShape, choose_strategy
 
 BETA, RATE, RANK, MAX_MEMORY = 0.1, 1e-5, 16, 0.5
 OURS, FIELD = "balanced", "uniform_t"
@@ -183,7 +184,7 @@ def engine_of(policy: nn.Module, spec: FamilySpec, *, compiled: bool = False) ->
 
 def place_of(shape: Shape, n: int) -> MicroBatchShape:
     """What is known of the shape's micro-batch before it is read."""
-    return MicroBatchShape(shape.pairs, n, shape.max_length, whole_batch=False)
+    return MicroBatchShape(shape.pairs, n, shape.max_length, couples_pairs=False)
 
 
 def our_step(

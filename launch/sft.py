@@ -1,20 +1,7 @@
-"""Train a masked diffusion language model on answers (supervised), from scratch or from a checkpoint.
+"""Train a masked diffusion language model on answers (supervised): `diffdpo sft`, for launchers that want a file."""
 
-Without options: the bundled arithmetic model's recipe is `--config recipes/sft_arithmetic.yaml`.
-"""
-
-from diffdpo.cli import run
-from diffdpo.config import SftConfig
-from diffdpo.flags import parse_config
-
-
-def main(argv: list[str]) -> int:
-    """Parse first: a wrong flag must not wait for torch."""
-    config = parse_config(SftConfig, argv, __doc__ or "")
-    from diffdpo.sft import sft
-
-    return sft(config)
-
+from diffdpo.cli.sft import main
+from diffdpo.command import run
 
 if __name__ == "__main__":
     run(main)

@@ -1,20 +1,10 @@
-"""Align a masked diffusion language model with preference pairs (Diffusion-DPO).
+"""Align a masked diffusion language model with preference pairs: `diffdpo train`, for launchers that want a file.
 
 Run it with `deepspeed launch/train.py --ds_config ds_configs/4080_offload.json`, with torchrun, or with plain python.
 """
 
-from diffdpo.cli import run
-from diffdpo.config import TrainConfig
-from diffdpo.flags import parse_config
-
-
-def main(argv: list[str]) -> int:
-    """Parse first: a wrong flag must not wait for torch."""
-    config = parse_config(TrainConfig, argv, __doc__ or "")
-    from diffdpo.train import train
-
-    return train(config)
-
+from diffdpo.cli.train import main
+from diffdpo.command import run
 
 if __name__ == "__main__":
     run(main)

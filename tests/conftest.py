@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # several processes on two cores
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # several processes on two cores
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """A folder with a random model of 2 layers whose tokenizer knows the generated problems."""
     from data_pipeline.generate import generate_corpus
-    from diffdpo.models.from_scratch import new_model, train_tokenizer
+    from diffdpo.models.architecture.from_scratch import new_model, train_tokenizer
     from diffdpo.models.load import save_model
 
     texts = [record["prompt"] + record["completion"] for record in generate_corpus(500, seed=0)]

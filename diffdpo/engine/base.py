@@ -4,67 +4,62 @@ Losses are sums, already divided by the pairs of the global step. So an engine *
 and over ranks, and never averages: 8 x 1 and 1 x 8 are the same step with no correction factor.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from diffdpo.engine.choice import EngineChoice
 from diffdpo.engine.world import World
 
 
-@dataclass(frozen=True)
-class OptimizerOptions:
-    """AdamW's settings. ``learning_rate`` is the peak; each step is told its own."""
+class FrozenModule(Protocol):
+    """A second module that is never trained (the reference), held as the engine holds its own."""
 
-    learning_rate: float
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
-    epsilon: float = 1e-8
-    max_grad_norm: float = 0.0  # 0: no clipping
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """The module's forward."""
+        ...
+
+    def release(self) -> None:
+        """Free its weights; it cannot be called any more."""
+        ...
 
 
 class Engine(Protocol):
     """A module wrapped for training."""
 
+    choice: EngineChoice  # how the weights are held
     world: World
     module: nn.Module  # as it was before wrapping: for saving and for generation
-    keeps_gradients_sharded: bool  # ZeRO-3: a module used twice in one backward loses the sharding
-    hands_gradients_over: bool  # in a backward, to other ranks or to the host: ZeRO-2 and 3, offload
-    saves_per_process: bool  # what ``save`` writes is read again by as many processes only
     parameters: list[nn.Parameter]  # those that are trained
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         """The module's forward."""
         ...
 
-    def describe(self) -> str:
-        """In a few words, for the user."""
-        ...
-
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Add the loss's gradients. ``last`` marks the last backward before ``step``; every rank calls as often."""
         ...
 
-    def why_not_unreduced(self) -> str | None:
-        """What stands against ``unreduced`` here, for the user; None where it can be used."""
+    def no_sync_obstacle(self) -> str | None:
+        """What stands against ``no_sync`` here, for the user; None where it can be used."""
         ...
 
-    def unreduced(self) -> AbstractContextManager[None]:
+    def no_sync(self) -> AbstractContextManager[None]:
         """Inside, gradients add up in ``.grad``, each rank's own, unsharded; when it ends they are reduced.
 
         Holds all backwards of a step, whatever ``last`` says.
         """
         ...
 
-    def why_not_repeat(self) -> str | None:
+    def retry_obstacle(self) -> str | None:
         """What stands against taking a step again that broke off (out of memory), for the user; None if nothing."""
         ...
 
-    def discard(self) -> None:
+    def abort_step(self) -> None:
         """Forget the gradients since the last ``step``, also those of a backward that broke off."""
         ...
 
@@ -72,8 +67,8 @@ class Engine(Protocol):
         """Clip, update, zero. Returns the gradient's norm before clipping."""
         ...
 
-    def freeze(self, module: nn.Module) -> Callable[..., torch.Tensor]:
-        """Hold a second, never trained module (the reference) as this engine holds its own."""
+    def freeze(self, module: nn.Module) -> FrozenModule:
+        """Hold a module that is never trained as this engine holds its own."""
         ...
 
     def save(self, folder: Path) -> None:

@@ -1,53 +1,69 @@
 """One process, or several with one flat sum of the gradients: no library, every number can be followed."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
-from diffdpo.engine.base import OptimizerOptions, parameter_groups, trained_parameters
+from diffdpo.engine.base import parameter_groups, trained_parameters
+from diffdpo.engine.choice import PLAIN, EngineChoice
+from diffdpo.engine.optimizer import OptimizerOptions
+from diffdpo.engine.saved import check_trained, save_tensors, trained_by_name
 from diffdpo.engine.world import World
+
+WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
+
+
+class PlainFrozen:
+    """A module that every rank holds whole on its device and nobody trains."""
+
+    def __init__(self, module: nn.Module, device: torch.device):
+        self.module: nn.Module | None = module.to(device).eval().requires_grad_(False)
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        assert self.module is not None, "released"
+        return self.module(*inputs)
+
+    def release(self) -> None:
+        self.module = None
 
 
 class PlainEngine:
     """torch's AdamW on a module that every rank holds whole."""
 
-    keeps_gradients_sharded = hands_gradients_over = False
-    saves_per_process = False
-
     def __init__(self, module: nn.Module, world: World, options: OptimizerOptions):
+        self.choice = EngineChoice(PLAIN, world.size)
         self.module, self.world, self.options = module.to(world.device), world, options
         self.parameters = trained_parameters(module)
+        self.fused = world.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
             parameter_groups(module, options.weight_decay),
             lr=options.learning_rate,
             betas=options.betas,
             eps=options.epsilon,
-            fused=world.device.type == "cuda" or None,
+            fused=self.fused or None,
         )
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         return self.module(*inputs)
 
-    def describe(self) -> str:
-        return "plain torch"
-
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         loss.backward()
 
-    def why_not_unreduced(self) -> str | None:
+    def no_sync_obstacle(self) -> str | None:
         return None
 
-    def unreduced(self) -> AbstractContextManager[None]:
+    def no_sync(self) -> AbstractContextManager[None]:
         return nullcontext()  # nothing is reduced before ``step``
 
-    def why_not_repeat(self) -> str | None:
+    def retry_obstacle(self) -> str | None:
         return None
 
-    def discard(self) -> None:
+    def abort_step(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
     def step(self, learning_rate: float) -> float:
@@ -64,22 +80,34 @@ class PlainEngine:
         if self.world.size == 1:
             return
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
-        flat = self.world.sum(torch.cat([gradient.flatten() for gradient in gradients]))
+        flat = self.world.all_reduce_sum(torch.cat([gradient.flatten() for gradient in gradients]))
         for parameter, piece in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
             parameter.grad = piece.view_as(parameter)
 
-    def freeze(self, module: nn.Module) -> Callable[..., torch.Tensor]:
-        return module.to(self.world.device).eval().requires_grad_(False)
+    def freeze(self, module: nn.Module) -> PlainFrozen:
+        return PlainFrozen(module, self.world.device)
 
     def save(self, folder: Path) -> None:
         if self.world.is_main:
-            state = {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
-            torch.save(state, folder / "state.pt")
+            trained = trained_by_name(self.module)
+            save_tensors({name: p.detach() for name, p in trained.items()}, folder / WEIGHTS)
+            states = {name: self.optimizer.state.get(p, {}) for name, p in trained.items()}
+            moments = {f"{name}.{key}": value for name, state in states.items() for key, value in state.items()}
+            save_tensors(moments, folder / OPTIMIZER)
 
     def load(self, folder: Path) -> None:
-        state = torch.load(folder / "state.pt", map_location=self.world.device, weights_only=True)
-        self.module.load_state_dict(state["module"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        trained = trained_by_name(self.module)
+        weights, moments = load_file(folder / WEIGHTS), load_file(folder / OPTIMIZER)
+        check_trained({name: tensor.shape for name, tensor in weights.items()}, self.module)
+        self.optimizer.state.clear()
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(weights[name])
+        for key, value in moments.items():
+            name, _, what = key.rpartition(".")
+            parameter = trained[name]
+            on = parameter.device if value.dim() or self.fused else value.device  # torch keeps the count on the host
+            self.optimizer.state[parameter][what] = value.to(on)
 
     def full_state_dict(self) -> Mapping[str, Any] | None:
         return self.module.state_dict() if self.world.is_main else None

@@ -32,7 +32,7 @@ class World:
         """Whether this process writes files and talks to the user."""
         return self.rank == 0
 
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+    def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks, on every rank. The argument is left as it is."""
         if self.size == 1:
             return tensor
@@ -40,11 +40,11 @@ class World:
         dist.all_reduce(total)
         return total
 
-    def sum_numbers(self, numbers: Sequence[int]) -> list[int]:
+    def all_reduce_sums(self, numbers: Sequence[int]) -> list[int]:
         """The sums of a list of whole numbers over all ranks, on every rank."""
-        return [int(n) for n in self.sum(torch.tensor(list(numbers), dtype=torch.int64, device=self.device))]
+        return [int(n) for n in self.all_reduce_sum(torch.tensor(list(numbers), dtype=torch.int64, device=self.device))]
 
-    def largest(self, number: int) -> int:
+    def all_reduce_max(self, number: int) -> int:
         """The largest of the ranks' numbers, on every rank."""
         if self.size == 1:
             return number
@@ -52,7 +52,7 @@ class World:
         dist.all_reduce(box, op=dist.ReduceOp.MAX)
         return int(box)
 
-    def cat(self, tensor: torch.Tensor) -> torch.Tensor:
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensors of all ranks (of one shape), end to end in rank order, on every rank."""
         if self.size == 1:
             return tensor
@@ -60,7 +60,7 @@ class World:
         dist.all_gather(pieces, tensor.contiguous())
         return torch.cat(pieces)
 
-    def same_for_all(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
         if self.size == 1:
             return value
@@ -68,7 +68,7 @@ class World:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """The values of all ranks, in rank order, on every rank."""
         if self.size == 1:
             return [value]
@@ -76,13 +76,13 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until every rank is here."""
         if self.size > 1:
             dist.barrier()
 
 
-def join_world(*, always_distributed: bool = False) -> World:
+def init_distributed(*, always_distributed: bool = False) -> World:
     """Read the launcher's environment, pick the device and, with several processes, join the process group.
 
     ``always_distributed`` fills in the environment of a single process started by plain ``python``, which DeepSpeed
@@ -112,7 +112,7 @@ def join_world(*, always_distributed: bool = False) -> World:
     return World(rank, local_rank, size, device)
 
 
-def leave_world() -> None:
+def shutdown_distributed() -> None:
     """Leave the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

@@ -1,25 +1,16 @@
 """Diagnostics of preference training. docs/losses.md says in a line each what they mean.
 
-They are kept as one vector of sums, which adds up over micro-batches, segments of a run and ranks (one all-reduce), and
-become means and a correlation only at log time: ``pair_sums`` → add → ``means``.
+They are kept as named sums, which add up over micro-batches, steps and ranks, and become means and a correlation only
+at log time: ``pair_sums`` → add → ``means``.
 
 Shape suffixes: B pairs, 2 sides (0 chosen, 1 rejected).
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-
-SUMS = (
-    *("answers", "chosen", "rejected", "pairs", "compared", "compared_chosen", "compared_rejected"),
-    *("reward_chosen", "reward_rejected", "margin", "correct"),
-    *("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected"),
-    *("ratio", "ratio_per_token", "displaced"),
-    *("score_variance", "ratio_variance", "known_variances", "known_ratio_variances"),
-    *("length", "length_squared", "reward", "reward_squared", "length_reward"),
-)
-"""What the entries of the vector add up."""
 
 
 def pair_sums(
@@ -31,8 +22,8 @@ def pair_sums(
     beta: float,
     stderr_B2: Tensor | None = None,
     ratio_stderr_B2: Tensor | None = None,
-) -> Tensor:
-    """The sums of one micro-batch, float64 [len(SUMS)], in the order of ``SUMS``; detached.
+) -> dict[str, float]:
+    """The sums of one micro-batch by name, in float64; the same names in the same order for every micro-batch.
 
     ``stderr_B2`` is the standard error of the policy's score, ``ratio_stderr_B2`` that of the log-ratio (both as
     ``fold`` gives them). NaN entries (a single row) are left out of the means. Without a reference what compares with
@@ -51,26 +42,40 @@ def pair_sums(
     def all_of(value_B2: Tensor) -> Tensor:
         return (present_B2 * value_B2).sum()
 
-    count = present_B2.sum(), present_B2[:, 0].sum(), present_B2[:, 1].sum()
-    variance, known = _known_squares(stderr_B2, present_B2)
-    ratio_variance, ratio_known = _known_squares(ratio_stderr_B2, present_B2)
     margin_B = reward_B2[:, 0] - reward_B2[:, 1]
-    return torch.stack(
-        [
-            *(*count, pair_B.sum(), *(compared * one for one in count)),
-            *(side(reward_B2, 0), side(reward_B2, 1), (pair_B * margin_B).sum(), (pair_B * (margin_B > 0)).sum()),
-            *(side(policy_B2, 0), side(policy_B2, 1), side(reference_B2, 0), side(reference_B2, 1)),
-            *(all_of(ratio_B2), all_of(ratio_B2 / tokens_B2.clamp(min=1)), side((ratio_B2 < 0).double(), 0)),
-            *(variance, ratio_variance, known, ratio_known),
-            *(all_of(tokens_B2), all_of(tokens_B2**2), all_of(reward_B2), all_of(reward_B2**2)),
-            all_of(tokens_B2 * reward_B2),
-        ]
-    )
+    sums = {
+        "answers": present_B2.sum(),
+        "chosen": present_B2[:, 0].sum(),
+        "rejected": present_B2[:, 1].sum(),
+        "pairs": pair_B.sum(),
+        "compared": compared * present_B2.sum(),
+        "compared_chosen": compared * present_B2[:, 0].sum(),
+        "compared_rejected": compared * present_B2[:, 1].sum(),
+        "reward_chosen": side(reward_B2, 0),
+        "reward_rejected": side(reward_B2, 1),
+        "margin": (pair_B * margin_B).sum(),
+        "correct": (pair_B * (margin_B > 0)).sum(),
+        "policy_chosen": side(policy_B2, 0),
+        "policy_rejected": side(policy_B2, 1),
+        "reference_chosen": side(reference_B2, 0),
+        "reference_rejected": side(reference_B2, 1),
+        "ratio": all_of(ratio_B2),
+        "ratio_per_token": all_of(ratio_B2 / tokens_B2.clamp(min=1)),
+        "displaced": side((ratio_B2 < 0).double(), 0),
+        **_known_squares(stderr_B2, present_B2, "score_variance", "known_variances"),
+        **_known_squares(ratio_stderr_B2, present_B2, "ratio_variance", "known_ratio_variances"),
+        "length": all_of(tokens_B2),
+        "length_squared": all_of(tokens_B2**2),
+        "reward": all_of(reward_B2),
+        "reward_squared": all_of(reward_B2**2),
+        "length_reward": all_of(tokens_B2 * reward_B2),
+    }
+    # one transfer from the device, not one a sum
+    return dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
 
 
-def means(sums: Tensor) -> dict[str, float]:
+def means(total: Mapping[str, float]) -> dict[str, float]:
     """The diagnostics from (added, reduced) sums. A mean over nothing is left out."""
-    total = dict(zip(SUMS, sums.tolist(), strict=True))
     quotients = {
         "rewards/chosen": ("reward_chosen", "chosen"),
         "rewards/rejected": ("reward_rejected", "rejected"),
@@ -94,15 +99,16 @@ def means(sums: Tensor) -> dict[str, float]:
     return found if correlation is None else found | {"rewards/length_correlation": correlation}
 
 
-def _known_squares(stderr_B2: Tensor | None, present_B2: Tensor) -> tuple[Tensor, Tensor]:
+def _known_squares(stderr_B2: Tensor | None, present_B2: Tensor, sum_name: str, count_name: str) -> dict[str, Tensor]:
     """Sum of the squares that are known, and how many they are."""
     if stderr_B2 is None:
-        return present_B2.new_zeros(()), present_B2.new_zeros(())
+        return {sum_name: present_B2.new_zeros(()), count_name: present_B2.new_zeros(())}
     known_B2 = present_B2 * ~stderr_B2.isnan()
-    return (known_B2 * stderr_B2.detach().double().nan_to_num() ** 2).sum(), known_B2.sum()
+    squares_B2 = stderr_B2.detach().double().nan_to_num() ** 2
+    return {sum_name: (known_B2 * squares_B2).sum(), count_name: known_B2.sum()}
 
 
-def _correlation(total: dict[str, float]) -> float | None:
+def _correlation(total: Mapping[str, float]) -> float | None:
     """Pearson's, between an answer's length and its reward; None where one of them does not vary."""
     n = total["answers"]
     if n < 2:

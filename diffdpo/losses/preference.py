@@ -9,21 +9,39 @@ length, ``sigmoid_norm``, ``simpo``, ``sft``).
 
 Losses return one value a pair, summed by the caller and divided by a count over all ranks (``loss_count``).
 ``LOSSES`` says what a loss needs: losses of ``scope`` "batch" couple pairs (``aot`` sorts), so the scores of the global
-batch must be gathered before them; "kl" is the scalar of :func:`kl_estimate`, also over the global batch.
+batch must be gathered before them; ``reference_point`` is the scalar of :func:`reference_point_of`,
+also over the global batch.
 
 Shape suffixes: B pairs, 2 sides (0 chosen, 1 rejected).
 """
 
+from __future__ import annotations  # the flags are declared here and are read before torch is imported
+
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor
-from torch.nn.functional import logsigmoid
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
 
 from diffdpo.errors import UserError
+from diffdpo.settings.base import Settings, setting
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossParameters(Settings):
+    """The losses' own parameters: a field here is a flag, and reaches every loss that has an argument of its name."""
+
+    label_smoothing: float = setting(
+        0.0, "share of pairs assumed to be labelled the wrong way round", at_least=0, below=0.5
+    )
+    discopop_tau: float = setting(0.05, "temperature of the loss `discopop`")
+    simpo_gamma: float = setting(0.5, "margin of the loss `simpo`")
+    desirable_weight: float = setting(1.0, "weight of desirable answers in `kto` and `apo_zero_unpaired`", at_least=0)
+    undesirable_weight: float = setting(1.0, "weight of undesirable answers in them", at_least=0)
+
 
 # ------------------------------------------------------------------------------------------ losses of a pair
 
@@ -47,7 +65,7 @@ def robust(policy_B2: Tensor, reference_B2: Tensor, *, beta: float, label_smooth
 
 def hinge(policy_B2: Tensor, reference_B2: Tensor, *, beta: float) -> Tensor:
     """max(0, 1 - h) (SLiC-HF on log-ratios, arXiv 2305.10425; RSO, arXiv 2309.06657)."""
-    return torch.relu(1 - preference_logit(policy_B2, reference_B2, beta))
+    return (1 - preference_logit(policy_B2, reference_B2, beta)).relu()
 
 
 def ipo(policy_B2: Tensor, reference_B2: Tensor, tokens_B2: Tensor, *, beta: float) -> Tensor:
@@ -65,7 +83,7 @@ def exo_pair(policy_B2: Tensor, reference_B2: Tensor, *, beta: float, label_smoo
     """KL(q || p), q = (σ(h), σ(-h)), p = (1-ε, ε), 0 < ε < 1 (EXO, arXiv 2402.00856, eq. 16)."""
     h = preference_logit(policy_B2, reference_B2, beta)
     log_pw, log_pl = math.log1p(-label_smoothing), math.log(label_smoothing)
-    return torch.sigmoid(h) * (logsigmoid(h) - log_pw) + torch.sigmoid(-h) * (logsigmoid(-h) - log_pl)
+    return h.sigmoid() * (logsigmoid(h) - log_pw) + (-h).sigmoid() * (logsigmoid(-h) - log_pl)
 
 
 def nca_pair(policy_B2: Tensor, reference_B2: Tensor, *, beta: float) -> Tensor:
@@ -89,13 +107,13 @@ def sppo_hard(policy_B2: Tensor, reference_B2: Tensor, *, beta: float) -> Tensor
 def apo_zero(policy_B2: Tensor, reference_B2: Tensor, *, beta: float) -> Tensor:
     """1 - σ(β r_w) + σ(β r_l): chosen answers are better than the model's (APO, arXiv 2408.06266, eq. 7)."""
     w, l = (beta * (policy_B2 - reference_B2)).unbind(1)
-    return torch.sigmoid(-w) + torch.sigmoid(l)
+    return (-w).sigmoid() + l.sigmoid()
 
 
 def apo_down(policy_B2: Tensor, reference_B2: Tensor, *, beta: float) -> Tensor:
     """σ(β r_w) + 1 - σ(h): chosen answers are worse than the model's (APO, arXiv 2408.06266, eq. 8)."""
     w, l = (beta * (policy_B2 - reference_B2)).unbind(1)
-    return torch.sigmoid(w) + torch.sigmoid(l - w)
+    return w.sigmoid() + (l - w).sigmoid()
 
 
 def discopop(policy_B2: Tensor, reference_B2: Tensor, *, beta: float, discopop_tau: float) -> Tensor:
@@ -104,7 +122,7 @@ def discopop(policy_B2: Tensor, reference_B2: Tensor, *, beta: float, discopop_t
     For h → -∞ the product μ exp(-h) → 0 while its factors are 0 and ∞; hence one exponential.
     """
     h = preference_logit(policy_B2, reference_B2, beta)
-    return torch.sigmoid(-h / discopop_tau) * -logsigmoid(h) + torch.exp(logsigmoid(h / discopop_tau) - h)
+    return (-h / discopop_tau).sigmoid() * -logsigmoid(h) + (logsigmoid(h / discopop_tau) - h).exp()
 
 
 def sigmoid_norm(policy_B2: Tensor, reference_B2: Tensor, tokens_B2: Tensor, *, beta: float) -> Tensor:
@@ -148,7 +166,7 @@ def _sorted_loss(real_B: Tensor, upper: Tensor, lower: Tensor, beta: float, labe
     """The loss of the i-th smallest goes to the i-th real pair; only the batch's sum has a meaning."""
     delta = upper.sort().values - lower.sort().values
     loss = _smoothed(beta * delta, label_smoothing)
-    return torch.zeros(len(real_B), dtype=loss.dtype, device=loss.device).masked_scatter(real_B, loss)
+    return loss.new_zeros(len(real_B)).masked_scatter(real_B, loss)
 
 
 # ------------------------------------------------------------------------------------------ losses of an answer
@@ -160,16 +178,17 @@ def kto(
     weight_B2: Tensor,
     *,
     beta: float,
-    kl: Tensor | float,
+    reference_point: Tensor | float,
     desirable_weight: float,
     undesirable_weight: float,
 ) -> Tensor:
     """λ_D (1 - σ(β (r - z))) for desirable answers, λ_U (1 - σ(β (z - r))) for undesirable ones (arXiv 2402.01306).
 
-    z is ``kl``, detached (:func:`kl_estimate`). The chosen side holds desirable answers; either side may be absent.
+    z is ``reference_point``, detached (:func:`reference_point_of`). The chosen side holds desirable answers; either
+    side may be absent.
     """
     w, l = (policy_B2 - reference_B2).unbind(1)
-    desirable, undesirable = torch.sigmoid(-beta * (w - kl)), torch.sigmoid(-beta * (kl - l))
+    desirable, undesirable = (-beta * (w - reference_point)).sigmoid(), (-beta * (reference_point - l)).sigmoid()
     return desirable_weight * weight_B2[:, 0] * desirable + undesirable_weight * weight_B2[:, 1] * undesirable
 
 
@@ -184,10 +203,10 @@ def apo_zero_unpaired(
 ) -> Tensor:
     """``kto`` with z = 0, equal to ``apo_zero`` on pairs (APO, arXiv 2408.06266, eq. 7)."""
     weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
-    return kto(policy_B2, reference_B2, weight_B2, beta=beta, kl=0.0, **weights)
+    return kto(policy_B2, reference_B2, weight_B2, beta=beta, reference_point=0.0, **weights)
 
 
-def kl_estimate(policy_B2: Tensor, reference_B2: Tensor, weight_B2: Tensor) -> Tensor:
+def reference_point_of(policy_B2: Tensor, reference_B2: Tensor, weight_B2: Tensor) -> Tensor:
     """z of ``kto``: max(0, mean log-ratio) over the answers present, detached.
 
     KTO asks for scores of *mismatched* answers, each prompt with another record's answer
@@ -196,6 +215,13 @@ def kl_estimate(policy_B2: Tensor, reference_B2: Tensor, weight_B2: Tensor) -> T
     """
     ratio_B2 = (policy_B2 - reference_B2).detach() * weight_B2
     return (ratio_B2.sum() / weight_B2.sum().clamp(min=1)).clamp(min=0)
+
+
+def logsigmoid(x: Tensor) -> Tensor:
+    """log σ(x)."""
+    from torch.nn.functional import logsigmoid
+
+    return logsigmoid(x)
 
 
 def _smoothed(h: Tensor, label_smoothing: float) -> Tensor:
@@ -227,9 +253,9 @@ class Loss:
         return "reference_B2" not in self.needs
 
     @property
-    def needs_kl(self) -> bool:
-        """True where the caller must bring ``kl``, a scalar over the global batch."""
-        return "kl" in self.needs
+    def needs_reference_point(self) -> bool:
+        """True where the caller must bring KTO's reference point z, a scalar over the global batch."""
+        return "reference_point" in self.needs
 
 
 _PAIR = (sigmoid, robust, hinge, ipo, ipo_sum, exo_pair, nca_pair, bco_pair, sppo_hard, apo_zero, apo_down, discopop)
@@ -248,13 +274,7 @@ def check_read(names: Sequence[str], parameters: Mapping[str, float]) -> None:
             raise UserError(f"--{name} {value} is not read by --loss_type {','.join(names)}; it is by {readers}")
 
 
-DEFAULTS = {
-    "label_smoothing": 0.0,
-    "discopop_tau": 0.05,
-    "simpo_gamma": 0.5,
-    "desirable_weight": 1.0,
-    "undesirable_weight": 1.0,
-}
+DEFAULTS: dict[str, float] = {item.name: item.default for item in fields(LossParameters)}  # type: ignore[misc]
 """Of the losses' own parameters."""
 
 
@@ -272,14 +292,12 @@ def check_names(names: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def check_loss(
-    names: str | Sequence[str],
-    *,
-    weights: Sequence[float] | None = None,
-    label_smoothing: float = 0.0,
-    discopop_tau: float = 0.05,
+    names: str | Sequence[str], *, weights: Sequence[float] | None = None, **parameters: float
 ) -> tuple[str, ...]:
-    """``check_names`` and the settings that go with them; needs no scores. UserError where they contradict."""
-    listed = check_names(names)
+    """``check_names`` and the ``parameters`` (those left out at their defaults) that go with them; needs no scores.
+    UserError where they contradict."""
+    listed, given = check_names(names), DEFAULTS | parameters
+    label_smoothing, discopop_tau = given["label_smoothing"], given["discopop_tau"]
     if weights is not None and len(weights) != len(listed):
         raise UserError(f"--loss_weights has {len(weights)} numbers for {len(listed)} losses ({', '.join(listed)})")
     if "exo_pair" in listed and not 0 < label_smoothing < 1:
@@ -300,40 +318,35 @@ def preference_loss(
     weight_B2: Tensor | None = None,
     weights: Sequence[float] | None = None,
     beta: float = 0.1,
-    label_smoothing: float = 0.0,
-    discopop_tau: float = 0.05,
-    simpo_gamma: float = 0.5,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
-    kl: Tensor | float | None = None,
+    reference_point: Tensor | float | None = None,
+    **parameters: float,
 ) -> Tensor:
     """loss_B of one or several losses ("sigmoid,sft"), weighted (default 1 each) and summed; 0 where there is no pair.
 
     ``reference_B2`` None: reference-free, as if the reference gave every answer the same score. ``weight_B2`` is the
-    batch's (default: all pairs real). ``kl`` is read by ``kto`` only. UserError where settings contradict.
+    batch's (default: all pairs real). ``reference_point`` is read by ``kto`` only; ``parameters`` are those of
+    :class:`LossParameters`, the ones left out at their defaults. UserError where settings contradict.
     """
-    listed = check_loss(names, weights=weights, label_smoothing=label_smoothing, discopop_tau=discopop_tau)
-    if kl is None and any(LOSSES[name].needs_kl for name in listed):
-        raise ValueError("kto needs kl; see kl_estimate")
-    weight_B2 = torch.ones_like(policy_B2) if weight_B2 is None else weight_B2
+    listed = check_loss(names, weights=weights, **parameters)
+    if reference_point is None and any(LOSSES[name].needs_reference_point for name in listed):
+        raise ValueError("kto needs a reference point; see reference_point_of")
+    weight_B2 = policy_B2.new_ones(policy_B2.shape) if weight_B2 is None else weight_B2
     known: Mapping[str, object] = {
+        **DEFAULTS,
+        **parameters,
         "policy_B2": policy_B2,
-        "reference_B2": torch.zeros_like(policy_B2) if reference_B2 is None else reference_B2,
+        "reference_B2": policy_B2.new_zeros(policy_B2.shape) if reference_B2 is None else reference_B2,
         "tokens_B2": tokens_B2,
         "weight_B2": weight_B2,
         "beta": beta,
-        "label_smoothing": label_smoothing,
-        "discopop_tau": discopop_tau,
-        "simpo_gamma": simpo_gamma,
-        "desirable_weight": desirable_weight,
-        "undesirable_weight": undesirable_weight,
-        "kl": kl,
+        "reference_point": reference_point,
     }
     total_B = policy_B2.new_zeros(len(policy_B2))
     for name, factor in zip(listed, weights or [1.0] * len(listed), strict=True):
         loss = LOSSES[name]
         loss_B = loss.function(**{key: known[key] for key in loss.needs})
-        total_B = total_B + factor * torch.where(_present(name, listed, weight_B2), loss_B, 0.0)
+        # where, not a product: what is computed for an absent record may be infinite
+        total_B = total_B + factor * loss_B.where(_present(name, listed, weight_B2), loss_B.new_zeros(()))
     return total_B
 
 

@@ -6,6 +6,7 @@ import torch
 
 from data_pipeline.batch import PairBatch
 from diffdpo.noise.rows import NoisyRows, noisy_rows
+from diffdpo.settings.noise import NoiseSettings
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,17 @@ class NoiseOptions:
     seed: int
     mask_token_id: int
     num_diffusion_steps: int | None = None
+
+    @classmethod
+    def of(cls, settings: NoiseSettings, *, mask_token_id: int) -> "NoiseOptions":
+        """From the flags."""
+        return cls(
+            settings.score_estimator,
+            settings.num_mc_samples,
+            settings.seed,
+            mask_token_id,
+            settings.num_diffusion_steps,
+        )
 
     def rows(self, batch: PairBatch, device: torch.device, *, draw: int = 0) -> NoisyRows:
         """The noisy rows of a micro-batch; another ``draw``: others, independent of them."""

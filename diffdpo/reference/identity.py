@@ -14,9 +14,9 @@ import numpy as np
 
 from data_pipeline.encode import Encoder
 from data_pipeline.shards import file_sha256
-from diffdpo.models.adapter_folder import ADAPTER_CONFIG, base_of_adapter, is_adapter
-from diffdpo.models.spec import FamilySpec
-from diffdpo.models.stream import checkpoint_folder
+from diffdpo.models.architecture.spec import FamilySpec
+from diffdpo.models.checkpoint.adapter_folder import ADAPTER_CONFIG, base_of_adapter, is_adapter
+from diffdpo.models.checkpoint.weights import checkpoint_folder
 from diffdpo.noise.estimators import MAX_EXACT_LENGTH, draw_plan
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.noise.plan import NoiseKey

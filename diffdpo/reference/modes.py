@@ -7,47 +7,45 @@ beside the memory and ``precomputed`` (see ``precompute.py``) where it is not.
 import os
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import psutil
 import torch
 from torch import nn
 
-from diffdpo import build
 from diffdpo.config import TrainConfig
-from diffdpo.ds_config import read_ds_config
-from diffdpo.engine.base import Engine
-from diffdpo.engine.deepspeed import zero_stage
+from diffdpo.engine.base import Engine, FrozenModule
+from diffdpo.engine.choice import EngineChoice
 from diffdpo.engine.world import World
 from diffdpo.errors import UserError
+from diffdpo.losses.options import LossOptions
 from diffdpo.losses.preference import LOSSES
-from diffdpo.models.adapter_folder import base_of_adapter, is_adapter
-from diffdpo.models.load import load_model
-from diffdpo.models.stream import checkpoint_folder, shard_files
-from diffdpo.reference.scorers import Reference, adapter_off_reference, frozen_copy, frozen_reference, no_reference
+from diffdpo.models.bundled import model_or_bundled
+from diffdpo.models.checkpoint.adapter_folder import base_of_adapter, is_adapter
+from diffdpo.models.checkpoint.weights import checkpoint_folder, shard_files
+from diffdpo.models.load import dtype_name, load_model
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
-from diffdpo.step.segments import Segments
-from diffdpo.step.train_step import LossOptions
+from diffdpo.scores.reference import Reference, adapter_off_reference, frozen_copy, frozen_reference, no_reference
+from diffdpo.scores.segments import Segments
 
 AFFORDABLE = 0.1  # of a process's memory: up to there ``auto`` keeps a second model
 
 
 def check_reference(config: TrainConfig, loss: LossOptions) -> None:
     """UserError for a ``--reference`` that cannot serve the loss; before anything is opened."""
-    unserved = _not_precomputable(config, loss)
+    unserved = _not_precomputable(loss)
     if config.reference == "precomputed" and unserved:
         raise UserError(f"--reference precomputed: {unserved}; use --reference copy or adapter_off")
 
 
 def choose_mode(config: TrainConfig, loss: LossOptions, *, share: Callable[[], float]) -> tuple[str, str]:
     """(mode, why). ``share()`` says which part of a process's memory a second model would take."""
-    if config.reference == "none" and not _reference_free(loss):
+    if config.reference == "none" and not loss.reference_free:
         return "none", "as asked for: the loss is taken as if the reference gave every answer the same score"
     if config.reference != "auto":
         return config.reference, "as asked for"
-    if _reference_free(loss):
+    if loss.reference_free:
         return "none", "the loss does not read it"
-    unserved = _not_precomputable(config, loss)
+    unserved = _not_precomputable(loss)
     if config.reference_cache and not unserved:
         return "precomputed", "--reference_cache is given"
     if config.use_peft and not config.ref_model_name_or_path:
@@ -60,45 +58,34 @@ def choose_mode(config: TrainConfig, loss: LossOptions, *, share: Callable[[], f
     return "precomputed", f"a second model would take {part:.0%} of the memory"
 
 
-def _reference_free(loss: LossOptions) -> bool:
-    return all(LOSSES[name].reference_free for name in loss.names)
-
-
-def _not_precomputable(config: TrainConfig, loss: LossOptions) -> str:
+def _not_precomputable(loss: LossOptions) -> str:
     """Why scores cannot be made beforehand; '' when they can."""
-    coupled = [name for name in loss.names if LOSSES[name].needs_kl]
-    if coupled:
-        return f"{coupled[0]} needs reference scores of mismatched answers, which depend on the batch"
-    if getattr(config, "target_stderr", None):
-        return "--target_stderr draws another number of rows in every step"
-    if getattr(config, "coefficient_rows", "same") != "same":
-        return f"--coefficient_rows {config.coefficient_rows} draws further rows"
-    return ""
+    coupled = [name for name in loss.names if LOSSES[name].needs_reference_point]
+    return f"{coupled[0]} needs reference scores of mismatched answers, which depend on the batch" if coupled else ""
 
 
-def second_model_share(config: TrainConfig, world: World) -> float:
+def second_model_share(config: TrainConfig, choice: EngineChoice, world: World) -> float:
     """Bytes of the reference's weight files over the memory this process computes in; ZeRO-3 shares a copy out."""
-    name = config.ref_model_name_or_path or config.model_name_or_path or str(build.BUNDLED_MODEL)
+    name = config.ref_model_name_or_path or model_or_bundled(config.model_name_or_path)
     folder = checkpoint_folder(base_of_adapter(name) if is_adapter(name) else name)
     size = sum(path.stat().st_size for path in shard_files(folder))
     if world.device.type == "cuda":
         memory = torch.cuda.get_device_properties(world.device).total_memory
     else:
         memory = psutil.virtual_memory().total // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return share_of_memory(config, size, memory=memory, processes=world.size)
+    return share_of_memory(choice, size, memory=memory)
 
 
-def share_of_memory(config: TrainConfig, size: int, *, memory: int, processes: int) -> float:
-    """Of a second model of ``size`` bytes in the ``memory`` of each process."""
-    sharded = config.ds_config is not None and zero_stage(read_ds_config(Path(config.ds_config))) == 3
-    return size / memory / (processes if sharded else 1)
+def share_of_memory(choice: EngineChoice, size: int, *, memory: int) -> float:
+    """Of a second model of ``size`` bytes in the ``memory`` of each process; sharded parameters share it out."""
+    return size / memory / (choice.processes if choice.shards_parameters else 1)
 
 
 def load_reference(config: TrainConfig, *, bf16: bool, mask_token_id: int) -> MaskedLogProbs:
     """``--ref_model_name_or_path``, or the policy as it is before training, on the CPU."""
     named = config.ref_model_name_or_path
     loaded = load_model(
-        named or config.model_name_or_path or str(build.BUNDLED_MODEL),
+        named or model_or_bundled(config.model_name_or_path),
         dtype=dtype_name(bf16),
         load_in_4bit=config.load_in_4bit and not named,
     )
@@ -107,12 +94,7 @@ def load_reference(config: TrainConfig, *, bf16: bool, mask_token_id: int) -> Ma
             f"--ref_model_name_or_path has mask token {loaded.spec.mask_token_id}, the policy {mask_token_id}; policy "
             "and reference must share a vocabulary"
         )
-    return build.wrap(config, loaded).requires_grad_(False)
-
-
-def dtype_name(bf16: bool) -> str:
-    """Of the weights."""
-    return "bfloat16" if bf16 else "float32"
+    return MaskedLogProbs.of(loaded.model, loaded.spec, config).requires_grad_(False)
 
 
 def make_frozen(config: TrainConfig, module: MaskedLogProbs, *, bf16: bool) -> nn.Module:
@@ -123,10 +105,10 @@ def make_frozen(config: TrainConfig, module: MaskedLogProbs, *, bf16: bool) -> n
 
 
 def make_reference(
-    config: TrainConfig, mode: str, engine: Engine, frozen: nn.Module | None
+    config: TrainConfig, mode: str, engine: Engine, frozen: FrozenModule | None
 ) -> tuple[Callable[[Segments], Reference], str]:
-    """(the reference for a way to cut rows, what it is) of the modes that look nothing up. ``frozen`` from
-    ``make_frozen``."""
+    """(the reference for a way to cut rows, what it is) of the modes that look nothing up. ``frozen``: what
+    ``make_frozen`` gave, held by the engine."""
     if mode == "none":
         return lambda segments: no_reference, "none"
     if mode == "adapter_off":
@@ -135,4 +117,4 @@ def make_reference(
         return partial(adapter_off_reference, engine, policy), "the policy with its adapter off"
     assert frozen is not None
     what = config.ref_model_name_or_path or "the policy as it starts"
-    return partial(frozen_reference, engine.freeze(frozen)), f"frozen copy of {what}"
+    return partial(frozen_reference, frozen), f"frozen copy of {what}"

@@ -16,23 +16,25 @@ import torch
 from tqdm import tqdm
 
 from data_pipeline.batch import PairBatch
-from data_pipeline.dataset import ShardedDataset
+from data_pipeline.encode import Encoder
 from data_pipeline.order import as_steps
 from data_pipeline.reader import PairLoader
-from diffdpo import build
-from diffdpo.build import Place
 from diffdpo.config import TrainConfig
-from diffdpo.engine.deepspeed import release
+from diffdpo.engine.choice import EngineChoice
+from diffdpo.engine.make import hold_frozen
+from diffdpo.engine.world import World
 from diffdpo.memory.exhausted import told_if_exhausted
-from diffdpo.models.load import load_tokenizer_and_spec
+from diffdpo.models.architecture.spec import FamilySpec
+from diffdpo.models.bundled import model_or_bundled
+from diffdpo.models.load import dtype_name
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.noise.rows import NoisyRows
 from diffdpo.reference.identity import fingerprint, identity_of, weights_digest
-from diffdpo.reference.modes import dtype_name, load_reference
-from diffdpo.reference.scorers import Reference
+from diffdpo.reference.modes import load_reference
 from diffdpo.reference.store import Part, ScoreStore, make_folder, open_store
-from diffdpo.step.backward import score_rows
-from diffdpo.step.segments import Segments
+from diffdpo.scores.reference import Reference
+from diffdpo.scores.rows import score_rows
+from diffdpo.scores.segments import Segments, make_segments
 
 FOLDER = "reference_scores"
 PART_RECORDS = 256  # about how many a part holds: what a kill can cost
@@ -66,86 +68,80 @@ class Precomputed:
     same_shapes: bool  # whether all scores were made in this run's shapes, and so are those of ``copy`` to the bit
 
 
-def precompute(
-    config: TrainConfig,
-    place: Place,
-    train_set: ShardedDataset,
-    eval_set: ShardedDataset | None,
-    *,
-    bf16: bool,
-    read: dict[str, Any] | None = None,
-) -> Precomputed:
-    """Score what the run still needs; every rank calls. ``read``: the training reader's state at a resumption.
+class ReferencePass:
+    """Scoring a run's records under its reference, which is in memory during :meth:`score` only.
 
-    UserError when the cache named by ``--reference_cache`` holds another reference's scores.
+    ``cache_dir``: where scores are kept unless ``--reference_cache`` names a folder. ``say`` tells the user.
     """
-    job = _Pass(config, place, bf16=bf16)
-    streams = [job.training(train_set, read)] + ([job.held_out(eval_set)] if eval_set is not None else [])
-    todo = [(stream, epoch, steps) for stream in streams for epoch, steps in missing_steps(stream, place)]
-    if todo:
-        job.score(todo)
-    return _result(streams, place)
 
+    def __init__(
+        self,
+        config: TrainConfig,
+        choice: EngineChoice,
+        world: World,
+        *,
+        encoder: Encoder,
+        spec: FamilySpec,
+        cache_dir: Path,
+        say: Callable[[str], None],
+    ):
+        self.config, self.choice, self.world = config, choice, world
+        self.encoder, self.spec, self.cache_dir, self.say = encoder, spec, cache_dir, say
+        self.noise = NoiseOptions.of(config, mask_token_id=spec.mask_token_id)
+        self.segments = make_segments(config, choice, world.device, world=world)
+        self.reference = config.ref_model_name_or_path or model_or_bundled(config.model_name_or_path)
+        self.weights = world.broadcast(weights_digest(self.reference) if world.is_main else None)
 
-class _Pass:
-    """What the pass shares between training and held-out records. The reference is in memory during ``score`` only."""
-
-    def __init__(self, config: TrainConfig, place: Place, *, bf16: bool):
-        self.config, self.place, self.bf16 = config, place, bf16
-        policy = config.model_name_or_path or str(build.BUNDLED_MODEL)
-        tokenizer, self.spec = load_tokenizer_and_spec(policy)
-        self.encoder = build.make_encoder(config, tokenizer, self.spec)
-        self.noise = build.make_noise(config, self.spec)
-        self.segments = build.choose_segments(config, place.world)
-        self.reference = config.ref_model_name_or_path or policy
-        self.weights = place.world.same_for_all(weights_digest(self.reference) if place.world.is_main else None)
-
-    def training(self, dataset: ShardedDataset, read: dict[str, Any] | None) -> Stream:
-        """What the run trains on from where it stands."""
-        loader = build.train_loader(self.config, dataset, self.encoder, self.place.world)
-        if read:
-            loader.load_state_dict(read)
+    def training(self, loader: PairLoader, *, last: int) -> Stream:
+        """What the run trains on from where the loader stands, to step ``last``."""
         first = loader.epoch * len(loader) + loader.step
-        shapes = shapes_of(loader, self.segments, self.place.world.device)
-        return Stream(loader, self._store("train", dataset), shapes, first, build.total_steps(self.config, loader))
+        shapes = shapes_of(loader, self.segments, self.world.device)
+        return Stream(loader, self._store("train", loader), shapes, first, last)
 
-    def held_out(self, dataset: ShardedDataset) -> Stream:
+    def held_out(self, loader: PairLoader) -> Stream:
         """What evaluations score. Parts of other shapes are not used: an evaluation must find margins of exactly 0
         before training, and its pairs are few."""
-        loader = build.eval_loader(self.config, dataset, self.encoder, self.place.world)
-        shapes = shapes_of(loader, self.segments, self.place.world.device)
-        store = self._store("held_out", dataset, shapes)
-        return Stream(loader, store, shapes, 0, build.eval_steps(self.config, loader))
+        shapes = shapes_of(loader, self.segments, self.world.device)
+        return Stream(loader, self._store("held_out", loader, shapes), shapes, 0, len(loader))
 
-    def _store(self, name: str, dataset: ShardedDataset, shapes: dict[str, Any] | None = None) -> ScoreStore:
+    def _store(self, name: str, loader: PairLoader, shapes: dict[str, Any] | None = None) -> ScoreStore:
         quantised = self.config.load_in_4bit and not self.config.ref_model_name_or_path
+        dtype = dtype_name(self.choice.bf16)
         identity = identity_of(
             weights=self.weights,
-            dtype=f"nf4 {dtype_name(self.bf16)}" if quantised else dtype_name(self.bf16),
+            dtype=f"nf4 {dtype}" if quantised else dtype,
             encoder=self.encoder,
             spec=self.spec,
             noise=self.noise,
-            data_fingerprint=dataset.fingerprint,
+            data_fingerprint=loader.dataset.fingerprint,
         )
         if self.config.reference_cache:
             folder = Path(self.config.reference_cache).resolve() / name
         else:
-            folder = self.place.cache_dir / FOLDER / f"{fingerprint(identity)}-{name}"
-        if self.place.world.local_rank == 0:
+            folder = self.cache_dir / FOLDER / f"{fingerprint(identity)}-{name}"
+        if self.world.local_rank == 0:
             make_folder(folder, identity, about={"reference": self.reference})
-        self.place.world.wait()
+        self.world.barrier()
         return open_store(folder, identity, shapes=shapes)
+
+    def complete(self, streams: Sequence[Stream]) -> Precomputed:
+        """Score what the streams still lack; every rank calls. The first is that of training, the last what
+        evaluations read."""
+        todo = [(s, epoch, steps) for s in streams for epoch, steps in missing_steps(s, self.world, self.say)]
+        if todo:
+            self.score(todo)
+        return _result(streams, self.say)
 
     def score(self, todo: Sequence[tuple[Stream, int, np.ndarray]]) -> None:
         """Load the reference, score the steps, let go of it."""
-        module = load_reference(self.config, bf16=self.bf16, mask_token_id=self.spec.mask_token_id)
-        forward = build.hold_frozen(self.config, module, self.place, bf16=self.bf16)
+        module = load_reference(self.config, bf16=self.choice.bf16, mask_token_id=self.spec.mask_token_id)
+        forward = hold_frozen(self.choice, module, self.world)
         with told_if_exhausted("while the reference is scored", "give a smaller --segment_rows, such as 8"):
-            _score_all(todo, forward, self.noise, self.place, segments=self.segments)
-        release(forward)
+            _score_all(todo, forward, self.noise, self.world, segments=self.segments)
+        forward.release()
         del module, forward
         gc.collect()
-        if self.place.world.device.type == "cuda":
+        if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
@@ -153,21 +149,21 @@ def shapes_of(loader: PairLoader, segments: Segments, device: torch.device) -> d
     """What besides its identity the last bits of a score depend on."""
     share = loader.share
     sizes = {"processes": share.world_size, "micro_batch": share.micro_batch_size}
-    return sizes | {"segments": segments.describe(), "device": device.type}
+    return sizes | segments.sizes() | {"device": device.type}
 
 
-def missing_steps(stream: Stream, place: Place) -> list[tuple[int, np.ndarray]]:
+def missing_steps(stream: Stream, world: World, say: Callable[[str], None]) -> list[tuple[int, np.ndarray]]:
     """(epoch, steps of it) in portions of about PART_RECORDS records: what some host has no scores of."""
-    loader, world, portions = stream.loader, place.world, []
+    loader, portions = stream.loader, []
     for epoch in stream.epochs():
         options, dataset = loader.options, loader.dataset
         records_SG = as_steps(dataset.order(options, epoch), options, epoch, dataset.lengths)
         known = np.append(stream.store.known(epoch, len(dataset)), True)  # the last for PAD = -1
         first, last = (min(max(0, step - epoch * len(loader)), len(loader)) for step in (stream.first, stream.last))
         lacking_S = torch.from_numpy(~known[records_SG[first:last]].all(1)).long()
-        steps = first + np.flatnonzero(world.sum(lacking_S.to(world.device)).cpu().numpy())
+        steps = first + np.flatnonzero(world.all_reduce_sum(lacking_S.to(world.device)).cpu().numpy())
         for line in stream.store.damaged(epoch):
-            place.say(f"reference  {line}; it is removed, and what the run needs of it is scored again")
+            say(f"reference  {line}; it is removed, and what the run needs of it is scored again")
         if world.local_rank == 0:  # the sum above was the last to need it on this host
             stream.store.remove_damaged(epoch)
         size = max(1, PART_RECORDS // options.global_batch_size)
@@ -179,11 +175,10 @@ def _score_all(
     todo: Sequence[tuple[Stream, int, np.ndarray]],
     forward: Callable[..., torch.Tensor],
     noise: NoiseOptions,
-    place: Place,
+    world: World,
     *,
     segments: Segments,
 ) -> None:
-    world = place.world
     total = sum(len(steps) * stream.loader.options.global_batch_size for stream, _, steps in todo)
     bar = tqdm(total=total, desc="reference", unit="pair", disable=not world.is_main, dynamic_ncols=True)
     with bar:
@@ -195,11 +190,11 @@ def _score_all(
                     f_R = score_rows(forward, rows, segments=segments)
                     pieces.append(part_of(batch, rows, f_R, stream.shapes))
                 bar.update(stream.loader.options.global_batch_size)
-            part = Part.of([piece for of_rank in world.gather(pieces) for piece in of_rank])
+            part = Part.of([piece for of_rank in world.all_gather_object(pieces) for piece in of_rank])
             if world.local_rank == 0:
                 size = stream.loader.options.global_batch_size
                 stream.store.add(epoch, f"{steps[0]:08d}-{steps[-1]:08d}-of-{size}", part)
-    world.wait()
+    world.barrier()
     for stream, _, _ in todo:
         stream.loader.close()
         stream.store.forget()
@@ -242,11 +237,11 @@ def stored_reference(store: ScoreStore) -> Reference:
     return score
 
 
-def _result(streams: Sequence[Stream], place: Place) -> Precomputed:
+def _result(streams: Sequence[Stream], say: Callable[[str], None]) -> Precomputed:
     train = streams[0]
     others = [made for epoch in train.epochs() for made in train.store.made_with(epoch) if made != train.shapes]
     if others:
-        place.say(
+        say(
             f"reference  NOTE scores made in other shapes are used; they differ in their last bits: {others[0]}, here "
             f"{train.shapes}"
         )

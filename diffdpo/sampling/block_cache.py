@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffdpo.models.layout import Layout
+from diffdpo.models.architecture.layout import Layout
 
 
 class RecordingLayout:

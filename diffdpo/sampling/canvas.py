@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffdpo.models.spec import FamilySpec
+from diffdpo.models.architecture.spec import FamilySpec
 
 
 class Canvas:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from diffdpo.errors import UserError
-from diffdpo.models.backbone import MaskedLM, native
-from diffdpo.models.spec import FamilySpec
-from diffdpo.models.token_log_probs import DEFAULT_LOGITS_BUDGET
+from diffdpo.models.architecture.backbone import MaskedLM, native
+from diffdpo.models.architecture.spec import FamilySpec
+from diffdpo.models.architecture.token_log_probs import DEFAULT_LOGITS_BUDGET
 from diffdpo.sampling.canvas import Canvas
 from diffdpo.sampling.confidence import ORDERS, choose
 from diffdpo.sampling.predict import BlockPredictor

@@ -7,9 +7,9 @@ with guidance (conditional, unconditional), else 1.
 import torch
 from torch import Tensor
 
-from diffdpo.models.backbone import MaskedLM, RowLayout
-from diffdpo.models.layout import Layout
-from diffdpo.models.spec import FamilySpec
+from diffdpo.models.architecture.backbone import MaskedLM, RowLayout
+from diffdpo.models.architecture.layout import Layout
+from diffdpo.models.architecture.spec import FamilySpec
 from diffdpo.sampling.block_cache import RecordingLayout, WindowLayout
 from diffdpo.sampling.canvas import Canvas
 

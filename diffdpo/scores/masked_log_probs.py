@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffdpo.errors import UserError
-from diffdpo.models.backbone import call_block, native
-from diffdpo.models.compiled import AttentionOutside, call_compiled, check_compiler
-from diffdpo.models.layout import Layout
-from diffdpo.models.spec import FamilySpec
-from diffdpo.models.token_log_probs import check_liger
+from diffdpo.models.architecture.backbone import call_block, native
+from diffdpo.models.architecture.compiled import AttentionOutside, call_compiled, check_compiler
+from diffdpo.models.architecture.layout import Layout
+from diffdpo.models.architecture.spec import FamilySpec
+from diffdpo.models.architecture.token_log_probs import check_liger
+from diffdpo.settings.model import ModelSettings
 
 MAX_WASTE = 0.05
 """Share of padding a bucket of rows may hold before it is split: below it, fewer and larger attention calls win."""
@@ -72,6 +73,17 @@ class MaskedLogProbs(nn.Module):
         self.max_waste = max_waste
         self.call_block = call_compiled if compile_blocks else call_block
         self.counted = TokenCount()
+
+    @classmethod
+    def of(cls, model: nn.Module, spec: FamilySpec, settings: ModelSettings) -> "MaskedLogProbs":
+        """The module that engines hold, as the flags would have its layers run."""
+        return cls(
+            model,
+            spec,
+            layer_checkpointing=settings.gradient_checkpointing,
+            use_liger=settings.use_liger_kernel,
+            compile_blocks=settings.torch_compile,
+        )
 
     def forward(
         self, input_ids_RT: Tensor, lengths_R: Tensor, row_M: Tensor, position_M: Tensor, target_M: Tensor

@@ -29,8 +29,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from diffdpo.engine.base import Engine
 from diffdpo.noise.rows import NoisyRows
-from diffdpo.scores.fold import row_scores
-from diffdpo.step.segments import Segment, Segments, in_order
+from diffdpo.scores.rows import forward_rows, score_rows
+from diffdpo.scores.segments import Segment, Segments, in_order
 
 LossOf = Callable[[torch.Tensor], torch.Tensor]
 """Row scores f_R of the policy → the micro-batch's share of the loss, a scalar."""
@@ -42,19 +42,6 @@ class Backward(Protocol):
     def __call__(
         self, engine: Engine, rows: NoisyRows, loss_of: LossOf, *, segments: Segments, last: bool
     ) -> torch.Tensor: ...
-
-
-def forward_rows(forward: Callable[..., torch.Tensor], rows: NoisyRows) -> torch.Tensor:
-    """f_R of all rows in one forward of the module."""
-    logp_M = forward(rows.input_ids_RT, rows.lengths_R, rows.row_M, rows.position_M, rows.target_M)
-    return row_scores(logp_M, rows)
-
-
-@torch.no_grad()
-def score_rows(forward: Callable[..., torch.Tensor], rows: NoisyRows, *, segments: Segments) -> torch.Tensor:
-    """f_R without a graph, segment by segment."""
-    pieces = segments(rows)
-    return in_order(pieces, [forward_rows(forward, piece.rows) for piece in pieces])
 
 
 def none(engine: Engine, rows: NoisyRows, loss_of: LossOf, *, segments: Segments, last: bool) -> torch.Tensor:
@@ -111,7 +98,7 @@ def replay(engine: Engine, rows: NoisyRows, gradient_R: torch.Tensor, *, segment
 def deferred(engine: Engine, rows: NoisyRows, loss_of: LossOf, *, segments: Segments, last: bool) -> torch.Tensor:
     """∇S of each answer, whatever the loss; then add dL/dS · ∇S of both answers once the pair is complete.
 
-    Inside ``engine.unreduced()``: ``.grad`` is this rank's own. The loss must be a sum over pairs, as a pair's dL/dS is
+    Inside ``engine.no_sync()``: ``.grad`` is this rank's own. The loss must be a sum over pairs, as a pair's dL/dS is
     asked for while later pairs are unknown. Three gradients are held: of all before, of one answer, of the other.
     """
     parameters, f_R = engine.parameters, torch.zeros(len(rows), device=rows.lengths_R.device)

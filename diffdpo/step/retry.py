@@ -13,7 +13,7 @@ from tqdm import tqdm
 from diffdpo.engine.base import Engine
 from diffdpo.errors import UserError
 from diffdpo.memory.exhausted import first_line, out_of_memory, release_memory
-from diffdpo.step.segments import Segments, Size
+from diffdpo.scores.segments import Segments, Size
 
 T = TypeVar("T")
 
@@ -26,14 +26,14 @@ class StepTooLarge(Exception):
         self.here = bool(why)
 
 
-def together(engine: Engine, work: Callable[[], T], *, graph: bool = True) -> T:
+def run_on_all_ranks(engine: Engine, work: Callable[[], T], *, graph: bool = True) -> T:
     """The result of ``work``, which calls no collectives. StepTooLarge on all ranks when memory ran out on any.
 
     Where the engine cannot repeat the work (its forwards or backwards are collectives): UserError on the rank that
     failed, whose end takes the others with it. Without a ``graph`` there are forwards alone, of an evaluation.
     """
     result, failure = None, ""
-    obstacle = engine.why_not_repeat() if graph or engine.keeps_gradients_sharded else None
+    obstacle = engine.retry_obstacle() if graph or engine.choice.shards_parameters else None
     try:
         result = work()
     except Exception as error:
@@ -43,7 +43,7 @@ def together(engine: Engine, work: Callable[[], T], *, graph: bool = True) -> T:
         if obstacle:
             raise UserError(_cannot_repeat(failure, obstacle, graph=graph)) from None
     # the error, and with it the frames that hold the tensors, is gone here
-    if obstacle is None and engine.world.largest(int(bool(failure))):
+    if obstacle is None and engine.world.all_reduce_max(int(bool(failure))):
         raise StepTooLarge(failure)
     return result  # type: ignore[return-value]
 
@@ -60,11 +60,11 @@ def _cannot_repeat(failure: str, obstacle: str, *, graph: bool) -> str:
     )
 
 
-def make_smaller(engine: Engine, segments: Segments, failure: StepTooLarge, *, graph: bool = True) -> str:
+def halve_segments(engine: Engine, segments: Segments, failure: StepTooLarge, *, graph: bool = True) -> str:
     """Half of the segments that were too large; what was done, for the user. UserError where that was one row."""
     release_memory()
     most = segments.most if failure.here else Size(0, 0)  # others went on to segments that fitted
-    if not segments.halve(Size(engine.world.largest(most.rows), engine.world.largest(most.tokens))):
+    if not segments.halve(Size(engine.world.all_reduce_max(most.rows), engine.world.all_reduce_max(most.tokens))):
         more = ", --gradient_checkpointing true, or --use_peft true" if graph else " or a smaller model"
         raise UserError(f"out of memory with one row in a forward ({failure}); use a smaller --max_length{more}")
     what = "step is taken again" if graph else "evaluation goes on"
@@ -77,6 +77,6 @@ def repeated(engine: Engine, work: Callable[[], T], *, segments: Segments) -> T:
         try:
             return work()
         except StepTooLarge as failure:
-            note = make_smaller(engine, segments, failure, graph=False)
+            note = halve_segments(engine, segments, failure, graph=False)
             if engine.world.is_main:
                 tqdm.write(note)

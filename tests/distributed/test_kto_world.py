@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.generate import generate_pairs
+from diffdpo.cli.flags import parse_config
 from diffdpo.config import TrainConfig
-from diffdpo.flags import parse_config
-from diffdpo.train import train
+from diffdpo.training.preference import train
 
 TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node", "2", "launch/train.py"]
 STEPS = 3

@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from diffdpo.memory.sizing import Fit
+from diffdpo.memory.largest_fit import Fit
 from launch.train import main
 
 FLAGS = ["--tracking_uri", "none", "--num_generated_pairs", "32", "--num_eval_problems", "0", "--eval_task", "none"]
 FLAGS += ["--max_eval_pairs", "16", "--num_mc_samples", "2", "--max_length", "128", "--max_prompt_length", "64"]
 SMALL = """
 import sys
-from diffdpo.memory.sizing import Fit
-from diffdpo.step import sizing
+from diffdpo.memory.largest_fit import Fit
+from diffdpo.step import fit as sizing
 from launch.train import main
 sizing.largest_fit = lambda measure, *, budget, most: Fit(8, 10**9, ((8, measure(8) and 10**8),))
 sys.exit(main(sys.argv[1:]))
@@ -47,7 +47,7 @@ def fits(monkeypatch):
 
     def say(rows: int) -> None:
         found = Fit(rows, 10**9, ((rows, 10**8),))
-        monkeypatch.setattr("diffdpo.step.sizing.largest_fit", lambda measure, *, budget, most: found)
+        monkeypatch.setattr("diffdpo.step.fit.largest_fit", lambda measure, *, budget, most: found)
 
     return say
 

@@ -5,12 +5,12 @@ import re
 import pytest
 
 from benchmarks.plan_profiles import BEGIN, DOC, END, MACHINE, PROFILES, plan, table
+from diffdpo.cli.flags import parse_config
 from diffdpo.config import TrainConfig
-from diffdpo.flags import parse_config
-from diffdpo.plan.memory import DEVICE, HOST, needed
-from diffdpo.plan.plan import make_plan
-from diffdpo.plan.sizes import gib
-from tests.conftest import ROOT
+from diffdpo.planner.memory import DEVICE, HOST, needed
+from diffdpo.planner.plan import make_plan
+from diffdpo.planner.sizes import gib
+from tests.support.paths import ROOT
 
 TABLE = DOC.read_text().partition(BEGIN)[2].partition(END)[0]
 

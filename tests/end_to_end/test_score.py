@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from diffdpo.errors import UserError
-from diffdpo.models.from_scratch import new_model, train_tokenizer
+from diffdpo.models.architecture.from_scratch import new_model, train_tokenizer
 from diffdpo.models.load import save_model
 from launch import score
 

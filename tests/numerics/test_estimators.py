@@ -14,8 +14,8 @@ import torch
 
 from data_pipeline.batch import collate
 from data_pipeline.encode import TokenAnswer, TokenPair
-from diffdpo.models.llada import LLaDAConfig, LLaDAModelLM
-from diffdpo.models.spec import FamilySpec
+from diffdpo.models.architecture.llada import LLaDAConfig, LLaDAModelLM
+from diffdpo.models.architecture.spec import FamilySpec
 from diffdpo.noise.estimators import EPSILON, ESTIMATORS, draw_plan, trajectory
 from diffdpo.noise.plan import NoiseKey
 from diffdpo.noise.rows import noisy_rows

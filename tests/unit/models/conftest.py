@@ -1,6 +1,6 @@
 import pytest
 
-from diffdpo.models.from_scratch import new_model, train_tokenizer
+from diffdpo.models.architecture.from_scratch import new_model, train_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -15,12 +15,12 @@ from transformers import (
 )
 
 from diffdpo.errors import UserError
-from diffdpo.models.adapters import add_lora
-from diffdpo.models.dream import DreamModel
-from diffdpo.models.from_scratch import new_model
-from diffdpo.models.llada import LLaDAModelLM
+from diffdpo.models.architecture.dream import DreamModel
+from diffdpo.models.architecture.from_scratch import new_model
+from diffdpo.models.architecture.llada import LLaDAModelLM
+from diffdpo.models.checkpoint.weights import shard_files
 from diffdpo.models.load import load_model, save_model
-from diffdpo.models.stream import shard_files
+from diffdpo.models.lora.adapters import add_lora
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 
 
@@ -243,7 +243,7 @@ def test_autoregressive_layouts_equal_transformers_without_its_causal_mask(name,
 
 
 def test_dream_directory_with_its_own_tokenizer_class(tmp_path):
-    from diffdpo.models.dream import DreamConfig
+    from diffdpo.models.architecture.dream import DreamConfig
 
     pieces = ["<|endoftext|>", "<|mask|>", "<|im_end|>", "a", "b", "ab"]
     (tmp_path / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces[3:])}))

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from diffdpo.errors import UserError
-from diffdpo.models.llada import LLaDAConfig, LLaDAModelLM
-from diffdpo.models.spec import LLADA_LORA_TARGETS, FamilySpec
+from diffdpo.models.architecture.llada import LLaDAConfig, LLaDAModelLM
+from diffdpo.models.architecture.spec import LLADA_LORA_TARGETS, FamilySpec
 from diffdpo.sampling.canvas import Canvas
 from diffdpo.sampling.confidence import ORDERS
 from diffdpo.sampling.decode import BYTES_A_LOGIT, Decoding, sample

@@ -2,15 +2,15 @@ import pytest
 import torch
 
 from diffdpo.errors import UserError
-from diffdpo.models.dream import (
+from diffdpo.models.architecture.dream import (
     DreamConfig,
     DreamModel,
     LlamaDiffusionConfig,
     Qwen2DiffusionConfig,
     Qwen3DiffusionConfig,
 )
-from diffdpo.models.llada import LLaDAConfig, LLaDAModelLM
-from diffdpo.models.spec import LLADA_LORA_TARGETS, FamilySpec
+from diffdpo.models.architecture.llada import LLaDAConfig, LLaDAModelLM
+from diffdpo.models.architecture.spec import LLADA_LORA_TARGETS, FamilySpec
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 
 MASK, VOCAB = 29, 30

@@ -1,0 +1,16 @@
+"""Train a masked diffusion language model on answers (supervised), from scratch or from a checkpoint.
+
+Without options: the bundled arithmetic model's recipe is `--config recipes/sft_arithmetic.yaml`.
+"""
+
+from diffdpo.cli.flags import parse_config
+from diffdpo.config import SftConfig
+
+
+def main(argv: list[str]) -> int:
+    """Parse first: a wrong flag must not wait for torch."""
+    config = parse_config(SftConfig, argv, __doc__ or "")
+    from diffdpo.training.supervised import sft
+
+    sft(config)
+    return 0

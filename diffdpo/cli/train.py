@@ -1,0 +1,16 @@
+"""Align a masked diffusion language model with preference pairs (Diffusion-DPO).
+
+Run it with `deepspeed launch/train.py --ds_config ds_configs/4080_offload.json`, with torchrun, or with plain python.
+"""
+
+from diffdpo.cli.flags import parse_config
+from diffdpo.config import TrainConfig
+
+
+def main(argv: list[str]) -> int:
+    """Parse first: a wrong flag must not wait for torch."""
+    config = parse_config(TrainConfig, argv, __doc__ or "")
+    from diffdpo.training.preference import train
+
+    train(config)
+    return 0

@@ -1,0 +1,166 @@
+"""Which engine a run uses and what that implies, as a value made once from the settings. No torch in here.
+
+Whoever must know how weights are held (the strategies, the reference, the planner, the checkpoint) asks this value. The
+DeepSpeed JSON is opened here and nowhere else.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diffdpo.engine.ds_config import complete_ds_config, read_ds_config
+from diffdpo.engine.optimizer import OptimizerOptions
+from diffdpo.engine.sharding import Sharding, sharding_of
+from diffdpo.errors import UserError
+from diffdpo.settings.engine import EngineSettings
+
+PLAIN, DEEPSPEED = "plain", "deepspeed"
+SIZES = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+SMALL_SHARE = 0.25  # of trained parameters: whole gradients of a LoRA adapter do not matter beside the frozen weights
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """An engine before there is one. ``ds_config``: the DeepSpeed configuration as it is handed over, completed;
+    ``given``: the JSON as the user wrote it; both empty for other engines."""
+
+    kind: str = PLAIN
+    processes: int = 1
+    bf16: bool = False
+    sharding: Sharding = field(default_factory=Sharding)
+    ds_config: Mapping[str, Any] = field(default_factory=dict)
+    given: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def shards_parameters(self) -> bool:
+        """Whether a forward is a collective: every process must call it equally often."""
+        return self.sharding.parameters
+
+    @property
+    def reduces_in_backward(self) -> bool:
+        """Whether a backward moves gradients away from the device that made them: to a rank's shard, to the host."""
+        cut = self.sharding.parameters or (self.sharding.gradients and self.processes > 1)
+        return cut or self.sharding.offloads_optimizer
+
+    @property
+    def checkpoint_is_per_rank(self) -> bool:
+        """Whether what is saved is read again by as many processes only."""
+        return self.kind == DEEPSPEED
+
+    @property
+    def makes_moments_at_once(self) -> bool:
+        """Whether the optimizer's moments are there before the first step."""
+        return self.kind == DEEPSPEED
+
+    @property
+    def fixes_batch_sizes(self) -> bool:
+        """Whether the user's JSON says how a step is cut into micro-batches."""
+        return any(self.given.get(name, "auto") != "auto" for name in SIZES)
+
+    def no_sync_obstacle(self, *, few: bool) -> str | None:
+        """What stands against whole gradients in ``.grad`` until the end of a step, for the user; None where nothing
+        does. ``few``: what is trained is small beside the model (LoRA)."""
+        if self.kind == PLAIN:
+            return None
+        if not self.sharding.any:
+            return "DeepSpeed's stage 0 reduces gradients in every backward (stages 1 to 3 can wait)"
+        if few or not self.reduces_in_backward:
+            return None
+        offloads = "offload_optimizer" in self.ds_config.get("zero_optimization", {})
+        what = "offload" if offloads else f"sharding of ZeRO-{self.sharding.stage}"
+        return f"three whole gradients on every device would undo the {what}"
+
+    def retry_obstacle(self, no_sync_obstacle: str | None) -> str | None:
+        """What stands against taking a step again that broke off, for the user; None if nothing."""
+        if self.shards_parameters:
+            return f"ZeRO-{self.sharding.stage} gathers weights inside forwards and cannot take one up again"
+        if self.processes > 1 and no_sync_obstacle is not None:
+            return f"other processes wait for this one's gradients in every backward of ZeRO-{self.sharding.stage}"
+        return None
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint of this engine to be read again."""
+        cut = self.sharding
+        return {
+            "kind": self.kind,
+            "sharded": [name for name in ("optimizer", "gradients", "parameters") if getattr(cut, name)],
+            "optimizer_on": cut.optimizer_on,
+            "parameters_on": cut.parameters_on,
+        }
+
+    def describe(self) -> str:
+        """In a few words, for the user."""
+        if self.kind == PLAIN:
+            return "plain torch"
+        parts = {"optimizer": self.sharding.optimizer_on, "parameters": self.sharding.parameters_on}
+        moved = [f"{what} on {where}" for what, where in parts.items() if where != "device"]
+        return ", ".join([f"DeepSpeed ZeRO-{self.sharding.stage}", *moved])
+
+
+def engine_kind(settings: EngineSettings) -> str:
+    """What ``--engine`` comes to."""
+    if settings.engine == "auto":
+        return DEEPSPEED if settings.ds_config else PLAIN
+    return settings.engine
+
+
+def shards_parameters(settings: EngineSettings) -> bool:
+    """Whether the settings come to an engine that cuts weights, known before the processes are."""
+    if engine_kind(settings) == PLAIN:
+        return False
+    return sharding_of(read_ds_config(Path(settings.ds_config or ""))).parameters
+
+
+def choose_engine(settings: EngineSettings, *, processes: int, cuda: bool, bf16_able: bool) -> EngineChoice:
+    """The engine of a run. ``bf16_able``: whether the hardware has bfloat16, for where neither flag nor JSON says.
+
+    UserError for a JSON that cannot be read or contradicts the flags.
+    """
+    if engine_kind(settings) == PLAIN:
+        if settings.bf16:
+            raise UserError("--bf16 trains bfloat16 weights with fp32 masters, which needs --ds_config; leave it out")
+        return EngineChoice(PLAIN, processes)
+    given = read_ds_config(Path(settings.ds_config or ""))
+    return deepspeed_choice(
+        given,
+        OptimizerOptions.of(settings),
+        micro_batch_size=settings.per_device_train_batch_size,
+        accumulation_steps=settings.gradient_accumulation_steps,
+        processes=processes,
+        bf16=_bf16(settings, given, able=bf16_able),
+        cuda=cuda,
+    )
+
+
+def deepspeed_choice(
+    given: Mapping[str, Any],
+    options: OptimizerOptions,
+    *,
+    micro_batch_size: int,
+    accumulation_steps: int,
+    processes: int = 1,
+    bf16: bool = False,
+    cuda: bool = False,
+) -> EngineChoice:
+    """DeepSpeed as a JSON ``given`` by the user shards it. UserError where that contradicts the rest."""
+    completed = complete_ds_config(
+        given,
+        options,
+        micro_batch_size=micro_batch_size,
+        accumulation_steps=accumulation_steps,
+        world_size=processes,
+        bf16=bf16,
+        cuda=cuda,
+    )
+    return EngineChoice(DEEPSPEED, processes, bf16, sharding_of(completed, cuda=cuda), completed, given)
+
+
+def _bf16(settings: EngineSettings, given: Mapping[str, Any], *, able: bool) -> bool:
+    """``--bf16``, else the JSON's, else ``able``."""
+    in_json = given.get("bf16", {}).get("enabled", "auto")
+    if in_json == "auto":
+        return able if settings.bf16 is None else settings.bf16
+    if settings.bf16 is not None and settings.bf16 is not in_json:
+        raise UserError(f"--bf16 is {settings.bf16} and --ds_config sets bf16.enabled to {in_json}; leave one out")
+    return in_json

@@ -1,0 +1,50 @@
+"""From the choice of an engine to the engine: the one place that knows them all."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from diffdpo.engine.base import Engine, FrozenModule
+from diffdpo.engine.choice import DEEPSPEED, EngineChoice
+from diffdpo.engine.deepspeed import DeepSpeedEngine, frozen_by_deepspeed
+from diffdpo.engine.operators import prepare_operators
+from diffdpo.engine.optimizer import OptimizerOptions
+from diffdpo.engine.plain import PlainEngine, PlainFrozen
+from diffdpo.engine.preflight import check_nvme, check_values, check_zeropp
+from diffdpo.engine.world import World
+
+
+def check_host(choice: EngineChoice) -> None:
+    """UserError for what the engine would ask of this host in vain, or not accept; before a model is loaded."""
+    if choice.kind == DEEPSPEED:
+        check_values(choice.ds_config)
+        check_nvme(choice.ds_config)
+        check_zeropp(choice.ds_config, processes=choice.processes, cuda=torch.cuda.is_available())
+
+
+def make_engine(
+    choice: EngineChoice, module: nn.Module, world: World, options: OptimizerOptions, *, say: Callable[[str], None]
+) -> Engine:
+    """The module under the chosen engine. ``say`` tells the user of what takes minutes."""
+    if choice.kind == DEEPSPEED:
+        prepare_operators(choice.ds_config, world, say)
+        return DeepSpeedEngine(module, world, options, choice=choice)
+    return PlainEngine(module, world, options)
+
+
+def hold_frozen(choice: EngineChoice, module: nn.Module, world: World) -> FrozenModule:
+    """A module that is never trained, held as the chosen engine would hold it; no engine need be there before."""
+    if choice.kind == DEEPSPEED:
+        return frozen_by_deepspeed(module, world, choice)
+    return PlainFrozen(module, world.device)
+
+
+def load_device(choice: EngineChoice, world: World) -> str:
+    """Where weights are read to: to the host where parameters are sharded, from where they go to the devices."""
+    return "cpu" if choice.shards_parameters else str(world.device)
+
+
+def bf16_able(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16 at its full speed."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()

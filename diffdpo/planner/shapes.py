@@ -1,0 +1,116 @@
+"""From a config.json to the module a run would train, on the meta device: every parameter's shape and no weight."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from diffdpo.config import TrainConfig
+from diffdpo.errors import UserError
+from diffdpo.models.architecture.backbone import native
+from diffdpo.models.architecture.spec import FamilySpec
+from diffdpo.models.load import FAMILIES, Family, read_config
+from diffdpo.models.lora.adapters import add_lora
+from diffdpo.planner.kernels import Nf4Linear
+from diffdpo.scores.masked_log_probs import MaskedLogProbs
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Counts of parameters (elements) and bytes of a module as held before an engine wraps it."""
+
+    total: int  # of the unquantised model with its adapter
+    trained: int
+    largest_trained: int
+    adapter: int
+    trained_bytes: int
+    frozen_bytes: int
+    vocabulary: int
+    layers: int
+    largest_module: int  # elements of the module with the most parameters of its own
+
+
+def read_shape(name_or_path: str) -> tuple[Family, PreTrainedConfig]:
+    """Family and checked config of a config.json, a folder with one, or a hub id. UserError when there is none."""
+    path = Path(name_or_path)
+    if path.suffix != ".json":
+        if path.is_dir() and not (path / "config.json").is_file():
+            raise UserError(
+                f"--model_name_or_path {path} has no config.json; give a checkpoint folder or a config.json"
+            )
+        return read_config(name_or_path)
+    try:
+        raw = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"--model_name_or_path {path}: no such file") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"--model_name_or_path {path} is not JSON: {error}") from None
+    kind = raw.get("model_type") if isinstance(raw, dict) else None
+    if kind not in FAMILIES:
+        raise UserError(f"--model_name_or_path {path} has model_type {kind!r}; supported: {', '.join(FAMILIES)}")
+    return FAMILIES[kind], FAMILIES[kind].config_class.from_dict(raw).check()
+
+
+def weight_elements(family: Family, shape: PreTrainedConfig) -> int:
+    """Parameters of the published model."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in family.model_class(shape).parameters())
+
+
+def skeleton(family: Family, shape: PreTrainedConfig, config: TrainConfig, *, bf16: bool, cast: bool) -> MaskedLogProbs:
+    """What preference training hands its engine, on the meta device. ``cast``: the engine casts everything to bf16,
+    the adapter too (DeepSpeed does)."""
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    with torch.device("meta"):
+        model: Any = family.model_class(shape).to(dtype)  # type: ignore[arg-type]
+    # a shifted family's positions are checked against their values, which meta tensors have not; shapes are the same
+    spec = FamilySpec(shape.model_type, 0, 1, 1, "", family.lora_targets, logit_shift=0)
+    if config.load_in_4bit:
+        quantise(model)
+    if config.use_peft:
+        with torch.device("meta"):
+            model = add_lora(
+                model,
+                spec,
+                r=config.lora_r,
+                alpha=config.lora_alpha,
+                target_modules=config.lora_target_modules,
+                use_dora=config.use_dora,
+            )
+    else:
+        model.requires_grad_(True)
+    module = MaskedLogProbs(model, spec, layer_checkpointing=config.gradient_checkpointing)
+    return module.to(torch.bfloat16) if cast else module  # packed 4-bit weights are integers and stay
+
+
+def quantise(model: nn.Module) -> None:
+    """The blocks' linear layers in NF4, as `diffdpo.models.checkpoint.nf4` asks for."""
+    for parent in list(native(model).blocks.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, Nf4Linear(child))
+
+
+def count(module: MaskedLogProbs) -> Numbers:
+    """What is in a skeleton."""
+    base = native(module.model)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    frozen = [p for p in module.parameters() if not p.requires_grad]
+    packed = [m for m in module.modules() if isinstance(m, Nf4Linear)]
+    elements = sum(p.numel() for p in (*trained, *frozen))
+    elements += sum(m.unpacked.numel() - m.weight.numel() - m.absmax.numel() - m.nested.numel() for m in packed)
+    return Numbers(
+        total=elements,
+        trained=sum(p.numel() for p in trained),
+        largest_trained=max((p.numel() for p in trained), default=0),
+        adapter=sum(p.numel() for name, p in module.named_parameters() if ".lora_" in name),
+        trained_bytes=sum(p.numel() * p.element_size() for p in trained),
+        frozen_bytes=sum(p.numel() * p.element_size() for p in frozen),
+        vocabulary=base.head.weight.shape[0],
+        layers=len(base.blocks),
+        largest_module=max(sum(p.numel() for p in m.parameters(recurse=False)) for m in module.modules()),
+    )

@@ -1,0 +1,52 @@
+"""Which model, and how its layers are run and adapted."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from diffdpo.errors import UserError
+from diffdpo.settings.base import Settings, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(Settings):
+    """The model that is trained, and how its layers run."""
+
+    title: ClassVar[str] = "model"
+
+    model_name_or_path: str | None = setting(
+        None, "policy to train: folder or hub name; default: the bundled model", common=True
+    )
+    gradient_checkpointing: bool = setting(False, "recompute each layer in the backward pass (saves memory)")
+    torch_compile: bool = setting(False, "compile the layers: minutes at the start, then less time and memory")
+    use_liger_kernel: bool = setting(False, "LM head through Liger's fused kernel (GPU; for trained heads)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings(ModelSettings):
+    """An adapter instead of all weights."""
+
+    title: ClassVar[str] = "adapter (LoRA)"
+
+    use_peft: bool = setting(False, "train a LoRA adapter instead of all weights", common=True)
+    lora_r: int = setting(16, "rank of the adapter", at_least=1)
+    lora_alpha: int = setting(32, "scale of the adapter", above=0)
+    lora_target_modules: str | None = setting(
+        None, "names in a block with commas, or a regular expression of full names; default: every linear layer"
+    )
+    use_dora: bool = setting(False, "DoRA: learn the size of each weight row apart from its direction")
+    use_rslora: bool = setting(False, "rsLoRA: scale the adapter by lora_alpha / sqrt(lora_r)")
+    load_in_4bit: bool = setting(False, "hold the frozen weights in NF4 (needs --use_peft)", common=True)
+
+    def check(self) -> None:
+        """What is about an adapter needs one; frozen NF4 weights need one to have something to train."""
+        if self.load_in_4bit and not self.use_peft:
+            raise UserError("--load_in_4bit freezes the weights, so there is nothing to train; add --use_peft")
+        if self.load_in_4bit and self.torch_compile:
+            raise UserError("--torch_compile has not been seen to work with --load_in_4bit; leave one of the two out")
+        for name, given in (
+            ("use_dora", self.use_dora),
+            ("use_rslora", self.use_rslora),
+            ("lora_target_modules", self.lora_target_modules),
+        ):
+            if given and not self.use_peft:
+                raise UserError(f"--{name} is about a LoRA adapter; add --use_peft")

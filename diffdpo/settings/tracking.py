@@ -1,0 +1,18 @@
+"""Where a run is recorded."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from diffdpo.settings.base import Settings, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingSettings(Settings):
+    """MLflow."""
+
+    title: ClassVar[str] = "tracking"
+
+    experiment_name: str = setting("diffdpo", "MLflow experiment")
+    tracking_uri: str | None = setting(
+        None, "MLflow store; default: sqlite in the folder above --output_dir; 'none': off", common=True
+    )

@@ -1,0 +1,71 @@
+"""Where a run happens: its processes and its folder, and how it talks to the user."""
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from diffdpo.config import RunConfig
+from diffdpo.engine.choice import DEEPSPEED, engine_kind
+from diffdpo.engine.world import World, init_distributed
+from diffdpo.errors import UserError
+from diffdpo.memory.allocator import keep_freed_memory
+from diffdpo.tracking.run import tracking_uri
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """The processes of a run, its name and its folders."""
+
+    world: World
+    output_dir: Path
+    cache_dir: Path
+    run_name: str
+
+    def print(self, text: str) -> None:
+        """Tell the user, once."""
+        if self.world.is_main:
+            print(text, flush=True)
+
+
+def open_context(config: RunConfig, command: str) -> RunContext:
+    """Join the other processes and agree on a name and a folder. UserError when the folder holds another run."""
+    _set_threads()
+    world = init_distributed(always_distributed=engine_kind(config) == DEEPSPEED)
+    if world.device.type == "cpu":
+        keep_freed_memory()
+    name = world.broadcast(config.run_name or f"{command}-{time.strftime('%Y%m%d-%H%M%S')}")
+    output_dir = Path(config.output_dir or Path("outputs") / name).resolve()
+    _check_output_dir(output_dir, config.resume_from_checkpoint)
+    tracking_uri(config.tracking_uri, output_dir)  # a wrong one is refused here, before a model is loaded
+    world.barrier()  # no rank may write there before all have looked
+    cache_dir = Path(config.data_cache_dir) if config.data_cache_dir else output_dir.parent / "data_cache"
+    return RunContext(world, output_dir, cache_dir, name)
+
+
+def _check_output_dir(output_dir: Path, resume: str | None) -> None:
+    """The folder is made when the run's record begins: a mistake met before leaves nothing behind."""
+    if (output_dir / "metrics.jsonl").exists():
+        if not resume:
+            raise UserError(
+                f"--output_dir {output_dir} holds a run already; give another, or "
+                "--resume_from_checkpoint latest to go on"
+            )
+        if resume != "latest" and output_dir not in Path(resume).resolve().parents:
+            raise UserError(
+                f"--output_dir {output_dir} holds a run already and --resume_from_checkpoint {resume} is of another; "
+                "give a new --output_dir, or that run's"
+            )
+    existing = next(folder for folder in (output_dir, *output_dir.parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        why = "is not writable" if existing.is_dir() else "is not a folder"
+        raise UserError(f"--output_dir {output_dir} cannot be made: {existing} {why}; give another")
+
+
+def _set_threads() -> None:
+    """Several processes share the cores of a host; each taking all of them makes every one crawl."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))

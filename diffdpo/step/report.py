@@ -1,0 +1,128 @@
+"""What a step says of itself: its scores, folded to sums that add up over steps, reduced once over the ranks.
+
+Shape suffixes: B pairs, 2 sides, R rows.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+
+from data_pipeline.batch import PairBatch
+from diffdpo.engine.base import Engine
+from diffdpo.engine.world import World
+from diffdpo.losses.metrics import pair_sums
+from diffdpo.losses.options import LossOptions
+from diffdpo.noise.rows import NoisyRows
+from diffdpo.scores.fold import fold
+from diffdpo.scores.masked_log_probs import MaskedLogProbs
+
+
+@dataclass(frozen=True)
+class MicroScores:
+    """A micro-batch after scoring; all without a graph."""
+
+    batch: PairBatch
+    rows: NoisyRows
+    reference_R: torch.Tensor
+    policy_R: torch.Tensor
+    loss: torch.Tensor
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step says of itself, over all ranks. ``sums`` add up over steps; see ``losses.metrics``."""
+
+    loss: float  # without the sft term: what is ln 2 at the start and comparable between runs
+    sft_loss: float | None  # the sft term with its weight, where it stands beside another loss
+    grad_norm: float
+    sums: Mapping[str, float]
+    tokens: int  # run through the policy, padding not counted
+    records: int  # pairs (or single answers, for losses of those) the loss is the mean over
+    largest_logit: float  # max |h| / β over pairs
+    num_samples: int = 0  # n of this step
+    reference_point: float | None = None  # z of kto, nats
+    computed_tokens: int = 0  # through the policy in all forwards of the step, padding included ...
+    padding_tokens: int = 0  # ... and the padding among them
+    segment_rows: int = 0  # size of a segment, where it is a number of rows,
+    segment_tokens: int = 0  # or of tokens
+    notes: tuple[str, ...] = ()  # what the user should be told
+
+
+def report_of(
+    scored: Sequence[MicroScores],
+    *,
+    engine: Engine,
+    loss: LossOptions,
+    compared: bool,
+    grad_norm: float,
+    records: int,
+    reference_point: torch.Tensor | None,
+) -> StepReport:
+    """The report of a step from its scores; every rank calls, once a step."""
+    own: dict[str, float] = {}
+    largest = 0.0
+    for micro in scored:
+        _add(own, _sums_of(micro, loss, compared=compared, records=records))
+        logit_B2 = fold(micro.policy_R - micro.reference_R, micro.rows).score_B2
+        largest = max(largest, float((logit_B2[:, 0] - logit_B2[:, 1]).abs().max()))
+    computed, padding = _tokens_computed(engine)
+    whole = _summed(own | {"computed": computed, "padding": padding}, engine.world)
+    world = engine.world
+    largest = float(world.all_gather(torch.tensor([largest], device=world.device)).max())
+    total, supervised = whole.pop("loss"), whole.pop("supervised")
+    return StepReport(
+        loss=total - supervised,
+        sft_loss=supervised if loss.sft_weight else None,
+        grad_norm=grad_norm,
+        tokens=int(whole.pop("tokens")),
+        computed_tokens=int(whole.pop("computed")),
+        padding_tokens=int(whole.pop("padding")),
+        sums=whole,
+        records=records,
+        largest_logit=largest,
+        reference_point=None if reference_point is None else float(reference_point),
+    )
+
+
+def _sums_of(micro: MicroScores, loss: LossOptions, *, compared: bool, records: int) -> dict[str, float]:
+    """What a micro-batch adds to the step's sums."""
+    policy, reference = fold(micro.policy_R, micro.rows), fold(micro.reference_R, micro.rows)
+    weight_B2 = micro.batch.weight_B2.to(policy.score_B2.device)
+    supervised = 0.0
+    if loss.sft_weight:
+        supervised = float(loss.sft_alone()(policy, reference, weight_B2).sum()) / max(1, records)
+    return {
+        **pair_sums(
+            policy.score_B2,
+            reference.score_B2 if compared else None,
+            tokens_B2=policy.tokens_B2,
+            weight_B2=weight_B2,
+            beta=loss.beta,
+            stderr_B2=policy.stderr_B2,
+            ratio_stderr_B2=fold(micro.policy_R - micro.reference_R, micro.rows).stderr_B2,
+        ),
+        "loss": float(micro.loss),
+        "supervised": supervised,
+        "tokens": int(micro.rows.lengths_R.sum()),
+    }
+
+
+def _add(total: dict[str, float], more: Mapping[str, float]) -> None:
+    for name, value in more.items():
+        total[name] = total.get(name, 0.0) + value
+
+
+def _summed(own: Mapping[str, float], world: World) -> dict[str, float]:
+    """The sums over all ranks in one all-reduce; every rank has the same names in the same order."""
+    values = torch.tensor(list(own.values()), dtype=torch.float64, device=world.device)
+    return dict(zip(own, world.all_reduce_sum(values).tolist(), strict=True))
+
+
+def _tokens_computed(engine: Engine) -> tuple[int, int]:
+    """(tokens, padding among them) that this rank's policy has run since the last call."""
+    counted = cast(MaskedLogProbs, engine.module).counted
+    found = counted.computed, counted.padding
+    counted.computed = counted.padding = 0
+    return found

@@ -1,0 +1,77 @@
+"""What a run leaves and says at its end: ``summary.json``, the table, the final model's card."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffdpo.evaluation.result import cell, titles
+
+
+def write_summary(output_dir: Path, summary: Mapping[str, Any]) -> Path:
+    """``summary.json``, atomically."""
+    path = output_dir / "summary.json"
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(_finite(summary), indent=1, default=_plain))
+    partial.replace(path)
+    return path
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinity, which strict JSON does not know, as null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    return str(value)
+
+
+def print_comparison(results: Mapping[str, Mapping[str, Any]]) -> None:
+    """The before/after table, ± one standard error."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="held-out, mean ± standard error", title_justify="left")
+    for header in ("", "before", "after", "change"):
+        table.add_column(header, justify="left" if not header else "right")
+    for key, title in titles(results).items():
+        cells = [cell(key, results[key][column]) for column in ("before", "after", "change")]
+        table.add_row(f"{title} (n = {results[key]['after']['count']})", *cells)
+    Console(width=None if Console().is_terminal else 120).print(table)
+
+
+def model_card(base: str, config_text: str, results: Mapping[str, Mapping[str, Any]]) -> str:
+    """README.md of ``final/``."""
+    lines = [
+        "---",
+        "library_name: diffdpo",
+        "pipeline_tag: text-generation",
+        "tags: [diffusion-language-model, diffusion-dpo, preference-alignment]",
+        "---",
+        "",
+        "# Masked diffusion language model aligned with Diffusion-DPO",
+        "",
+        f"Trained by diffdpo from {base}.",
+        "",
+        "| held out, mean ± standard error | before | after |",
+        "|---|---|---|",
+        *(
+            f"| {title} | {cell(key, results[key]['before'])} | {cell(key, results[key]['after'])} |"
+            for key, title in titles(results).items()
+        ),
+        "",
+        "Load with `diffdpo.models.load.load_model(FOLDER)`.",
+        "",
+        "```yaml",
+        config_text.strip(),
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
