@@ -1,7 +1,7 @@
 """Spread of scores over draws of noise beside the standard error that is reported, by estimator, length and n.
 
     python benchmarks/standard_errors.py --output docs/benchmarks/standard_errors.json
-    python benchmarks/standard_errors.py --model bundled --lengths 4 8 12 --output docs/benchmarks/standard_errors_bundled.json
+    python benchmarks/standard_errors.py --model bundled --lengths 4 8 --answers 3
 
 Spread is the standard deviation of the score over draws, known within 1 / sqrt(2 draws); reported is the root mean
 square over draws of ``scores.fold``'s standard error. Without --model, the answers are those of three hand-made models
