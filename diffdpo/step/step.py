@@ -105,7 +105,7 @@ class PreferenceStep:
                 raise
 
     def _rows(self, batch: PairBatch) -> NoisyRows:
-        return self.noise.rows(batch, self.engine.world.device)
+        return self.noise.draw_rows(batch, self.engine.world.device)
 
     def _waits(self) -> bool:
         """Whether gradients are reduced at the end of the step: always where that costs nothing, as ranks can then

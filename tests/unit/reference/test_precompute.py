@@ -85,7 +85,7 @@ class Run:
             (precomputed.held_out, run_data.eval_batches(config, self.sets[1], encoder, WORLD)),
         ):
             for batch in some:
-                rows = noise.rows(batch, WORLD.device)
+                rows = noise.draw_rows(batch, WORLD.device)
                 live_R = score_rows(forward, rows, segments=segments)
                 assert live_R.abs().max() > 1
                 worst = max(worst, float((reference(rows, batch) - live_R).abs().max()))
