@@ -154,14 +154,17 @@ def measure(case: Case) -> int:
 
 
 def run(case: Case, world) -> None:
-    """Two optimizer steps, as `diffdpo.train.preference` puts them together."""
+    """Two optimizer steps, as `diffdpo.training.preference` puts them together."""
     import torch
 
-    from diffdpo import build
+    from diffdpo.engine.choice import choose_engine
+    from diffdpo.engine.make import make_engine
+    from diffdpo.engine.optimizer import OptimizerOptions
     from diffdpo.planner.shapes import read_shape
     from diffdpo.reference.modes import make_reference
     from diffdpo.scores.masked_log_probs import MaskedLogProbs
     from diffdpo.scores.reference import frozen_copy
+    from diffdpo.scores.segments import make_segments
     from diffdpo.step.backward import STRATEGIES
 
     with tempfile.TemporaryDirectory() as folder:
@@ -171,11 +174,12 @@ def run(case: Case, world) -> None:
         family, shape = read_shape(config.model_name_or_path)
         module = MaskedLogProbs(*_model(family, shape, config), layer_checkpointing=config.gradient_checkpointing)
         frozen = frozen_copy(module) if config.reference == "copy" else None
-        place: Any = build.Place(world, Path(folder), Path(folder), "check")
         config = replace(config, learning_rate=1e-4)
-        engine = build.make_engine(config, module, place, bf16=False)
-        segments = build.choose_segments(config, world)
-        reference = make_reference(config, config.reference, engine, frozen)[0](segments)
+        choice = choose_engine(config, processes=world.size, cuda=False, bf16_able=False)
+        engine = make_engine(choice, module, world, OptimizerOptions.of(config), say=print)
+        segments = make_segments(config, choice, world.device)
+        held = engine.freeze(frozen) if frozen is not None else None
+        reference = make_reference(config, config.reference, engine, held)[0](segments)
         rows = equal_rows(config, shape.vocab_size)
         for _ in range(2):
             with engine.no_sync() if config.segmentation == "deferred" else _nothing():
@@ -232,6 +236,8 @@ def equal_rows(config, vocabulary: int):
         ids_RT[:, config.max_prompt_length :].flatten(),
         torch.ones(count * scored),
         torch.full((count // config.num_mc_samples,), scored),
+        torch.arange(count),
+        torch.arange(count) // config.num_mc_samples,
     )
 
 

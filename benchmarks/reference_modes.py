@@ -12,20 +12,27 @@ import json
 import platform
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from diffdpo.build import Place
 
 from data_pipeline.dataset import ShardedDataset
-from diffdpo import build
 from diffdpo.config import TrainConfig
+from diffdpo.engine.choice import EngineChoice
+from diffdpo.engine.optimizer import OptimizerOptions
+from diffdpo.engine.plain import PlainEngine
 from diffdpo.engine.world import World
-from diffdpo.models.load import load_model
+from diffdpo.models.bundled import BUNDLED_MODEL
+from diffdpo.models.encoder import make_encoder
+from diffdpo.models.load import load_model, load_tokenizer_and_spec
 from diffdpo.models.lora.adapters import add_lora
+from diffdpo.noise.options import NoiseOptions
 from diffdpo.reference.modes import make_frozen, make_reference
-from diffdpo.reference.precompute import precompute
+from diffdpo.reference.precompute import ReferencePass
+from diffdpo.scores.masked_log_probs import MaskedLogProbs
+from diffdpo.scores.segments import make_segments
+from diffdpo.setup import data as run_data
+from diffdpo.setup.context import RunContext
 from diffdpo.step.step import PreferenceStep
 
 MODES = (("all", "copy"), ("all", "precomputed"), ("LoRA", "adapter_off"), ("LoRA", "precomputed"))
@@ -69,8 +76,8 @@ def measure(args: argparse.Namespace, device: torch.device) -> tuple[dict[tuple[
     """(seconds of all timed steps by mode, pairs/s of the pass that makes the scores)."""
     world = World(0, 0, 1, device)
     with tempfile.TemporaryDirectory() as folder:
-        place = Place(world, Path(folder) / "out", Path(folder) / "cache", "benchmark")
-        place.cache_dir.mkdir()
+        context = RunContext(world, Path(folder) / "out", Path(folder) / "cache", "benchmark")
+        context.cache_dir.mkdir()
         config = TrainConfig(
             per_device_train_batch_size=args.pairs,
             num_mc_samples=args.num_mc_samples,
@@ -80,11 +87,16 @@ def measure(args: argparse.Namespace, device: torch.device) -> tuple[dict[tuple[
             max_length=128,
             max_prompt_length=64,
         )
-        dataset, _ = build.open_data(config, place, build.generated(config))
+        dataset, _ = run_data.open_data(config, context, run_data.generated(config))
+        tokenizer, spec = load_tokenizer_and_spec(str(BUNDLED_MODEL))
+        encoder = make_encoder(config, tokenizer, spec)
+        options = {"encoder": encoder, "spec": spec, "cache_dir": context.cache_dir, "say": print}
+        work = ReferencePass(config, EngineChoice(), world, **options)
         started = clock(device)
-        scores = precompute(config, place, dataset, None, bf16=False)
+        loader = run_data.train_loader(config, dataset, encoder, world)
+        scores = work.complete([work.training(loader, last=run_data.total_steps(config, loader))])
         pass_rate = args.pairs * (args.steps + 1) / (clock(device) - started)
-        steps = {key: make_step(config, place, *key, scores.train) for key in MODES}
+        steps = {key: make_step(config, world, *key, scores.train) for key in MODES}
         batches = batches_of(config, dataset, world)
         seconds = dict.fromkeys(MODES, 0.0)
         for number, batch in enumerate(batches):
@@ -97,24 +109,25 @@ def measure(args: argparse.Namespace, device: torch.device) -> tuple[dict[tuple[
 
 def batches_of(config: TrainConfig, dataset: ShardedDataset, world: World) -> list:
     """The micro-batches of the run."""
-    loaded = load_model(str(build.BUNDLED_MODEL))
-    encoder = build.make_encoder(config, loaded.tokenizer, loaded.spec)
-    steps = build.train_loader(config, dataset, encoder, world).steps()
+    loaded = load_model(str(BUNDLED_MODEL))
+    encoder = make_encoder(config, loaded.tokenizer, loaded.spec)
+    steps = run_data.train_loader(config, dataset, encoder, world).steps()
     return [next(steps)[0] for _ in range(config.max_steps)]
 
 
-def make_step(config: TrainConfig, place: Place, trained: str, mode: str, stored) -> PreferenceStep:
+def make_step(config: TrainConfig, world: World, trained: str, mode: str, stored) -> PreferenceStep:
     """A policy of its own with the reference of ``mode``."""
-    loaded = load_model(str(build.BUNDLED_MODEL))
+    loaded = load_model(str(BUNDLED_MODEL))
     model = add_lora(loaded.model, loaded.spec) if trained == "LoRA" else loaded.model.requires_grad_(True)
-    module, segments = build.wrap(config, replace(loaded, model=model)), build.choose_segments(config, place.world)
+    module = MaskedLogProbs.of(model, loaded.spec, config)
+    segments = make_segments(config, EngineChoice(), world.device)
     frozen = make_frozen(config, module, bf16=False) if mode == "copy" else None
-    engine = build.make_engine(config, module, place, bf16=False)
+    engine = PlainEngine(module, world, OptimizerOptions.of(config))
     reference = stored
     if mode != "precomputed":
-        reference = make_reference(config, mode, engine, frozen)[0](segments)
-    noise, loss = build.make_noise(config, loaded.spec), build.make_loss(config)
-    return PreferenceStep(engine, reference, noise, loss, strategy="none", segments=segments)
+        reference = make_reference(config, mode, engine, engine.freeze(frozen) if frozen else None)[0](segments)
+    noise = NoiseOptions.of(config, mask_token_id=loaded.spec.mask_token_id)
+    return PreferenceStep(engine, reference, noise, config.loss(), strategy="none", segments=segments)
 
 
 def clock(device: torch.device) -> float:

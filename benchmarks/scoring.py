@@ -10,7 +10,6 @@ from itertools import islice
 
 import numpy as np
 import torch
-from diffdpo.build import BUNDLED_MODEL
 
 from data_pipeline.batch import collate
 from data_pipeline.encode import TokenAnswer, TokenPair
@@ -18,6 +17,7 @@ from data_pipeline.generate import generate_pairs
 from data_pipeline.sources.files import SourceOptions, open_rows
 from data_pipeline.sources.formats import convert
 from diffdpo.losses.preference import preference_loss
+from diffdpo.models.bundled import BUNDLED_MODEL
 from diffdpo.models.load import load_model
 from diffdpo.noise.estimators import draw_plan
 from diffdpo.noise.plan import NoiseKey, NoisePlan

@@ -32,9 +32,10 @@ from torch.utils._pytree import tree_leaves
 
 from data_pipeline.batch import PairBatch, collate
 from data_pipeline.encode import TokenAnswer, TokenPair
-from diffdpo.engine.base import OptimizerOptions
+from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.plain import PlainEngine
 from diffdpo.engine.world import World
+from diffdpo.losses.options import LossOptions
 from diffdpo.models.architecture.backbone import native
 from diffdpo.models.architecture.llada import LLaDAConfig, LLaDAModelLM
 from diffdpo.models.architecture.spec import LLADA_LORA_TARGETS, FamilySpec
@@ -45,7 +46,7 @@ from diffdpo.scores.fold import row_scores
 from diffdpo.scores.masked_log_probs import MaskedLogProbs, TokenCount
 from diffdpo.scores.reference import adapter_off_reference, copy_reference, frozen_copy
 from diffdpo.scores.segments import Segments
-from diffdpo.step.step import LossOptions, PreferenceStep
+from diffdpo.step.step import PreferenceStep
 
 MIB = 2**20
 DRAWN_ROWS = 8  # at least, over the steps of a point

@@ -37,9 +37,10 @@ from torch.utils.checkpoint import checkpoint
 
 from data_pipeline.batch import PairBatch, collate
 from data_pipeline.encode import TokenAnswer, TokenPair
-from diffdpo.engine.base import OptimizerOptions
+from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.plain import PlainEngine
 from diffdpo.engine.world import World
+from diffdpo.losses.options import LossOptions
 from diffdpo.models.architecture.backbone import native
 from diffdpo.models.architecture.llada import LLaDAConfig, LLaDAModelLM
 from diffdpo.models.architecture.spec import LLADA_LORA_TARGETS, FamilySpec
@@ -51,7 +52,7 @@ from diffdpo.scores.reference import adapter_off_reference
 from diffdpo.scores.rows import score_rows
 from diffdpo.scores.segments import Segments
 from diffdpo.step.fit import fit_segments
-from diffdpo.step.step import LossOptions, PreferenceStep
+from diffdpo.step.step import PreferenceStep
 from diffdpo.step.strategy import MicroBatchShape, choose_strategy
 
 BETA, RATE, RANK, MAX_MEMORY = 0.1, 1e-5, 16, 0.5

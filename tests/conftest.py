@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # several processes on two cores
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # several processes on two cores
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """What every command shares: a parser that fails in one line, and exit code 2 for a user's mistake."""
 
+import io
 import os
 import sys
 import time
@@ -24,6 +25,10 @@ class Parser(data_pipeline.cli.Parser):
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Run a command's ``main(argv)`` and exit: 0, 2 with one line for a user's mistake, 1 with one line where a run
     could not go on, 130 after Ctrl-C."""
+
+    for stream in (sys.stdout, sys.stderr):  # texts of any language on a terminal of any encoding
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
     def speak_in_turn(argv: list[str]) -> int | None:
         try:

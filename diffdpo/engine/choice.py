@@ -122,12 +122,33 @@ def choose_engine(settings: EngineSettings, *, processes: int, cuda: bool, bf16_
             raise UserError("--bf16 trains bfloat16 weights with fp32 masters, which needs --ds_config; leave it out")
         return EngineChoice(PLAIN, processes)
     given = read_ds_config(Path(settings.ds_config or ""))
-    bf16 = _bf16(settings, given, able=bf16_able)
-    completed = complete_ds_config(
+    return deepspeed_choice(
         given,
         OptimizerOptions.of(settings),
         micro_batch_size=settings.per_device_train_batch_size,
         accumulation_steps=settings.gradient_accumulation_steps,
+        processes=processes,
+        bf16=_bf16(settings, given, able=bf16_able),
+        cuda=cuda,
+    )
+
+
+def deepspeed_choice(
+    given: Mapping[str, Any],
+    options: OptimizerOptions,
+    *,
+    micro_batch_size: int,
+    accumulation_steps: int,
+    processes: int = 1,
+    bf16: bool = False,
+    cuda: bool = False,
+) -> EngineChoice:
+    """DeepSpeed as a JSON ``given`` by the user shards it. UserError where that contradicts the rest."""
+    completed = complete_ds_config(
+        given,
+        options,
+        micro_batch_size=micro_batch_size,
+        accumulation_steps=accumulation_steps,
         world_size=processes,
         bf16=bf16,
         cuda=cuda,

@@ -10,7 +10,7 @@ import numpy as np
 
 from data_pipeline.batch import PairBatch
 from data_pipeline.dataset import ShardedDataset, open_dataset
-from data_pipeline.encode import Encoder, default_template
+from data_pipeline.encode import Encoder
 from data_pipeline.generate import GENERATOR_VERSION, generate_corpus, generate_pairs, parse_mix, write_jsonl
 from data_pipeline.names import source_names
 from data_pipeline.reader import PairLoader
@@ -18,9 +18,7 @@ from diffdpo.config import RunConfig, SftConfig, TrainConfig
 from diffdpo.engine.world import World
 from diffdpo.errors import UserError
 from diffdpo.losses.options import LossOptions
-from diffdpo.models.architecture.spec import FamilySpec
 from diffdpo.noise.estimators import MAX_EXACT_LENGTH
-from diffdpo.settings.data import EncodingSettings
 from diffdpo.setup.context import RunContext
 
 GENERATED_EVAL_PAIRS, GENERATED_EVAL_SEED = 512, 0  # the same held-out problems whatever the training seed
@@ -76,20 +74,6 @@ def generated(config: TrainConfig | SftConfig) -> Callable[[Path], tuple[str, st
         return str(train), str(held_out)
 
     return generate
-
-
-def make_encoder(config: EncodingSettings, tokenizer, spec: FamilySpec) -> Encoder:
-    """Text to tokens by the family's habits; `python -m data_pipeline inspect` shows the same."""
-    return Encoder(
-        tokenizer,
-        max_length=config.max_length,
-        max_prompt_length=config.max_prompt_length,
-        truncation=config.truncation,
-        answer_truncation=config.answer_truncation,
-        template=config.template or default_template(tokenizer),
-        terminator=spec.terminator_id,
-        forbidden_ids=(spec.mask_token_id,),
-    )
 
 
 def train_loader(config: RunConfig, dataset: ShardedDataset, encoder: Encoder, world: World) -> PairLoader:

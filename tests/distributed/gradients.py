@@ -14,10 +14,12 @@ import torch
 
 from data_pipeline.encode import Encoder
 from data_pipeline.reader import PairLoader, open_dataset
-from diffdpo.engine.base import OptimizerOptions
-from diffdpo.engine.deepspeed import DeepSpeedEngine, zero_stage
+from diffdpo.engine.choice import deepspeed_choice
+from diffdpo.engine.deepspeed import DeepSpeedEngine
+from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.plain import PlainEngine
 from diffdpo.engine.world import World, init_distributed, shutdown_distributed
+from diffdpo.losses.options import LossOptions
 from diffdpo.models.architecture.backbone import native
 from diffdpo.models.load import load_model
 from diffdpo.models.lora.adapters import add_lora
@@ -25,7 +27,7 @@ from diffdpo.noise.options import NoiseOptions
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.scores.reference import copy_reference, frozen_copy
 from diffdpo.scores.segments import Segments
-from diffdpo.step.step import LossOptions, PreferenceStep
+from diffdpo.step.step import PreferenceStep
 
 MICRO, ACCUMULATION, TOTAL = 2, 2, 8  # pairs of a micro-batch, micro-batches, pairs of the step over all ranks
 OPTIONS = OptimizerOptions(learning_rate=0.0, betas=(0.0, 0.95))
@@ -110,14 +112,17 @@ def policy(folder: str, case: Case):
 
 def step_of(engine, module, loaded, case: Case, strategy: str, loss: str) -> PreferenceStep:
     world = engine.world
-    segments = Segments(rows=case.segment, equal_over=world if (case.ds or {}).get("stage", 0) >= 2 else None)
+    sharded = (case.ds or {}).get("stage", 0) >= 2
+    # as a run does: ranks that can take a step again together need not cut alike
+    meets = sharded and engine.retry_obstacle() is not None
+    segments = Segments(rows=case.segment, equal_over=world if meets else None)
     names = tuple(loss.split(","))
     smoothing = 1e-3 if "exo_pair" in names else 0.0
     return PreferenceStep(
         engine,
         copy_reference(engine, module, segments=segments),
         NoiseOptions(case.estimator, 5, 0, loaded.spec.mask_token_id),
-        LossOptions(names, (1.0,) * len(names), beta=0.1, label_smoothing=smoothing),
+        LossOptions(names, (1.0,) * len(names), beta=0.1, parameters={"label_smoothing": smoothing}),
         strategy=strategy,
         segments=segments,
     )
@@ -153,29 +158,27 @@ def make_engine(module, case: Case, world: World):
         "optimizer": {"params": {"torch_adam": True}},
         "zero_force_ds_cpu_optimizer": False,
     }
-    return DeepSpeedEngine(
-        module,
-        world,
+    choice = deepspeed_choice(
+        config,
         OPTIONS,
-        ds_config=config,
         micro_batch_size=MICRO,
         accumulation_steps=ACCUMULATION,
+        processes=world.size,
         bf16=case.bf16,
     )
+    return DeepSpeedEngine(module, world, OPTIONS, choice=choice)
 
 
 def gradients_of(engine) -> list[torch.Tensor]:
     """The gradient of the step just taken, whole, in fp32; every rank calls."""
     if isinstance(engine, PlainEngine):
         return [engine.optimizer.state[p]["exp_avg"] for p in engine.parameters]
-    if zero_stage(engine.config) < 3:
+    if not engine.choice.shards_parameters:
         # DeepSpeed 0.19.8 does not link the states of a second group to its parameters: read the flat partitions
         optimizer, found = engine.optimizer, {}
         for members, own in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
-            flat, sizes = (
-                engine.world.all_gather(optimizer.optimizer.state[own]["exp_avg"]),
-                [p.numel() for p in members],
-            )
+            flat = engine.world.all_gather(optimizer.optimizer.state[own]["exp_avg"])
+            sizes = [p.numel() for p in members]
             pieces = flat[: sum(sizes)].split(sizes)
             found |= {id(p): piece.view_as(p) for p, piece in zip(members, pieces, strict=True)}
         return [found[id(p)] for p in engine.parameters]
@@ -213,7 +216,7 @@ def run(folder: str, data, case: Case, world: World, truth: dict) -> dict[str, d
                 "calls": world.all_gather_object(engine.calls),
                 "sharded": sum(p.numel() for p in engine.parameters) == 0,
                 "repeated": bool(report.notes),
-                "stage": zero_stage(engine.config) if case.ds else None,
+                "stage": engine.choice.sharding.stage if case.ds else None,
             }
     return found
 

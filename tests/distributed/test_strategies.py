@@ -11,7 +11,7 @@ from diffdpo.losses.preference import LOSSES
 BIN = Path(sys.executable).parent
 WORKER = "tests/distributed/gradients.py"
 ALL, DEFERRABLE = ["none", "checkpoint", "two_pass"], ["none", "checkpoint", "two_pass", "deferred"]
-COUPLED = [name for name, loss in LOSSES.items() if loss.scope == "batch" or loss.needs_kl]
+COUPLED = [name for name, loss in LOSSES.items() if loss.scope == "batch" or loss.needs_reference_point]
 SEPARATE = [name for name in LOSSES if name not in COUPLED]
 SMALL = {"stage3_param_persistence_threshold": 0, "reduce_bucket_size": 10000}
 ZERO = {

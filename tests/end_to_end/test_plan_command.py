@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.support.paths import ROOT
 
 MODEL = "diffdpo/pretrained/arithmetic"
 

@@ -10,7 +10,7 @@ from diffdpo.config import TrainConfig
 from diffdpo.planner.memory import DEVICE, HOST, needed
 from diffdpo.planner.plan import make_plan
 from diffdpo.planner.sizes import gib
-from tests.conftest import ROOT
+from tests.support.paths import ROOT
 
 TABLE = DOC.read_text().partition(BEGIN)[2].partition(END)[0]
 

@@ -7,7 +7,6 @@ Tolerances: fp64 1e-10; fp32 2e-5; bf16 0.3 nats on log-probabilities of about -
 import hashlib
 
 import numpy as np
-import plain_models
 import pytest
 import torch
 
@@ -21,6 +20,7 @@ from diffdpo.models.architecture.dream import (
 from diffdpo.models.architecture.llada import LLaDAConfig, LLaDAModelLM
 from diffdpo.models.architecture.spec import FamilySpec
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
+from tests.support import plain_models
 
 VOCAB, LENGTH, MASK = 50, 11, 49
 IDS = [3, 14, 15, 9, MASK, 6, MASK, 35, MASK, 9, 7]

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks.plan_check import CASES, check
-from tests.conftest import ROOT
+from tests.support.paths import ROOT
 
 RECORDED = ROOT / "docs/benchmarks/plan_check.json"
 

@@ -7,7 +7,7 @@ from argparse import Namespace
 import pytest
 
 from benchmarks import segment_memory, throughput
-from tests.conftest import ROOT
+from tests.support.paths import ROOT
 
 
 def test_segment_memory_keeps_every_point(tmp_path, monkeypatch):

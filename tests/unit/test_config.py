@@ -138,32 +138,11 @@ def test_what_a_resumed_run_writes_down_is_the_run_from_its_start(tmp_path):
 
 
 def test_recipes_of_the_project_are_readable():
-    from tests.conftest import ROOT
+    from tests.support.paths import ROOT
 
     for path in (ROOT / "recipes").glob("*.yaml"):
         kind = SftConfig if path.name.startswith("sft") else TrainConfig
         parse_config(kind, ["--config", str(path)], "")
-
-
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (["--target_stderr", "0"], "above 0"),
-        (["--target_stderr", "0.1", "--num_mc_samples", "2"], "between 2 and --num_mc_samples"),
-        (["--target_stderr", "0.1", "--num_mc_samples", "1"], "between 2 and --num_mc_samples"),
-        (["--target_stderr", "0.1", "--score_estimator", "exact"], "exact"),
-        (["--target_stderr", "0.1", "--score_estimator", "trajectory"], "--num_diffusion_steps"),
-        (["--desirable_weight", "-1"], "at least 0"),
-    ],
-)
-def test_target_stderr_is_refused_where_it_cannot_work(flags, said):
-    with pytest.raises(UserError, match=said):
-        parse_config(TrainConfig, flags, "")
-
-
-def test_target_stderr_goes_with_a_trajectory_of_fixed_steps():
-    flags = ["--target_stderr", "0.1", "--score_estimator", "trajectory", "--num_diffusion_steps", "16"]
-    assert parse_config(TrainConfig, flags, "").target_stderr == 0.1
 
 
 @pytest.mark.parametrize("config_class", [TrainConfig, SftConfig])

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-from diffdpo.build import BUNDLED_MODEL, make_encoder
 
 from data_pipeline.__main__ import _parser as parser
 from data_pipeline.__main__ import main
@@ -15,6 +14,8 @@ from data_pipeline.cli import exit_code
 from data_pipeline.commands.common import encoder_of
 from data_pipeline.records import PreferenceRecord, assistant_turn, user_turn
 from diffdpo.config import TrainConfig, make_config
+from diffdpo.models.bundled import BUNDLED_MODEL
+from diffdpo.models.encoder import make_encoder
 from diffdpo.models.load import load_tokenizer_and_spec
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.shard_builder import BuildOptions, build
-from tests.conftest import ROOT
-from tests.hub import hub_with
+from tests.support.hub import hub_with
+from tests.support.paths import ROOT
 
 READ = """
 import json, sys

@@ -15,7 +15,7 @@ from data_pipeline.dataset import open_dataset
 from data_pipeline.errors import DataError
 from data_pipeline.parallel import ordered_map
 from data_pipeline.shard_builder import BuildOptions, build
-from tests.conftest import ROOT
+from tests.support.paths import ROOT
 
 ROWS = 8_000  # four chunks
 

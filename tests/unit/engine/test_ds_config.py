@@ -2,8 +2,8 @@
 
 import pytest
 
-from diffdpo.engine.base import OptimizerOptions
-from diffdpo.engine.deepspeed import complete_ds_config
+from diffdpo.engine.ds_config import complete_ds_config
+from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.errors import UserError
 
 OPTIONS = OptimizerOptions(learning_rate=1e-3, weight_decay=0.1, max_grad_norm=0.0)

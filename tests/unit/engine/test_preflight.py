@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import pytest
 
 from diffdpo.engine import preflight
-from diffdpo.engine.base import OptimizerOptions
-from diffdpo.engine.deepspeed import complete_ds_config, hands_gradients_over, why_not_whole_gradients
-from diffdpo.engine.ds_config import read_ds_config
+from diffdpo.engine.choice import deepspeed_choice
+from diffdpo.engine.ds_config import complete_ds_config, read_ds_config
+from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.errors import UserError
-from tests.conftest import ROOT
+from tests.support.paths import ROOT
 
 
 def nvme(path, part="offload_optimizer"):
@@ -18,6 +18,11 @@ def nvme(path, part="offload_optimizer"):
 
 OPTIONS = OptimizerOptions(learning_rate=1e-3)
 PLACE = {"micro_batch_size": 4, "accumulation_steps": 2, "world_size": 3, "bf16": False, "cuda": False}
+
+
+def choice_of(zero, processes):
+    given = {"zero_optimization": zero}
+    return deepspeed_choice(given, OPTIONS, micro_batch_size=4, accumulation_steps=2, processes=processes)
 
 
 @pytest.mark.parametrize("name", ["4080_offload", "4080_zero3_offload", "zero2", "zero3", "zero3_nvme"])
@@ -87,11 +92,11 @@ def test_nothing_is_asked_where_nothing_is_swapped():
     ],
 )
 def test_whole_gradients_are_refused_where_they_undo_the_saving(zero, processes, few, said):
-    found = why_not_whole_gradients({"zero_optimization": zero}, processes, few=few)
+    found = choice_of(zero, processes).no_sync_obstacle(few=few)
     assert (found is None) if said is None else (said in found)
 
 
 def test_gradients_leave_the_device_under_sharding_and_offload():
-    assert not hands_gradients_over({"zero_optimization": {"stage": 2}}, 1)
-    assert hands_gradients_over({"zero_optimization": {"stage": 2}}, 2)
-    assert hands_gradients_over({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}, 1)
+    assert not choice_of({"stage": 2}, 1).reduces_in_backward
+    assert choice_of({"stage": 2}, 2).reduces_in_backward
+    assert choice_of({"stage": 1, "offload_optimizer": {"device": "cpu"}}, 1).reduces_in_backward

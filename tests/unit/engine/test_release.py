@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from diffdpo.engine.deepspeed import release
+from diffdpo.engine.deepspeed import ShardedFrozen
+from diffdpo.engine.plain import PlainFrozen
 
 
 class Engine:
@@ -19,14 +20,17 @@ class Engine:
 
 
 def test_a_sharded_model_s_weights_are_freed():
-    engine = Engine()
+    frozen = ShardedFrozen.__new__(ShardedFrozen)
+    frozen.engine = engine = Engine()
     kept = list(engine.module.parameters())
-    release(engine)
+    frozen.release()
     assert engine.destroyed
     assert all(p.numel() == 0 and p.ds_tensor.numel() == 0 and p.ds_tensor.dtype == p.dtype for p in kept)
 
 
-def test_a_plain_model_is_left_as_it_is():
+def test_a_plain_model_is_let_go_of_and_left_as_it_is():
     module = nn.Linear(2, 2)
-    release(module)
-    assert module.weight.numel() == 4
+    frozen = PlainFrozen(module, torch.device("cpu"))
+    assert frozen(torch.ones(1, 2)).shape == (1, 2)
+    frozen.release()
+    assert frozen.module is None and module.weight.numel() == 4

@@ -9,8 +9,8 @@ import torch
 
 from diffdpo.evaluation.estimate import Estimate
 from diffdpo.evaluation.preferences import ScoreTable, separation
+from diffdpo.losses.options import LossOptions
 from diffdpo.losses.preference import LOSSES
-from diffdpo.step.step import LossOptions
 
 # log-ratios: (1, -2), (0, 0), (-3, 1); β = 0.1
 PAIRS = ScoreTable(
@@ -21,7 +21,7 @@ PAIRS = ScoreTable(
 )
 SINGLES = replace(PAIRS, weight_P2=torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]).double())
 SIGMOID = LossOptions(("sigmoid",), (1.0,), beta=0.1)
-KTO = LossOptions(("kto",), (1.0,), beta=0.1, desirable_weight=2.0)
+KTO = LossOptions(("kto",), (1.0,), beta=0.1, parameters={"desirable_weight": 2.0})
 
 
 def sigma(x: float) -> float:
@@ -46,7 +46,7 @@ def test_the_loss_is_the_one_that_is_trained_without_its_sft_term():
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if LOSSES[name].scope != "answer" and name != "sft"])
 def test_every_loss_of_pairs_has_a_held_out_value(name):
-    loss = LossOptions((name,), (1.0,), beta=0.1, label_smoothing=0.1)
+    loss = LossOptions((name,), (1.0,), beta=0.1, parameters={"label_smoothing": 0.1})
     values = PAIRS.values(loss)["loss"]
     assert len(values) == 3 and np.isfinite(values).all()
     mixed = replace(PAIRS, weight_P2=torch.tensor([[1.0, 1.0], [0.0, 1.0], [1.0, 1.0]]).double())
@@ -54,7 +54,7 @@ def test_every_loss_of_pairs_has_a_held_out_value(name):
 
 
 def test_single_answers_by_hand():
-    values = replace(SINGLES, kl=torch.tensor(0.5)).values(KTO)
+    values = replace(SINGLES, reference_point=torch.tensor(0.5)).values(KTO)
     assert values["rewards/chosen"] == pytest.approx([0.1])
     assert values["rewards/rejected"] == pytest.approx([0.0, 0.1])
     assert np.mean(values["rewards/separation"]) == pytest.approx(0.75)  # above one, level with the other
@@ -64,7 +64,7 @@ def test_single_answers_by_hand():
 
 
 def test_pairs_under_a_loss_of_answers_have_both():
-    values = replace(PAIRS, kl=torch.tensor(0.0)).values(KTO)
+    values = replace(PAIRS, reference_point=torch.tensor(0.0)).values(KTO)
     assert len(values["loss"]) == 6 and len(values["rewards/margins"]) == 3
 
 

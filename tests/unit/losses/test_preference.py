@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffdpo.errors import UserError
-from diffdpo.losses.preference import LOSSES, check_loss, kl_estimate, loss_count, preference_loss
+from diffdpo.losses.preference import LOSSES, check_loss, loss_count, preference_loss, reference_point_of
 
 POLICY = torch.tensor([[-10.0, -12.0]], dtype=torch.float64)
 REFERENCE = torch.tensor([[-11.0, -10.0]], dtype=torch.float64)
@@ -22,7 +22,7 @@ def sigma(x: float) -> float:
 
 def case(name, **options):
     if name == "kto":
-        options.setdefault("kl", 0.0)
+        options.setdefault("reference_point", 0.0)
     if name == "exo_pair":
         options.setdefault("label_smoothing", 1e-3)
     return preference_loss(name, policy_B2=POLICY, reference_B2=REFERENCE, tokens_B2=TOKENS, **options).item()
@@ -68,7 +68,7 @@ def test_label_smoothing_by_hand():
 
 
 def test_kto_by_hand_with_weights_and_kl():
-    value = case("kto", kl=3.0, desirable_weight=2.0, undesirable_weight=0.5)
+    value = case("kto", reference_point=3.0, desirable_weight=2.0, undesirable_weight=0.5)
     assert value == pytest.approx(2 * (1 - sigma(0.1 * (1 - 3))) + 0.5 * (1 - sigma(0.1 * (3 + 2))))
 
 
@@ -98,7 +98,7 @@ def random_case(pairs=6):
 @pytest.mark.parametrize("name", list(LOSSES))
 def test_gradient(name):
     policy, reference, tokens = random_case()
-    options = {"kl": 0.5, "label_smoothing": 0.1, "beta": 0.3}
+    options = {"reference_point": 0.5, "label_smoothing": 0.1, "beta": 0.3}
     assert torch.autograd.gradcheck(
         lambda score: preference_loss(name, policy_B2=score, reference_B2=reference, tokens_B2=tokens, **options),
         policy,
@@ -110,7 +110,7 @@ def test_gradient(name):
 def test_extreme_scores_stay_finite(name, dtype):
     extremes = [-1e5, -1e4, -1.0, 0.0, 1.0, 1e4, 1e5]
     policy = torch.tensor([[a, b] for a in extremes for b in extremes], dtype=dtype, requires_grad=True)
-    options = {"kl": 1.0, "label_smoothing": 0.1, "beta": 1.0}
+    options = {"reference_point": 1.0, "label_smoothing": 0.1, "beta": 1.0}
     zero = torch.zeros_like(policy)
     loss = preference_loss(name, policy_B2=policy, reference_B2=zero, tokens_B2=torch.ones_like(policy), **options)
     loss.sum().backward()
@@ -121,7 +121,7 @@ def test_extreme_scores_stay_finite(name, dtype):
 def test_absent_pairs_count_nothing(name):
     policy, reference, tokens = random_case(4)
     weight = torch.tensor([[1.0, 1.0], [0.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
-    options = {"label_smoothing": 0.1, "kl": 0.2}
+    options = {"label_smoothing": 0.1, "reference_point": 0.2}
     loss = preference_loss(
         name, policy_B2=policy, reference_B2=reference, tokens_B2=tokens, weight_B2=weight, **options
     )
@@ -138,7 +138,7 @@ def test_unpaired_records_are_for_losses_of_answers():
     assert (preference_loss("sigmoid", **scores) == 0).all()
     ratio = (policy - reference).detach()
     expected = [sigma(-0.1 * ratio[0, 0].item()), sigma(0.1 * ratio[1, 1].item())]
-    assert preference_loss("kto", kl=0.0, **scores).tolist() == pytest.approx(expected)
+    assert preference_loss("kto", reference_point=0.0, **scores).tolist() == pytest.approx(expected)
     assert loss_count("sigmoid", weight) == 0
     assert loss_count("kto", weight) == 2
 
@@ -150,12 +150,12 @@ def test_aot_sorts_margins():
     assert loss.tolist() == pytest.approx([-math.log(sigma(1 - 0.5)), -math.log(sigma(3 - 2))])
 
 
-def test_kl_estimate_is_a_detached_mean_of_present_answers_and_never_negative():
+def test_reference_point_of_is_a_detached_mean_of_present_answers_and_never_negative():
     policy = torch.tensor([[3.0, 50.0], [1.0, 2.0]], requires_grad=True)
     weight = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
-    z = kl_estimate(policy, torch.zeros(2, 2), weight)
+    z = reference_point_of(policy, torch.zeros(2, 2), weight)
     assert z.item() == 2.0 and not z.requires_grad
-    assert kl_estimate(-policy, torch.zeros(2, 2), weight).item() == 0.0
+    assert reference_point_of(-policy, torch.zeros(2, 2), weight).item() == 0.0
 
 
 @pytest.mark.parametrize(

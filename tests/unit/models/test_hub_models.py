@@ -13,7 +13,7 @@ from data_pipeline.commands.common import load_tokenizer
 from data_pipeline.errors import DataError
 from diffdpo.errors import UserError
 from diffdpo.models.load import load_model, read_config
-from tests.hub import hub_with
+from tests.support.hub import hub_with
 
 NOBODY = "http://127.0.0.1:9"  # where nobody listens
 

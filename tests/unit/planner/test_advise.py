@@ -11,7 +11,7 @@ from diffdpo.planner.advise import advise
 from diffdpo.planner.hardware import GPUS, Host
 from diffdpo.planner.memory import DEVICE
 from diffdpo.planner.plan import Machine, make_plan
-from tests.conftest import ROOT
+from tests.support.paths import ROOT
 
 
 def planned(path: str, memory: float, **settings):

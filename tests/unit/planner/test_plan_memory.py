@@ -4,13 +4,13 @@ import json
 from dataclasses import replace
 
 import pytest
-from tests.unit.plan.conftest import LLADA_8B
 
 from diffdpo.config import TrainConfig
 from diffdpo.errors import UserError
 from diffdpo.planner.hardware import GPUS, Host
 from diffdpo.planner.memory import DEVICE, DISK, HOST
 from diffdpo.planner.plan import Machine, Plan, make_plan
+from tests.support.shapes import LLADA_8B
 
 BASE = {"max_length": 64, "max_prompt_length": 32, "per_device_train_batch_size": 2}
 

@@ -1,13 +1,13 @@
 """Parameters counted from a config.json are those of the real module."""
 
 import pytest
-from tests.unit.plan.conftest import QWEN
 
 from diffdpo.config import TrainConfig
 from diffdpo.errors import UserError
 from diffdpo.models.architecture.spec import FamilySpec
 from diffdpo.models.lora.adapters import add_lora
 from diffdpo.planner.shapes import count, read_shape, skeleton
+from tests.support.shapes import QWEN
 
 
 def numbers(path: str, *, bf16: bool = True, cast: bool = True, **settings):

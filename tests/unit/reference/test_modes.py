@@ -2,8 +2,9 @@
 
 import pytest
 
-from diffdpo import build
 from diffdpo.config import TrainConfig
+from diffdpo.engine.choice import DEEPSPEED, EngineChoice
+from diffdpo.engine.sharding import Sharding
 from diffdpo.engine.world import World
 from diffdpo.errors import UserError
 from diffdpo.reference.modes import check_reference, choose_mode, second_model_share
@@ -23,12 +24,11 @@ from diffdpo.reference.modes import check_reference, choose_mode, second_model_s
         ({"loss_type": "simpo"}, 0.4, "none"),
         ({"loss_type": "simpo", "reference": "none"}, 0.4, "none"),
         ({"reference": "none"}, 0.4, "none"),
-        ({"coefficient_rows": "other"}, 0.4, "copy"),
     ],
 )
 def test_auto(settings, share, mode):
     config = TrainConfig(**settings)
-    found, why = choose_mode(config, build.make_loss(config), share=lambda: share)
+    found, why = choose_mode(config, config.loss(), share=lambda: share)
     assert found == mode and why and "\n" not in why
 
 
@@ -41,15 +41,8 @@ def test_auto(settings, share, mode):
 def test_a_reference_that_cannot_serve_is_refused(settings, said):
     config = TrainConfig(**settings)
     with pytest.raises(UserError, match=said) as caught:
-        check_reference(config, build.make_loss(config))
+        check_reference(config, config.loss())
     assert "\n" not in str(caught.value)
-
-
-def test_precomputed_and_a_number_of_rows_that_moves():
-    config = TrainConfig(reference="precomputed")
-    object.__setattr__(config, "target_stderr", 0.5)
-    with pytest.raises(UserError, match="--target_stderr"):
-        check_reference(config, build.make_loss(config))
 
 
 def test_the_share_of_a_second_model(tiny_model, monkeypatch):
@@ -58,6 +51,7 @@ def test_the_share_of_a_second_model(tiny_model, monkeypatch):
     size = (tiny_model / "model.safetensors").stat().st_size
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("M", (), {"total": 4 * size}))
     world = World(0, 0, 2, torch.device("cpu"))
-    assert second_model_share(TrainConfig(model_name_or_path=str(tiny_model)), world) == 0.25
-    sharded = TrainConfig(model_name_or_path=str(tiny_model), ds_config="ds_configs/zero3.json")
-    assert second_model_share(sharded, world) == 0.125
+    config = TrainConfig(model_name_or_path=str(tiny_model))
+    assert second_model_share(config, EngineChoice(processes=2), world) == 0.25
+    sharded = EngineChoice(DEEPSPEED, processes=2, sharding=Sharding(True, True, True))
+    assert second_model_share(config, sharded, world) == 0.125

@@ -6,17 +6,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffdpo.build import Place
 
 from data_pipeline.reader import open_dataset
-from diffdpo import build
 from diffdpo.config import TrainConfig
+from diffdpo.engine.choice import EngineChoice
 from diffdpo.engine.world import World
 from diffdpo.errors import UserError
-from diffdpo.models.load import load_model
+from diffdpo.models.encoder import make_encoder
+from diffdpo.models.load import load_model, load_tokenizer_and_spec
+from diffdpo.noise.options import NoiseOptions
 from diffdpo.reference import precompute as module
-from diffdpo.reference.precompute import precompute
+from diffdpo.reference.precompute import ReferencePass
+from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.scores.rows import score_rows
+from diffdpo.scores.segments import make_segments
+from diffdpo.setup import data as run_data
 
 WORLD = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
 
@@ -25,7 +29,7 @@ class Run:
     """A configuration with its data, and how many rows its passes have scored."""
 
     def __init__(self, tiny_model, pairs_file, tmp_path, monkeypatch):
-        self.place, self.rows, self.stop_after = Place(WORLD, tmp_path / "out", tmp_path / "cache", "run"), 0, None
+        self.cache_dir, self.rows, self.stop_after = tmp_path / "cache", 0, None
         self.config = TrainConfig(
             model_name_or_path=str(tiny_model),
             train_data=str(pairs_file),
@@ -38,7 +42,7 @@ class Run:
             learning_rate=1e-3,
             max_steps=18,
         )
-        options = {"cache_dir": self.place.cache_dir, "eval_fraction": 0.2}
+        options = {"cache_dir": self.cache_dir, "eval_fraction": 0.2}
         self.sets = [open_dataset(str(pairs_file), split=split, **options) for split in ("train", "eval")]
         monkeypatch.setattr(module, "PART_RECORDS", 16)
         monkeypatch.setattr(module, "score_rows", self._counted)
@@ -51,27 +55,38 @@ class Run:
 
     def precompute(self, **changed):
         self.rows = 0
-        return precompute(replace(self.config, **changed), self.place, *self.sets, bf16=False)
+        config = replace(self.config, **changed)
+        tokenizer, spec = load_tokenizer_and_spec(config.model_name_or_path)
+        encoder = make_encoder(config, tokenizer, spec)
+        options = {"encoder": encoder, "spec": spec, "cache_dir": self.cache_dir, "say": print}
+        work = ReferencePass(config, EngineChoice(), WORLD, **options)
+        loader = run_data.train_loader(config, self.sets[0], encoder, WORLD)
+        held_out = run_data.eval_loader(config, self.sets[1], encoder, WORLD)
+        return work.complete(
+            [
+                work.training(loader, last=run_data.total_steps(config, loader)),
+                work.held_out(held_out, last=run_data.eval_steps(config, held_out)),
+            ]
+        )
 
     def compare(self, precomputed, **changed):
         """(largest difference from scores computed on the fly, of training and held-out rows; pairs compared)."""
         config = replace(self.config, **changed)
         loaded = load_model(config.model_name_or_path)
-        forward = build.wrap(config, loaded).requires_grad_(False)
-        encoder, noise = (
-            build.make_encoder(config, loaded.tokenizer, loaded.spec),
-            build.make_noise(config, loaded.spec),
-        )
-        steps = build.train_loader(config, self.sets[0], encoder, WORLD).steps()
+        forward = MaskedLogProbs.of(loaded.model, loaded.spec, config).requires_grad_(False)
+        encoder = make_encoder(config, loaded.tokenizer, loaded.spec)
+        noise = NoiseOptions.of(config, mask_token_id=loaded.spec.mask_token_id)
+        segments = make_segments(config, EngineChoice(), WORLD.device)
+        steps = run_data.train_loader(config, self.sets[0], encoder, WORLD).steps()
         batches = [next(steps)[0] for _ in range(config.max_steps)]
         worst, count = 0.0, 0
         for reference, some in (
             (precomputed.train, batches),
-            (precomputed.held_out, build.eval_batches(config, self.sets[1], encoder, WORLD)),
+            (precomputed.held_out, run_data.eval_batches(config, self.sets[1], encoder, WORLD)),
         ):
             for batch in some:
                 rows = noise.rows(batch, WORLD.device)
-                live_R = score_rows(forward, rows, segments=build.choose_segments(config, WORLD))
+                live_R = score_rows(forward, rows, segments=segments)
                 assert live_R.abs().max() > 1
                 worst = max(worst, float((reference(rows, batch) - live_R).abs().max()))
                 count += int((batch.weight_B2.sum(1) > 0).sum())
@@ -117,7 +132,7 @@ def test_a_broken_pass_goes_on_where_it_was(run):
 
 def test_damaged_parts_are_named_and_scored_again(run, capsys):
     run.precompute()
-    path = sorted(run.place.cache_dir.glob("reference_scores/*-train/epoch-0/*.part"))[1]
+    path = sorted(run.cache_dir.glob("reference_scores/*-train/epoch-0/*.part"))[1]
     path.write_bytes(path.read_bytes()[:-1])
     precomputed = run.precompute()
     assert run.rows == 16 * 4 and f"{path} is damaged" in capsys.readouterr().out
@@ -127,7 +142,7 @@ def test_damaged_parts_are_named_and_scored_again(run, capsys):
 def test_a_damaged_part_is_told_once(run, capsys):
     """Also where later runs cut the missing records into other parts, or need none of them."""
     run.precompute()
-    path = sorted(run.place.cache_dir.glob("reference_scores/*-train/epoch-0/*.part"))[-1]
+    path = sorted(run.cache_dir.glob("reference_scores/*-train/epoch-0/*.part"))[-1]
     path.write_bytes(path.read_bytes()[:-1])
     run.precompute(max_steps=2)
     assert run.rows == 0 and f"{path} is damaged" in capsys.readouterr().out
@@ -165,9 +180,9 @@ def test_a_named_cache_of_other_settings_is_refused(run, tmp_path):
 
 def test_the_model_leaves_memory(run, monkeypatch):
     seen = []
-    held = build.hold_frozen
+    held = module.hold_frozen
     monkeypatch.setattr(
-        build, "hold_frozen", lambda config, m, *a, **o: (seen.append(weakref.ref(m)), held(config, m, *a, **o))[1]
+        module, "hold_frozen", lambda choice, m, world: (seen.append(weakref.ref(m)), held(choice, m, world))[1]
     )
     run.precompute(max_steps=2)
     gc.collect()

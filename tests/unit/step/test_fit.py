@@ -9,7 +9,7 @@ from diffdpo.scores.segments import Segments
 from diffdpo.step import fit as sizing
 from diffdpo.step.fit import fit_micro_batch, fit_segments, longest_rows
 from diffdpo.step.strategy import MicroBatchShape
-from tests.unit.step.test_backward import batches, gradient, make_step  # noqa: F401
+from tests.support.steps import gradient, make_step
 
 SHAPE = MicroBatchShape(pairs=8, rows_per_answer=2, max_length=60, couples_pairs=False)
 
@@ -30,7 +30,7 @@ def pretended(monkeypatch):
     return sizes
 
 
-def test_segments_are_sized_and_the_step_is_the_same(tiny_model, batches, pretended):  # noqa: F811
+def test_segments_are_sized_and_the_step_is_the_same(tiny_model, batches, pretended):
     expected, _ = gradient(make_step(tiny_model, "two_pass", 3), batches[:2])
     step = make_step(tiny_model, "two_pass", 3)
     forward = step.engine.module.forward

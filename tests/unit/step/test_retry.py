@@ -5,11 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from diffdpo.engine.choice import DEEPSPEED, EngineChoice
+from diffdpo.engine.sharding import Sharding
 from diffdpo.errors import UserError
 from diffdpo.evaluation.preferences import score_held_out
 from diffdpo.memory.exhausted import out_of_memory, told_if_exhausted
 from diffdpo.scores.segments import Segments
-from tests.unit.step.test_backward import batches, make_step  # noqa: F401
+from tests.support.steps import make_step
 
 
 class Greedy(torch.autograd.Function):
@@ -50,7 +52,7 @@ def weights_after(step, micro_batches, steps: int = 2):
 @pytest.mark.parametrize(
     ("strategy", "losses"), [("checkpoint", "sigmoid"), ("deferred", "sigmoid"), ("two_pass", "aot")]
 )
-def test_the_step_is_repeated_as_if_nothing_had_happened(tiny_model, batches, strategy, losses, where):  # noqa: F811
+def test_the_step_is_repeated_as_if_nothing_had_happened(tiny_model, batches, strategy, losses, where):
     expected, _ = weights_after(make_step(tiny_model, strategy, 2, losses), batches[:2])
     step = make_step(tiny_model, strategy, 8, losses)
     # the second micro-batch fails: the first has already left its gradient
@@ -62,7 +64,7 @@ def test_the_step_is_repeated_as_if_nothing_had_happened(tiny_model, batches, st
     assert "out of memory" in reports[0].notes[0] and f"{step.segments.rows} rows a segment" in reports[0].notes[-1]
 
 
-def test_one_graph_becomes_two_passes(tiny_model, batches):  # noqa: F811
+def test_one_graph_becomes_two_passes(tiny_model, batches):
     expected, _ = weights_after(make_step(tiny_model, "none", 0), batches[:2])
     step = make_step(tiny_model, "none", 0)
     fail_above(step, 12, where="backward")
@@ -72,7 +74,7 @@ def test_one_graph_becomes_two_passes(tiny_model, batches):  # noqa: F811
 
 
 @pytest.mark.parametrize("strategy", ["checkpoint", "two_pass"])
-def test_what_one_segment_holds_is_computed_once(tiny_model, batches, strategy):  # noqa: F811
+def test_what_one_segment_holds_is_computed_once(tiny_model, batches, strategy):
     step = make_step(tiny_model, strategy, 1000)
     sizes = fail_above(step, 10**6, where="forward")
     step(batches[:1], 1e-3)
@@ -83,14 +85,14 @@ def test_what_one_segment_holds_is_computed_once(tiny_model, batches, strategy):
     assert alone == len(sizes)
 
 
-def test_a_single_row_that_does_not_fit_ends_the_run(tiny_model, batches):  # noqa: F811
+def test_a_single_row_that_does_not_fit_ends_the_run(tiny_model, batches):
     step = make_step(tiny_model, "two_pass", 4)
     fail_above(step, 0, where="forward")
     with pytest.raises(UserError, match=r"out of memory with one row in a forward .*--max_length"):
         step(batches[:1], 1e-3)
 
 
-def test_other_errors_are_not_taken_for_it(tiny_model, batches):  # noqa: F811
+def test_other_errors_are_not_taken_for_it(tiny_model, batches):
     step = make_step(tiny_model, "two_pass", 4)
     step.engine.module.forward = lambda *inputs: torch.ones(2) @ torch.ones(3)
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):
@@ -105,11 +107,11 @@ def test_what_the_allocators_say():
     assert not out_of_memory(RuntimeError("shapes do not match")) and not out_of_memory(ValueError("out of memory"))
 
 
-def held_out(step, batches, **options):  # noqa: F811
+def held_out(step, batches, **options):
     return score_held_out(step.engine, step.reference, batches, step.noise, step.loss, **options)
 
 
-def test_every_halving_makes_the_step_smaller(tiny_model, batches):  # noqa: F811
+def test_every_halving_makes_the_step_smaller(tiny_model, batches):
     """Whatever was run in one forward before: here a larger micro-batch."""
     step = make_step(tiny_model, "two_pass", 1000)
     step(batches[:1], 1e-3)
@@ -122,7 +124,7 @@ def test_every_halving_makes_the_step_smaller(tiny_model, batches):  # noqa: F81
     assert len(step([small], 1e-3).notes) == 1 and max(sizes) == 6
 
 
-def test_an_evaluation_goes_on_in_smaller_segments(tiny_model, batches, capsys):  # noqa: F811
+def test_an_evaluation_goes_on_in_smaller_segments(tiny_model, batches, capsys):
     step = make_step(tiny_model, "two_pass", 1000)
     expected = held_out(step, batches, segments=Segments(rows=1000))
     segments = Segments(rows=1000)
@@ -133,12 +135,13 @@ def test_an_evaluation_goes_on_in_smaller_segments(tiny_model, batches, capsys):
     assert f"the evaluation goes on with {segments.rows} rows a segment" in capsys.readouterr().out
 
 
-def test_an_evaluation_that_cannot_be_repeated_ends_with_one_line(tiny_model, batches):  # noqa: F811
+def test_an_evaluation_that_cannot_be_repeated_ends_with_one_line(tiny_model, batches):
     step = make_step(tiny_model, "two_pass", 1000)
     fail_above(step, 0, where="forward")
     with pytest.raises(UserError, match=r"out of memory with one row in a forward .* use a smaller --max_length or"):
         held_out(step, batches, segments=Segments(rows=1000))
-    step.engine.keeps_gradients_sharded, step.engine.retry_obstacle = True, lambda: "weights are in shards"
+    step.engine.choice = EngineChoice(DEEPSPEED, sharding=Sharding(True, True, True))
+    step.engine.retry_obstacle = lambda: "weights are in shards"
     with pytest.raises(UserError, match=r"in an evaluation .*weights are in shards; .*--per_device_eval") as caught:
         held_out(step, batches, segments=Segments(rows=1000))
     assert "\n" not in str(caught.value)

@@ -1,6 +1,6 @@
 """``--segmentation auto`` explains itself, and what cannot work is refused with the way that does."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 
@@ -8,29 +8,18 @@ from diffdpo.errors import UserError
 from diffdpo.scores.segments import Segments
 from diffdpo.step.strategy import MicroBatchShape, choose_strategy
 
-
-@dataclass
-class Pretend:
-    """What is asked of an engine here."""
-
-    obstacle: str | None = None
-    hands_gradients_over: bool = False
-
-    def no_sync_obstacle(self) -> str | None:
-        return self.obstacle
-
-
 SHAPE = MicroBatchShape(pairs=8, rows_per_answer=4, max_length=100, couples_pairs=False)
 
 
-def chosen(name="auto", engine=Pretend(), segments=Segments(tokens=1000), shape=SHAPE):  # noqa: B008
-    return choose_strategy(name, engine=engine, segments=segments, shape=shape)
+def chosen(name="auto", obstacle=None, leaves=False, tokens=1000, shape=SHAPE):
+    segments = Segments(tokens=tokens)
+    return choose_strategy(name, obstacle=obstacle, reduces_in_backward=leaves, segments=segments, shape=shape)
 
 
 def test_auto_names_its_reason():
-    assert chosen(segments=Segments(tokens=6400)) == ("none", "all 64 rows of a micro-batch fit in one segment")
+    assert chosen(tokens=6400) == ("none", "all 64 rows of a micro-batch fit in one segment")
     assert chosen()[0] == "checkpoint"
-    assert chosen(engine=Pretend("sharded", hands_gradients_over=True)) == (
+    assert chosen(obstacle="sharded", leaves=True) == (
         "two_pass",
         "gradients leave the device after each segment; checkpoint would hold them to the end",
     )
@@ -38,7 +27,7 @@ def test_auto_names_its_reason():
         "deferred",
         "the rows of one answer fill a segment, so no row needs a second forward",
     )
-    assert chosen(engine=Pretend("sharded"), shape=replace(SHAPE, rows_per_answer=16))[0] == "checkpoint"
+    assert chosen(obstacle="sharded", shape=replace(SHAPE, rows_per_answer=16))[0] == "checkpoint"
     assert chosen(shape=replace(SHAPE, couples_pairs=True)) == ("two_pass", "the loss couples the pairs of a step")
 
 
@@ -50,5 +39,5 @@ def test_a_loss_of_the_whole_batch_needs_two_passes(name):
 
 def test_deferred_is_refused_where_it_would_undo_the_sharding():
     with pytest.raises(UserError, match=r"^--segmentation deferred: would undo; use --segmentation two_pass or auto$"):
-        chosen("deferred", engine=Pretend("would undo"))
+        chosen("deferred", obstacle="would undo")
     assert chosen("deferred") == ("deferred", "as asked for")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffdpo.errors import UserError
-from diffdpo.models import token_log_probs as head_module
+from diffdpo.models.architecture import token_log_probs as head_module
 from diffdpo.models.architecture.layers import RMSNorm, RotaryTable, VocabularyHead, rotate
 from diffdpo.models.architecture.token_log_probs import check_liger, token_log_probs
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_published_layouts import LLADA, tensor_shapes, write
+
+from tests.unit.models.test_published_layouts import LLADA, tensor_shapes, write
 
 SHARDS, LAYERS = 6, 12
 LOADING = """

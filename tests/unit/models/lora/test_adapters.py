@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffdpo.build import check_names
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -17,6 +16,7 @@ from diffdpo.models.architecture.from_scratch import new_model
 from diffdpo.models.load import load_adapter, load_model, save_model
 from diffdpo.models.lora.adapters import add_lora, merge, reference
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
+from diffdpo.setup.preflight import check_named as check_names
 
 
 @pytest.fixture

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from diffdpo.engine.base import OptimizerOptions
+from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.plain import PlainEngine
 from diffdpo.engine.world import World
 from diffdpo.errors import TrainingError, UserError
-from diffdpo.train.checkpoint import (
+from diffdpo.training.checkpoint import (
     NEEDED,
     STATE,
     find_checkpoint,

@@ -26,9 +26,9 @@ from diffdpo.losses.metrics import means
 from diffdpo.memory.peak import peak_memory_gib
 from diffdpo.step.report import StepReport
 from diffdpo.tracking.journal import Journal
-from diffdpo.train.callbacks import Callbacks
-from diffdpo.train.checkpoint import list_checkpoints, save_checkpoint
-from diffdpo.train.schedule import learning_rate
+from diffdpo.training.callbacks import Callbacks
+from diffdpo.training.checkpoint import list_checkpoints, save_checkpoint
+from diffdpo.training.schedule import learning_rate
 
 StepFunction = Callable[[Sequence[PairBatch], float], StepReport]
 ON_THE_BAR = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}

@@ -3,7 +3,7 @@
 import torch
 
 from data_pipeline.batch import PairBatch
-from diffdpo.train.answer_canvas import fill_canvas
+from diffdpo.training.answer_canvas import fill_canvas
 
 END = 9
 

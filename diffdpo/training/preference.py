@@ -15,6 +15,7 @@ from diffdpo.engine.world import shutdown_distributed
 from diffdpo.evaluation.heldout import HeldOutPairs, SampledAnswers
 from diffdpo.losses.options import LossOptions
 from diffdpo.models.bundled import model_or_bundled
+from diffdpo.models.encoder import make_encoder
 from diffdpo.models.load import load_tokenizer_and_spec
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.reference.modes import choose_mode, make_frozen, make_reference, second_model_share
@@ -30,9 +31,9 @@ from diffdpo.step.fit import fit_micro_batch, fit_segments
 from diffdpo.step.report import StepReport
 from diffdpo.step.step import PreferenceStep
 from diffdpo.step.strategy import MicroBatchShape, choose_strategy, micro_batch_shape, with_micro_batch
-from diffdpo.train.callbacks import Callback
-from diffdpo.train.checkpoint import find_checkpoint, read_state
-from diffdpo.train.run import Result, Run, carry_out
+from diffdpo.training.callbacks import Callback
+from diffdpo.training.checkpoint import find_checkpoint, read_state
+from diffdpo.training.run import Result, Run, carry_out
 
 LN2 = float(np.log(2.0))
 LN2_TOLERANCE = {False: 1e-6, True: 1e-2}  # fp32, bf16
@@ -70,7 +71,7 @@ class _Data:
         run_data.check_kind_of_records(self.train_set, self.loss)
         run_data.check_batch_size(config, self.loss, world)
         tokenizer, self.spec = load_tokenizer_and_spec(model_or_bundled(config.model_name_or_path))
-        self.encoder = run_data.make_encoder(config, tokenizer, self.spec)
+        self.encoder = make_encoder(config, tokenizer, self.spec)
         run_data.check_exact(config, self.encoder, (self.train_set, self.eval_set))
         self.loader = run_data.train_loader(config, self.train_set, self.encoder, world)
 

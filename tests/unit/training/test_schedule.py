@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffdpo.train.schedule import learning_rate
+from diffdpo.training.schedule import learning_rate
 
 
 @pytest.mark.parametrize(

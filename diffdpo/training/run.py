@@ -32,16 +32,16 @@ from diffdpo.step.report import StepReport
 from diffdpo.tracking.journal import FILE, read_journal
 from diffdpo.tracking.mlflow_run import Shipped
 from diffdpo.tracking.run import Tracking, open_command, run_tags, tracking_uri
-from diffdpo.train.callbacks import Callback, Callbacks
-from diffdpo.train.checkpoint import (
+from diffdpo.training.callbacks import Callback, Callbacks
+from diffdpo.training.checkpoint import (
     list_checkpoints,
     read_state,
     set_aside_after,
     told_if_unreadable,
     told_if_unwritable,
 )
-from diffdpo.train.loop import Loop, StepFunction
-from diffdpo.train.result import model_card, print_comparison, write_summary
+from diffdpo.training.loop import Loop, StepFunction
+from diffdpo.training.result import model_card, print_comparison, write_summary
 
 
 class HeldOut(Protocol):

@@ -21,6 +21,7 @@ from diffdpo.engine.world import shutdown_distributed
 from diffdpo.evaluation.heldout import HeldOutAnswers, SampledAnswers
 from diffdpo.losses.options import LossOptions
 from diffdpo.models.architecture.from_scratch import new_model, train_tokenizer
+from diffdpo.models.encoder import make_encoder
 from diffdpo.models.load import LoadedModel, dtype_name, load_model
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
@@ -32,10 +33,10 @@ from diffdpo.setup.preflight import check_before_weights, check_settings_meet
 from diffdpo.step.report import StepReport
 from diffdpo.step.step import PreferenceStep
 from diffdpo.step.strategy import MicroBatchShape, choose_strategy
-from diffdpo.train.answer_canvas import fill_canvas
-from diffdpo.train.callbacks import Callback
-from diffdpo.train.checkpoint import find_checkpoint
-from diffdpo.train.run import Result, Run, carry_out
+from diffdpo.training.answer_canvas import fill_canvas
+from diffdpo.training.callbacks import Callback
+from diffdpo.training.checkpoint import find_checkpoint
+from diffdpo.training.run import Result, Run, carry_out
 
 TOKENIZER_RECORDS = 20_000  # the tokenizer of a new model is trained on the first of the data
 
@@ -62,7 +63,7 @@ def _build(config: SftConfig, context: RunContext, choice: EngineChoice, callbac
         resume = find_checkpoint(config.resume_from_checkpoint, context.output_dir)
     train_set, eval_set = run_data.open_data(config, context, run_data.generated(config))
     loaded = _load_or_make(config, context, choice, train_set)
-    encoder = run_data.make_encoder(config, loaded.tokenizer, loaded.spec)
+    encoder = make_encoder(config, loaded.tokenizer, loaded.spec)
     loader = run_data.train_loader(config, train_set, encoder, world)
     batches = run_data.eval_batches(config, eval_set, encoder, world)
     noise = NoiseOptions.of(config, mask_token_id=loaded.spec.mask_token_id)
