@@ -35,7 +35,18 @@ def draw_plan(
     check_estimator(estimator, num_samples=num_samples, num_diffusion_steps=num_diffusion_steps)
     if length < 1:
         raise ValueError(f"an answer of {length} tokens has nothing to score")
-    rng = (replace(key, side=0) if estimator == "paired" else key).generator()
+    return drawn(estimator, length, num_samples, generator_of(estimator, key), num_diffusion_steps)
+
+
+def generator_of(estimator: str, key: NoiseKey) -> np.random.Generator:
+    """The stream of an answer's noise: ``paired`` has one for both sides."""
+    return (replace(key, side=0) if estimator == "paired" else key).generator()
+
+
+def drawn(
+    estimator: str, length: int, num_samples: int, rng: np.random.Generator, num_diffusion_steps: int | None
+) -> NoisePlan:
+    """The rows of ``length`` tokens, drawn from ``rng``; settings unchecked."""
     if estimator == "trajectory":
         return trajectory(length, num_samples, rng, num_diffusion_steps or num_samples)
     return ESTIMATORS[estimator](length, num_samples, rng)

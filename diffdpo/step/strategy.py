@@ -11,12 +11,13 @@ from diffdpo.scores.segments import Segments
 @dataclass(frozen=True)
 class MicroBatchShape:
     """What is known of a micro-batch before any: ``rows_per_answer`` of up to ``max_length`` tokens, two answers each
-    of ``pairs``; ``couples_pairs``: the loss couples the pairs of a global step."""
+    of ``pairs``; ``couples_pairs``: the loss couples the pairs of a global step; ``block_size``: of the family."""
 
     pairs: int
     rows_per_answer: int
     max_length: int
     couples_pairs: bool
+    block_size: int | None = None
 
     @property
     def rows(self) -> int:

@@ -109,7 +109,7 @@ class _Training:
         # before another model is in memory
         self.scores = parts.precompute() if self.mode == "precomputed" else None
         self.loaded = load_policy(config, choice, world)
-        self.noise = NoiseOptions.of(config, mask_token_id=self.loaded.spec.mask_token_id)
+        self.noise = NoiseOptions.of(config, self.loaded.spec)
         module = MaskedLogProbs.of(self.loaded.model, self.loaded.spec, config)
         frozen = make_frozen(config, module, bf16=choice.bf16) if self.mode == "copy" else None
         options = OptimizerOptions.of(config)
