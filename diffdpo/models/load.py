@@ -3,22 +3,16 @@
 Remote code is never run: the family is chosen by `model_type`. Weights are streamed shard by shard (`stream`).
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import (
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    Qwen2Tokenizer,
-)
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from data_pipeline.errors import DataError
+from data_pipeline.tokenizer import first_id, name_mask, read_tokenizer
 from diffdpo.errors import UserError
 from diffdpo.models.architecture.block_families import (
     Fast_dLLM_QwenForCausalLM,
@@ -198,11 +192,18 @@ def _set_block_size(raw: dict[str, Any], family: Family, block_size: int) -> Non
     """Put what the user says where config.json says nothing. UserError where it says otherwise, or it cannot be."""
     config_class = cast(Any, family.config_class)
     if config_class.least_block is None:
-        raise UserError(f"--block_size {block_size}: models of type {raw['model_type']!r} have no blocks; leave it out")
+        raise UserError(f"block_size={block_size}: models of type {raw['model_type']!r} have no blocks; leave it out")
     key = config_class.attribute_map.get("block_size", "block_size")
     if raw.get(key) not in (None, block_size):
-        raise UserError(f"--block_size {block_size}: config.json has {key}={raw[key]!r}; leave it out, or correct one")
+        raise UserError(f"block_size={block_size}: config.json has {key}={raw[key]!r}; leave it out, or correct one")
     raw[key] = block_size
+
+
+def model_context(name_or_path: str) -> int | None:
+    """Tokens that the model was made for, as its config says."""
+    if is_adapter(name_or_path):
+        return model_context(base_of_adapter(name_or_path))
+    return getattr(read_config(name_or_path)[1], "max_position_embeddings", None)
 
 
 def empty_model(name_or_path: str, *, block_size: int | None = None) -> PreTrainedModel:
@@ -213,29 +214,11 @@ def empty_model(name_or_path: str, *, block_size: int | None = None) -> PreTrain
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer without remote code. Dream's own class is a Qwen2 tokenizer with added tokens."""
-    kept = only_kept(name_or_path)
+    """The checkpoint's tokenizer without remote code, as the data commands read it."""
     try:
-        path = _file_of(name_or_path, "tokenizer_config.json", kept)
-        named = json.loads(path.read_text()).get("tokenizer_class") if path else None
-        loader = Qwen2Tokenizer if named == "DreamTokenizer" else AutoTokenizer
-        return loader.from_pretrained(name_or_path, trust_remote_code=False, local_files_only=kept)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        # a class that only remote code has, or none named: tokenizer.json holds all that a fast tokenizer is
-        if _file_of(name_or_path, "tokenizer.json", kept):
-            try:
-                return PreTrainedTokenizerFast.from_pretrained(name_or_path, local_files_only=kept)
-            except Exception:  # noqa: BLE001, S110 - damaged as well: the first message says more
-                pass
-        raise UserError(f"no tokenizer at {name_or_path!r}: {_first_line(error)}") from error
-
-
-def _file_of(name_or_path: str, name: str, kept: bool) -> Path | None:
-    from transformers.utils import cached_file
-
-    lenient = {"_raise_exceptions_for_missing_entries": False, "local_files_only": kept}
-    path = cached_file(name_or_path, name, **lenient)
-    return Path(path) if path else None
+        return read_tokenizer(name_or_path)
+    except DataError as error:
+        raise UserError(str(error)) from error
 
 
 def load_tokenizer_and_spec(
@@ -254,8 +237,8 @@ def make_spec(config: PreTrainedConfig, family: Family, tokenizer: PreTrainedTok
 
     `logit_shift` in config.json overrides the family's (a model made from an autoregressive one and trained unshifted).
     """
-    mask = _first_id(config.mask_token_id, tokenizer.mask_token_id, _published_mask(family, tokenizer))
-    terminator = _first_id(config.eos_token_id, tokenizer.eos_token_id)
+    mask = first_id(config.mask_token_id, tokenizer.mask_token_id, _published_mask(family, tokenizer))
+    terminator = first_id(config.eos_token_id, tokenizer.eos_token_id)
     rows = getattr(config, "embedding_size", config.vocab_size)
     if mask is None:
         raise UserError("neither config.json nor the tokenizer has a mask token: add mask_token_id to config.json")
@@ -272,7 +255,7 @@ def make_spec(config: PreTrainedConfig, family: Family, tokenizer: PreTrainedTok
     if mask in ends:
         raise UserError(f"mask_token_id and eos_token_id are both {mask}: they must differ")
     check_ids(config, tokenizer)
-    register_mask_token(tokenizer, mask)
+    name_mask(tokenizer, mask)
     vocabulary = tokenizer.get_vocab()
     stops = dict.fromkeys((*ends, *(vocabulary[token] for token in STOP_TOKENS if token in vocabulary)))
     shift = getattr(config, "logit_shift", None)
@@ -280,7 +263,7 @@ def make_spec(config: PreTrainedConfig, family: Family, tokenizer: PreTrainedTok
         name=config.model_type,
         mask_token_id=mask,
         terminator_id=terminator,
-        pad_token_id=cast(int, _first_id(config.pad_token_id, tokenizer.pad_token_id, terminator)),
+        pad_token_id=cast(int, first_id(config.pad_token_id, tokenizer.pad_token_id, terminator)),
         block_class=next(iter(family.model_class._no_split_modules or ())),
         lora_targets=family.lora_targets,
         logit_shift=family.logit_shift if shift is None else shift,
@@ -316,12 +299,6 @@ def check_ids(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> N
         )
 
 
-def register_mask_token(tokenizer: PreTrainedTokenizerBase, mask_token_id: int) -> None:
-    """Give the tokenizer its mask token (LLaDA's names none). A mask id in the vocabulary's padding gets no name."""
-    if tokenizer.mask_token_id != mask_token_id and mask_token_id < len(tokenizer):
-        tokenizer.add_special_tokens({"mask_token": tokenizer.convert_ids_to_tokens(mask_token_id)})
-
-
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: str | Path, **options) -> None:
     """Write config, safetensors and tokenizer in the published layout. For a peft model: adapter and tokenizer.
 
@@ -334,13 +311,6 @@ def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: 
         raise UserError("4-bit weights are not written: save the original model, or an adapter on it")
     cast(Any, model).save_pretrained(directory, **options)
     tokenizer.save_pretrained(directory)
-
-
-def _first_id(*candidates: int | list[int] | None) -> int | None:
-    for candidate in candidates:
-        if candidate is not None:
-            return candidate[0] if isinstance(candidate, list) else candidate
-    return None
 
 
 def _first_line(error: BaseException) -> str:

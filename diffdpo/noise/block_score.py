@@ -15,8 +15,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from diffdpo.errors import UserError
-from diffdpo.noise.estimators import MAX_EXACT_LENGTH, check_estimator, drawn, generator_of, num_rows
+from diffdpo.noise.estimators import AUTO, MAX_EXACT_LENGTH, check_estimator, drawn, generator_of, num_rows
 from diffdpo.noise.plan import NoiseKey, NoisePlan
+
+AFFORDABLE_ROWS = 16
+"""Up to so many rows an answer ``auto`` enumerates blocks: those of 4 take 15."""
 
 
 def block_tokens(prompt: int, length: int, block_size: int) -> list[int]:
@@ -28,6 +31,15 @@ def block_tokens(prompt: int, length: int, block_size: int) -> list[int]:
 def num_block_rows(estimator: str, *, block_size: int, num_samples: int) -> int:
     """Rows of an answer with a whole block in it, the most that an answer has."""
     return num_rows(estimator, length=block_size, num_samples=num_samples)
+
+
+def resolved(estimator: str, block_size: int | None) -> tuple[str, str]:
+    """(estimator, why) of ``--score_estimator``."""
+    if estimator != AUTO:
+        return estimator, "as asked for"
+    if block_size and 2**block_size - 1 <= AFFORDABLE_ROWS:
+        return "exact", f"the {2**block_size - 1} masks of a block of {block_size} in as many rows: no variance at all"
+    return "balanced", f"blocks of {block_size} have too many masks for exact" if block_size else "attention is full"
 
 
 def check_block_estimator(estimator: str, block_size: int) -> None:

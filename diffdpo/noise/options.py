@@ -6,7 +6,7 @@ import torch
 
 from data_pipeline.batch import PairBatch
 from diffdpo.models.architecture.spec import FamilySpec
-from diffdpo.noise.block_score import check_block_estimator
+from diffdpo.noise.block_score import check_block_estimator, resolved
 from diffdpo.noise.rows import NoisyRows, noisy_rows
 from diffdpo.settings.noise import NoiseSettings
 
@@ -25,10 +25,11 @@ class NoiseOptions:
     @classmethod
     def of(cls, settings: NoiseSettings, spec: FamilySpec) -> "NoiseOptions":
         """From the flags and the family. UserError for an estimator that cannot serve it."""
+        estimator, _ = resolved(settings.score_estimator, spec.block_size)
         if spec.block_size:
-            check_block_estimator(settings.score_estimator, spec.block_size)
+            check_block_estimator(estimator, spec.block_size)
         return cls(
-            settings.score_estimator,
+            estimator,
             settings.num_mc_samples,
             settings.seed,
             spec.mask_token_id,

@@ -59,6 +59,7 @@ class NoisyRows:
     ``row_M, position_M, target_M``  long: score token ``target`` at ``position`` of ``row``; ``row_M`` ascending.
     ``scale_M``       float32, weight of a token within its row (1 for most estimators).
     ``tokens_A``      long, scored tokens of each answer; 0 where there is none.
+    ``block_R, cell_R``  long, below R: the blocks and cells of the standard error (see NoisePlan), numbered through.
     ``clean``         of a block-causal family; None where attention is full.
     """
 
@@ -72,6 +73,8 @@ class NoisyRows:
     target_M: torch.Tensor
     scale_M: torch.Tensor
     tokens_A: torch.Tensor
+    block_R: torch.Tensor
+    cell_R: torch.Tensor
     clean: CleanAnswers | None = None
 
     def __len__(self) -> int:
@@ -221,6 +224,8 @@ class _Answer:
     position_M: np.ndarray
     target_M: np.ndarray
     scale_M: np.ndarray
+    block_N: np.ndarray
+    cell_N: np.ndarray
 
 
 def _answer(ids_T: np.ndarray, prompt: int, plan: NoisePlan, mask_token_id: int, *, start: int) -> _Answer:
@@ -238,11 +243,13 @@ def _answer(ids_T: np.ndarray, prompt: int, plan: NoisePlan, mask_token_id: int,
         position_M=offset_M + prompt - start,
         target_M=answer_L[offset_M],
         scale_M=np.ones(len(row_M)) if plan.scale_NL is None else plan.scale_NL[row_M, offset_M],
+        block_N=np.arange(len(plan)) if plan.block_N is None else plan.block_N,
+        cell_N=np.zeros(len(plan), np.int64) if plan.cell_N is None else plan.cell_N,
     )
 
 
 def _dummy(rows: int, mask_token_id: int) -> _Answer:
-    nothing, zero_N = np.empty(0, np.int64), np.zeros(rows)
+    nothing, zero_N, first_N = np.empty(0, np.int64), np.zeros(rows), np.zeros(rows, np.int64)
     return _Answer(
         ids_NT=np.full((rows, 1), mask_token_id),
         tokens=0,
@@ -252,6 +259,8 @@ def _dummy(rows: int, mask_token_id: int) -> _Answer:
         position_M=nothing,
         target_M=nothing,
         scale_M=np.empty(0),
+        block_N=first_N,
+        cell_N=first_N,
     )
 
 
@@ -281,5 +290,7 @@ def _join(answers: list[_Answer], *, clean: CleanAnswers | None) -> NoisyRows:
         target_M=joined("target_M", torch.long),
         scale_M=joined("scale_M", torch.float32),
         tokens_A=torch.tensor([answer.tokens for answer in answers], dtype=torch.long),
+        block_R=numbered("block_N"),
+        cell_R=numbered("cell_N"),
         clean=clean,
     )

@@ -53,6 +53,8 @@ def meta_rows(count: int, job: PlannedRun) -> NoisyRows:
         target_M=index_M,
         scale_M=value_M,
         tokens_A=index_R,
+        block_R=index_R,
+        cell_R=index_R,
     )
 
 

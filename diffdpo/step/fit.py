@@ -61,6 +61,8 @@ def longest_rows(rows: int, length: int, *, block_size: int | None = None) -> No
         target_M=torch.zeros_like(row_M),
         scale_M=torch.ones(len(row_M)),
         tokens_A=torch.tensor([length - 1]),
+        block_R=torch.arange(rows),
+        cell_R=torch.zeros(rows, dtype=torch.long),
         clean=clean,
     )
 

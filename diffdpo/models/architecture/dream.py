@@ -107,7 +107,10 @@ class DreamConfig(PublishedConfig):
             [
                 (theta is None, "lacks rope_theta: add the key to config.json"),
                 (self.rope_theta not in (None, theta), f"has rope_theta={self.rope_theta} and another one, {theta}"),
-                (kind not in self.rotary_types, f"has rotary scaling {kind!r}; supported: {', '.join(self.rotary_types)}"),
+                (
+                    kind not in self.rotary_types,
+                    f"has rotary scaling {kind!r}; supported: {', '.join(self.rotary_types)}",
+                ),
                 (absent, f"has rotary scaling 'llama3' without {', '.join(absent)}: add the key(s) to config.json"),
                 (odd, "".join(f"has {key}={value!r}; expected: a number above 0" for key, value in [*odd.items()][:1])),
                 (ramp, "has rotary scaling 'llama3' with low_freq_factor not below high_freq_factor"),

@@ -1,8 +1,8 @@
 """iLLaDA: LLaDA's successor, with full attention, unshifted logits, Llama's names and a tied head.
 
 Its config declares no mask token (the published code takes id 5). Not here, and refused by name: `layer_norm_eps` (it
-would make LayerNorm of the norms), dropout, rotary scalings; a head size other than width over heads, which the published
-code does not read.
+would make LayerNorm of the norms), dropout, rotary scalings; a head size other than width over heads, which the
+published code does not read.
 """
 
 from typing import ClassVar

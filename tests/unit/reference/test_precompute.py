@@ -12,6 +12,7 @@ from diffdpo.config import TrainConfig
 from diffdpo.engine.choice import EngineChoice
 from diffdpo.engine.world import World
 from diffdpo.errors import UserError
+from diffdpo.models.encoder import make_encoder
 from diffdpo.models.load import load_model, load_tokenizer_and_spec
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.reference import precompute as module
@@ -56,7 +57,7 @@ class Run:
         self.rows = 0
         config = replace(self.config, **changed)
         tokenizer, spec = load_tokenizer_and_spec(config.model_name_or_path)
-        encoder = run_data.make_encoder(config, tokenizer, spec)
+        encoder = make_encoder(config, tokenizer, spec)
         options = {"encoder": encoder, "spec": spec, "cache_dir": self.cache_dir, "say": print}
         work = ReferencePass(config, EngineChoice(), WORLD, **options)
         loader = run_data.train_loader(config, self.sets[0], encoder, WORLD)
@@ -64,7 +65,7 @@ class Run:
         return work.complete(
             [
                 work.training(loader, last=run_data.total_steps(config, loader)),
-                work.held_out(held_out, last=run_data.eval_steps(config, held_out)),
+                work.held_out(held_out),
             ]
         )
 

@@ -14,7 +14,7 @@ from diffdpo.models.load import load_model, save_model
 from diffdpo.models.lora.adapters import add_lora, merge
 from diffdpo.sampling.decode import sample
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
-from tests.wide import widen
+from tests.support.wide import widen
 
 SHAPE = {
     "hidden_size": 32,
