@@ -70,7 +70,7 @@ def _build(config: SftConfig, context: RunContext, choice: EngineChoice, callbac
     refuse_unusable(train_set, encoder)
     loader = run_data.train_loader(config, train_set, encoder, world)
     batches = run_data.eval_batches(config, eval_set, encoder, world)
-    noise = NoiseOptions.of(config, mask_token_id=loaded.spec.mask_token_id)
+    noise = NoiseOptions.of(config, loaded.spec)
     module = MaskedLogProbs.of(loaded.model, loaded.spec, config)
     engine = make_engine(choice, module, world, OptimizerOptions.of(config), say=context.print)
     meets = world if engine.retry_obstacle() is not None else None
