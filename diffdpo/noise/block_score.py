@@ -72,7 +72,9 @@ def draw_block_plan(
 
     def laid_out(of_plan: Callable[[NoisePlan], np.ndarray]) -> list[np.ndarray]:
         """[N, ...] of each block, its rows shifted by one a block; rows of a block with fewer masks are 0."""
-        padded = [np.pad(value, [(0, rows - len(value))] + [(0, 0)] * (value.ndim - 1)) for value in map(of_plan, plans)]
+        padded = [
+            np.pad(value, [(0, rows - len(value))] + [(0, 0)] * (value.ndim - 1)) for value in map(of_plan, plans)
+        ]
         return [np.roll(value, index, axis=0) for index, value in enumerate(padded)]
 
     return NoisePlan(

@@ -40,7 +40,9 @@ class CleanAnswers:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "CleanAnswers":
         """The same on another device."""
-        return CleanAnswers(*(getattr(self, field.name).to(device, non_blocking=non_blocking) for field in fields(self)))
+        return CleanAnswers(
+            *(getattr(self, field.name).to(device, non_blocking=non_blocking) for field in fields(self))
+        )
 
     def nothing(self) -> "CleanAnswers":
         """One answer that is absent."""

@@ -12,7 +12,6 @@ from diffdpo.engine.base import Engine, FrozenModule, count_parameters
 from diffdpo.engine.choice import EngineChoice, choose_engine
 from diffdpo.engine.make import bf16_able, make_engine
 from diffdpo.engine.optimizer import OptimizerOptions
-from diffdpo.engine.world import shutdown_distributed
 from diffdpo.evaluation.heldout import HeldOutPairs, SampledAnswers
 from diffdpo.losses.options import LossOptions
 from diffdpo.models.bundled import model_or_bundled
@@ -26,7 +25,7 @@ from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.scores.reference import Reference
 from diffdpo.scores.segments import Segments, make_segments
 from diffdpo.setup import data as run_data
-from diffdpo.setup.context import RunContext, open_context
+from diffdpo.setup.context import RunContext
 from diffdpo.setup.model import describe_model, load_policy
 from diffdpo.setup.preflight import check_before_weights, check_settings_meet
 from diffdpo.step.fit import fit_micro_batch, fit_segments
@@ -35,7 +34,8 @@ from diffdpo.step.step import PreferenceStep
 from diffdpo.step.strategy import MicroBatchShape, choose_strategy, micro_batch_shape, with_micro_batch
 from diffdpo.training.callbacks import Callback
 from diffdpo.training.checkpoint import find_checkpoint, read_state
-from diffdpo.training.run import Result, Run, carry_out
+from diffdpo.training.guard import Watch, guarded
+from diffdpo.training.run import Result, Run, carry_out, finished_before
 
 LN2 = float(np.log(2.0))
 LN2_TOLERANCE = {False: 1e-6, True: 1e-2}  # fp32, bf16
@@ -45,19 +45,24 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Result:
     """Run to the end, whatever the number of processes. UserError or DataError for what a user can mend."""
     config = cast(TrainConfig, resolve(config))
     check_settings_meet(config)
-    context = open_context(config, "train")
-    try:
-        device = context.world.device
-        processes, cuda = context.world.size, device.type == "cuda"
-        choice = choose_engine(config, processes=processes, cuda=cuda, bf16_able=bf16_able(device))
-        check_before_weights(config, choice)
-        parts = _Data(config, context, choice)
-        if config.precompute_only:
-            context.print(f"reference  {parts.precompute().text}")
-            return Result.of_precomputation(context.output_dir)
-        return carry_out(_Training(parts).run(callbacks))
-    finally:
-        shutdown_distributed()
+    return guarded(
+        config, "train", lambda context, watch: _train(config, context, watch, callbacks), stopped=Result.of_a_stop
+    )
+
+
+def _train(config: TrainConfig, context: RunContext, watch: Watch, callbacks: Sequence[Callback]) -> Result:
+    device = context.world.device
+    choice = choose_engine(
+        config, processes=context.world.size, cuda=device.type == "cuda", bf16_able=bf16_able(device)
+    )
+    check_before_weights(config, choice)
+    if (finished := finished_before(config, context)) is not None:
+        return finished
+    parts = _Data(config, context, choice)
+    if config.precompute_only:
+        context.print(f"reference  {parts.precompute().text}")
+        return Result.of_precomputation(context.output_dir)
+    return carry_out(_Training(parts).run(callbacks, watch))
 
 
 class _Data:
@@ -151,7 +156,7 @@ class _Training:
         reference, text = make_reference(self.config, self.mode, self.engine, frozen)
         return reference(self.segments), reference(eval_segments), text
 
-    def run(self, callbacks: Sequence[Callback]) -> Run:
+    def run(self, callbacks: Sequence[Callback], watch: Watch) -> Run:
         """What is to be carried out."""
         measured = self._fit() if self.config.max_memory else ""
         config = self.config  # with the micro-batch that was measured
@@ -176,6 +181,7 @@ class _Training:
         return Run(
             config=config,
             context=self.context,
+            watch=watch,
             resume=self.parts.resume,
             data=self.parts.train_set,
             loader=self.loader,

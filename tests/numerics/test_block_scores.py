@@ -5,18 +5,15 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from tests.wide import widen
 
 from data_pipeline.batch import collate
 from data_pipeline.encode import TokenAnswer, TokenPair
 from diffdpo.models.load import load_model
 from diffdpo.noise.estimators import ESTIMATORS
 from diffdpo.noise.options import NoiseOptions
-from diffdpo.scores.fold import fold
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
-from diffdpo.scores.rows import forward_rows, score_rows
-from diffdpo.scores.segments import Segments
 from tests.support.block_reference import FAMILIES, MASK, block_causal, exact_score, published, token_log_probs
-from tests.wide import widen
 
 PROMPT = [5, 6, 7, 8, 9, 10]
 
@@ -26,7 +23,10 @@ def answers(*texts, prompt=PROMPT):
 
 
 def batch_of(*pairs):
-    made = [TokenPair(str(i), *answers(*pair[:2], prompt=pair[2] if len(pair) > 2 else PROMPT)) for i, pair in enumerate(pairs)]
+    made = [
+        TokenPair(str(i), *answers(*pair[:2], prompt=pair[2] if len(pair) > 2 else PROMPT))
+        for i, pair in enumerate(pairs)
+    ]
     return collate(made, pad_id=0, epoch=0, step=0, micro=0, last_micro=True)
 
 

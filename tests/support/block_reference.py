@@ -29,7 +29,9 @@ def published(folder, family, block, **changes):
     config._attn_implementation = "sdpa"  # the eager one takes its softmax in fp32
     model = model_class(config).double().eval()
     for parameter in model.parameters():
-        parameter.data.normal_(std=0.35) if parameter.dim() > 1 else parameter.data.add_(torch.randn_like(parameter) / 9)
+        parameter.data.normal_(std=0.35) if parameter.dim() > 1 else parameter.data.add_(
+            torch.randn_like(parameter) / 9
+        )
     model.save_pretrained(folder)
     settings = json.loads((folder / "config.json").read_text())
     theta = settings.pop("rope_parameters")["rope_theta"]

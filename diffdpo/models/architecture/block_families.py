@@ -50,7 +50,7 @@ class SDARForCausalLM(DreamModel):
     config_class = SDARConfig
 
 
-class Fast_dLLM_QwenForCausalLM(DreamModel):  # noqa: N801 - the published name
+class Fast_dLLM_QwenForCausalLM(DreamModel):
     """Under the published name."""
 
     config_class = FastDLLMQwenConfig

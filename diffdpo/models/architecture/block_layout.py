@@ -177,7 +177,9 @@ def block_layout(
     lengths, starts = length_A.tolist(), start_A.tolist()
     stream = clean_stream(stream_A.tolist(), lengths, shared_A.tolist())
     run_clean = past is None
-    clean_index = [torch.arange(node.first, node.last) + node.answer * clean_width for node in stream.nodes if run_clean]
+    clean_index = [
+        torch.arange(node.first, node.last) + node.answer * clean_width for node in stream.nodes if run_clean
+    ]
     positions = [torch.arange(node.first, node.last) for node in stream.nodes if run_clean]
     node_masks = [_clean_mask(node, block_size).to(device) for node in stream.nodes if run_clean]
     members: dict[int, list[int]] = {}

@@ -222,7 +222,11 @@ def test_several_end_tokens(tmp_path, tokenizer):
         (ILLADA, {"mask_token_id": 1}, "both 1: they must differ"),
         (ILLADA, {"block_size": 4}, "block_size=4; supported: no such key"),
         (ILLADA, {"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        (A2D, {"block_size": None}, "does not say how many tokens a block has .0 where attention is full.*add block_size to config.json"),
+        (
+            A2D,
+            {"block_size": None},
+            "does not say how many tokens a block has .0 where attention is full.*add block_size to config.json",
+        ),
         (A2D, {"block_size": True}, "block_size=True; expected: a whole number from 0"),
         (A2D, {"block_size": -4}, "block_size=-4"),
         (A2D, {"model_type": "nemotron_labs_diffusion"}, "refused. Nemotron-Labs-Diffusion"),
