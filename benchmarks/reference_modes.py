@@ -23,6 +23,7 @@ from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.plain import PlainEngine
 from diffdpo.engine.world import World
 from diffdpo.models.bundled import BUNDLED_MODEL
+from diffdpo.models.encoder import make_encoder
 from diffdpo.models.load import load_model, load_tokenizer_and_spec
 from diffdpo.models.lora.adapters import add_lora
 from diffdpo.noise.options import NoiseOptions
@@ -88,7 +89,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> tuple[dict[tuple[
         )
         dataset, _ = run_data.open_data(config, context, run_data.generated(config))
         tokenizer, spec = load_tokenizer_and_spec(str(BUNDLED_MODEL))
-        encoder = run_data.make_encoder(config, tokenizer, spec)
+        encoder = make_encoder(config, tokenizer, spec)
         options = {"encoder": encoder, "spec": spec, "cache_dir": context.cache_dir, "say": print}
         work = ReferencePass(config, EngineChoice(), world, **options)
         started = clock(device)
@@ -109,7 +110,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> tuple[dict[tuple[
 def batches_of(config: TrainConfig, dataset: ShardedDataset, world: World) -> list:
     """The micro-batches of the run."""
     loaded = load_model(str(BUNDLED_MODEL))
-    encoder = run_data.make_encoder(config, loaded.tokenizer, loaded.spec)
+    encoder = make_encoder(config, loaded.tokenizer, loaded.spec)
     steps = run_data.train_loader(config, dataset, encoder, world).steps()
     return [next(steps)[0] for _ in range(config.max_steps)]
 

@@ -5,8 +5,10 @@ you": what was chosen is printed and written to ``config.yaml``. What a subject 
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import yaml
@@ -14,8 +16,9 @@ import yaml
 from diffdpo.engine.choice import shards_parameters
 from diffdpo.errors import UserError
 from diffdpo.losses.settings import LossSettings
+from diffdpo.models.checkpoint.adapter_folder import is_adapter
 from diffdpo.settings.base import Settings, check_settings, setting
-from diffdpo.settings.data import DataSettings
+from diffdpo.settings.data import DataSettings, EncodingSettings
 from diffdpo.settings.engine import EngineSettings
 from diffdpo.settings.evaluation import EvaluationSettings
 from diffdpo.settings.model import LoraSettings, ModelSettings
@@ -40,6 +43,15 @@ class RunConfig(
     ModelSettings,
 ):
     """What ``launch/train.py`` and ``launch/sft.py`` share."""
+
+    def check(self) -> None:
+        """An adapter cannot be trained on: it has no weights of its own to start from."""
+        policy = self.model_name_or_path
+        if policy and is_adapter(policy):
+            raise UserError(
+                f"--model_name_or_path {policy} is a LoRA adapter; merge it first: "
+                f"python launch/export.py --adapter {policy} --output FOLDER"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +96,36 @@ class SftConfig(RunConfig):
         200_000, "training answers generated when --train_data is not given", at_least=1
     )
     answer_mix: str | None = setting(None, "their qualities, such as clear=0.6,vague=0.4; default: as data_pipeline's")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig(NoiseSettings, EncodingSettings):
+    """Scores of a file of pairs (``launch/score.py``)."""
+
+    title: ClassVar[str] = "what is scored, and how"
+
+    pairs: str | None = setting(None, ".jsonl(.gz), .json, .csv, .parquet, folder or data set; required", common=True)
+    model_name_or_path: str | None = setting(
+        None, "folder, hub name or adapter folder; default: the bundled model", common=True
+    )
+    ref_model_name_or_path: str | None = setting(
+        None, "a second model to compare with, under the same noise", common=True
+    )
+    output: str | None = setting(
+        None, "file to append to; ids already in it are skipped; default: standard output", common=True
+    )
+    num_mc_samples: int = setting(32, "forwards a score", at_least=1, common=True)
+    batch_size: int = setting(8, "records scored at a time", at_least=1, common=True)
+    segment_rows: int = setting(64, "rows in one forward", at_least=1, common=True)
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...", common=True)
+    dtype: str = setting("float32", "of the weights", choices=("float32", "bfloat16"), common=True)
+
+    def check(self) -> None:
+        """A device that torch could know, and a place for the output."""
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise UserError(f"--device {self.device}: use auto, cpu, cuda or cuda:N")
+        if self.output and not Path(self.output).absolute().parent.is_dir():
+            raise UserError(f"--output {self.output}: there is no folder {Path(self.output).parent}; make it first")
 
 
 Config = TypeVar("Config", bound=Settings)

@@ -9,9 +9,11 @@ from typing import Any
 
 import yaml
 
-from diffdpo.cli.command import Parser
-from diffdpo.config import RunConfig, TrainConfig, make_config
+from diffdpo.command import Parser
+from diffdpo.config import TrainConfig, make_config
 from diffdpo.errors import UserError
+from diffdpo.settings.base import Settings
+from diffdpo.shipped import find_shipped
 
 # The settings when neither a model nor data is named: those that suit what comes with diffdpo
 BUNDLED_RECIPE = Path(__file__).parents[1] / "pretrained" / "arithmetic" / "train.yaml"
@@ -19,7 +21,7 @@ BUNDLED_RECIPE = Path(__file__).parents[1] / "pretrained" / "arithmetic" / "trai
 _UNSET = object()  # tells a flag that was not given from one given with its default
 
 
-def build_parser(config_class: type[RunConfig], description: str) -> Parser:
+def build_parser(config_class: type[Settings], description: str) -> Parser:
     """A parser with one flag per field, ``--config`` for a recipe, and the ``--local_rank`` that launchers append."""
     parser = Parser(description=description, argument_default=None)
     parser.add_argument("--config", help="YAML recipe; flags override it")
@@ -43,26 +45,30 @@ def build_parser(config_class: type[RunConfig], description: str) -> Parser:
     return parser
 
 
-def parse_config(config_class: type[RunConfig], argv: Sequence[str], description: str) -> Any:
+def parse_config(config_class: type[Settings], argv: Sequence[str], description: str) -> Any:
     """Defaults, then the recipe of ``--config``, then flags; checked. UserError for a recipe's mistake."""
     namespace = vars(build_parser(config_class, description).parse_args(argv))
     flags = {name: value for name, value in namespace.items() if value is not _UNSET}
     recipe, _ = flags.pop("config"), flags.pop("local_rank")
     given = {**(read_recipe(config_class, Path(recipe)) if recipe else {}), **flags}
-    if config_class is TrainConfig and not (given.get("model_name_or_path") or given.get("train_data")):
-        bundled = read_recipe(config_class, BUNDLED_RECIPE)
-        if "loss_type" in given:
-            bundled.pop("sft_weight", None)  # it goes with the loss of the recipe
-        given = {**bundled, **given}
-    return make_config(config_class, given)
+    return make_config(config_class, with_bundled_recipe(given) if config_class is TrainConfig else given)
 
 
-def read_recipe(config_class: type[RunConfig], path: Path) -> dict[str, Any]:
+def with_bundled_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Preference training's settings, with those of the bundled recipe where neither a model nor data is named."""
+    if given.get("model_name_or_path") or given.get("train_data"):
+        return dict(given)
+    bundled = read_recipe(TrainConfig, BUNDLED_RECIPE)
+    if "loss_type" in given:
+        bundled.pop("sft_weight", None)  # it goes with the loss of the recipe
+    return {**bundled, **given}
+
+
+def read_recipe(config_class: type[Settings], path: Path) -> dict[str, Any]:
     """The settings of a YAML recipe; each key must be a flag's name and each value of its type."""
+    path = find_shipped("recipes", str(path), flag="--config")
     try:
         content = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"--config {path}: no such file") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"--config {path} is not a YAML file: {error}") from None
     if not isinstance(content, Mapping):
@@ -71,7 +77,12 @@ def read_recipe(config_class: type[RunConfig], path: Path) -> dict[str, Any]:
     unknown = sorted(map(str, set(content) - allowed))
     if unknown:
         raise UserError(f"--config {path} sets {', '.join(unknown)}, which is no flag of this command; see --help")
-    return {name: _convert(config_class, name, value, f"--config {path}") for name, value in content.items()}
+    return converted(config_class, content, f"--config {path}")
+
+
+def converted(config_class: type[Settings], values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Values from YAML or Python as the types of the fields; ``where`` begins the message of a UserError."""
+    return {name: _convert(config_class, name, value, where) for name, value in values.items()}
 
 
 class _HelpFormatter(Parser().formatter_class):  # type: ignore[misc]

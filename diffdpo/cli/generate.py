@@ -10,8 +10,9 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
-from diffdpo.cli.command import Parser
+from diffdpo.command import Parser
 from diffdpo.errors import UserError
 
 ORDERS = ("low_confidence", "maskgit_plus", "top_margin", "entropy", "random")
@@ -62,7 +63,9 @@ def main(argv: list[str]) -> None:
     prompts = read_prompts(args)
     options = sampler_options(args)
     loaded = load(args)
-    encoded = [encode(prompt, loaded, args.template) for _, prompt in prompts for _ in range(args.num_samples)]
+    from diffdpo.sampling.prompt import encode_prompt
+
+    encoded = [encode_prompt(prompt, loaded, args.template) for _, prompt in prompts for _ in range(args.num_samples)]
     from diffdpo.sampling.decode import sample
 
     show = Display(loaded, len(encoded)) if args.stream else None
@@ -83,9 +86,9 @@ def main(argv: list[str]) -> None:
                 show.close()
 
 
-def read_prompts(args) -> list[tuple[str, object]]:
+def read_prompts(args) -> list[tuple[str, Any]]:
     """(id, prompt) of --prompt and --prompts."""
-    prompts: list[tuple[str, object]] = [(str(i), prompt) for i, prompt in enumerate(args.prompt)]
+    prompts: list[tuple[str, Any]] = [(str(i), prompt) for i, prompt in enumerate(args.prompt)]
     if args.prompts:
         path = Path(args.prompts)
         read = json_prompt if path.suffix == ".jsonl" else lambda path, number, line: (str(number), line)
@@ -107,7 +110,7 @@ def lines_of(path: Path) -> list[str]:
         raise UserError(f"--prompts {path} cannot be read: {error.strerror}") from error
 
 
-def json_prompt(path: Path, number: int, line: str) -> tuple[str, object]:
+def json_prompt(path: Path, number: int, line: str) -> tuple[str, Any]:
     """(id, prompt) of a JSON line."""
     try:
         record = json.loads(line)
@@ -152,36 +155,12 @@ def sampler_options(args) -> dict:
 
 def load(args):
     """The model, its tokenizer and its spec."""
-    import torch
-
+    from diffdpo.evaluation.score_models import device_named
+    from diffdpo.models.bundled import model_or_bundled
     from diffdpo.models.load import load_model
 
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: no GPU is to be found here; use --device cpu")
-    name = args.model_name_or_path or bundled_model()
+    name, device = model_or_bundled(args.model_name_or_path), device_named(args.device)
     return load_model(name, dtype=args.dtype, device=device, load_in_4bit=args.load_in_4bit)
-
-
-def bundled_model() -> str:
-    from diffdpo.build import BUNDLED_MODEL
-
-    return str(BUNDLED_MODEL)
-
-
-def encode(prompt, loaded, template: str) -> list[int]:
-    """The prompt's tokens, exactly as training encodes them."""
-    from data_pipeline.encode import Drop, Encoder
-    from data_pipeline.records import AnswerRecord
-
-    kind = loaded.spec.template if template == "auto" else template
-    encoder = Encoder(loaded.tokenizer, max_length=1_000_000, template=kind, terminator=loaded.spec.terminator_id)
-    text = tuple(prompt) if isinstance(prompt, list) else prompt
-    pair = encoder(AnswerRecord(id="", prompt=text, answer="x", label=True, meta={}))
-    if isinstance(pair, Drop):
-        raise UserError(f"a prompt cannot be used ({pair.reason}): {pair.detail}")
-    assert pair.chosen is not None  # label=True
-    return pair.chosen.ids[: pair.chosen.prompt_length].tolist()
 
 
 class Display:
@@ -220,7 +199,7 @@ class Display:
 class Answers:
     """Where answers go: a line of --output as soon as a batch is done, or printed at the end."""
 
-    def __init__(self, args, prompts: list[tuple[str, object]], tokenizer):
+    def __init__(self, args, prompts: list[tuple[str, Any]], tokenizer):
         self.tokenizer, self.path = tokenizer, args.output
         self.prompts = [named for named in prompts for _ in range(args.num_samples)]
         self.texts: list[str] = []

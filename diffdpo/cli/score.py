@@ -3,100 +3,73 @@
     python launch/score.py --model_name_or_path DIR --pairs pairs.jsonl --num_mc_samples 64 > scores.jsonl
 
 A line is {"id", "chosen": {"score", "stderr", "tokens"}, "rejected": {...}}: the ELBO's estimate in nats, summed over
-the answer's tokens and its terminator, its standard error (null with one sample; too large for estimators whose rows
-are coupled, see docs/theory.md), and how many tokens were scored.
+the answer's tokens and its terminator, its standard error (null with one sample; with less than 32 of ``balanced`` too
+large, see docs/theory.md, section 4), and how many tokens were scored.
 With --output a broken-off run goes on where it stopped. A record whose id was met before is left out.
 """
 
 import json
-import re
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from diffdpo.cli.command import Parser
+from diffdpo.cli.flags import parse_config
+from diffdpo.config import ScoreConfig
 from diffdpo.errors import UserError
 
 if TYPE_CHECKING:
     from diffdpo.evaluation.score_file import ScoreFile  # imported when it is needed: --help needs no torch
+    from diffdpo.evaluation.score_pairs import Scorer
 
-
-def build_parser() -> Parser:
-    """The flags."""
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", required=True, help=".jsonl(.gz), .json, .csv, .parquet, folder or data set")
-    parser.add_argument("--model_name_or_path", help="folder or hub name; None: the bundled model")
-    parser.add_argument("--ref_model_name_or_path", help="a second model to compare with, under the same noise")
-    parser.add_argument("--output", help="file to append to; ids already in it are skipped; None: standard output")
-    parser.add_argument("--score_estimator", default="balanced", help="see docs/theory.md")
-    parser.add_argument("--num_mc_samples", type=int, default=32, help="forwards a score")
-    parser.add_argument("--num_diffusion_steps", type=int, help="T of --score_estimator trajectory")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise")
-    parser.add_argument("--max_length", type=int, default=1024, help="most tokens of prompt and answer")
-    parser.add_argument("--max_prompt_length", type=int, default=512, help="most tokens of the prompt")
-    parser.add_argument(
-        "--truncation", default="keep_end", choices=("keep_end", "keep_start", "drop"), help="of prompts"
-    )
-    parser.add_argument("--answer_truncation", default="cut", choices=("cut", "drop"), help="of answers")
-    parser.add_argument("--batch_size", type=int, default=8, help="records scored at a time")
-    parser.add_argument("--segment_rows", type=int, default=64, help="rows in one forward")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the weights")
-    return parser
+SHARED = (
+    *("model_name_or_path", "ref_model_name_or_path", "score_estimator", "num_mc_samples", "num_diffusion_steps"),
+    *("seed", "max_length", "max_prompt_length", "truncation", "answer_truncation", "template", "dtype"),
+)
+"""Settings that the scores in one file must have in common."""
 
 
 def main(argv: list[str]) -> None:
     """Score every record of --pairs that --output does not hold yet."""
-    args = build_parser().parse_args(argv)
-    check(args)
-    records = read_records(args.pairs)
-    check_models(model_names(args))
-    file = open_output(args)
+    config = parse_config(ScoreConfig, argv, __doc__ or "")
+    if not config.pairs:
+        raise UserError("--pairs is missing: name a file, folder or data set of pairs")
+    from diffdpo.noise.estimators import check_estimator
+
+    check_estimator(
+        config.score_estimator, num_samples=config.num_mc_samples, num_diffusion_steps=config.num_diffusion_steps
+    )
+    records = read_records(config.pairs)
+    from diffdpo.evaluation.score_models import check_models, load_models, model_names
+    from diffdpo.evaluation.score_pairs import Scorer
+
+    names = model_names(config)
+    check_models(names)
+    file = open_output(config, names)
     done = len(file.done) if file else 0
     try:
-        count, dropped, repeated = score_all(args, records, file)
+        scorer = Scorer(load_models(names, config), config)
+        count, repeated = score_all(scorer, records, file)
     finally:
         if file:
             file.close()
-    for name, drop in dropped[:5]:
+    for name, drop in scorer.dropped[:5]:
         print(f"left out {name}: {drop.reason} {drop.detail}".rstrip(), file=sys.stderr)
     if repeated:
         print(f"left out {repeated} whose id another record has", file=sys.stderr)
-    print(f"scored {count}, left out {len(dropped) + repeated}, already there {done}", file=sys.stderr)
+    print(f"scored {count}, left out {len(scorer.dropped) + repeated}, already there {done}", file=sys.stderr)
 
 
-def check(args) -> None:
-    """UserError for what can be known wrong before data or model are opened."""
-    from diffdpo.noise.estimators import check_estimator
-
-    check_estimator(args.score_estimator, num_samples=args.num_mc_samples, num_diffusion_steps=args.num_diffusion_steps)
-    for name in ("batch_size", "segment_rows"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1")
-    if args.max_length < 3 or not 0 < args.max_prompt_length < args.max_length:
-        raise UserError(
-            f"--max_prompt_length {args.max_prompt_length} and --max_length {args.max_length} leave no room for a "
-            "prompt and an answer; the first must be at least 1 and below the second"
-        )
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", args.device):
-        raise UserError(f"--device {args.device}: use auto, cpu, cuda or cuda:N")
-    if args.output and not Path(args.output).absolute().parent.is_dir():
-        raise UserError(f"--output {args.output}: there is no folder {Path(args.output).parent}; make it first")
-
-
-def open_output(args) -> "ScoreFile | None":
+def open_output(config: ScoreConfig, names: list[str]) -> "ScoreFile | None":
     """--output, with what it holds already; None: standard output."""
-    if not args.output:
+    if not config.output:
         return None
     from diffdpo.evaluation.score_file import ScoreFile
     from diffdpo.reference.identity import weights_digest
 
-    names = "model_name_or_path ref_model_name_or_path score_estimator num_mc_samples num_diffusion_steps seed"
-    names += " max_length max_prompt_length truncation answer_truncation dtype"
-    settings = {name: getattr(args, name) for name in names.split()}  # that scores in one file must share
-    digests = [weights_digest(name) for name in model_names(args)]
-    return ScoreFile(Path(args.output), settings | {"model_weights": digests})
+    settings = {name: value for name, value in asdict(config).items() if name in SHARED}
+    return ScoreFile(Path(config.output), settings | {"model_weights": [weights_digest(name) for name in names]})
 
 
 def read_records(source: str) -> Iterator:
@@ -141,57 +114,14 @@ def unmet(records: Iterator, done: Mapping[str, str], repeated: list[str], diges
         met.add(record.id)
 
 
-def score_all(args, records: Iterator, file: "ScoreFile | None") -> tuple[int, list, int]:
-    """Write a line a record that is not done; (how many, what was left out, records met twice)."""
-    from data_pipeline.encode import Drop
-    from diffdpo.build import make_encoder, make_noise
-    from diffdpo.evaluation.score_pairs import as_line, batches, encoded, score_pairs
-    from diffdpo.scores.segments import Segments
-
-    models, spec, tokenizer = load_models(args)
-    encoder = make_encoder(args, tokenizer, spec)
-    noise, segments = make_noise(args, spec), Segments(rows=args.segment_rows)
-    dropped, repeated, digests = list[tuple[str, Drop]](), list[str](), dict[str, str]()
-    left, count = unmet(records, file.done if file else {}, repeated, digests), 0
-    for pairs in batches(encoded(left, encoder, dropped, noise), args.batch_size):
-        scores, ratio = score_pairs(pairs, models, noise, segments=segments)
-        for index, pair in enumerate(pairs):
-            line = as_line(pair, index, scores, ratio)
-            if file:
-                file.write(line, digests.pop(pair.id))
-            else:
-                print(json.dumps(line, ensure_ascii=False))
+def score_all(scorer: "Scorer", records: Iterator, file: "ScoreFile | None") -> tuple[int, int]:
+    """Write a line a record that is not done; (how many, records met twice)."""
+    repeated, digests, count = list[str](), dict[str, str](), 0
+    for key, line in scorer(unmet(records, file.done if file else {}, repeated, digests)):
+        if file:
+            file.write(line, digests.pop(key))
+        else:
+            print(json.dumps(line, ensure_ascii=False))
         (file or sys.stdout).flush()
-        count += len(pairs)
-    return count, dropped, len(repeated)
-
-
-def model_names(args) -> list[str]:
-    """The model, and the reference if one is named."""
-    from diffdpo.build import BUNDLED_MODEL
-
-    named = args.model_name_or_path or str(BUNDLED_MODEL), args.ref_model_name_or_path
-    return [name for name in named if name]
-
-
-def check_models(names: list[str]) -> None:
-    """UserError for a model without config or tokenizer, and for two of different vocabularies: no weights are read."""
-    from diffdpo.models.load import load_tokenizer_and_spec
-
-    vocabularies = [load_tokenizer_and_spec(name)[0].get_vocab() for name in names]
-    if vocabularies[0] != vocabularies[-1]:
-        raise UserError("--ref_model_name_or_path has another vocabulary than the model; their scores do not compare")
-
-
-def load_models(args) -> tuple[list, Any, Any]:
-    """The models ready to score, the first one's spec and tokenizer."""
-    import torch
-
-    from diffdpo.models.load import load_model
-    from diffdpo.scores.masked_log_probs import MaskedLogProbs
-
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: no GPU is to be found here; use --device cpu")
-    loaded = [load_model(name, dtype=args.dtype, device=device) for name in model_names(args)]
-    return [MaskedLogProbs(one.model, one.spec).eval() for one in loaded], loaded[0].spec, loaded[0].tokenizer
+        count += 1
+    return count, len(repeated)

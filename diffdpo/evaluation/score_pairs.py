@@ -11,12 +11,34 @@ import torch
 from data_pipeline.batch import collate
 from data_pipeline.encode import Drop, Encoder, TokenPair
 from data_pipeline.records import Record
+from diffdpo.config import ScoreConfig
+from diffdpo.models.encoder import make_encoder
+from diffdpo.models.load import LoadedModel
 from diffdpo.noise.estimators import MAX_EXACT_LENGTH
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.scores.fold import PairScores, fold
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.scores.rows import score_rows
 from diffdpo.scores.segments import Segments
+
+
+class Scorer:
+    """Records to lines of scores, under one model or under two with shared noise."""
+
+    def __init__(self, models: Sequence[LoadedModel], settings: ScoreConfig):
+        spec, tokenizer = models[0].spec, models[0].tokenizer
+        self.models = [MaskedLogProbs(one.model, one.spec).eval() for one in models]
+        self.encoder = make_encoder(settings, tokenizer, spec)
+        self.noise = NoiseOptions.of(settings, mask_token_id=spec.mask_token_id)
+        self.segments, self.batch_size = Segments(rows=settings.segment_rows), settings.batch_size
+        self.dropped: list[tuple[str, Drop]] = []  # (id, why) of records that were left out
+
+    def __call__(self, records: Iterable[Record]) -> Iterator[tuple[str, dict]]:
+        """(id, line) of every record that can be scored, in order; batch by batch."""
+        for pairs in batches(encoded(records, self.encoder, self.dropped, self.noise), self.batch_size):
+            scores, ratio = score_pairs(pairs, self.models, self.noise, segments=self.segments)
+            for index, pair in enumerate(pairs):
+                yield pair.id, as_line(pair, index, scores, ratio)
 
 
 def score_pairs(
@@ -27,7 +49,7 @@ def score_pairs(
     The models read the same rows, of epoch 0. UserError for ``exact`` on long answers.
     """
     batch = collate(list(pairs), pad_id=noise.mask_token_id, epoch=0, step=0, micro=0, last_micro=True)
-    rows = noise.rows(batch, next(models[0].parameters()).device)
+    rows = noise.draw_rows(batch, next(models[0].parameters()).device)
     f = [score_rows(model, rows, segments=segments) for model in models]
     ratio = fold(f[0] - f[1], rows) if len(f) == 2 else None
     return [fold(f_R, rows) for f_R in f], ratio

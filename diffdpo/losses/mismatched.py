@@ -17,10 +17,9 @@ def mismatched(step: Sequence[Sequence[PairBatch]], *, rank: int, max_length: in
 
     ``step`` holds the micro-batches of every rank, ``step[rank][micro]``. Its answers are put in the order of the data
     set (by record number, all chosen ones, then all rejected ones), so who meets whom follows from the records alone,
-    however they were sorted and cut into steps, ranks and micro-batches. Each takes the
-    nearest answer before it, cyclically, that has another prompt. Where the step holds one prompt only, nothing can be
-    mismatched and the result has no answers: z is 0. Score the result under policy and reference without a gradient,
-    for ``reference_point_of``.
+    however they were sorted and cut into steps, ranks and micro-batches. Each takes the nearest answer before it,
+    cyclically, that has another prompt. Where the step holds one prompt only, nothing can be mismatched and the result
+    has no answers: z is 0. Score the result under policy and reference without a gradient, for ``reference_point_of``.
 
     ``max_length``: longest row; a longer one is cut as ``Encoder`` cuts, the end of the prompt and the start of the
     answer staying, the prompt not below half of it.

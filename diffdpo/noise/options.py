@@ -30,7 +30,7 @@ class NoiseOptions:
             settings.num_diffusion_steps,
         )
 
-    def rows(self, batch: PairBatch, device: torch.device, *, draw: int = 0) -> NoisyRows:
+    def draw_rows(self, batch: PairBatch, device: torch.device, *, draw: int = 0) -> NoisyRows:
         """The noisy rows of a micro-batch; another ``draw``: others, independent of them."""
         return noisy_rows(
             batch,

@@ -185,7 +185,7 @@ def _score_all(
             pieces = [_nothing(stream.shapes)]
             for step in steps.tolist():
                 for batch in _step(stream.loader, epoch, step):
-                    rows = noise.rows(batch, world.device)
+                    rows = noise.draw_rows(batch, world.device)
                     f_R = score_rows(forward, rows, segments=segments)
                     pieces.append(part_of(batch, rows, f_R, stream.shapes))
                 bar.update(stream.loader.options.global_batch_size)

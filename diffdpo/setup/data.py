@@ -10,7 +10,8 @@ import numpy as np
 
 from data_pipeline.batch import PairBatch
 from data_pipeline.dataset import ShardedDataset, open_dataset
-from data_pipeline.encode import Encoder, default_template
+from data_pipeline.encode import Encoder
+from data_pipeline.facts import count_kinds, longest_text, overlap
 from data_pipeline.generate import GENERATOR_VERSION, generate_corpus, generate_pairs, parse_mix, write_jsonl
 from data_pipeline.names import source_names
 from data_pipeline.reader import PairLoader
@@ -18,9 +19,7 @@ from diffdpo.config import RunConfig, SftConfig, TrainConfig
 from diffdpo.engine.world import World
 from diffdpo.errors import UserError
 from diffdpo.losses.options import LossOptions
-from diffdpo.models.architecture.spec import FamilySpec
 from diffdpo.noise.estimators import MAX_EXACT_LENGTH
-from diffdpo.settings.data import EncodingSettings
 from diffdpo.setup.context import RunContext
 
 GENERATED_EVAL_PAIRS, GENERATED_EVAL_SEED = 512, 0  # the same held-out problems whatever the training seed
@@ -41,7 +40,7 @@ def open_data(
     # eval_mask is told a constant seed: which prompts are held out must not change with the training seed
     split: dict[str, Any] = {"eval_fraction": config.eval_fraction, "seed": 0} if held_out is None else {}
     options: dict[str, Any] = {"cache_dir": context.cache_dir, "progress": world.is_main}
-    options["allow_damaged"] = config.allow_damaged
+    options |= {"allow_damaged": config.allow_damaged, "columns": config.columns}
     train_set = open_dataset(train, split="train", weights=config.weights_of_sources(), **split, **options)
     eval_set = None
     if held_out is not None:
@@ -76,20 +75,6 @@ def generated(config: TrainConfig | SftConfig) -> Callable[[Path], tuple[str, st
         return str(train), str(held_out)
 
     return generate
-
-
-def make_encoder(config: EncodingSettings, tokenizer, spec: FamilySpec) -> Encoder:
-    """Text to tokens by the family's habits; `python -m data_pipeline inspect` shows the same."""
-    return Encoder(
-        tokenizer,
-        max_length=config.max_length,
-        max_prompt_length=config.max_prompt_length,
-        truncation=config.truncation,
-        answer_truncation=config.answer_truncation,
-        template=config.template or default_template(tokenizer),
-        terminator=spec.terminator_id,
-        forbidden_ids=(spec.mask_token_id,),
-    )
 
 
 def train_loader(config: RunConfig, dataset: ShardedDataset, encoder: Encoder, world: World) -> PairLoader:
@@ -155,6 +140,32 @@ def check_kind_of_records(dataset: ShardedDataset, loss: LossOptions) -> None:
             f"--train_data has {single} single answers among {len(dataset)} records and --loss_type "
             f"{','.join(loss.names)} needs pairs; use --loss_type kto or data with chosen and rejected"
         )
+
+
+def warn_of_data(
+    config: RunConfig,
+    context: RunContext,
+    datasets: tuple[ShardedDataset, ShardedDataset | None],
+    loss: LossOptions | None = None,
+    longest: int | None = None,
+) -> None:
+    """Tell of what trains, and is likely a mistake. ``loss``: of preference training; ``longest``: tokens that the
+    model was made for."""
+    train, held_out = datasets
+    kinds = count_kinds(train)
+    if loss is not None and loss.unpaired and not kinds.pairs:
+        if not (kinds.desirable and kinds.undesirable):
+            found = "desirable" if kinds.desirable else "undesirable"
+            context.print(f"warning    all {len(train)} answers are {found}: such a loss learns from the difference")
+        if kinds.prompts == 1:
+            context.print("warning    all records answer one prompt: there are no other prompts to compare with")
+    if held_out is not None and config.eval_data and (shared := overlap(train, held_out)).prompts:
+        context.print(
+            f"warning    --eval_data: {shared.records} of its {shared.held_out} records, and the prompts of "
+            f"{shared.prompts}, are trained on: what it measures is memory"
+        )
+    if longest is not None and config.max_length > longest and longest_text(train) > longest:
+        context.print(f"warning    --max_length {config.max_length}: the model was made for {longest} tokens at most")
 
 
 def check_exact(config: RunConfig, encoder: Encoder, datasets: Sequence[ShardedDataset | None]) -> None:

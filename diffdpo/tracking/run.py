@@ -36,7 +36,7 @@ class Tracking:
         """Draw the curves, ship what is left and the run's files, set the final status. True when all arrived."""
         self.journal.close()
         plot_curves(self.output_dir)
-        return self.mlflow is None or self.mlflow.close(status)
+        return self.mlflow is None or self.mlflow.close(status, timeout=30)
 
 
 def tracking_uri(given: str | None, output_dir: Path) -> str | None:

@@ -145,27 +145,6 @@ def test_recipes_of_the_project_are_readable():
         parse_config(kind, ["--config", str(path)], "")
 
 
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (["--target_stderr", "0"], "above 0"),
-        (["--target_stderr", "0.1", "--num_mc_samples", "2"], "between 2 and --num_mc_samples"),
-        (["--target_stderr", "0.1", "--num_mc_samples", "1"], "between 2 and --num_mc_samples"),
-        (["--target_stderr", "0.1", "--score_estimator", "exact"], "exact"),
-        (["--target_stderr", "0.1", "--score_estimator", "trajectory"], "--num_diffusion_steps"),
-        (["--desirable_weight", "-1"], "at least 0"),
-    ],
-)
-def test_target_stderr_is_refused_where_it_cannot_work(flags, said):
-    with pytest.raises(UserError, match=said):
-        parse_config(TrainConfig, flags, "")
-
-
-def test_target_stderr_goes_with_a_trajectory_of_fixed_steps():
-    flags = ["--target_stderr", "0.1", "--score_estimator", "trajectory", "--num_diffusion_steps", "16"]
-    assert parse_config(TrainConfig, flags, "").target_stderr == 0.1
-
-
 @pytest.mark.parametrize("config_class", [TrainConfig, SftConfig])
 def test_an_adapter_is_no_policy_to_train(config_class, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")

@@ -15,8 +15,8 @@ from data_pipeline.commands.common import encoder_of
 from data_pipeline.records import PreferenceRecord, assistant_turn, user_turn
 from diffdpo.config import TrainConfig, make_config
 from diffdpo.models.bundled import BUNDLED_MODEL
+from diffdpo.models.encoder import make_encoder
 from diffdpo.models.load import load_tokenizer_and_spec
-from diffdpo.setup.data import make_encoder
 
 
 @pytest.fixture

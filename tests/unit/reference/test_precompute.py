@@ -12,6 +12,7 @@ from diffdpo.config import TrainConfig
 from diffdpo.engine.choice import EngineChoice
 from diffdpo.engine.world import World
 from diffdpo.errors import UserError
+from diffdpo.models.encoder import make_encoder
 from diffdpo.models.load import load_model, load_tokenizer_and_spec
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.reference import precompute as module
@@ -56,7 +57,7 @@ class Run:
         self.rows = 0
         config = replace(self.config, **changed)
         tokenizer, spec = load_tokenizer_and_spec(config.model_name_or_path)
-        encoder = run_data.make_encoder(config, tokenizer, spec)
+        encoder = make_encoder(config, tokenizer, spec)
         options = {"encoder": encoder, "spec": spec, "cache_dir": self.cache_dir, "say": print}
         work = ReferencePass(config, EngineChoice(), WORLD, **options)
         loader = run_data.train_loader(config, self.sets[0], encoder, WORLD)
@@ -73,7 +74,7 @@ class Run:
         config = replace(self.config, **changed)
         loaded = load_model(config.model_name_or_path)
         forward = MaskedLogProbs.of(loaded.model, loaded.spec, config).requires_grad_(False)
-        encoder = run_data.make_encoder(config, loaded.tokenizer, loaded.spec)
+        encoder = make_encoder(config, loaded.tokenizer, loaded.spec)
         noise = NoiseOptions.of(config, mask_token_id=loaded.spec.mask_token_id)
         segments = make_segments(config, EngineChoice(), WORLD.device)
         steps = run_data.train_loader(config, self.sets[0], encoder, WORLD).steps()
@@ -84,7 +85,7 @@ class Run:
             (precomputed.held_out, run_data.eval_batches(config, self.sets[1], encoder, WORLD)),
         ):
             for batch in some:
-                rows = noise.rows(batch, WORLD.device)
+                rows = noise.draw_rows(batch, WORLD.device)
                 live_R = score_rows(forward, rows, segments=segments)
                 assert live_R.abs().max() > 1
                 worst = max(worst, float((reference(rows, batch) - live_R).abs().max()))

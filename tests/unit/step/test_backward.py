@@ -41,7 +41,7 @@ def test_kto_measures_its_reference_point_on_mismatched_answers(tiny_model, batc
     batch = batches[0]
 
     def ratio(of):
-        rows = step.noise.rows(of, WORLD.device)
+        rows = step.noise.draw_rows(of, WORLD.device)
         with torch.no_grad():
             return fold(forward_rows(step.engine, rows) - step.reference(rows, of), rows).score_B2
 
@@ -60,7 +60,7 @@ def test_gradient_does_not_depend_on_micro_batches(tiny_model, batches):
 
 
 def test_first_loss_is_ln_2(tiny_model, batches):
-    """Not to the bit: a forward with a graph may take other kernels than one without, which depends on the processor."""
+    """Not to the bit: a forward with a graph may take other kernels than one without; the processor decides."""
     report = make_step(tiny_model, "none", 0, apart=False)(batches[:1], 0.0)
     assert report.loss == pytest.approx(0.69314718, abs=1e-6)
     assert report.relative_logit <= RELATIVE[False]
@@ -71,7 +71,7 @@ def test_first_loss_is_ln_2(tiny_model, batches):
 @pytest.mark.parametrize("strategy", ["none", "two_pass", "deferred"])
 @pytest.mark.parametrize("segment_rows", [1, 5, 24])
 def test_rounding_is_told_from_a_fault(tiny_model, batches, strategy, segment_rows):
-    """Whatever the policy's segments, equal models stay below the tolerance, and 1 part in 10,000 of the weights is seen."""
+    """Whatever the segments, equal models stay below the tolerance; 1 part in 10,000 of the weights is seen."""
     step = make_step(tiny_model, strategy, segment_rows, apart=False)
     reference = make_step(tiny_model, "none", 0, apart=False).reference
     step.reference = lambda rows, batch: reference(rows, batch)
@@ -115,7 +115,7 @@ def test_a_slot_without_a_pair_changes_nothing(tiny_model, batches):
 
 def test_scores_do_not_depend_on_segments(tiny_model, batches):
     step = make_step(tiny_model, "none", 0)
-    rows = step.noise.rows(batches[0], WORLD.device)
+    rows = step.noise.draw_rows(batches[0], WORLD.device)
     whole = score_rows(step.engine, rows, segments=Segments())
     for size in (1, 3, 10):
         assert torch.allclose(score_rows(step.engine, rows, segments=Segments(rows=size)), whole, atol=1e-4)
