@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ from diffdpo.engine.plain import PlainFrozen
 from diffdpo.engine.world import World
 from diffdpo.errors import UserError
 
+FOR_GRADIENTS = ("offload_optimizer", "zero_hpz_partition_size", "zero_quantized_gradients")
+"""What of "zero_optimization" concerns the backward and the step. (DeepSpeed makes the groups of a hierarchical
+partition once a process and fails at a second module that asks for them.)"""
 TAG = "engine"  # the folder of a checkpoint that DeepSpeed writes into
 
 
@@ -111,9 +115,9 @@ class ShardedFrozen:
         deepspeed = import_deepspeed()
         deepspeed.init_distributed(verbose=False)
         config = {k: v for k, v in choice.ds_config.items() if k not in ("optimizer", "gradient_clipping")}
-        zero = {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"}
-        placed = _placed(module.eval().requires_grad_(False), world, choice)
-        self.engine = deepspeed.initialize(model=placed, config=copy.deepcopy(config | {"zero_optimization": zero}))[0]
+        config["zero_optimization"] = {k: v for k, v in config["zero_optimization"].items() if k not in FOR_GRADIENTS}
+        placed = _placed(module.eval().requires_grad_(False), world, replace(choice, ds_config=config))
+        self.engine = deepspeed.initialize(model=placed, config=copy.deepcopy(config))[0]
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         return self.engine(*inputs)

@@ -6,6 +6,7 @@ from typing import cast
 import numpy as np
 from torch import nn
 
+from data_pipeline.facts import refuse_unusable
 from diffdpo.config import TrainConfig, resolve
 from diffdpo.engine.base import Engine, FrozenModule, count_parameters
 from diffdpo.engine.choice import EngineChoice, choose_engine
@@ -15,7 +16,8 @@ from diffdpo.evaluation.heldout import HeldOutPairs, SampledAnswers
 from diffdpo.losses.options import LossOptions
 from diffdpo.models.bundled import model_or_bundled
 from diffdpo.models.encoder import make_encoder
-from diffdpo.models.load import load_tokenizer_and_spec
+from diffdpo.models.load import load_tokenizer_and_spec, model_context
+from diffdpo.noise.block_score import resolved
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.reference.modes import choose_mode, make_frozen, make_reference, second_model_share
 from diffdpo.reference.precompute import Precomputed, ReferencePass
@@ -77,7 +79,11 @@ class _Data:
         run_data.check_batch_size(config, self.loss, world)
         tokenizer, self.spec = load_tokenizer_and_spec(model_or_bundled(config.model_name_or_path))
         self.encoder = make_encoder(config, tokenizer, self.spec)
-        run_data.check_exact(config, self.encoder, (self.train_set, self.eval_set))
+        longest = model_context(model_or_bundled(config.model_name_or_path))
+        run_data.warn_of_data(config, context, (self.train_set, self.eval_set), self.loss, longest)
+        refuse_unusable(self.train_set, self.encoder)
+        if not self.spec.block_size:  # of blocks the masks of each block are enumerated
+            run_data.check_exact(config, self.encoder, (self.train_set, self.eval_set))
         self.loader = run_data.train_loader(config, self.train_set, self.encoder, world)
 
     def precompute(self) -> Precomputed:
@@ -98,7 +104,7 @@ class _Data:
         streams = [work.training(loader, last=run_data.total_steps(config, loader))]
         if self.eval_set is not None:
             held_out = run_data.eval_loader(config, self.eval_set, self.encoder, world)
-            streams.append(work.held_out(held_out, last=run_data.eval_steps(config, held_out)))
+            streams.append(work.held_out(held_out))
         return work.complete(streams)
 
 
@@ -115,7 +121,7 @@ class _Training:
         # before another model is in memory
         self.scores = parts.precompute() if self.mode == "precomputed" else None
         self.loaded = load_policy(config, choice, world)
-        self.noise = NoiseOptions.of(config, mask_token_id=self.loaded.spec.mask_token_id)
+        self.noise = NoiseOptions.of(config, self.loaded.spec)
         module = MaskedLogProbs.of(self.loaded.model, self.loaded.spec, config)
         frozen = make_frozen(config, module, bf16=choice.bf16) if self.mode == "copy" else None
         options = OptimizerOptions.of(config)
@@ -141,7 +147,6 @@ class _Training:
             SampledAnswers(config, self.engine, self.loaded, batches),
             segments=segments,
             max_length=config.max_length,
-            limit=config.max_eval_pairs,
         )
 
     def _references(self, frozen: FrozenModule | None, eval_segments: Segments) -> tuple[Reference, Reference, str]:
@@ -191,7 +196,8 @@ class _Training:
         )
 
     def _shape(self) -> MicroBatchShape:
-        return micro_batch_shape(self.config, couples_pairs=self.loss.couples_pairs)
+        block_size = self.loaded.spec.block_size
+        return micro_batch_shape(self.config, couples_pairs=self.loss.couples_pairs, block_size=block_size)
 
     def _fit(self) -> str:
         """Segments, and micro-batches of the same step, as large as ``--max_memory`` allows; lines of what was done."""
@@ -230,12 +236,19 @@ class _Training:
             f"{'records' if self.loss.unpaired else 'pairs'}, "
             f"{held_out}\n"
             f"engine     {self.choice.describe()}, {context.world.size} process(es) on {context.world.device.type}\n"
-            f"scores     {config.score_estimator}, n = {config.num_mc_samples}; loss {self.loss.describe()}, "
+            f"scores     {self._scores()}; loss {self.loss.describe()}, "
             f"beta {config.beta}\n"
             f"memory     segmentation '{strategy}' ({why}), {self.segments.describe()}\n"
             f"{measured}"
             f"output     {context.output_dir}"
         )
+
+    def _scores(self) -> str:
+        """The estimator, and why where `auto` chose it."""
+        asked = self.config.score_estimator
+        estimator, why = resolved(asked, self.loaded.spec.block_size)
+        because = f" ({why})" if asked != estimator and self.loaded.spec.block_size else ""
+        return f"{estimator}{because}" + ("" if estimator == "exact" else f", n = {self.config.num_mc_samples}")
 
     def _check_first(self, report: StepReport) -> None:
         """With policy = reference and shared noise every preference logit is 0, so the sigmoid loss is ln 2."""

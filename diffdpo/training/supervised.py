@@ -10,6 +10,7 @@ from typing import cast
 
 from data_pipeline.batch import Fault, PairBatch
 from data_pipeline.dataset import ShardedDataset
+from data_pipeline.facts import refuse_unusable
 from data_pipeline.records import AnswerRecord
 from data_pipeline.stages import RecordReader
 from diffdpo.config import SftConfig, resolve
@@ -71,9 +72,12 @@ def _build(
     train_set, eval_set = run_data.open_data(config, context, run_data.generated(config))
     loaded = _load_or_make(config, context, choice, train_set, keep=resume is not None)
     encoder = make_encoder(config, loaded.tokenizer, loaded.spec)
+    longest = getattr(loaded.model.config, "max_position_embeddings", None)
+    run_data.warn_of_data(config, context, (train_set, eval_set), longest=longest)
+    refuse_unusable(train_set, encoder)
     loader = run_data.train_loader(config, train_set, encoder, world)
     batches = run_data.eval_batches(config, eval_set, encoder, world)
-    noise = NoiseOptions.of(config, mask_token_id=loaded.spec.mask_token_id)
+    noise = NoiseOptions.of(config, loaded.spec)
     module = MaskedLogProbs.of(loaded.model, loaded.spec, config)
     engine = make_engine(choice, module, world, OptimizerOptions.of(config), say=context.print)
     meets = world if engine.retry_obstacle() is not None else None
@@ -91,14 +95,8 @@ def _build(
         batches,
         SampledAnswers(config, engine, loaded, batches),
         segments=make_segments(config, choice, world.device, world=world),
-        limit=config.max_eval_pairs,
     )
-    context.print(
-        f"model    {config.model_name_or_path or 'new'}, {count_parameters(loaded.model)[0]:,} parameters\n"
-        f"data     {config.train_data or 'generated arithmetic-reasoning answers'}: {len(train_set)} answers\n"
-        f"engine   {choice.describe()}; segmentation '{strategy}' ({why})\n"
-        f"output   {context.output_dir}"
-    )
+    context.print(_announcement(config, context, choice, loaded, len(train_set), f"'{strategy}' ({why})"))
     loss = LossOptions(("sft",), (1.0,), beta=1.0)
     score_step = PreferenceStep(engine, no_reference, noise, loss, strategy=strategy, segments=segments, compared=False)
 
@@ -122,6 +120,17 @@ def _build(
         unit="answers",
         base=config.model_name_or_path or "random weights",
         callbacks=callbacks,
+    )
+
+
+def _announcement(
+    config: SftConfig, context: RunContext, choice: EngineChoice, loaded: LoadedModel, answers: int, strategy: str
+) -> str:
+    return (
+        f"model    {config.model_name_or_path or 'new'}, {count_parameters(loaded.model)[0]:,} parameters\n"
+        f"data     {config.train_data or 'generated arithmetic-reasoning answers'}: {answers} answers\n"
+        f"engine   {choice.describe()}; segmentation {strategy}\n"
+        f"output   {context.output_dir}"
     )
 
 
