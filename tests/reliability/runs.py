@@ -98,7 +98,8 @@ def _become_rank(arguments, rank, processes, port, log, environment) -> None:
         if processes > 1:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_WORLD_SIZE=str(processes))
-        from diffdpo.cli import command, train
+        from diffdpo import command
+        from diffdpo.cli import train
 
         sys.argv = ["launch/train.py", *arguments]
         command.run(train.main)
