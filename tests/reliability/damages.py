@@ -116,7 +116,9 @@ def table(outs: dict[str, Path], told: Counter, silent: Counter) -> str:
     count = sum(file.is_file() for out in outs.values() for file in list_checkpoints(out)[-1].rglob("*"))
     lines = ["| damage | told | silent |", "|---|---|---|"]
     lines += [f"| {kind} | {told[kind]} | {silent[kind]} |" for kind in KINDS]
-    lines += [f"| all, over {count} files of {len(outs)} checkpoints ({', '.join(outs)}) | {told.total()} | {silent.total()} |"]
+    lines += [
+        f"| all, over {count} files of {len(outs)} checkpoints ({', '.join(outs)}) | {told.total()} | {silent.total()} |"
+    ]
     return "\n".join(lines)
 
 
