@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from data_pipeline.verifiers import VERIFIERS
 from diffdpo.settings.base import Settings, setting
 
 
@@ -22,4 +23,4 @@ class EvaluationSettings(Settings):
     num_eval_problems: int = setting(
         200, "held-out problems answered by sampling, before and after; 0: none", at_least=0
     )
-    eval_task: str = setting("auto", "who judges sampled answers", choices=("auto", "arithmetic", "gsm8k", "none"))
+    eval_task: str = setting("auto", "who judges sampled answers", choices=("auto", *VERIFIERS, "none"))
