@@ -8,6 +8,7 @@ lock file lets one of them work while the others wait for its result, which appe
 import hashlib
 import json
 import logging
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -261,5 +262,5 @@ def _check_shards(index: Index, allow_damaged: bool) -> None:
             what = "is missing" if found is None else f"has {found} bytes, the index says {known['bytes']}"
             raise DataError(
                 f"shard {url} {what}; restore it, build again, see what is lost with `python -m data_pipeline verify "
-                f"{path.parent}`, or go on without it (--allow_damaged)"
+                f"{shlex.quote(str(path.parent))}`, or go on without it (--allow_damaged)"
             )

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from glob import glob
+from glob import escape, glob
 from pathlib import Path
 
 import numpy as np
@@ -108,19 +108,22 @@ def expand(pattern: str) -> list[str]:
     folder = Path(named_split(pattern, SourceOptions())[0]).expanduser()
     if folder.exists() or not (is_glob(pattern) or "{" in pattern or pattern.endswith(TAR)):
         return [pattern]
-    found: list[str] = []
-    for name in braceexpand(pattern):
-        if is_remote(name):
-            found += expand_remote(name) if is_glob(name) else [name]
-        else:
-            found += _glob(name)
-    return sorted(set(found))
+    if not is_remote(pattern):
+        return sorted({path for name in _braces(path) for path in _glob(*name)})
+    urls = [expand_remote(name) if is_glob(name) else [name] for name in braceexpand(pattern)]
+    return sorted({url for group in urls for url in group})
 
 
-def _glob(name: str) -> list[str]:
-    paths = [str(Path(path).resolve()) for path in glob(str(Path(name).expanduser()))]
+def _braces(path: Path) -> list[tuple[Path, str]]:
+    """(folder, pattern in it) of what a brace list stands for. A folder that is there is none, whatever its name."""
+    folder = next(parent for parent in path.parents if parent.exists())
+    return [(folder, name) for name in braceexpand(str(path.relative_to(folder)))]
+
+
+def _glob(folder: Path, name: str) -> list[str]:
+    paths = [str(Path(path).resolve()) for path in glob(str(Path(escape(str(folder))) / name))]
     if not paths:
-        raise DataError(f"{name} matches no file" if is_glob(name) else f"{name} does not exist")
+        raise DataError(f"{folder / name} matches no file" if is_glob(name) else f"{folder / name} does not exist")
     return paths
 
 
