@@ -16,7 +16,7 @@ class EvaluationSettings(Settings):
     eval_steps: int = setting(0, "steps between evaluations; 0: before and after only", at_least=0, common=True)
     max_eval_pairs: int = setting(
         256,
-        "held-out records scored in an evaluation, the same ones whatever the batch and processes; 0: all",
+        "held-out records scored in an evaluation: drawn once, the same for every batch and seed; 0: all",
         at_least=0,
     )
     num_eval_problems: int = setting(
