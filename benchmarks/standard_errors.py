@@ -197,18 +197,18 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    found = []
+    command = {name: value for name, value in vars(args).items() if name != "output"}
+    found: list[dict] = []
     for line in lines(args):
         found.append(line)
+        if args.output:  # at once: a run that is broken off keeps what it has measured
+            args.output.write_text(json.dumps({"settings": command, "lines": found}, indent=1) + "\n")
         shown = " ".join(f"{value:.2f}" for value in line["ratio_each"])
         print(
             f"L={line['length']:<3d} {line['estimator']:18s} n={line['n']:<5d} {line['quantity']:18s} "
             f"spread {line['spread']:9.3g}  reported {line['reported']:9.3g}  each {shown}",
             flush=True,
         )
-    if args.output:
-        command = {name: value for name, value in vars(args).items() if name != "output"}
-        args.output.write_text(json.dumps({"settings": command, "lines": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
