@@ -114,7 +114,7 @@ def folded(plans: list[NoisePlan], models: list[TokenModel]) -> np.ndarray:
     answer = TokenAnswer(np.zeros(1 + plans[0].masked_NL.shape[1], dtype=np.int32), 1)
     pairs = [TokenPair(str(d), answer, None) for d in range(len(plans))]
     batch = collate(pairs, pad_id=0, epoch=0, step=0, micro=0, last_micro=True)
-    rows = rows_of_plans(batch, lambda length, record, side: plans[int(record)], empty_rows=1, mask_token_id=1)
+    rows = rows_of_plans(batch, lambda prompt, length, record, side: plans[int(record)], empty_rows=1, mask_token_id=1)
     masked_NL, scored_NL = (np.concatenate([getattr(p, name) for p in plans]) for name in ("masked_NL", "scored_NL"))
     scores = [fold(row_scores(torch.from_numpy(model(masked_NL)[scored_NL]), rows), rows) for model in models]
     both = [(one.score_B2[:, 0].double().numpy(), one.stderr_B2[:, 0].double().numpy()) for one in scores]

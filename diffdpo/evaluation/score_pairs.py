@@ -29,7 +29,7 @@ class Scorer:
         spec, tokenizer = models[0].spec, models[0].tokenizer
         self.models = [MaskedLogProbs(one.model, one.spec).eval() for one in models]
         self.encoder = make_encoder(settings, tokenizer, spec)
-        self.noise = NoiseOptions.of(settings, mask_token_id=spec.mask_token_id)
+        self.noise = NoiseOptions.of(settings, spec)
         self.segments, self.batch_size = Segments(rows=settings.segment_rows), settings.batch_size
         self.dropped: list[tuple[str, Drop]] = []  # (id, why) of records that were left out
 
@@ -62,7 +62,8 @@ def encoded(
     with their id."""
     for record in records:
         pair = encoder(record)
-        if not isinstance(pair, Drop) and noise.estimator == "exact" and longest(pair) > MAX_EXACT_LENGTH:
+        whole = noise.estimator == "exact" and not noise.block_size  # enumerates the masks of the whole answer
+        if not isinstance(pair, Drop) and whole and longest(pair) > MAX_EXACT_LENGTH:
             pair = Drop("too_long_for_exact", f"({longest(pair)} tokens in an answer, {MAX_EXACT_LENGTH} at most)")
         if isinstance(pair, Drop):
             dropped.append((record.id, pair))

@@ -87,7 +87,7 @@ class ReferencePass:
     ):
         self.config, self.choice, self.world = config, choice, world
         self.encoder, self.spec, self.cache_dir, self.say = encoder, spec, cache_dir, say
-        self.noise = NoiseOptions.of(config, mask_token_id=spec.mask_token_id)
+        self.noise = NoiseOptions.of(config, spec)
         self.segments = make_segments(config, choice, world.device, world=world)
         self.reference = config.ref_model_name_or_path or model_or_bundled(config.model_name_or_path)
         self.weights = world.broadcast(weights_digest(self.reference) if world.is_main else None)
