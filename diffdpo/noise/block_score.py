@@ -69,13 +69,17 @@ def draw_block_plan(
     rng = generator_of(estimator, key)
     plans = [drawn(estimator, length, num_samples, rng, num_diffusion_steps) for length in tokens]
     rows = max(len(plan) for plan in plans)
+    # the blocks of a NoisePlan, rows drawn together, are the same for all lengths, as they depend on n alone; its cells
+    # of single rows mean another row in each block of tokens
+    block_N, cell_N = (None, None) if plans[0].block_N is None else (plans[0].block_N, plans[0].cell_N)
+    together_N = np.zeros(rows, np.int64) if block_N is None else block_N
 
     def laid_out(of_plan: Callable[[NoisePlan], np.ndarray]) -> list[np.ndarray]:
         """[N, ...] of each block, its rows shifted by one a block; rows of a block with fewer masks are 0."""
         padded = [
             np.pad(value, [(0, rows - len(value))] + [(0, 0)] * (value.ndim - 1)) for value in map(of_plan, plans)
         ]
-        return [np.roll(value, index, axis=0) for index, value in enumerate(padded)]
+        return [value[_shifted(together_N, index)] for index, value in enumerate(padded)]
 
     return NoisePlan(
         masked_NL=np.concatenate(laid_out(lambda plan: plan.masked_NL), axis=1),
@@ -83,7 +87,14 @@ def draw_block_plan(
         weight_N=np.ones(rows),
         share_N=np.sum(laid_out(lambda plan: plan.share_N), axis=0),
         scale_NL=np.concatenate(laid_out(lambda plan: plan.weight_N[:, None] * _scale(plan)), axis=1),
+        block_N=block_N,
+        cell_N=cell_N,
     )
+
+
+def _shifted(block_N: np.ndarray, by: int) -> np.ndarray:
+    """Indices of the rows, shifted by so many within each set of rows that were drawn together: sets stay apart."""
+    return np.concatenate([np.roll(np.flatnonzero(block_N == block), by) for block in np.unique(block_N)])
 
 
 def _scale(plan: NoisePlan) -> np.ndarray:
