@@ -7,10 +7,13 @@ with the largest of their codes, as SLURM's does; otherwise it ends with ``SRUN_
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 from tests.conftest import ROOT
 
@@ -119,7 +122,12 @@ def start(
     )
 
     def finished(timeout: float = 60) -> Job:
-        said, _ = process.communicate(timeout=timeout)
+        try:
+            said, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            said, _ = process.communicate()
+            pytest.fail(f"{script} ran longer than {timeout} s\n{said[-3000:]}")
         return Job(process.returncode, said, [json.loads(line) for line in (folder / "log").read_text().splitlines()])
 
     return process, finished
