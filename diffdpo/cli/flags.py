@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from diffdpo.cli.command import Parser
+from diffdpo.command import Parser
 from diffdpo.config import TrainConfig, make_config
 from diffdpo.errors import UserError
 from diffdpo.settings.base import Settings

@@ -7,7 +7,7 @@ import sys
 from typing import NoReturn
 
 from diffdpo import __version__
-from diffdpo.cli.command import run
+from diffdpo.command import run
 from diffdpo.errors import UserError
 
 COMMANDS = {

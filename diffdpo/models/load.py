@@ -3,16 +3,23 @@
 Remote code is never run: the family is chosen by `model_type`. Weights are streamed shard by shard (`stream`).
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Tokenizer
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from data_pipeline.errors import DataError
+from data_pipeline.tokenizer import first_id, name_mask, read_tokenizer
 from diffdpo.errors import UserError
+from diffdpo.models.architecture.block_families import (
+    Fast_dLLM_QwenForCausalLM,
+    FastDLLMQwenConfig,
+    SDARConfig,
+    SDARForCausalLM,
+)
 from diffdpo.models.architecture.dream import (
     A2DLlamaConfig,
     A2DLlamaLMHeadModel,
@@ -26,6 +33,7 @@ from diffdpo.models.architecture.dream import (
     Qwen2DiffusionConfig,
     Qwen3DiffusionConfig,
 )
+from diffdpo.models.architecture.illada import ILLaDAConfig, ILLaDAForCausalLM
 from diffdpo.models.architecture.llada import LLaDAConfig, LLaDAModelLM
 from diffdpo.models.architecture.spec import DECODER_LORA_TARGETS, LLADA_LORA_TARGETS, FamilySpec
 from diffdpo.models.checkpoint.adapter_folder import base_of_adapter, is_adapter
@@ -43,16 +51,26 @@ def dtype_name(bf16: bool) -> str:
 
 @dataclass(frozen=True)
 class Family:
-    """What reading a checkpoint of one `model_type` takes."""
+    """What reading a checkpoint of one `model_type` takes.
+
+    `mask_token`, `mask_token_id`: name and id of the published mask, for checkpoints that declare none.
+    """
 
     config_class: type[PreTrainedConfig]
     model_class: type[PreTrainedModel]
     lora_targets: str
     logit_shift: int
+    mask_token: str | None = None
+    mask_token_id: int | None = None
 
 
 FAMILIES = {
     "llada": Family(LLaDAConfig, LLaDAModelLM, LLADA_LORA_TARGETS, 0),
+    "illada": Family(ILLaDAConfig, ILLaDAForCausalLM, DECODER_LORA_TARGETS, 0, "<[MASK]>", 5),
+    "sdar": Family(SDARConfig, SDARForCausalLM, DECODER_LORA_TARGETS, 0, "<|MASK|>", 151669),
+    "Fast_dLLM_Qwen": Family(
+        FastDLLMQwenConfig, Fast_dLLM_QwenForCausalLM, DECODER_LORA_TARGETS, 1, "|<MASK>|", 151665
+    ),
     "Dream": Family(DreamConfig, DreamModel, DECODER_LORA_TARGETS, 1),
     "qwen2": Family(Qwen2DiffusionConfig, DreamModel, DECODER_LORA_TARGETS, 1),
     "qwen3": Family(Qwen3DiffusionConfig, DreamModel, DECODER_LORA_TARGETS, 1),
@@ -61,6 +79,20 @@ FAMILIES = {
     "a2d-qwen3": Family(A2DQwen3Config, A2DQwen3LMHeadModel, DECODER_LORA_TARGETS, 0),
     "a2d-llama": Family(A2DLlamaConfig, A2DLlamaLMHeadModel, DECODER_LORA_TARGETS, 0),
 }
+
+
+NOT_BUILT = {
+    "llada2_moe": "LLaDA2.x: the experts are not built",
+    "llada2_moe_veomni": "LLaDA2.x with merged experts: the experts are not built",
+    "sdar_moe": "SDAR with experts: the experts are not built",
+    "lladamoe": "LLaDA-MoE: the experts are not built",
+    "nemotron_labs_diffusion": (
+        "Nemotron-Labs-Diffusion: names (encoder.*, diffusion_head) and YaRN with position-dependent query scaling are "
+        "not built, and how its clean tokens attend was not verified"
+    ),
+    "diffusion_gemma": "DiffusionGemma: uniform noise without a mask token is another kind of diffusion",
+}
+"""Families that are known and refused, and why."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +110,11 @@ def load_model(
     dtype: str = "float32",
     device: str = "cpu",
     load_in_4bit: bool = False,
+    block_size: int | None = None,
 ) -> LoadedModel:
     """Load a published checkpoint, a directory written by `save_model`, or a peft adapter directory with its base.
 
+    `block_size`: for a checkpoint that does not say how many tokens a block has (0: its attention is full).
     `load_in_4bit`: NF4 with double quantisation for the blocks; embedding, norms and head stay in `dtype`.
     Raises UserError for anything a user can mend: an unknown family or dtype, missing keys or tensors, a tokenizer
     that does not fit.
@@ -90,8 +124,9 @@ def load_model(
         raise UserError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
     check_device(device)
     if is_adapter(name_or_path):
-        return load_adapter(name_or_path, dtype=dtype, device=device, load_in_4bit=load_in_4bit)
-    family, config = read_config(name_or_path)
+        options = {"dtype": dtype, "device": device, "load_in_4bit": load_in_4bit, "block_size": block_size}
+        return load_adapter(name_or_path, **options)
+    family, config = read_config(name_or_path, block_size=block_size)
     tokenizer = load_tokenizer(name_or_path)
     spec = make_spec(config, family, tokenizer)
     weights = {"dtype": DTYPES[dtype], "device": device, "nf4": load_in_4bit}
@@ -125,8 +160,8 @@ def load_adapter(folder: str | Path, *, base: str | None = None, **options) -> L
     return LoadedModel(attach_adapter(loaded.model, folder), loaded.tokenizer, loaded.spec)
 
 
-def read_config(name_or_path: str) -> tuple[Family, PreTrainedConfig]:
-    """The family and checked config of a checkpoint; no weights are read."""
+def read_config(name_or_path: str, *, block_size: int | None = None) -> tuple[Family, PreTrainedConfig]:
+    """The family and checked config of a checkpoint; no weights are read. `block_size` as for `load_model`."""
     kept = only_kept(name_or_path)
     try:
         raw, _ = PreTrainedConfig.get_config_dict(name_or_path, local_files_only=kept)
@@ -135,6 +170,8 @@ def read_config(name_or_path: str) -> tuple[Family, PreTrainedConfig]:
     if not isinstance(raw, dict) or not raw:
         raise UserError(f"no model config at {name_or_path!r}: give a directory with config.json or a hub id")
     kind = raw.get("model_type")
+    if isinstance(kind, str) and kind in NOT_BUILT:
+        raise UserError(f"{name_or_path!r} has model_type {kind!r}, which is refused. {NOT_BUILT[kind]}")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(
             f"{name_or_path!r} has model_type {kind!r}; supported: {', '.join(FAMILIES)} (docs/models.md adds a family)"
@@ -146,40 +183,51 @@ def read_config(name_or_path: str) -> tuple[Family, PreTrainedConfig]:
             f"{name_or_path!r} holds weights quantised by {method}: load the original; load_in_4bit quantises it here"
         )
     family = FAMILIES[kind]
+    if block_size is not None:
+        _set_block_size(raw, family, block_size)
     return family, family.config_class.from_dict(raw).check()
 
 
-def empty_model(name_or_path: str) -> PreTrainedModel:
+def _set_block_size(raw: dict[str, Any], family: Family, block_size: int) -> None:
+    """Put what the user says where config.json says nothing. UserError where it says otherwise, or it cannot be."""
+    config_class = cast(Any, family.config_class)
+    if config_class.least_block is None:
+        raise UserError(f"block_size={block_size}: models of type {raw['model_type']!r} have no blocks; leave it out")
+    key = config_class.attribute_map.get("block_size", "block_size")
+    if raw.get(key) not in (None, block_size):
+        raise UserError(f"block_size={block_size}: config.json has {key}={raw[key]!r}; leave it out, or correct one")
+    raw[key] = block_size
+
+
+def model_context(name_or_path: str) -> int | None:
+    """Tokens that the model was made for, as its config says."""
+    if is_adapter(name_or_path):
+        return model_context(base_of_adapter(name_or_path))
+    return getattr(read_config(name_or_path)[1], "max_position_embeddings", None)
+
+
+def empty_model(name_or_path: str, *, block_size: int | None = None) -> PreTrainedModel:
     """The model on the meta device: its modules and shapes; no weights are read."""
-    family, config = read_config(name_or_path)
+    family, config = read_config(name_or_path, block_size=block_size)
     with torch.device("meta"):
         return family.model_class(config)
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer without remote code. Dream's own class is a Qwen2 tokenizer with added tokens."""
-    kept = only_kept(name_or_path)
+    """The checkpoint's tokenizer without remote code, as the data commands read it."""
     try:
-        settings = _tokenizer_class(name_or_path, kept)
-        loader = Qwen2Tokenizer if settings == "DreamTokenizer" else AutoTokenizer
-        return loader.from_pretrained(name_or_path, trust_remote_code=False, local_files_only=kept)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"no tokenizer at {name_or_path!r}: {_first_line(error)}") from error
+        return read_tokenizer(name_or_path)
+    except DataError as error:
+        raise UserError(str(error)) from error
 
 
-def _tokenizer_class(name_or_path: str, kept: bool) -> str | None:
-    from transformers.utils import cached_file
-
-    lenient = {"_raise_exceptions_for_missing_entries": False, "local_files_only": kept}
-    path = cached_file(name_or_path, "tokenizer_config.json", **lenient)
-    return json.loads(Path(path).read_text()).get("tokenizer_class") if path else None
-
-
-def load_tokenizer_and_spec(name_or_path: str) -> tuple[PreTrainedTokenizerBase, FamilySpec]:
+def load_tokenizer_and_spec(
+    name_or_path: str, *, block_size: int | None = None
+) -> tuple[PreTrainedTokenizerBase, FamilySpec]:
     """What `load_model` gives besides the model, without reading weights."""
     if is_adapter(name_or_path):
-        return load_tokenizer_and_spec(base_of_adapter(name_or_path))
-    family, config = read_config(name_or_path)
+        return load_tokenizer_and_spec(base_of_adapter(name_or_path), block_size=block_size)
+    family, config = read_config(name_or_path, block_size=block_size)
     tokenizer = load_tokenizer(name_or_path)
     return tokenizer, make_spec(config, family, tokenizer)
 
@@ -189,8 +237,8 @@ def make_spec(config: PreTrainedConfig, family: Family, tokenizer: PreTrainedTok
 
     `logit_shift` in config.json overrides the family's (a model made from an autoregressive one and trained unshifted).
     """
-    mask = _first_id(config.mask_token_id, tokenizer.mask_token_id)
-    terminator = _first_id(config.eos_token_id, tokenizer.eos_token_id)
+    mask = first_id(config.mask_token_id, tokenizer.mask_token_id, _published_mask(family, tokenizer))
+    terminator = first_id(config.eos_token_id, tokenizer.eos_token_id)
     rows = getattr(config, "embedding_size", config.vocab_size)
     if mask is None:
         raise UserError("neither config.json nor the tokenizer has a mask token: add mask_token_id to config.json")
@@ -202,10 +250,12 @@ def make_spec(config: PreTrainedConfig, family: Family, tokenizer: PreTrainedTok
             "call model.resize_token_embeddings and save the model first"
         )
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [terminator]
+    if mask >= rows:
+        raise UserError(f"the mask token {mask} is no row of the embedding, which has {rows}: set mask_token_id")
     if mask in ends:
         raise UserError(f"mask_token_id and eos_token_id are both {mask}: they must differ")
     check_ids(config, tokenizer)
-    register_mask_token(tokenizer, mask)
+    name_mask(tokenizer, mask)
     vocabulary = tokenizer.get_vocab()
     stops = dict.fromkeys((*ends, *(vocabulary[token] for token in STOP_TOKENS if token in vocabulary)))
     shift = getattr(config, "logit_shift", None)
@@ -213,13 +263,20 @@ def make_spec(config: PreTrainedConfig, family: Family, tokenizer: PreTrainedTok
         name=config.model_type,
         mask_token_id=mask,
         terminator_id=terminator,
-        pad_token_id=cast(int, _first_id(config.pad_token_id, tokenizer.pad_token_id, terminator)),
+        pad_token_id=cast(int, first_id(config.pad_token_id, tokenizer.pad_token_id, terminator)),
         block_class=next(iter(family.model_class._no_split_modules or ())),
         lora_targets=family.lora_targets,
         logit_shift=family.logit_shift if shift is None else shift,
         template="chat" if tokenizer.chat_template else "plain",
         stop_token_ids=tuple(stop for stop in stops if stop != terminator),
+        block_size=getattr(config, "block_size", None) or None,
     )
+
+
+def _published_mask(family: Family, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The mask of a family whose checkpoints declare none: the token of its name, else the published id."""
+    named = tokenizer.get_vocab().get(family.mask_token) if family.mask_token else None
+    return family.mask_token_id if named is None else named
 
 
 def check_ids(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -242,12 +299,6 @@ def check_ids(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> N
         )
 
 
-def register_mask_token(tokenizer: PreTrainedTokenizerBase, mask_token_id: int) -> None:
-    """Give the tokenizer its mask token (LLaDA's names none). A mask id in the vocabulary's padding gets no name."""
-    if tokenizer.mask_token_id != mask_token_id and mask_token_id < len(tokenizer):
-        tokenizer.add_special_tokens({"mask_token": tokenizer.convert_ids_to_tokens(mask_token_id)})
-
-
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: str | Path, **options) -> None:
     """Write config, safetensors and tokenizer in the published layout. For a peft model: adapter and tokenizer.
 
@@ -260,13 +311,6 @@ def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: 
         raise UserError("4-bit weights are not written: save the original model, or an adapter on it")
     cast(Any, model).save_pretrained(directory, **options)
     tokenizer.save_pretrained(directory)
-
-
-def _first_id(*candidates: int | list[int] | None) -> int | None:
-    for candidate in candidates:
-        if candidate is not None:
-            return candidate[0] if isinstance(candidate, list) else candidate
-    return None
 
 
 def _first_line(error: BaseException) -> str:

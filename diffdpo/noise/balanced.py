@@ -26,7 +26,6 @@ import numpy as np
 
 from diffdpo.noise.token_weights import token_weights
 
-
 BLOCK = 16
 """Rows of a block, at least. A larger one has less variance for its rows, but two blocks are the fewest whose spread
 tells the error (docs/LOG.md, 2026-11-28)."""

@@ -1,8 +1,8 @@
 """Reference mode ``precomputed``: all rows of the run scored once, before training, by a model that then leaves memory.
 
 The rows are those of training: the same readers, micro-batches, noise and segments, so the numbers are those that mode
-``copy`` would have computed. What is scored already is found in the cache and skipped, by the step; so a pass that was
-killed goes on, and a longer run adds to a shorter one's scores.
+``copy`` would have computed, to the bit on one machine. What is scored already is found in the cache and skipped, by
+the step; so a pass that was killed goes on, and a longer run adds to a shorter one's scores.
 """
 
 import gc
@@ -65,7 +65,6 @@ class Precomputed:
     train: Reference
     held_out: Reference
     text: str
-    same_shapes: bool  # whether all scores were made in this run's shapes, and so are those of ``copy`` to the bit
 
 
 class ReferencePass:
@@ -87,7 +86,7 @@ class ReferencePass:
     ):
         self.config, self.choice, self.world = config, choice, world
         self.encoder, self.spec, self.cache_dir, self.say = encoder, spec, cache_dir, say
-        self.noise = NoiseOptions.of(config, mask_token_id=spec.mask_token_id)
+        self.noise = NoiseOptions.of(config, spec)
         self.segments = make_segments(config, choice, world.device, world=world)
         self.reference = config.ref_model_name_or_path or model_or_bundled(config.model_name_or_path)
         self.weights = world.broadcast(weights_digest(self.reference) if world.is_main else None)
@@ -98,11 +97,11 @@ class ReferencePass:
         shapes = shapes_of(loader, self.segments, self.world.device)
         return Stream(loader, self._store("train", loader), shapes, first, last)
 
-    def held_out(self, loader: PairLoader, *, last: int) -> Stream:
+    def held_out(self, loader: PairLoader) -> Stream:
         """What evaluations score. Parts of other shapes are not used: an evaluation must find margins of exactly 0
         before training, and its pairs are few."""
         shapes = shapes_of(loader, self.segments, self.world.device)
-        return Stream(loader, self._store("held_out", loader, shapes), shapes, 0, last)
+        return Stream(loader, self._store("held_out", loader, shapes), shapes, 0, len(loader))
 
     def _store(self, name: str, loader: PairLoader, shapes: dict[str, Any] | None = None) -> ScoreStore:
         quantised = self.config.load_in_4bit and not self.config.ref_model_name_or_path
@@ -186,7 +185,7 @@ def _score_all(
             pieces = [_nothing(stream.shapes)]
             for step in steps.tolist():
                 for batch in _step(stream.loader, epoch, step):
-                    rows = noise.rows(batch, world.device)
+                    rows = noise.draw_rows(batch, world.device)
                     f_R = score_rows(forward, rows, segments=segments)
                     pieces.append(part_of(batch, rows, f_R, stream.shapes))
                 bar.update(stream.loader.options.global_batch_size)
@@ -247,4 +246,4 @@ def _result(streams: Sequence[Stream], say: Callable[[str], None]) -> Precompute
         )
     references = [stored_reference(stream.store) for stream in streams]
     text = f"precomputed scores in {train.store.folder}"
-    return Precomputed(references[0], references[-1], text, not others)
+    return Precomputed(references[0], references[-1], text)

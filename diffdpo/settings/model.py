@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from diffdpo.errors import UserError
-from diffdpo.models.checkpoint.adapter_folder import is_adapter
 from diffdpo.settings.base import Settings, setting
 
 
@@ -20,15 +19,6 @@ class ModelSettings(Settings):
     gradient_checkpointing: bool = setting(False, "recompute each layer in the backward pass (saves memory)")
     torch_compile: bool = setting(False, "compile the layers: minutes at the start, then less time and memory")
     use_liger_kernel: bool = setting(False, "LM head through Liger's fused kernel (GPU; for trained heads)")
-
-    def check(self) -> None:
-        """Adapters cannot be trained on: they have no weights of their own to start from."""
-        policy = self.model_name_or_path
-        if policy and is_adapter(policy):
-            raise UserError(
-                f"--model_name_or_path {policy} is a LoRA adapter; merge it first: "
-                f"python launch/export.py --adapter {policy} --output FOLDER"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

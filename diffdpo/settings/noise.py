@@ -12,7 +12,11 @@ class NoiseSettings(Settings):
 
     title: ClassVar[str] = "scores"
 
-    score_estimator: str = setting("balanced", "how masks and weights are drawn; see docs/theory.md", common=True)
+    score_estimator: str = setting(
+        "auto",
+        "how masks and weights are drawn (docs/theory.md); auto: exact where blocks have up to 4 tokens, else balanced",
+        common=True,
+    )
     num_mc_samples: int = setting(4, "forwards a score (n)", at_least=1, common=True)
     num_diffusion_steps: int | None = setting(None, "T of the `trajectory` estimator", at_least=1)
     seed: int = setting(0, "same seed, same data order, same noise, same numbers", at_least=0, common=True)

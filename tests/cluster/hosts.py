@@ -126,8 +126,10 @@ def by_torchrun(members: Sequence[Host], out: Path) -> list[dict]:
     meeting = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"{members[0].address}:{PORT}", "--rdzv_id", "run1"]
     line = ["torchrun", "--nnodes", str(len(members)), "--nproc_per_node", "1", *meeting]
     training = ["launch/train.py", *FLAGS, "--output_dir", str(out)]
-    # the machine's name, by which torchrun would have rank 0 found, is the same in every namespace
-    finish([host.start([*line, "--local_addr", host.address, *training]) for host in members])
+    # what torchrun tells from the machine's name (am I the meeting point, where is rank 0?) has to be said, since the
+    # namespaces share that name
+    own = [["--local_addr", host.address, "--rdzv_conf", f"is_host={host is members[0]}"] for host in members]
+    finish([host.start([*line, *more, *training]) for host, more in zip(members, own, strict=True)])
     return curve(out)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.support.paths import ROOT
 
 DIRECTIVES = {
     *("job-name", "output", "open-mode", "requeue", "signal", "nodes", "ntasks-per-node", "gpus-per-node"),

@@ -7,7 +7,7 @@ import pytest
 
 from tests.cluster.lines import train_config
 from tests.cluster.slurm import directives
-from tests.conftest import ROOT
+from tests.support.paths import ROOT
 
 README = (ROOT / "launch/README.md").read_text()
 LINES = [shlex.split(line, comments=True) for line in re.findall(r"^    (\S.*)$", README, re.MULTILINE)]

@@ -11,7 +11,7 @@ import pytest
 
 from tests.cluster.lines import knows_auto, train_config
 from tests.cluster.slurm import Job, directives, install, start
-from tests.conftest import ROOT
+from tests.support.paths import ROOT
 
 FOLDER = ROOT / "launch/slurm"
 SCRIPTS = sorted(FOLDER.glob("*.sbatch"))

@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from tests.cluster.lines import train_config
-from tests.conftest import ROOT
 from tests.docker.compose import VARIABLE, read_compose, read_env
 from tests.docker.image import exec_form, read_dockerfile
+from tests.support.paths import ROOT
 
 COMPOSE = ROOT / "docker/compose.yaml"
 SECRETS = dict.fromkeys(read_env(ROOT / "docker/.env.example"), "filled in")

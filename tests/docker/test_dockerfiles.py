@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
 from tests.docker.image import build, exec_form, read_dockerfile, sent
+from tests.support.paths import ROOT
 
 DOCKER = ROOT / "docker"
 FILES = [DOCKER / name for name in ("Dockerfile", "Dockerfile.cpu", "Dockerfile.mlflow")]
