@@ -75,7 +75,8 @@ def block_of(module: "MaskedLogProbs") -> int:
 def _run_clean(module: "MaskedLogProbs", ids_N: Tensor, layout: BlockLayout) -> tuple[Tensor, Tensor]:
     """Keys and values, and hidden states at the ends of blocks where logits are shifted (else none of them)."""
     block = block_of(module)
-    ends = torch.arange(block - 1, len(layout) if module.spec.logit_shift else 0, block, device=ids_N.device)
+    blocks = len(layout) // block if module.spec.logit_shift else 0
+    ends = block * torch.arange(1, blocks + 1, device=ids_N.device) - 1
     hidden = module.hidden_states(ids_N, layout, ends)
     assert layout.kept is not None
     return torch.stack([torch.stack(layout.kept[layer]) for layer in range(len(layout.kept))]), hidden

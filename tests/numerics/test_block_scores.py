@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.batch import collate
-from data_pipeline.encode import TokenAnswer, TokenPair
 from diffdpo.models.load import load_model
 from diffdpo.noise.estimators import ESTIMATORS
 from diffdpo.noise.options import NoiseOptions
@@ -15,27 +13,8 @@ from diffdpo.scores.fold import fold
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.scores.rows import forward_rows, score_rows
 from diffdpo.scores.segments import Segments
-from tests.support.block_reference import FAMILIES, MASK, block_causal, exact_score, published, token_log_probs
-from tests.wide import widen
-
-PROMPT = [5, 6, 7, 8, 9, 10]
-
-
-def answers(*texts, prompt=PROMPT):
-    return [TokenAnswer(np.array([*prompt, *text, 1], np.int32), len(prompt)) for text in texts]
-
-
-def batch_of(*pairs):
-    made = [TokenPair(str(i), *answers(*pair[:2], prompt=pair[2] if len(pair) > 2 else PROMPT)) for i, pair in enumerate(pairs)]
-    return collate(made, pad_id=0, epoch=0, step=0, micro=0, last_micro=True)
-
-
-BATCH = batch_of(
-    ([11, 12, 13, 14, 15], [11, 12, 20]),  # a block and more in common
-    ([21], [22, 23, 24, 25, 26, 27, 28], [7, 8, 9, 10]),  # the prompt ends with a block
-    ([31, 32, 33], [31, 32, 33, 34], [4]),  # a prompt within the first block
-)
-
+from tests.support.block_reference import BATCH, FAMILIES, MASK, block_causal, exact_score, published, token_log_probs
+from tests.support.wide import widen
 
 def options(spec, estimator="exact", n=4):
     return NoiseOptions(estimator, n, 0, spec.mask_token_id, None, spec.block_size)
