@@ -1,12 +1,13 @@
 """Sampling from a block-causal family: its own blocks from left to right, finished ones kept as keys and values.
 
 Clean tokens depend on nothing behind them, so keeping them changes no number: the tokens are those of recomputing all.
-The prompt's whole blocks are run once; each step runs the current block alone against what is kept, the prompt's part of
-the block the prompt ends in standing in it; a finished block is run once more, clean, and kept. A row whose answer has
-ended leaves the batch with its block. With shifted logits a block's first token is predicted by the last one before it.
+The prompt's whole blocks are run once; each step runs the current block alone against what is kept, the prompt's part
+of the block the prompt ends in standing in it; a finished block is run once more, clean, and kept. A row whose answer
+has ended leaves the batch with its block. With shifted logits a block's first token is predicted by the last one before
+it.
 
-Shapes: R rows of the canvas, S rows that are run, B tokens of a block, T longest row, C kept tokens, H heads, G key/value
-heads, D head size, K hidden size, M masked positions.
+Shapes: R rows of the canvas, S rows that are run, B tokens of a block, T longest row, C kept tokens, H heads, G
+key/value heads, D head size, K hidden size, M masked positions.
 """
 
 from collections.abc import Iterator

@@ -13,9 +13,7 @@ from diffdpo.scores.segments import Segments, in_order
 from diffdpo.scores.shared_clean import KeptClean, clean_inputs, run_clean
 
 
-def forward_rows(
-    forward: Callable[..., torch.Tensor], rows: NoisyRows, kept: KeptClean | None = None
-) -> torch.Tensor:
+def forward_rows(forward: Callable[..., torch.Tensor], rows: NoisyRows, kept: KeptClean | None = None) -> torch.Tensor:
     """f_R of all rows in one forward of the module; ``kept``: the clean tokens they look back on, run before."""
     inputs = (rows.input_ids_RT, rows.lengths_R, rows.row_M, rows.position_M, rows.target_M)
     return row_scores(forward(*inputs, *clean_inputs(rows, kept)), rows)

@@ -79,8 +79,8 @@ class Segments:
     def by_stream(self, rows: NoisyRows) -> list[list[Segment]]:
         """The segments of a micro-batch, those together that share a clean stream (``scores.shared_clean``).
 
-        Of a block-causal family: as many pairs as fit in one segment with their clean tokens, or one pair in several. Of
-        others, and where processes must cut alike, every segment is by itself.
+        Of a block-causal family: as many pairs as fit in one segment with their clean tokens, or one pair in several.
+        Of others, and where processes must cut alike, every segment is by itself.
         """
         if rows.clean is None or self.world is not None:
             return [[segment] for segment in self(rows)]

@@ -1,12 +1,13 @@
 """One clean stream for all rows of a pair: run once, its keys and values kept, its gradient taken back once.
 
-Under block-causal attention the clean tokens depend on nothing noisy. So a pair whose rows take several segments runs its
-clean tokens once, what both answers have in common once, and each segment its rows alone: P + 2 (A + n A) tokens a pair
-(prompt P, answers of A), where ``[noisy | clean]`` rows take 2 n · 2 (P + A). With gradients, what was kept is handed to
-the segments as leaves; their gradients add up, in fp32, and go through the clean stream in one backward at the end. The
-graph of the clean tokens lives meanwhile: memory that does not grow with n.
+Under block-causal attention the clean tokens depend on nothing noisy. So a pair whose rows take several segments runs
+its clean tokens once, what both answers have in common once, and each segment its rows alone: P + 2 (A + n A) tokens a
+pair (prompt P, answers of A), where ``[noisy | clean]`` rows take 2 n · 2 (P + A). With gradients, what was kept is
+handed to the segments as leaves; their gradients add up, in fp32, and go through the clean stream in one backward at
+the end. The graph of the clean tokens lives meanwhile: memory that does not grow with n.
 
-Where ranks must call the model equally often every segment runs the clean tokens of its own answers instead, in one graph.
+Where ranks must call the model equally often every segment runs the clean tokens of its own answers instead, in one
+graph.
 """
 
 from collections.abc import Callable, Sequence

@@ -30,8 +30,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 from diffdpo.engine.base import Engine
 from diffdpo.noise.rows import NoisyRows
 from diffdpo.scores.rows import forward_rows, score_rows
-from diffdpo.scores.shared_clean import CleanGradient, KeptClean, run_clean
 from diffdpo.scores.segments import Segment, Segments, in_order
+from diffdpo.scores.shared_clean import CleanGradient, KeptClean, run_clean
 
 LossOf = Callable[[torch.Tensor], torch.Tensor]
 """Row scores f_R of the policy → the micro-batch's share of the loss, a scalar."""
@@ -92,7 +92,7 @@ def gradient_of(loss_of: LossOf, f_R: torch.Tensor) -> torch.Tensor:
 
 
 def replay(engine: Engine, rows: NoisyRows, gradient_R: torch.Tensor, *, segments: Segments, last: bool) -> None:
-    """Second pass: add Σ_R dL/df · ∇f, one forward and one backward a segment, and of clean tokens that segments share."""
+    """Second pass: add Σ_R dL/df · ∇f, a forward and a backward a segment, and one of clean tokens that segments share."""
     groups = segments.by_stream(rows)
     for index, group in enumerate(groups):
         ends = last and index == len(groups) - 1

@@ -1,4 +1,4 @@
-"""Block-causal scores the plain way: transformers' own models under an explicit 4-D mask, one block and one mask at a time."""
+"""Block-causal scores the plain way: transformers' models under an explicit 4-D mask, one block and mask at a time."""
 
 import itertools
 import json
@@ -33,8 +33,12 @@ def published(folder, family, block, **changes):
     config._attn_implementation = "sdpa"  # the eager one takes its softmax in fp32
     model = model_class(config).double().eval()
     for parameter in model.parameters():
-        parameter.data.normal_(std=0.35) if parameter.dim() > 1 else parameter.data.add_(torch.randn_like(parameter) / 9)
-    model.model.embed_tokens.padding_idx = None  # transformers would leave the pad token, here the end, without gradient
+        parameter.data.normal_(std=0.35) if parameter.dim() > 1 else parameter.data.add_(
+            torch.randn_like(parameter) / 9
+        )
+    model.model.embed_tokens.padding_idx = (
+        None  # transformers would leave the pad token, here the end, without gradient
+    )
     model.save_pretrained(folder)
     settings = json.loads((folder / "config.json").read_text())
     theta = settings.pop("rope_parameters")["rope_theta"]
@@ -91,7 +95,10 @@ def answers(*texts, prompt=PROMPT):
 
 
 def batch_of(*pairs):
-    made = [TokenPair(str(i), *answers(*pair[:2], prompt=pair[2] if len(pair) > 2 else PROMPT)) for i, pair in enumerate(pairs)]
+    made = [
+        TokenPair(str(i), *answers(*pair[:2], prompt=pair[2] if len(pair) > 2 else PROMPT))
+        for i, pair in enumerate(pairs)
+    ]
     return collate(made, pad_id=0, epoch=0, step=0, micro=0, last_micro=True)
 
 

@@ -1,4 +1,5 @@
-"""Block diffusion models made from autoregressive ones: SDAR (and TraDo, DiRL) with Qwen3's names, Fast-dLLM v2 with Qwen2.5's.
+"""Block diffusion models made from autoregressive ones: SDAR (and TraDo, DiRL) with Qwen3's names, Fast-dLLM v2 with
+Qwen2.5's.
 
 Attention is block-causal: a token sees its own block and the blocks before it, counted from the start of the sequence.
 SDAR's logits are unshifted. Fast-dLLM's are shifted by one: the first token of a block is predicted by the last of the
@@ -50,7 +51,7 @@ class SDARForCausalLM(DreamModel):
     config_class = SDARConfig
 
 
-class Fast_dLLM_QwenForCausalLM(DreamModel):  # noqa: N801 - the published name
+class Fast_dLLM_QwenForCausalLM(DreamModel):
     """Under the published name."""
 
     config_class = FastDLLMQwenConfig

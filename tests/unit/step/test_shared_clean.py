@@ -1,4 +1,4 @@
-"""Every strategy over shared clean streams against plain ``[noisy | clean]`` rows of twice the length, with transformers."""
+"""Every strategy over shared clean streams against transformers on ``[noisy | clean]`` rows of twice the length."""
 
 import pytest
 import torch
