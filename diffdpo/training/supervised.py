@@ -34,7 +34,7 @@ from diffdpo.setup.context import RunContext
 from diffdpo.setup.preflight import check_before_weights, check_settings_meet
 from diffdpo.step.report import StepReport
 from diffdpo.step.step import PreferenceStep
-from diffdpo.step.strategy import MicroBatchShape, choose_strategy
+from diffdpo.step.strategy import choose_strategy, micro_batch_shape
 from diffdpo.training.answer_canvas import fill_canvas
 from diffdpo.training.callbacks import Callback
 from diffdpo.training.checkpoint import find_checkpoint
@@ -94,7 +94,7 @@ def _build(
         obstacle=engine.no_sync_obstacle(),
         reduces_in_backward=choice.reduces_in_backward,
         segments=segments,
-        shape=MicroBatchShape(config.per_device_train_batch_size, config.num_mc_samples, config.max_length, False),
+        shape=micro_batch_shape(config, couples_pairs=False, block_size=loaded.spec.block_size),
     )
     held_out = HeldOutAnswers(
         engine,
@@ -169,7 +169,14 @@ def _load_or_make(
     if context.world.is_main and not (keep and folder.exists()):
         shutil.rmtree(folder, ignore_errors=True)  # of a start that was broken off, perhaps with other settings
         tokenizer = train_tokenizer(_texts(data), vocab_size=config.vocab_size)
-        model = new_model(tokenizer, width=config.width, layers=config.layers, heads=config.heads, seed=config.seed)
+        model = new_model(
+            tokenizer,
+            width=config.width,
+            layers=config.layers,
+            heads=config.heads,
+            seed=config.seed,
+            block_size=config.block_size,
+        )
         partial = folder.with_name("start.partial")  # renamed when whole: an interrupted one is never taken for it
         tokenizer.save_pretrained(partial)
         model.save_pretrained(partial)
