@@ -1,5 +1,7 @@
 """DeepSpeed's Adam on the host after a load: to the bit as if it had never stopped."""
 
+import copy
+
 import pytest
 import torch
 

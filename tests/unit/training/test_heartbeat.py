@@ -104,7 +104,43 @@ def test_signs_are_written_from_the_first_stage_on_and_go_at_the_end(tmp_path):
         while not read_signs(tmp_path) and time.monotonic() < until:
             time.sleep(0.1)
         (found,) = read_signs(tmp_path)
-        assert "in <module>" in (tmp_path / "hang-rank-0.txt").read_text()
+        assert (found.rank, found.pid, found.step) == (0, os.getpid(), 1)
+    assert not (tmp_path / FOLDER).exists()
+
+
+def test_the_stage_is_read_off_the_stack():
+    ready, done = threading.Event(), threading.Event()
+    source = "def backward(ready, done):\n    ready.set()\n    done.wait()\n"
+    scope: dict = {}
+    exec(compile(source, "/x/diffdpo/engine/plain.py", "exec"), scope)
+    thread = threading.Thread(target=scope["backward"], args=(ready, done))
+    thread.start()
+    ready.wait()
+    assert stage_of(thread.ident) == "backward"
+    done.set()
+    thread.join()
+
+
+def test_a_hang_ends_the_process_with_a_line_and_its_stack(tmp_path):
+    code = f"""
+        import time, torch
+        from collections import deque
+        from pathlib import Path
+        from diffdpo.engine.world import World
+        from diffdpo.training.heartbeat import Pulse, beating
+        pulse = Pulse(World(0, 0, 1, torch.device("cpu")), Path({str(tmp_path)!r}), timeout=1.0)
+        with beating(pulse):
+            pulse.times["step"] = deque([0.1])
+            pulse.beat("step", 7)
+            time.sleep(60)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == HUNG
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "hung: rank 0 on" in line and "step of step 7" in line
+    assert "in <module>" in (tmp_path / "hang-rank-0.txt").read_text()
 
 
 def test_a_sign_that_is_just_being_written_is_passed_over(tmp_path):
