@@ -75,7 +75,12 @@ class Loop:
             self._tell(report)
             if self.done == 1:
                 self.check_first(report)
+<<<<<<< HEAD
             finite = self._is_finite(report, micro_batches)
+=======
+            # a step without records has no loss, and is no sign of a run that diverges
+            finite = math.isfinite(report.grad_norm) and (math.isfinite(report.loss) or not report.records)
+>>>>>>> main
             stop, due = self._agreed(self.callbacks.on_step(self.done, report), time.monotonic() - saved)
             save = stop or due or bool(config.save_steps and self.done % config.save_steps == 0)
             # before a checkpoint too: what a resumed run goes on with is an empty window
@@ -142,6 +147,8 @@ class Loop:
 
     def _tell(self, report: StepReport) -> None:
         """Adjustments of the step: on the screen and in the journal, at the step they were made in."""
+        if not report.records and self.engine.world.is_main:
+            tqdm.write(f"step {self.done}: none of its {self.unit} could be used, so nothing was learned in it")
         if report.notes and self.engine.world.is_main:
             for note in report.notes:
                 tqdm.write(f"step {self.done}: {note}")
@@ -235,9 +242,10 @@ class _Window:
         count, last = len(self.reports), self.reports[-1]
         sums = {name: sum(report.sums[name] for report in self.reports) for name in last.sums}
         records = sum(report.records for report in self.reports)
+        losses = [report.loss for report in self.reports if report.records]  # a step without records has none
         return {
-            "loss": sum(report.loss for report in self.reports) / count,
-            **({"loss/sft": last.sft_loss} if last.sft_loss is not None else {}),
+            **({"loss": sum(losses) / len(losses)} if losses else {}),
+            **({"loss/sft": last.sft_loss} if last.sft_loss is not None and last.records else {}),
             **({"kl/reference_point": last.reference_point} if last.reference_point is not None else {}),
             **means(sums),
             "noise/num_samples": sum(report.num_samples for report in self.reports) / count,
@@ -247,6 +255,7 @@ class _Window:
             "step_seconds": self.seconds / count,
             "data/padding_share": sum(r.padding_tokens for r in self.reports)
             / max(1, sum(r.computed_tokens for r in self.reports)),
+            "data/empty_steps": count - len(losses),
             "memory/step_retries": sum(len(report.notes) for report in self.reports),
             "data_wait_share": self.waited / self.seconds,
         }

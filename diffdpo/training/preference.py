@@ -1,5 +1,6 @@
 """Preference training from settings to final model: what ``launch/train.py`` runs."""
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -23,6 +24,7 @@ from diffdpo.reference.modes import choose_mode, make_frozen, make_reference, se
 from diffdpo.reference.precompute import Precomputed, ReferencePass
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.scores.reference import Reference
+from diffdpo.scores.rounding import RELATIVE
 from diffdpo.scores.segments import Segments, make_segments
 from diffdpo.setup import data as run_data
 from diffdpo.setup.context import RunContext
@@ -38,7 +40,6 @@ from diffdpo.training.guard import Watch, guarded
 from diffdpo.training.run import Result, Run, carry_out, finished_before
 
 LN2 = float(np.log(2.0))
-LN2_TOLERANCE = {False: 1e-6, True: 1e-2}  # fp32, bf16
 
 
 def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Result:
@@ -255,13 +256,13 @@ class _Training:
         config, loss = self.config, self.loss
         if config.ref_model_name_or_path or self.mode == "none" or "sigmoid" not in loss.names:
             return
-        off = abs(config.beta * report.largest_logit) / 2  # |loss - ln 2| of the worst pair, to first order
-        # segments that --max_memory has sized are not those that the scores were made in
-        same = self.scores is None or (self.scores.same_shapes and not config.max_memory)
-        if not off <= LN2_TOLERANCE[self.choice.bf16] * (1 if same else 10):
+        if not report.records or not math.isfinite(report.loss):
+            return  # told of by the loop: there is no loss to compare
+        if not report.relative_logit <= RELATIVE[self.choice.bf16]:
             self.context.print(
-                f"WARNING: the first step's loss should be ln 2 = {LN2:.6f} (policy = reference, shared noise) but a "
-                f"pair is off by {off:.2e}: policy and reference do not compute the same numbers"
+                f"WARNING: the first step's loss should be ln 2 = {LN2:.6f} (policy = reference, shared noise) but the "
+                f"log-ratios of a pair differ by {report.largest_logit:.2e} nats, {report.relative_logit:.1e} of its "
+                "scores, more than rounding makes: policy and reference do not compute the same numbers"
             )
         elif _is_plain_sigmoid(loss):
             self.context.print(f"step 1: loss {report.loss:.6f}, ln 2 as it must be while policy = reference")

@@ -8,10 +8,11 @@ import torch
 
 from data_pipeline.encode import Encoder
 from data_pipeline.reader import PairLoader, open_dataset
+from data_pipeline.verifiers import VERIFIERS, read_arithmetic, read_gsm8k
 from diffdpo.config import TrainConfig
 from diffdpo.engine.world import World
 from diffdpo.errors import UserError
-from diffdpo.evaluation.answers import answer_length, exact_match, problems_of, read_arithmetic, read_gsm8k
+from diffdpo.evaluation.answers import answer_length, exact_match, problems_of
 from diffdpo.evaluation.estimate import Estimate, paired_difference
 from diffdpo.evaluation.heldout import SampledAnswers
 from diffdpo.models.load import load_model
@@ -72,3 +73,17 @@ def test_error_bars_by_hand():
     assert (estimate.mean, estimate.count) == (0.75, 4) and estimate.stderr == pytest.approx(0.25)
     change = paired_difference([0, 0, 1, 1], [1, 0, 1, 1])
     assert change.mean == 0.25 and change.stderr == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+    ("task", "stated", "truth"),
+    [
+        ("arithmetic", "33", "33"),
+        ("arithmetic", "about 33", "6"),
+        ("arithmetic", None, "6"),
+        ("gsm8k", "1,800.00", "1800"),
+        ("gsm8k", "so #### 7", "7"),
+    ],
+)
+def test_a_stated_result_comes_before_the_answer_s_own(task, stated, truth):
+    assert VERIFIERS[task].truth(stated, "The answer is 6.") == truth
