@@ -75,12 +75,7 @@ class Loop:
             self._tell(report)
             if self.done == 1:
                 self.check_first(report)
-<<<<<<< HEAD
             finite = self._is_finite(report, micro_batches)
-=======
-            # a step without records has no loss, and is no sign of a run that diverges
-            finite = math.isfinite(report.grad_norm) and (math.isfinite(report.loss) or not report.records)
->>>>>>> main
             stop, due = self._agreed(self.callbacks.on_step(self.done, report), time.monotonic() - saved)
             save = stop or due or bool(config.save_steps and self.done % config.save_steps == 0)
             # before a checkpoint too: what a resumed run goes on with is an empty window
@@ -99,7 +94,8 @@ class Loop:
     def _is_finite(self, report: StepReport, micro_batches: Sequence[PairBatch]) -> bool:
         """Whether a step's loss and gradient are finite. Where they are not, or the norm is far from those before, the
         records of the step are told; all ranks see the same numbers and do the same."""
-        finite = math.isfinite(report.loss) and math.isfinite(report.grad_norm)
+        # a step without records has no loss, and is no sign of a run that diverges
+        finite = math.isfinite(report.grad_norm) and (math.isfinite(report.loss) or not report.records)
         times = self.norms.add(report.grad_norm) if finite else None
         if finite and times is None:
             return True
