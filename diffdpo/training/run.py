@@ -112,6 +112,7 @@ def carry_out(run: Run) -> Result:
     state, changes = (read_state(run.resume) if run.resume else {}), []
     if run.resume:  # before anything of the run's record is touched: a refusal must leave it as it was
         changes = resume_parts(config, context, run.resume, engine, run.loader)
+    check_guards(config, engine)
     check_room(config, context, engine)
     tracking = start_tracking(run, state=state, changes=changes)
     with finish(context, tracking, run.watch, config) as end:
@@ -173,6 +174,15 @@ def finished_before(config: RunConfig, context: RunContext) -> Result | None:
 def _asked(config: RunConfig) -> dict[str, float]:
     """How long a run was meant to be."""
     return {"max_steps": config.max_steps, "num_train_epochs": config.num_train_epochs}
+
+
+def check_guards(config: RunConfig, engine: Engine) -> None:
+    """UserError where a step that is not finite could not be left out."""
+    if config.on_nonfinite == "skip" and not engine.choice.skips_nonfinite:
+        raise UserError(
+            f"--on_nonfinite skip: {engine.choice.describe()} updates its weights before it is known; use the plain "
+            "engine, or stop and resume"
+        )
 
 
 def check_room(config: RunConfig, context: RunContext, engine: Engine) -> None:
@@ -265,6 +275,7 @@ def start_tracking(run: Run, *, state: Mapping[str, Any], changes: Sequence[str]
 WITHOUT_EFFECT = {"output_dir", "resume_from_checkpoint", "data_cache_dir", "tracking_uri", "tracking_timeout"}
 FREE_TO_CHANGE = WITHOUT_EFFECT | {
     *("run_name", "dataset_num_workers", "save_minutes", "save_on_full_disk", "stop_seconds", "hang_timeout"),
+    *("on_nonfinite", "nonfinite_limit"),
     *("logging_steps", "eval_steps", "save_steps", "save_total_limit", "segmentation", "segment_rows", "max_memory"),
     *("reference", "reference_cache", "precompute_only", "strict"),
     # their product cannot change: the reader refuses another number of records a step

@@ -1,5 +1,5 @@
-"""Runs of ``launch/train.py`` as forked processes: torch and DeepSpeed are imported once, so that a campaign of kills is
-a matter of seconds a kill. What is forked is the command itself, with a launcher's environment and pids of its own."""
+"""Runs of ``launch/train.py`` as forked processes: torch and DeepSpeed are imported once, so that a kill is a matter of
+seconds. What is forked is the command itself, with a launcher's environment and pids of its own."""
 
 import contextlib
 import hashlib
