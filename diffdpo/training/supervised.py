@@ -7,9 +7,9 @@ response tokens only, the terminator among them, the prompt never masked (Nie et
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
-from data_pipeline.batch import Fault, PairBatch
+from data_pipeline.batch import Fault
 from data_pipeline.dataset import ShardedDataset
 from data_pipeline.facts import refuse_unusable
 from data_pipeline.records import AnswerRecord
@@ -39,6 +39,7 @@ from diffdpo.training.answer_canvas import fill_canvas
 from diffdpo.training.callbacks import Callback
 from diffdpo.training.checkpoint import find_checkpoint
 from diffdpo.training.guard import Watch, guarded
+from diffdpo.training.loop import StepFunction
 from diffdpo.training.run import Result, Run, carry_out, finished_before
 
 TOKENIZER_RECORDS = 20_000  # the tokenizer of a new model is trained on the first of the data
@@ -105,25 +106,12 @@ def _build(
     )
     context.print(_announcement(config, context, choice, loaded, len(train_set), f"'{strategy}' ({why})"))
     loss = LossOptions(("sft",), (1.0,), beta=1.0)
-    score_step = PreferenceStep(engine, no_reference, noise, loss, strategy=strategy, segments=segments, compared=False)
-
-    def step(micro_batches: Sequence[PairBatch], rate: float) -> StepReport:
-        canvas = {"canvas": config.answer_canvas, "terminator_id": loaded.spec.terminator_id, "seed": config.seed}
-        filled = [fill_canvas(b, **canvas) for b in micro_batches] if config.answer_canvas else micro_batches
-        return score_step(filled, rate)
-
+    step = PreferenceStep(engine, no_reference, noise, loss, strategy=strategy, segments=segments, compared=False)
     chosen = chosen_settings(config, context, choice, encoder) | {"model_name_or_path": config.model_name_or_path}
-    total, trained = count_parameters(loaded.model)
     return Run(
         config=replace(config, **chosen, segmentation=strategy, eval_task=held_out.answers.task),
         asked=config,
-        facts={
-            "parameters": total,
-            "trained_parameters": trained,
-            "answers": len(train_set),
-            "dtype": dtype_name(choice.bf16),
-            "why_segmentation": why,
-        },
+        facts=_facts(loaded, choice, answers=len(train_set), why=why),
         context=context,
         watch=watch,
         resume=resume,
@@ -131,13 +119,25 @@ def _build(
         loader=loader,
         loaded=loaded,
         engine=engine,
-        step=step,
+        step=_with_canvas(step, config, loaded) if config.answer_canvas else step,
         held_out=held_out,
         check_first=_nothing_to_check,
         unit="answers",
         base=config.model_name_or_path or "random weights",
         callbacks=callbacks,
     )
+
+
+def _with_canvas(step: PreferenceStep, config: SftConfig, loaded: LoadedModel) -> StepFunction:
+    """The step on micro-batches whose answers are filled up with terminators (``answer_canvas``)."""
+    canvas = {"canvas": config.answer_canvas, "terminator_id": loaded.spec.terminator_id, "seed": config.seed}
+    return lambda micro_batches, rate: step([fill_canvas(batch, **canvas) for batch in micro_batches], rate)
+
+
+def _facts(loaded: LoadedModel, choice: EngineChoice, *, answers: int, why: str) -> dict[str, Any]:
+    total, trained = count_parameters(loaded.model)
+    facts = {"parameters": total, "trained_parameters": trained, "answers": answers}
+    return facts | {"dtype": dtype_name(choice.bf16), "why_segmentation": why}
 
 
 def _announcement(
