@@ -29,7 +29,7 @@ from diffdpo.scores.segments import Segments, make_segments
 from diffdpo.setup import data as run_data
 from diffdpo.setup.context import RunContext, open_context
 from diffdpo.setup.model import describe_model, load_policy
-from diffdpo.setup.preflight import check_before_weights, check_settings_meet
+from diffdpo.setup.preflight import check_before_weights, check_settings_meet, doubts
 from diffdpo.step.fit import fit_micro_batch, fit_segments
 from diffdpo.step.report import StepReport
 from diffdpo.step.step import PreferenceStep
@@ -79,6 +79,8 @@ class _Data:
         refuse_unusable(self.train_set, self.encoder)
         run_data.check_exact(config, self.encoder, (self.train_set, self.eval_set))
         self.loader = run_data.train_loader(config, self.train_set, self.encoder, world)
+        for doubt in doubts(config, steps=run_data.total_steps(config, self.loader)):
+            context.print(f"warning    {doubt}")
 
     def precompute(self) -> Precomputed:
         """All reference scores that the run still needs."""
