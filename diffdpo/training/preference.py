@@ -31,7 +31,7 @@ from diffdpo.setup import data as run_data
 from diffdpo.setup.chosen import chosen_settings
 from diffdpo.setup.context import RunContext
 from diffdpo.setup.model import describe_model, load_policy
-from diffdpo.setup.preflight import check_before_weights, check_settings_meet
+from diffdpo.setup.preflight import check_before_weights, check_settings_meet, doubts
 from diffdpo.step.fit import fit_micro_batch, fit_segments
 from diffdpo.step.report import StepReport
 from diffdpo.step.step import PreferenceStep
@@ -93,6 +93,8 @@ class _Data:
         if not self.spec.block_size:  # of blocks the masks of each block are enumerated
             run_data.check_exact(config, self.encoder, (self.train_set, self.eval_set))
         self.loader = run_data.train_loader(config, self.train_set, self.encoder, world)
+        for doubt in doubts(config, steps=run_data.total_steps(config, self.loader)):
+            context.print(f"warning    {doubt}")
 
     def precompute(self) -> Precomputed:
         """All reference scores that the run still needs."""
