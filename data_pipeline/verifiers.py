@@ -1,7 +1,7 @@
 """Verifiers: what a text gives as its result, so that a sampled answer can be compared with the right one.
 
-A task's verifier reads the result out of a whole answer (``read``) and writes a result that is stated on its own, say in
-a record's ``meta``, in the same way (``plain``). Both give None where there is none. Add one to ``VERIFIERS`` and
+A task's verifier reads the result out of a whole answer (``read``) and writes a result that is stated on its own, say
+in a record's ``meta``, in the same way (``plain``). Both give None where there is none. Add one to ``VERIFIERS`` and
 ``--eval_task`` knows it.
 """
 

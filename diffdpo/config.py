@@ -92,10 +92,18 @@ class SftConfig(RunConfig):
     layers: int = setting(4, "of a new model", at_least=1)
     heads: int = setting(4, "of a new model", at_least=1)
     vocab_size: int = setting(512, "most tokens of a new model's tokenizer, at least 259")
+    block_size: int = setting(
+        0, "of a new model: block diffusion in blocks of so many tokens (SDAR's layout); 0: full attention", at_least=0
+    )
     num_generated_answers: int = setting(
         200_000, "training answers generated when --train_data is not given", at_least=1
     )
     answer_mix: str | None = setting(None, "their qualities, such as clear=0.6,vague=0.4; default: as data_pipeline's")
+
+    def check(self) -> None:
+        """A model that is there has its own blocks."""
+        if self.block_size and self.model_name_or_path:
+            raise UserError("--block_size is of a new model; config.json says what blocks --model_name_or_path has")
 
 
 @dataclass(frozen=True, kw_only=True)

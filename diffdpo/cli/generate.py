@@ -31,7 +31,9 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--num_samples", type=int, default=1, help="answers a prompt")
     parser.add_argument("--gen_length", type=int, default=128, help="tokens of the answer region")
-    parser.add_argument("--block_length", type=int, default=32, help="blocks are filled from left to right")
+    parser.add_argument(
+        "--block_length", type=int, default=0, help="blocks are filled from left to right; 0: 32, or the model's"
+    )
     parser.add_argument("--steps", type=int, help="over the whole answer; None: one token a step")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token")
     parser.add_argument("--cfg_scale", type=float, default=0.0, help="classifier-free guidance; doubles the forwards")
@@ -149,7 +151,7 @@ def sampler_options(args) -> dict:
     options["steps"] = args.gen_length if args.steps is None else args.steps
     from diffdpo.sampling.decode import Decoding
 
-    Decoding(**options)
+    Decoding(**options | {"block_length": options["block_length"] or args.gen_length})  # before a model is loaded
     return options
 
 

@@ -85,7 +85,7 @@ def exact_match(
                 [problems[i].prompt for i in part],
                 gen_length=gen_length,
                 steps=gen_length,
-                block_length=BLOCK_LENGTH,
+                block_length=spec.block_size or BLOCK_LENGTH,
                 temperature=temperature,
                 seed=[seed * 1_000_003 + i for i in part],
             )

@@ -1,9 +1,7 @@
 """The beginning and the end of a run, whatever it trains: its record is opened, and closed on every way out."""
 
 import json
-import platform
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,14 +9,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from data_pipeline.dataset import ShardedDataset
 from data_pipeline.reader import PairLoader
-from diffdpo import __version__
-from diffdpo.config import RunConfig, to_yaml
+from diffdpo.config import RunConfig
 from diffdpo.engine.base import Engine, count_parameters
 from diffdpo.errors import UserError
 from diffdpo.evaluation.result import Evaluation, comparison
@@ -44,6 +40,7 @@ from diffdpo.training.checkpoint import (
 from diffdpo.training.guard import Watch
 from diffdpo.training.loop import EVALUATION, Loop, StepFunction
 from diffdpo.training.manifest import publish, sync_tree
+from diffdpo.training.record import environment_of, settings_text, write_record
 from diffdpo.training.result import model_card, print_comparison, write_summary
 from diffdpo.training.stop import Stopped
 
@@ -91,7 +88,9 @@ class Result:
 class Run:
     """What a command has built. The rest of a run, :func:`carry_out`, is the same for all commands."""
 
-    config: RunConfig
+    config: RunConfig  # with all that was chosen
+    asked: RunConfig  # as it was given
+    facts: dict[str, Any]  # what else a reader of the record wants to know
     context: RunContext
     watch: Watch
     resume: Path | None  # a checkpoint
@@ -134,7 +133,7 @@ def carry_out(run: Run) -> Result:
             run.watch.pulse.beat(EVALUATION, loop.done)
             after = held_out.evaluate("after")
             loop.record_evaluation(after.means())
-            end.write_card(folder, run.base, to_yaml(config), before, after)
+            end.write_card(folder, run.base, settings_text(run.asked), before, after)
             end.completed(steps=loop.done, engine=engine)
         else:
             end.stopped(loop.done)
@@ -241,7 +240,7 @@ def _loop_of(run: Run, tracking: Tracking | None, before: Evaluation, *, done: i
 
 
 def start_tracking(run: Run, *, state: Mapping[str, Any], changes: Sequence[str]) -> Tracking | None:
-    """Write ``config.yaml``, ``ds_config.json`` and ``environment.json``; open the journal and MLflow. Rank 0 only.
+    """Write the record's files (``record.py``); open the journal and MLflow. Rank 0 only.
 
     ``state``: of the checkpoint that is resumed; ``changes``: of settings since it was written.
     """
@@ -250,20 +249,9 @@ def start_tracking(run: Run, *, state: Mapping[str, Any], changes: Sequence[str]
         return None
     output_dir, uri = context.output_dir, tracking_uri(config.tracking_uri, context.output_dir)
     ds_config = dict(run.engine.choice.given)
-    environment = {
-        "diffdpo": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "device": _device_name(context.world.device),
-        "processes": context.world.size,
-        "command": " ".join(sys.argv),
-        "data_fingerprint": run.data.fingerprint,
-    }
+    environment = environment_of(context.world, run.facts | {"data_fingerprint": run.data.fingerprint})
     with told_if_unwritable(output_dir):
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "config.yaml").write_text(to_yaml(config))
-        (output_dir / "ds_config.json").write_text(json.dumps(ds_config, indent=1))
-        (output_dir / "environment.json").write_text(json.dumps(environment, indent=1))
+        write_record(output_dir, resolved=config, asked=run.asked, ds_config=ds_config, environment=environment)
         for path in set_aside_after(output_dir, step) if step is not None else ():
             context.print(f"{path.name} is set aside: this run goes on from step {step}")
         journal = Journal(
@@ -284,16 +272,12 @@ def start_tracking(run: Run, *, state: Mapping[str, Any], changes: Sequence[str]
     return tracking
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
-
-
 WITHOUT_EFFECT = {"output_dir", "resume_from_checkpoint", "data_cache_dir", "tracking_uri", "tracking_timeout"}
 FREE_TO_CHANGE = WITHOUT_EFFECT | {
     *("run_name", "dataset_num_workers", "save_minutes", "save_on_full_disk", "stop_seconds", "hang_timeout"),
     *("on_nonfinite", "nonfinite_limit"),
     *("logging_steps", "eval_steps", "save_steps", "save_total_limit", "segmentation", "segment_rows", "max_memory"),
-    *("reference_cache", "precompute_only", "strict"),
+    *("reference", "reference_cache", "precompute_only", "strict"),
     # their product cannot change: the reader refuses another number of records a step
     *("per_device_train_batch_size", "gradient_accumulation_steps"),
 }

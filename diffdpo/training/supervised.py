@@ -6,6 +6,7 @@ response tokens only, the terminator among them, the prompt never masked (Nie et
 
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import cast
 
 from data_pipeline.batch import Fault, PairBatch
@@ -28,11 +29,12 @@ from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.scores.reference import no_reference
 from diffdpo.scores.segments import make_segments
 from diffdpo.setup import data as run_data
+from diffdpo.setup.chosen import chosen_settings
 from diffdpo.setup.context import RunContext
 from diffdpo.setup.preflight import check_before_weights, check_settings_meet
 from diffdpo.step.report import StepReport
 from diffdpo.step.step import PreferenceStep
-from diffdpo.step.strategy import MicroBatchShape, choose_strategy
+from diffdpo.step.strategy import choose_strategy, micro_batch_shape
 from diffdpo.training.answer_canvas import fill_canvas
 from diffdpo.training.callbacks import Callback
 from diffdpo.training.checkpoint import find_checkpoint
@@ -44,14 +46,19 @@ TOKENIZER_RECORDS = 20_000  # the tokenizer of a new model is trained on the fir
 
 def sft(config: SftConfig, *, callbacks: Sequence[Callback] = ()) -> Result:
     """Run to the end, whatever the number of processes. UserError or DataError for what a user can mend."""
-    config = cast(SftConfig, resolve(config))
+    asked, config = config, cast(SftConfig, resolve(config))
     check_settings_meet(config)
     return guarded(
-        config, "sft", lambda context, watch: _sft(config, context, watch, callbacks), stopped=Result.of_a_stop
+        config,
+        "sft",
+        lambda context, watch: _sft(config, asked, context, watch, callbacks),
+        stopped=Result.of_a_stop,
     )
 
 
-def _sft(config: SftConfig, context: RunContext, watch: Watch, callbacks: Sequence[Callback]) -> Result:
+def _sft(
+    config: SftConfig, asked: SftConfig, context: RunContext, watch: Watch, callbacks: Sequence[Callback]
+) -> Result:
     device = context.world.device
     choice = choose_engine(
         config, processes=context.world.size, cuda=device.type == "cuda", bf16_able=bf16_able(device)
@@ -59,7 +66,7 @@ def _sft(config: SftConfig, context: RunContext, watch: Watch, callbacks: Sequen
     check_before_weights(config, choice)
     if (finished := finished_before(config, context)) is not None:
         return finished
-    return carry_out(_build(config, context, choice, watch, callbacks))
+    return carry_out(replace(_build(config, context, choice, watch, callbacks), asked=asked))
 
 
 def _build(
@@ -87,7 +94,7 @@ def _build(
         obstacle=engine.no_sync_obstacle(),
         reduces_in_backward=choice.reduces_in_backward,
         segments=segments,
-        shape=MicroBatchShape(config.per_device_train_batch_size, config.num_mc_samples, config.max_length, False),
+        shape=micro_batch_shape(config, couples_pairs=False, block_size=loaded.spec.block_size),
     )
     held_out = HeldOutAnswers(
         engine,
@@ -105,8 +112,18 @@ def _build(
         filled = [fill_canvas(b, **canvas) for b in micro_batches] if config.answer_canvas else micro_batches
         return score_step(filled, rate)
 
+    chosen = chosen_settings(config, context, choice, encoder) | {"model_name_or_path": config.model_name_or_path}
+    total, trained = count_parameters(loaded.model)
     return Run(
-        config=config,
+        config=replace(config, **chosen, segmentation=strategy, eval_task=held_out.answers.task),
+        asked=config,
+        facts={
+            "parameters": total,
+            "trained_parameters": trained,
+            "answers": len(train_set),
+            "dtype": dtype_name(choice.bf16),
+            "why_segmentation": why,
+        },
         context=context,
         watch=watch,
         resume=resume,
@@ -152,7 +169,14 @@ def _load_or_make(
     if context.world.is_main and not (keep and folder.exists()):
         shutil.rmtree(folder, ignore_errors=True)  # of a start that was broken off, perhaps with other settings
         tokenizer = train_tokenizer(_texts(data), vocab_size=config.vocab_size)
-        model = new_model(tokenizer, width=config.width, layers=config.layers, heads=config.heads, seed=config.seed)
+        model = new_model(
+            tokenizer,
+            width=config.width,
+            layers=config.layers,
+            heads=config.heads,
+            seed=config.seed,
+            block_size=config.block_size,
+        )
         partial = folder.with_name("start.partial")  # renamed when whole: an interrupted one is never taken for it
         tokenizer.save_pretrained(partial)
         model.save_pretrained(partial)
