@@ -29,6 +29,7 @@ from diffdpo.models.architecture.dream import (
 from diffdpo.models.architecture.llada import LLaDAConfig, LLaDAModelLM
 from diffdpo.models.architecture.spec import DECODER_LORA_TARGETS, LLADA_LORA_TARGETS, FamilySpec
 from diffdpo.models.checkpoint.adapter_folder import base_of_adapter, is_adapter
+from diffdpo.models.checkpoint.revision import split_revision
 from diffdpo.models.checkpoint.weights import only_kept, read_model
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
@@ -79,7 +80,8 @@ def load_model(
     device: str = "cpu",
     load_in_4bit: bool = False,
 ) -> LoadedModel:
-    """Load a published checkpoint, a directory written by `save_model`, or a peft adapter directory with its base.
+    """Load a published checkpoint (NAME or NAME@REVISION of the hub), a directory written by `save_model`, or a peft
+    adapter directory with its base.
 
     `load_in_4bit`: NF4 with double quantisation for the blocks; embedding, norms and head stay in `dtype`.
     Raises UserError for anything a user can mend: an unknown family or dtype, missing keys or tensors, a tokenizer
@@ -128,8 +130,9 @@ def load_adapter(folder: str | Path, *, base: str | None = None, **options) -> L
 def read_config(name_or_path: str) -> tuple[Family, PreTrainedConfig]:
     """The family and checked config of a checkpoint; no weights are read."""
     kept = only_kept(name_or_path)
+    name, revision = split_revision(name_or_path)
     try:
-        raw, _ = PreTrainedConfig.get_config_dict(name_or_path, local_files_only=kept)
+        raw, _ = PreTrainedConfig.get_config_dict(name, local_files_only=kept, revision=revision or "main")
     except (OSError, ValueError, TypeError, AttributeError) as error:  # the last two: JSON that is no object
         raise UserError(f"no model config at {name_or_path!r}: {_first_line(error)}") from error
     if not isinstance(raw, dict) or not raw:
@@ -159,19 +162,20 @@ def empty_model(name_or_path: str) -> PreTrainedModel:
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer without remote code. Dream's own class is a Qwen2 tokenizer with added tokens."""
     kept = only_kept(name_or_path)
+    name, revision = split_revision(name_or_path)
+    where = {"local_files_only": kept, "revision": revision or "main"}
     try:
-        settings = _tokenizer_class(name_or_path, kept)
+        settings = _tokenizer_class(name, where)
         loader = Qwen2Tokenizer if settings == "DreamTokenizer" else AutoTokenizer
-        return loader.from_pretrained(name_or_path, trust_remote_code=False, local_files_only=kept)
+        return loader.from_pretrained(name, trust_remote_code=False, **where)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"no tokenizer at {name_or_path!r}: {_first_line(error)}") from error
 
 
-def _tokenizer_class(name_or_path: str, kept: bool) -> str | None:
+def _tokenizer_class(name: str, where: dict[str, Any]) -> str | None:
     from transformers.utils import cached_file
 
-    lenient = {"_raise_exceptions_for_missing_entries": False, "local_files_only": kept}
-    path = cached_file(name_or_path, "tokenizer_config.json", **lenient)
+    path = cached_file(name, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False, **where)
     return json.loads(Path(path).read_text()).get("tokenizer_class") if path else None
 
 

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ from diffdpo.errors import UserError
 from diffdpo.evaluation.result import Evaluation, comparison
 from diffdpo.memory.peak import peak_memory_gib
 from diffdpo.models.load import LoadedModel
+from diffdpo.settings.base import public, without_secrets
 from diffdpo.setup.context import RunContext
 from diffdpo.setup.data import total_steps
 from diffdpo.setup.model import save_final
@@ -42,6 +43,7 @@ from diffdpo.train.checkpoint import (
 )
 from diffdpo.train.loop import Loop, StepFunction
 from diffdpo.train.result import model_card, print_comparison, write_summary
+from diffdpo.train.schedule import in_steps
 
 
 class HeldOut(Protocol):
@@ -137,19 +139,20 @@ def carry_out(run: Run) -> Result:
 
 
 def _loop_of(run: Run, tracking: Tracking | None, before: Evaluation, *, done: int) -> Loop:
+    total = total_steps(run.config, run.loader)
     return Loop(
-        config=run.config,
+        config=in_steps(run.config, total),
         output_dir=run.context.output_dir,
         engine=run.engine,
         loader=run.loader,
         step=run.step,
-        total_steps=total_steps(run.config, run.loader),
+        total_steps=total,
         journal=tracking.journal if tracking else None,
         evaluate=run.held_out.quick,
         check_first=run.check_first,
         callbacks=Callbacks(run.callbacks),
         unit=run.unit,
-        state={"before": dict(before.values), "config": asdict(run.config), "held_by": held_by(run.engine)},
+        state={"before": dict(before.values), "config": public(run.config), "held_by": held_by(run.engine)},
         done=done,
     )
 
@@ -170,7 +173,7 @@ def start_tracking(run: Run, *, resume_step: int | None, extra: Mapping[str, Any
         "torch": torch.__version__,
         "device": _device_name(context.world.device),
         "processes": context.world.size,
-        "command": " ".join(sys.argv),
+        "command": " ".join(without_secrets(sys.argv, config)),
         **extra,
     }
     (output_dir / "environment.json").write_text(json.dumps(environment, indent=1))
@@ -178,7 +181,7 @@ def start_tracking(run: Run, *, resume_step: int | None, extra: Mapping[str, Any
         context.print(f"{path.name} is set aside: this run goes on from step {resume_step}")
     tracking = Tracking(output_dir, resume_step=resume_step)
     if uri is not None:
-        params = {**asdict(config), **environment, "ds_config_json": json.dumps(ds_config)}
+        params = {**public(config), **environment, "ds_config_json": json.dumps(ds_config)}
         texts = {key: str(value) for key, value in params.items()}
         shipped = Shipped(uri, config.experiment_name, context.run_name, texts, run_tags())
         tracking.start_mlflow(shipped, elsewhere=config.tracking_uri is not None)
@@ -193,6 +196,7 @@ FREE_TO_CHANGE = {
     *("output_dir", "run_name", "data_cache_dir", "resume_from_checkpoint", "tracking_uri", "dataset_num_workers"),
     *("logging_steps", "eval_steps", "save_steps", "save_total_limit", "segmentation", "segment_rows", "max_memory"),
     *("reference_cache", "precompute_only", "strict"),
+    *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_token"),
     # their product cannot change: the reader refuses another number of records a step
     *("per_device_train_batch_size", "gradient_accumulation_steps"),
 }
@@ -228,7 +232,7 @@ def resume_parts(config: RunConfig, context: RunContext, checkpoint: Path, engin
     with told_if_unreadable(checkpoint):
         engine.load(checkpoint)
     context.print(f"resumed from {checkpoint} after step {state['step']}")
-    for name, value in asdict(config).items():
+    for name, value in public(config).items():
         if name not in FREE_TO_CHANGE and state["config"].get(name) != value:
             context.print(f"  NOTE --{name} was {state['config'].get(name)} and is {value}: not the same run any more")
 

@@ -87,7 +87,7 @@ def _build(config: SftConfig, context: RunContext, choice: EngineChoice, callbac
         limit=config.max_eval_pairs,
     )
     context.print(
-        f"model    {config.model_name_or_path or 'new'}, {count_parameters(loaded.model)[0]:,} parameters\n"
+        f"model    {config.policy or 'new'}, {count_parameters(loaded.model)[0]:,} parameters\n"
         f"data     {config.train_data or 'generated arithmetic-reasoning answers'}: {len(train_set)} answers\n"
         f"engine   {choice.describe()}; segmentation '{strategy}' ({why})\n"
         f"output   {context.output_dir}"
@@ -112,7 +112,7 @@ def _build(config: SftConfig, context: RunContext, choice: EngineChoice, callbac
         held_out=held_out,
         check_first=_nothing_to_check,
         unit="answers",
-        base=config.model_name_or_path or "random weights",
+        base=config.policy or "random weights",
         callbacks=callbacks,
     )
 
@@ -124,8 +124,8 @@ def _nothing_to_check(report: StepReport) -> None:
 def _load_or_make(config: SftConfig, context: RunContext, choice: EngineChoice, data: ShardedDataset) -> LoadedModel:
     """The named model, or a new one with a tokenizer trained on the data: the same on every rank."""
     device = load_device(choice, context.world)
-    if config.model_name_or_path:
-        loaded = load_model(config.model_name_or_path, dtype=dtype_name(choice.bf16), device=device)
+    if config.policy:
+        loaded = load_model(config.policy, dtype=dtype_name(choice.bf16), device=device)
         loaded.model.requires_grad_(True)
         return loaded
     folder = context.output_dir / "start"

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from diffdpo.errors import UserError
+from diffdpo.models.checkpoint.revision import pinned
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -26,4 +27,4 @@ def base_of_adapter(folder: str | Path) -> str:
     kind = settings.get("peft_type", "LORA")
     if kind != "LORA":
         raise UserError(f"{file} has peft_type {kind!r}; supported: 'LORA'")
-    return str(settings["base_model_name_or_path"])
+    return str(pinned(str(settings["base_model_name_or_path"]), settings.get("revision")))

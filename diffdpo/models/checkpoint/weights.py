@@ -20,6 +20,7 @@ import data_pipeline.hub
 from data_pipeline.errors import DataError
 from diffdpo.errors import UserError
 from diffdpo.models.checkpoint.nf4 import expect_nf4, is_nf4, quantised
+from diffdpo.models.checkpoint.revision import split_revision
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 STORED = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -31,7 +32,7 @@ NOT_WEIGHTS = ("rotary_emb.inv_freq",)
 def only_kept(name_or_path: str) -> bool:
     """Whether a checkpoint is read from this machine alone (``data_pipeline.hub``). UserError when it is nowhere."""
     try:
-        return data_pipeline.hub.only_kept(name_or_path)
+        return data_pipeline.hub.only_kept(*split_revision(name_or_path))
     except DataError as error:
         raise UserError(str(error)) from error
 
@@ -41,9 +42,10 @@ def checkpoint_folder(name_or_path: str) -> Path:
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
     kept = only_kept(name_or_path)
+    name, revision = split_revision(name_or_path)
     try:
         files = ["*.safetensors", "*.json"]
-        return Path(snapshot_download(name_or_path, allow_patterns=files, local_files_only=kept))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files, local_files_only=kept))
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"cannot load the weights of {name_or_path!r}: {reason}") from error
@@ -116,7 +118,8 @@ def read_model(
     if nf4:
         expect_nf4(model, dtype)
     stream_weights(model, folder, dtype=dtype, device=device)
-    model.name_or_path = config.name_or_path = name_or_path
+    # what is saved names the repository: neither peft nor transformers reads NAME@REVISION
+    model.name_or_path = config.name_or_path = split_revision(name_or_path)[0]
     return model.eval()
 
 
