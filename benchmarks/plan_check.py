@@ -154,7 +154,7 @@ def measure(case: Case) -> int:
 
 
 def run(case: Case, world) -> None:
-    """Two optimizer steps, as `diffdpo.train.preference` puts them together."""
+    """Two optimizer steps, as `diffdpo.training.preference` puts them together."""
     import torch
 
     from diffdpo.engine.choice import choose_engine
@@ -236,6 +236,8 @@ def equal_rows(config, vocabulary: int):
         ids_RT[:, config.max_prompt_length :].flatten(),
         torch.ones(count * scored),
         torch.full((count // config.num_mc_samples,), scored),
+        torch.arange(count),
+        torch.arange(count) // config.num_mc_samples,
     )
 
 

@@ -61,6 +61,9 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
 
 def _add_format(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=FORMATS, default="auto", help="layout of the rows; auto: by their columns")
+    parser.add_argument(
+        "--columns", default=None, metavar="NAMES", help="which columns are what, as prompt=question,chosen=good"
+    )
     parser.add_argument("--pairing", choices=POLICIES, default="matched", help="candidates: how pairs are made")
     parser.add_argument("--max_pairs", type=int, default=0, help="candidates: pairs a question; 0: no limit")
     parser.add_argument("--use_reference", action="store_true", help="candidates: the human solution is a right answer")

@@ -6,12 +6,13 @@ the last is written last and marks the chunk as complete.
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.files import write_whole
 from data_pipeline.records import (
     Record,
     RecordError,
@@ -23,10 +24,11 @@ from data_pipeline.records import (
     text_bytes,
 )
 from data_pipeline.sources.candidates import Pairing
+from data_pipeline.sources.columns import Columns
 from data_pipeline.sources.files import Row
 from data_pipeline.sources.formats import convert
 
-CONVERSION = 3  # raised when equal rows become other records: what was built before is then built anew
+CONVERSION = 4  # raised when equal rows become other records: what was built before is then built anew
 EXAMPLES_KEPT = 5
 HASHES = np.dtype(
     [("offset", "<i8"), ("size", "<u4"), ("chunk", "<u4"), ("id", "<u8"), ("content", "<u8"), ("prompt", "<u8")]
@@ -40,15 +42,18 @@ class ConvertOptions:
     format: str = "auto"
     pairing: Pairing = field(default_factory=Pairing)
     max_bytes: int = 0
+    columns: Columns = ()
 
 
 @dataclass
 class Dropped:
-    """What was dropped, by kind, with the first few places. ``malformed`` is the first row of a broken kind."""
+    """What was dropped, by kind, with the first few places. ``malformed`` is the first row of a broken kind. ``told``
+    counts what was not dropped and the user should know: columns that nobody read, prompts that were guessed."""
 
     counts: Counter = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
     malformed: str = ""
+    told: Counter = field(default_factory=Counter)
 
     def add(self, error: RecordError, where: str) -> None:
         """Count one drop."""
@@ -65,10 +70,19 @@ class Dropped:
         for kind, places in other.examples.items():
             self.examples[kind] = (self.examples.get(kind, []) + places)[:EXAMPLES_KEPT]
         self.malformed = self.malformed or other.malformed
+        self.told.update(other.told)
 
     def as_json(self) -> dict:
         """For manifests: kind → count and examples."""
         return {k: {"count": n, "examples": self.examples.get(k, [])} for k, n in sorted(self.counts.items())}
+
+
+def told_in_a_line(told: Mapping[str, int]) -> str:
+    """What rows that were kept held besides: columns that nobody read, prompts that were guessed; '' for nothing."""
+    unread = {name.removeprefix("column "): n for name, n in told.items() if name.startswith("column ")}
+    columns = ", ".join(f"{name} ({n})" for name, n in unread.items())
+    rest = [f"{name} ({n})" for name, n in told.items() if not name.startswith("column ")]
+    return "; ".join([f"columns not read: {columns}"] * bool(columns) + rest)
 
 
 @dataclass(frozen=True)
@@ -121,7 +135,8 @@ def convert_rows(job: ConvertJob, dropped: Dropped) -> Iterator[Record]:
 
 def _records_of(row: Row, job: ConvertJob, dropped: Dropped) -> list[Record]:
     try:
-        records = list(convert(row.parsed(), format=job.options.format, pairing=job.options.pairing))
+        options = {name: getattr(job.options, name) for name in ("format", "pairing", "columns")}
+        records = list(convert(row.parsed(), **options, told=dropped.told))
     except RecordError as error:
         dropped.add(error, row.where)
         return []
@@ -146,14 +161,13 @@ def _write_result(stem: Path, result: ConvertResult) -> None:
         "counts": dropped.counts,
         "examples": dropped.examples,
         "malformed": dropped.malformed,
+        "told": dropped.told,
     }
-    partial = stem.with_suffix(".json.partial")
-    partial.write_text(json.dumps(data))
-    partial.replace(stem.with_suffix(".json"))
+    write_whole(stem.with_suffix(".json"), json.dumps(data).encode("utf-8", "surrogatepass"))
 
 
 def read_result(stem: Path, number: int) -> ConvertResult:
     """The result of a complete chunk."""
     data = json.loads(stem.with_suffix(".json").read_text())
-    dropped = Dropped(Counter(data["counts"]), data["examples"], data["malformed"])
+    dropped = Dropped(Counter(data["counts"]), data["examples"], data["malformed"], Counter(data["told"]))
     return ConvertResult(number, data["rows"], dropped)

@@ -8,7 +8,7 @@ lock file lets one of them work while the others wait for its result, which appe
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from data_pipeline.locate import open_index, open_side
 from data_pipeline.order import PlanOptions, mixed_records, shuffled_records
 from data_pipeline.remote import default_cache_dir, is_remote, without_scheme
 from data_pipeline.shard_builder import BuildOptions
+from data_pipeline.sources.columns import parse_columns
 from data_pipeline.split import eval_mask
 
 log = logging.getLogger(__name__)
@@ -157,6 +158,7 @@ def open_dataset(
     split: str = "train",
     weights: Sequence[float] | None = None,
     build_options: BuildOptions | None = None,
+    columns: str | Mapping[str, str] | None = None,
     max_records: int = 0,
     allow_damaged: bool = False,
     workers: int | None = None,
@@ -167,7 +169,8 @@ def open_dataset(
     ``eval_fraction`` of the prompts are held out for ``split="eval"``; ``seed`` chooses which (keep it when the
     training seed changes, or prompts trained on become prompts evaluated on). A folder built with its own train/eval
     split is used as it is, and its prompts stay on their sides in other sources too. ``weights``: shares of the sources
-    in an epoch. ``max_records``: the first of each source.
+    in an epoch. ``max_records``: the first of each source. ``columns`` says which columns of rows are what
+    (``sources.columns``); a folder made by ``build`` holds records, which it does not concern.
     ``allow_damaged``: go on although local shards are not as long as the index says; what they lack become faults.
     ``workers``: processes that build or index (None: one a core for large files, this one for small).
     """
@@ -175,6 +178,8 @@ def open_dataset(
     _check(sources, split, weights, eval_fraction, max_records)
     cache = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
     options = build_options or BuildOptions()
+    if columns:
+        options = replace(options, convert=replace(options.convert, columns=parse_columns(columns)))
     options = replace(options, eval_fraction=0.0, source=replace(options.source, cache_dir=cache))
     opened = []
     for name in sources:

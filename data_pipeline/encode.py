@@ -8,7 +8,7 @@ The chat template renders the prompt only, with the header of the assistant's tu
 always (LLaDA's does) would add a phantom turn behind a rendered answer; here no answer is rendered by the template.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,8 @@ import numpy as np
 from jinja2 import TemplateError
 
 from data_pipeline.errors import DataError
-from data_pipeline.records import AnswerRecord, Message, Record, Text, answers_of, user_turn
+from data_pipeline.records import AnswerRecord, Message, Record, Text, answers_of, aside_of, user_turn
+from data_pipeline.template import check_reads, check_template, has_template, render, render_answer, warn_once
 from data_pipeline.truncate import keep_end, keep_start
 
 TEMPLATES = ("auto", "chat", "plain")
@@ -105,10 +106,21 @@ class Encoder:
         if self.forbidden_ids is None:
             mask = getattr(tokenizer, "mask_token_id", None)
             object.__setattr__(self, "forbidden_ids", () if mask is None else (int(mask),))
-        if getattr(tokenizer, "add_bos_token", False) and tokenizer.bos_token_id is not None:
-            object.__setattr__(self, "_prefix", (int(tokenizer.bos_token_id),))
-        if self.template == "chat" and not getattr(tokenizer, "chat_template", None):
+        object.__setattr__(self, "_prefix", beginning_of(tokenizer))
+        if self.template == "chat" and not has_template(tokenizer):
             raise DataError("template is 'chat' but the tokenizer has no chat template; use --template plain")
+        if self.template != "plain" and has_template(tokenizer):
+            check_template(tokenizer)
+            self._tell_of_beginning()
+
+    def _tell_of_beginning(self) -> None:
+        """The template writes all that stands before the turns; published models were trained so."""
+        if not self._prefix or self.template != "chat":
+            return
+        text = render(self.tokenizer, user_turn("a"))
+        if tuple(self._tokens(text)[: len(self._prefix)]) != self._prefix:
+            words = self.tokenizer.decode(list(self._prefix))
+            warn_once(f"the tokenizer puts {words} before plain text and the chat template does not: it is left out")
 
     def _check_options(self) -> None:
         for name, allowed in (
@@ -137,7 +149,7 @@ class Encoder:
             try:
                 new = self._texts(record)
             except TemplateError as error:
-                rendered.append(Drop("refused_by_template", f"the chat template: {error}"))
+                rendered.append(Drop("refused_by_template", f"the chat template says: {error}"))
                 continue
             rendered.append(slice(len(texts), len(texts) + len(new)))
             texts += new
@@ -148,9 +160,21 @@ class Encoder:
         ]
 
     def _texts(self, record: Record) -> list[str]:
-        chat = self._uses_chat(record.prompt)
-        answers = [answer_text(answer, spaced=not chat) for answer in answers_of(record)]
-        return [self.prompt_text(record.prompt, chat), *map(self._unended, answers)]
+        chat, prompt, kwargs = self._uses_chat(record.prompt), record.prompt, record.template_kwargs
+        turns = user_turn(prompt) if isinstance(prompt, str) else prompt
+        if chat:
+            check_reads(self.tokenizer, turns, kwargs)
+        elif kwargs.keys() - {"enable_thinking"} or any(map(aside_of, turns)):
+            raise TemplateError("plain text has no place for tools and thoughts")
+        answers = [self._answer_text(turns, answer, chat, kwargs) for answer in answers_of(record)]
+        return [self.prompt_text(prompt, chat, kwargs), *map(self._unended, answers)]
+
+    def _answer_text(self, turns: Sequence[Message], answer: Text, chat: bool, kwargs: Mapping[str, Any]) -> str:
+        if isinstance(answer, str) or not aside_of(answer[-1]):
+            return answer_text(answer, spaced=not chat and turns[-1]["role"] != "assistant")
+        if not chat:
+            raise TemplateError("plain text has no place for tools and thoughts")
+        return render_answer(self.tokenizer, turns, answer[-1], kwargs)
 
     def _tokens(self, texts: Any) -> Any:
         """The ids of a text, or of each of several."""
@@ -176,7 +200,7 @@ class Encoder:
         if not all(ids[1:]):
             return Drop("empty_answer", "an answer holds nothing but the token that ends it")
         try:
-            fitted = self._fit(record.prompt, ids[0], ids[1:])
+            fitted = self._fit(record, ids[0], ids[1:])
         except TemplateError as error:
             return Drop("refused_by_template", f"the chat template, of a part: {error}")
         if isinstance(fitted, Drop):
@@ -190,31 +214,38 @@ class Encoder:
             return Drop("equal_after_cut", "both answers are the same in tokens after cutting")
         return TokenPair(record.id, tokens[0], tokens[1], truncated, ended)
 
-    def prompt_text(self, prompt: Text, chat: bool) -> str:
-        """The prompt as the model meets it, up to where the answer begins."""
+    def prompt_text(self, prompt: Text, chat: bool, kwargs: Mapping[str, Any] | None = None) -> str:
+        """The prompt as the model meets it, up to where the answer begins. ``kwargs``: what the template is given."""
         if isinstance(prompt, str):
-            return self._rendered(user_turn(prompt), chat) if chat else prompt
-        return self._rendered(prompt, chat)
+            return self._rendered(user_turn(prompt), chat, kwargs) if chat else prompt
+        return self._rendered(prompt, chat, kwargs)
 
-    def _rendered(self, turns: Sequence[Message], chat: bool) -> str:
+    def _rendered(self, turns: Sequence[Message], chat: bool, kwargs: Mapping[str, Any] | None) -> str:
         if chat:
-            return self.tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
+            return render(self.tokenizer, turns, kwargs)
         plain = [f"\n\n{PLAIN_ROLES.get(turn['role'], turn['role'])}: {turn['content']}" for turn in turns]
-        return "".join(plain) + "\n\nAssistant:"
+        return "".join(plain) + ("" if turns[-1]["role"] == "assistant" else "\n\nAssistant:")
 
-    def _cut(self, text: Text, ids: list[int], limit: int) -> list[int] | None:
-        """A prompt's tokens cut to a limit; None where that leaves nothing of its content."""
+    def _cut(self, record: Record, ids: list[int], limit: int) -> list[int] | None:
+        """A prompt's tokens cut to a limit; None where that leaves nothing of its content, or cannot be done: what
+        stands beside contents is no content, and a turn that the answer goes on with must stay next to it."""
+        text, kwargs = record.prompt, record.template_kwargs
         if limit < 1:
             return None
         keeps_end, chat = self.truncation == "keep_end", self._uses_chat(text)
         if isinstance(text, str) and not chat:
             return ids[-limit:] if keeps_end else ids[:limit]
         turns = user_turn(text) if isinstance(text, str) else text
+        if any(map(aside_of, turns)) or (turns[-1]["role"] == "assistant" and not keeps_end):
+            return None
         cut = keep_end if keeps_end else keep_start
-        return cut(turns, self.prompt_text(text, chat), limit, lambda some: self._rendered(some, chat), self._tokens)
+        whole = self.prompt_text(text, chat, kwargs)
+        return cut(turns, whole, limit, lambda some: self._rendered(some, chat, kwargs), self._tokens)
 
-    def _fit(self, text: Text, ids: list[int], answers: Sequence[list[int]]) -> tuple[list[TokenAnswer], bool] | Drop:
-        prefix = [] if self._uses_chat(text) else [*self._prefix]
+    def _fit(
+        self, record: Record, ids: list[int], answers: Sequence[list[int]]
+    ) -> tuple[list[TokenAnswer], bool] | Drop:
+        prefix = [] if self._uses_chat(record.prompt) else [*self._prefix]
         prompt = prefix + ids
         longest = max(len(answer) for answer in answers) + 1  # and the terminator
         limit = max(self.max_length // 2, self.max_length - longest)
@@ -223,9 +254,9 @@ class Encoder:
         if cut_prompt:
             if self.truncation == "drop":
                 return Drop("over_long_prompt", f"{len(prompt)} tokens, {limit} fit")
-            kept = self._cut(text, ids, limit - len(prefix))
+            kept = self._cut(record, ids, limit - len(prefix))
             if kept is None:
-                return Drop("over_long_prompt", f"{len(prompt)} tokens, {limit} fit: too few for the template alone")
+                return Drop("over_long_prompt", f"{len(prompt)} tokens, {limit} fit: too few for what must stay")
             prompt = prefix + kept
         room = self.max_length - len(prompt)
         if longest > room and self.answer_truncation == "drop":
@@ -240,7 +271,17 @@ class Encoder:
 
 def default_template(tokenizer: Any) -> str:
     """How training renders prompts unless told otherwise: in chat form, strings too, where the tokenizer can."""
-    return "chat" if getattr(tokenizer, "chat_template", None) else "auto"
+    return "chat" if has_template(tokenizer) else "auto"
+
+
+def beginning_of(tokenizer: Any) -> tuple[int, ...]:
+    """The ids that the tokenizer puts before plain text, such as a BOS, whatever part of it puts them."""
+    bare, whole = (tokenizer("a", add_special_tokens=special, **QUIET)["input_ids"] for special in (False, True))
+    places = [place for place in range(len(whole) - len(bare) + 1) if whole[place : place + len(bare)] == bare]
+    if places and places[0]:
+        return tuple(whole[: places[0]])
+    named = getattr(tokenizer, "add_bos_token", False) and tokenizer.bos_token_id is not None
+    return (int(tokenizer.bos_token_id),) if named else ()
 
 
 def answer_text(answer: Text, *, spaced: bool) -> str:

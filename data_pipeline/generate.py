@@ -7,7 +7,6 @@ itself, so no question of the ``eval`` split is ever met in ``train``, whatever 
 import gzip
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from data_pipeline.arithmetic import FLAWS, LARGEST_NUMBER, PROBLEM_KINDS, Problem, clear_answer, draw_problem
 from data_pipeline.cli import Parser
 from data_pipeline.errors import DataError
+from data_pipeline.files import whole_or_absent
 
 GENERATOR_VERSION = 1  # to be raised when the same seed gives other records
 SPLITS = ("train", "eval")
@@ -96,9 +96,8 @@ def prompt_of(problem: Problem) -> str:
 def write_jsonl(records: Iterator[dict], path: Path) -> int:
     """Write records as JSON lines (gzip when the name ends in .gz), atomically. Returns how many."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # several processes may write the same file
     count = 0
-    with partial.open("wb") as raw:
+    with whole_or_absent(path) as partial, partial.open("wb") as raw:
         # mtime=0 and no file name: the same records give the same bytes
         file = gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) if path.suffix == ".gz" else raw
         for record in records:
@@ -106,7 +105,6 @@ def write_jsonl(records: Iterator[dict], path: Path) -> int:
             count += 1
         if file is not raw:
             file.close()
-    partial.replace(path)
     return count
 
 

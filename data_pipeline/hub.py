@@ -6,10 +6,24 @@ keep on this machine. So the hub is asked beforehand; where it does not answer, 
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.errors import DataError
 
 ANSWER_SECONDS = 10.0  # to connect, and to answer
+
+
+def pinned(name: str | None, revision: str | None) -> str | None:
+    """A model of the hub at a branch, tag or commit by one name, NAME@REVISION. (Names of the hub have no @.)"""
+    return f"{name}@{revision}" if name and revision else name
+
+
+def split_revision(name_or_path: str) -> tuple[str, str | None]:
+    """(name, revision); None where none is named, and for a folder, whatever its name."""
+    name, at, revision = name_or_path.rpartition("@")
+    if not at or not name or not revision or Path(name_or_path).exists():
+        return name_or_path, None
+    return name, revision
 
 
 class NotOnHub(LookupError):
@@ -31,9 +45,10 @@ def why_silent(name: str, kind: str, revision: str | None = None) -> str:
     return ""
 
 
-def only_kept(name: str, revision: str | None = None) -> bool:
+def only_kept(name_or_path: str) -> bool:
     """Whether a model (or a tokenizer) is to be read from this machine alone: a folder, or a name of the hub while
     that does not answer. It is what ``local_files_only`` should be. DataError when it can be had from neither."""
+    name, revision = split_revision(name_or_path)
     if name and Path(name).is_dir():
         return True
     if name and Path(name).exists():
@@ -41,6 +56,12 @@ def only_kept(name: str, revision: str | None = None) -> bool:
     if not name or name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise DataError(f"no model at {name!r}: there is no such folder")
     return _only_kept_of_hub(name, revision)
+
+
+def at_revision(name_or_path: str) -> tuple[str, dict[str, Any]]:
+    """(name, the arguments with which transformers reads a model or tokenizer of it). DataError when it is nowhere."""
+    name, revision = split_revision(name_or_path)
+    return name, {"local_files_only": only_kept(name_or_path), "revision": revision or "main"}
 
 
 @cache  # config, tokenizer and weights are fetched one after the other

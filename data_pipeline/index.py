@@ -17,12 +17,16 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.errors import DataError
+from data_pipeline.files import whole_or_absent, write_whole
+from data_pipeline.identity import content_digest
+from data_pipeline.members import Bad
 from data_pipeline.remote import cached_file, default_cache_dir, is_remote
-from data_pipeline.shards import ENTRY, Bad, ShardScan, pack_bad, to_json, unpack_gzip
+from data_pipeline.shards import ENTRY, ShardScan, file_sha256, pack_bad, to_json, unpack_gzip
 
 SCHEMA = 1
 GZIP = (".gz", ".tgz")
 MANIFEST, ENTRIES, KEYS = "manifest.json", "entries.npy", "keys.npy"
+DIGEST = "digest"  # the manifest's own
 MANIFEST_FIELDS = {"num_records", "shards", "sources", "bad", "fingerprint"}
 
 
@@ -76,21 +80,34 @@ def plain_tar(url: str, cache_dir: Path | None, *, size: int | None = None, vers
     path = cached_file(url, cache_dir, size=size, version=version) if is_remote(url) else Path(url)
     if not path.name.endswith(GZIP):
         return path, ""
-    status = path.stat()
-    key = hashlib.blake2b(f"{url} {status.st_size} {status.st_mtime_ns}".encode(), digest_size=8).hexdigest()
+    key = hashlib.blake2b(f"{url} {content_digest(path, cache_dir)}".encode(), digest_size=8).hexdigest()
     target = (cache_dir or default_cache_dir()) / "unpacked" / key / "shard.tar"
     note = target.with_name("fault.txt")
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"shard.{os.getpid()}.partial")
-        note.write_text(unpack_gzip(path, partial))
-        partial.replace(target)
+        with whole_or_absent(target) as partial:
+            write_whole(note, unpack_gzip(path, partial).encode())
     return target, note.read_text()
 
 
 def load_index(folder: str | Path, *, base: str | None = None) -> Index:
-    """Load the index in ``folder``. Raises DataError when it is none, is of another schema or does not fit together."""
+    """Load the index in ``folder``. Raises DataError when it is none, is of another schema, is not what was written, or
+    does not fit together."""
     path = Path(folder)
+    manifest = _load_manifest(path)
+    try:
+        _check_sums(path, manifest)
+        entries = np.load(path / ENTRIES, mmap_mode="r")
+        keys = np.load(path / KEYS, mmap_mode="r") if (path / KEYS).stat().st_size > 128 else np.zeros(0, np.uint8)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: the index is damaged ({error}); build the folder again") from error
+    starts = np.concatenate([[0], np.cumsum([shard["records"] for shard in manifest["shards"]])]).astype(np.int64)
+    if entries.dtype != ENTRY or len(entries) != starts[-1] or len(entries) != manifest["num_records"]:
+        raise DataError(f"{path}: {ENTRIES} and {MANIFEST} do not belong together; build the folder again")
+    return Index(base or str(path), manifest, entries, keys, starts)
+
+
+def _load_manifest(path: Path) -> dict:
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
     except FileNotFoundError as error:
@@ -102,15 +119,18 @@ def load_index(folder: str | Path, *, base: str | None = None) -> Index:
         raise DataError(f"{path / MANIFEST} has schema {found!r}, this version reads {SCHEMA}; build the folder again")
     if missing := MANIFEST_FIELDS - manifest.keys():
         raise DataError(f"{path / MANIFEST} lacks {', '.join(sorted(missing))}; build the folder again")
-    try:
-        entries = np.load(path / ENTRIES, mmap_mode="r")
-        keys = np.load(path / KEYS, mmap_mode="r") if (path / KEYS).stat().st_size > 128 else np.zeros(0, np.uint8)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: the index is damaged ({error}); build the folder again") from error
-    starts = np.concatenate([[0], np.cumsum([shard["records"] for shard in manifest["shards"]])]).astype(np.int64)
-    if entries.dtype != ENTRY or len(entries) != starts[-1] or len(entries) != manifest["num_records"]:
-        raise DataError(f"{path}: {ENTRIES} and {MANIFEST} do not belong together; build the folder again")
-    return Index(base or str(path), manifest, entries, keys, starts)
+    if (DIGEST in manifest or "checksums" in manifest) and manifest.get(DIGEST) != manifest_digest(manifest):
+        raise DataError(
+            f"{path / MANIFEST}: the index is damaged (it is not as it was written); build the folder again"
+        )
+    return manifest
+
+
+def _check_sums(path: Path, manifest: dict) -> None:
+    """ValueError for an index file that is not as it was written. Indices of earlier versions have no checksums."""
+    for name, known in manifest.get("checksums", {}).items():
+        if file_sha256(path / name) != known:
+            raise ValueError(f"{name} is not as it was written")
 
 
 def merge_scans(names: Sequence[str], scans: Iterable[ShardScan]) -> tuple[dict, np.ndarray, np.ndarray]:
@@ -165,16 +185,30 @@ def fingerprint(entries: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def save_index(folder: Path, manifest: dict, entries: np.ndarray, key_bytes: np.ndarray) -> None:
-    """Write the index files into a folder. The manifest comes last: a folder without it is not an index."""
-    np.save(folder / ENTRIES, entries)
-    np.save(folder / KEYS, key_bytes)
-    partial = folder / f"{MANIFEST}.partial"
-    partial.write_bytes(to_json(manifest))
-    partial.replace(folder / MANIFEST)
+def save_index(folder: Path, manifest: dict, entries: np.ndarray, key_bytes: np.ndarray) -> dict:
+    """Write the index files into a folder and return the manifest as written, with checksums. It comes last: a folder
+    without it is not an index."""
+    for name, array in ((ENTRIES, entries), (KEYS, key_bytes)):
+        with whole_or_absent(folder / name) as partial, partial.open("wb") as file:
+            np.save(file, array)
+    checksums = {name: file_sha256(folder / name) for name in (ENTRIES, KEYS)}
+    return save_manifest(folder, manifest | {"checksums": checksums})
 
 
-def publish(target: Path, write: Callable[[Path], None]) -> None:
+def save_manifest(folder: Path, manifest: dict) -> dict:
+    """Write a manifest with a checksum of its own, and return it as written."""
+    signed = manifest | {DIGEST: manifest_digest(manifest)}
+    write_whole(folder / MANIFEST, to_json(signed))
+    return signed
+
+
+def manifest_digest(manifest: dict) -> str:
+    """16 hex digits of all of a manifest but this."""
+    rest = {name: value for name, value in manifest.items() if name != DIGEST}
+    return hashlib.blake2b(to_json(rest), digest_size=8).hexdigest()
+
+
+def publish(target: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a fresh folder beside ``target`` and rename it there, whole or not at all.
 
     When another process was faster, its folder stays: both are made from the same input.

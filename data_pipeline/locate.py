@@ -4,6 +4,9 @@ import hashlib
 import json
 import logging
 import os
+import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from glob import glob
 from pathlib import Path
@@ -12,7 +15,10 @@ import numpy as np
 from braceexpand import braceexpand
 from filelock import FileLock
 
+from data_pipeline.convert import CONVERSION, ConvertOptions, told_in_a_line
 from data_pipeline.errors import DataError
+from data_pipeline.files import write_whole
+from data_pipeline.identity import content_digest
 from data_pipeline.index import (
     ENTRIES,
     KEYS,
@@ -25,14 +31,19 @@ from data_pipeline.index import (
     publish,
     save_index,
 )
+from data_pipeline.members import Bad
 from data_pipeline.parallel import ordered_map
 from data_pipeline.remote import AbsentError, cached_file, expand_remote, is_glob, is_remote
 from data_pipeline.shard_builder import BuildOptions, build, check_first_rows, job_signature
-from data_pipeline.shards import TAR, Bad, ShardScan, scan_shard
+from data_pipeline.shards import TAR, ShardScan, scan_shard
+from data_pipeline.sources.columns import parse_columns
 from data_pipeline.sources.files import SourceOptions, named_split, refuse_split
+from data_pipeline.sources.formats import TO_BE_BUILT, RowOptions, RowReader
 
 log = logging.getLogger(__name__)
 
+RUNNING_NUMBER = re.compile(r"(.*?)(\d+)([^\d/]*)")
+MOST_NUMBERS = 100_000  # numbers further apart are no running ones but dates and the like
 LARGE = 32 << 20  # bytes of input from which several processes pay
 
 
@@ -40,14 +51,16 @@ def open_index(
     source: str, cache: Path, options: BuildOptions, split: str, workers: int | None, progress: bool
 ) -> tuple[Index, bool]:
     """(index, whether the source itself holds a train/eval split)."""
-    ready = _ready(source, cache, split, workers)
+    ready = _ready(source, cache, options, split, workers)
     if ready is None:
         return _build_cached(expand(source), cache, options, workers, progress), False
     refuse_split(source, options.source)
     return ready
 
 
-def _ready(source: str, cache: Path, split: str, workers: int | None) -> tuple[Index, bool] | None:
+def _ready(
+    source: str, cache: Path, options: BuildOptions, split: str, workers: int | None
+) -> tuple[Index, bool] | None:
     """The same of a folder made by ``build`` and of shards; None for what has to be built first."""
     if is_remote(source) and not source.endswith(TAR):
         is_file = Path(source).suffix and not source.endswith("/")
@@ -58,11 +71,12 @@ def _ready(source: str, cache: Path, split: str, workers: int | None) -> tuple[I
             return load_index(path.resolve()), False
         if (path / split / MANIFEST).exists():
             return load_index((path / split).resolve()), True
-        if shards := [str(p.resolve()) for p in path.iterdir() if p.name.endswith(TAR)]:
-            return _index_shards(sorted(shards), cache, workers), False
-    if shards := [name for name in expand(source) if name.endswith(TAR)]:
-        return _built_index(shards) or _index_shards(shards, cache, workers), False
-    return None
+        shards = sorted(str(p.resolve()) for p in path.iterdir() if p.name.endswith(TAR))
+        source = str(path.resolve())
+    else:
+        shards = [name for name in expand(source) if name.endswith(TAR)]
+    index = (_built_index(shards) or _index_shards(shards, source, cache, options, workers)) if shards else None
+    return None if index is None else (index, False)
 
 
 def open_side(source: str, cache: Path, split: str) -> Index | None:
@@ -78,12 +92,12 @@ def open_side(source: str, cache: Path, split: str) -> Index | None:
     return load_index(side.resolve()) if (side / MANIFEST).exists() else None
 
 
-def check_rows(source: str) -> None:
+def check_rows(source: str, columns: str | None = None) -> None:
     """DataError for what is wrong in the first rows of local files, so that it shows before anything slow is begun.
     Shards, folders and what has to be fetched are looked at when they are opened."""
     files = [] if is_remote(source) else expand(source)
     if files and all(Path(name).is_file() and not name.endswith(TAR) for name in files):
-        check_first_rows(files, BuildOptions())
+        check_first_rows(files, BuildOptions(convert=ConvertOptions(columns=parse_columns(columns))))
 
 
 def expand(pattern: str) -> list[str]:
@@ -126,9 +140,12 @@ def _build_cached(files: list[str], cache: Path, options: BuildOptions, workers:
     if not (folder / MANIFEST).exists():
         build(files, folder, options, workers=_workers(files, workers), progress=progress)
     index = load_index(folder)
-    if dropped := index.manifest["provenance"]["report"]["dropped"]:
+    report = index.manifest["provenance"]["report"]
+    if dropped := report["dropped"]:
         kinds = ", ".join(f"{kind} {item['count']}" for kind, item in dropped.items())
         _warn(f"{', '.join(files)}: {len(index)} records; dropped: {kinds}")
+    if told := told_in_a_line(report["told"]):
+        _warn(f"{', '.join(files)}: {told}")
     return index
 
 
@@ -146,57 +163,107 @@ def _workers(files: list[str], asked: int | None) -> int:
     return len(os.sched_getaffinity(0)) if size > LARGE else 0
 
 
-def _index_shards(urls: list[str], cache: Path, workers: int | None) -> Index:
-    """The index of shards that have none of their own, made once and kept in the cache.
+def _index_shards(
+    urls: list[str], source: str, cache: Path, options: BuildOptions, workers: int | None
+) -> Index | None:
+    """The index of shards that have none of their own, made once and kept in the cache; None where their rows have to
+    be gathered by question, or make several records each, so that they must be built.
 
     When they have changed since it was made, they are indexed anew and compared with it: what it knew and is not there
-    now is told, and kept as ``gone`` in the new manifest.
+    now is told, and kept as ``gone`` in the new manifest. So is a number that is left out among the shards' names.
     """
-    stamps = []
-    for url in urls:
-        status = None if is_remote(url) else Path(url).stat()
-        stamps.append([url, status and status.st_size, status and status.st_mtime_ns])
-    digest, names = (hashlib.blake2b(json.dumps(of).encode(), digest_size=8).hexdigest() for of in (stamps, urls))
+    reading = {"format": options.convert.format, "columns": options.convert.columns}
+    stamps = [[url, None if is_remote(url) else content_digest(Path(url), cache)] for url in urls]
+    digest, kept = (_digest([of, reading, CONVERSION]) for of in (stamps, source))
     folder = cache / "index" / digest
     folder.parent.mkdir(parents=True, exist_ok=True)
-    last = folder.with_name(f"{names}.last")  # the digest of the last index of these names in which nothing was gone
+    last = folder.with_name(f"{kept}.last")  # the digest of the last index of this source in which nothing was gone
     with FileLock(f"{folder}.lock"):
         fresh = not (folder / MANIFEST).exists()
         if fresh:
-            scans = list(ordered_map(_scan_url, [(url, cache) for url in urls], workers=_workers(urls, workers)))
+            jobs = [(url, cache, _row_options(options)) for url in urls]
+            scans = list(ordered_map(_scan_url, jobs, workers=_workers(urls, workers)))
             manifest, entries, keys = merge_scans(urls, scans)
+            if any(item["kind"] == TO_BE_BUILT for item in manifest["bad"]):
+                return None
             if not len(entries):
                 raise DataError(f"no usable record in {len(urls)} shards: {bad_summary(manifest['bad'])}")
             earlier = last.read_text() if last.exists() else ""
+            told = sum((scan.told for scan in scans), Counter())
+            manifest |= {"reading": reading, "told": dict(told), "gaps": number_gaps(urls)}
             manifest["gone"] = _gone(folder.with_name(earlier), entries) if earlier else None
             publish(folder, lambda partial: save_index(partial, manifest, entries, keys))
         index = replace(load_index(folder), fresh=fresh)
         if not index.manifest.get("gone"):  # else the index that knows more is compared with again
-            partial = last.with_name(f"{last.name}.{os.getpid()}.partial")
-            partial.write_text(digest)
-            partial.replace(last)
-    if fresh and (gone := index.manifest["gone"]):
-        _warn(f"{sum(map(len, gone.values()))} records that these shards held before are gone: {', '.join(gone)}")
-    if index.manifest["bad"]:
-        _warn(bad_summary(index.manifest["bad"]))
+            write_whole(last, digest.encode())
+    _tell(index)
     return index
 
 
+def _tell(index: Index) -> None:
+    """Warn of what is not as it was, of what cannot be used and of what is not read."""
+    manifest = index.manifest
+    if index.fresh and (gone := manifest["gone"]):
+        _warn(f"{sum(map(len, gone.values()))} records that these shards held before are gone: {', '.join(gone)}")
+    if gaps := manifest["gaps"]:
+        _warn(f"shards are missing among the numbers: {in_a_list(gaps)}")
+    if manifest["bad"]:
+        _warn(bad_summary(manifest["bad"]))
+    if told := told_in_a_line(manifest["told"]):
+        _warn(f"{index.base if len(manifest['shards']) > 1 else index.url(0)}: {told}")
+
+
+def _digest(data: object) -> str:
+    return hashlib.blake2b(json.dumps(data).encode(), digest_size=8).hexdigest()
+
+
+def _row_options(options: BuildOptions) -> RowOptions:
+    return RowOptions(options.convert.format, options.convert.pairing, options.convert.columns)
+
+
 def _gone(folder: Path, entries: np.ndarray) -> dict[str, list[str]] | None:
-    """{shard: keys} of the records of an earlier index that are not among ``entries``; None without such an index."""
+    """{shard: keys} of the records of an earlier index that are not among ``entries`` to the byte, id and meta too;
+    None without such an index."""
     try:
         earlier = load_index(folder)
     except DataError:
         return None
+    there, before = (
+        of["content"] ^ (of["crc"].astype(np.uint64) << np.uint64(32)) for of in (entries, earlier.entries)
+    )
     gone: dict[str, list[str]] = {}
-    for row in np.flatnonzero(~np.isin(earlier.entries["content"], entries["content"])).tolist():
+    for row in np.flatnonzero(~np.isin(before, there)).tolist():
         gone.setdefault(earlier.url(earlier.shard_of(row)), []).append(earlier.key(row))
     return gone
 
 
-def _scan_url(job: tuple[str, Path]) -> ShardScan:
+def number_gaps(urls: Sequence[str]) -> list[str]:
+    """The names that are left out among shards that differ in a running number alone, such as shard-00003.tar between
+    shard-00002.tar and shard-00004.tar."""
+    numbers: dict[tuple[str, str], dict[int, str]] = {}
+    for url in urls:
+        if found := RUNNING_NUMBER.fullmatch(url):
+            before, digits, behind = found.groups()
+            numbers.setdefault((before, behind), {})[int(digits)] = digits
+    gaps = []
+    for (before, behind), there in numbers.items():
+        width = min(map(len, there.values()))
+        absent = (
+            sorted(set(range(min(there), max(there))) - set(there)) if max(there) - min(there) < MOST_NUMBERS else []
+        )
+        gaps += [f"{before}{number:0{width}d}{behind}" for number in absent]
+    return gaps
+
+
+def in_a_list(names: Sequence[str], shown: int = 5) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+def _scan_url(job: tuple[str, Path, RowOptions]) -> ShardScan:
     path, fault = plain_tar(job[0], job[1])
-    scan = scan_shard(path)
+    scan = scan_shard(path, RowReader(job[2]))
     if fault:
         scan.bad.insert(0, Bad("damaged_gzip", "", fault))
     return scan

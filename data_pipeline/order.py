@@ -25,6 +25,7 @@ class PlanOptions:
     ``shuffle_shards``: records are shuffled over groups of so many shards (0: over the whole corpus). A group is what a
     rank must have fetched to go on; 0 is right for local shards, 4-8 for remote ones that were shuffled when built.
     ``bucket_steps``: within runs of so many steps, records of like length are brought together into one step (0: not).
+    ``limit``: an epoch is the first so many records of its order (0: all), which are the same for every batch size.
     """
 
     seed: int
@@ -32,14 +33,15 @@ class PlanOptions:
     tail: str = "pad"
     shuffle_shards: int = 0
     bucket_steps: int = 0
+    limit: int = 0
 
     def __post_init__(self):
         if self.global_batch_size < 1:
             raise DataError(f"global_batch_size is {self.global_batch_size}; it must be at least 1")
         if self.tail not in TAILS:
             raise DataError(f"tail is {self.tail!r}; allowed: {', '.join(TAILS)}")
-        if min(self.shuffle_shards, self.bucket_steps, self.seed) < 0:
-            raise DataError("seed, shuffle_shards and bucket_steps must be at least 0")
+        if min(self.shuffle_shards, self.bucket_steps, self.limit, self.seed) < 0:
+            raise DataError("seed, shuffle_shards, bucket_steps and limit must be at least 0")
 
 
 def generator(*key: int) -> np.random.Generator:
@@ -49,7 +51,7 @@ def generator(*key: int) -> np.random.Generator:
 
 def num_steps(records: int, options: PlanOptions) -> int:
     """Steps of an epoch: known to every rank from the number of records alone."""
-    whole, rest = divmod(records, options.global_batch_size)
+    whole, rest = divmod(min(records, options.limit or records), options.global_batch_size)
     return whole + (options.tail == "pad" and rest > 0)
 
 
@@ -102,6 +104,7 @@ def mixed_records(sizes: Sequence[int], weights: Sequence[float], options: PlanO
 
 def as_steps(order: np.ndarray, options: PlanOptions, epoch: int, lengths: np.ndarray) -> np.ndarray:
     """records_SG: an order cut into steps, tail padded or dropped, and bucketed by length where that is asked for."""
+    order = order[: options.limit or None]  # before anything is sorted: which records count must not depend on G
     steps, size = num_steps(len(order), options), options.global_batch_size
     records_SG = np.full((steps, size), PAD, np.int64)
     used = min(len(order), steps * size)

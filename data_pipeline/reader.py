@@ -46,8 +46,8 @@ class PairLoader:
     for any micro-batch size. ``epoch`` and ``step`` count what was consumed: when the last micro-batch of step t is
     handed out, ``step`` is t + 1, which is what a checkpoint written after that step must hold.
 
-    ``tail``, ``shuffle_shards`` and ``bucket_steps`` are those of ``order.PlanOptions``; ``shuffle_shards`` None is
-    what a loaded state says, else 8 for remote shards and the whole corpus for local ones. ``batching="balanced"``
+    ``tail``, ``shuffle_shards``, ``bucket_steps`` and ``limit`` are those of ``order.PlanOptions``; ``shuffle_shards``
+    None is what a loaded state says, else 8 for remote shards and the whole corpus for local ones. ``batching="balanced"``
     evens out the tokens of the micro-batches of a step (their sizes differ, alike on all ranks; their number does not).
     A record that cannot be read is an empty slot and a fault, counted and logged; ``strict`` raises instead, and so
     does a share of faults above ``max_fault_fraction``.
@@ -68,6 +68,7 @@ class PairLoader:
         batching: str = "equal",
         shuffle_shards: int | None = None,
         bucket_steps: int = 0,
+        limit: int = 0,
         strict: bool = False,
         max_fault_fraction: float = 0.01,
         prefetch: int = 4,
@@ -89,7 +90,7 @@ class PairLoader:
         if shuffle_shards is None:
             shuffle_shards = REMOTE_SHUFFLE_SHARDS if dataset.is_remote and dataset.weights is None else 0
         self.dataset, self.encoder = dataset, encoder
-        self.options = PlanOptions(seed, global_batch_size, tail, shuffle_shards, bucket_steps)
+        self.options = PlanOptions(seed, global_batch_size, tail, shuffle_shards, bucket_steps, limit)
         self.share = share
         self.num_workers, self.prefetch = num_workers, prefetch
         self.strict, self.max_fault_fraction = strict, max_fault_fraction
@@ -241,6 +242,7 @@ class PairLoader:
             "tail": options.tail,
             "shuffle_shards": options.shuffle_shards,
             "bucket_steps": options.bucket_steps,
+            **({"limit": options.limit} if options.limit else {}),
             "sharding": self.dataset.sharding(options),
         }
 

@@ -7,32 +7,48 @@ to the model and is applied when the record is read for training.
 import hashlib
 import json
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any, Required, TypedDict, cast
 
 from data_pipeline.errors import DataError
 
 
-class Message(TypedDict):
-    """One turn of a conversation. ``role`` is system, user or assistant."""
+class Message(TypedDict, total=False):
+    """One turn of a conversation. ``role`` is system, user, assistant or tool; role and content are always there.
 
-    role: str
-    content: str
+    The rest is there where the turn has it: what was thought before the content, and calls of tools as the chat
+    templates of transformers read them.
+    """
+
+    role: Required[str]
+    content: Required[str]
+    reasoning_content: str
+    reasoning: str
+    thinking: str
+    tool_calls: list
+    function_call: dict
+    tool_call_id: str
+    name: str
 
 
 Text = str | tuple[Message, ...]
+WRITTEN_ASIDE = ("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call")
+"""What a turn says beside its content: a template that leaves it out shows the model another conversation."""
+KEPT_OF_A_TURN = (*WRITTEN_ASIDE, "tool_call_id", "name")
 GRADES = ("is_correct", "correct")  # fields that say whether an answer is right
 LABELS = ("label", *GRADES)
 
 
 @dataclass(frozen=True)
 class PreferenceRecord:
-    """``chosen`` is preferred to ``rejected`` as an answer to ``prompt``."""
+    """``chosen`` is preferred to ``rejected`` as an answer to ``prompt``. ``template_kwargs``: what the chat template
+    is given besides the turns, such as ``tools``. ``meta``: what is kept for people and tasks, and never learned."""
 
     id: str
     prompt: Text
     chosen: Text
     rejected: Text
     meta: dict = field(default_factory=dict)
+    template_kwargs: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -44,6 +60,7 @@ class AnswerRecord:
     answer: Text
     label: bool = True
     meta: dict = field(default_factory=dict)
+    template_kwargs: dict = field(default_factory=dict)
 
 
 Record = PreferenceRecord | AnswerRecord
@@ -60,6 +77,14 @@ class RecordError(DataError):
         super().__init__(message)
         self.kind = kind
         self.malformed = malformed
+
+    def __reduce__(self):
+        """Errors are pickled by their arguments, and this one's are not those of its class."""
+        return _record_error, (self.kind, str(self), self.malformed)
+
+
+def _record_error(kind: str, message: str, malformed: bool) -> RecordError:
+    return RecordError(kind, message, malformed=malformed)
 
 
 def missing_field(name: str, row: dict) -> RecordError:
@@ -90,7 +115,8 @@ def _as_message(item: Any, name: str) -> Message:
         raise RecordError(
             "wrong_type", f"field {name!r} has a message that is not {{'role': str, 'content': str}}", malformed=True
         )
-    return {"role": item["role"], "content": item["content"]}
+    kept = {name: item[name] for name in KEPT_OF_A_TURN if item.get(name)}
+    return cast(Message, {"role": item["role"], "content": item["content"], **kept})
 
 
 def assistant_turn(text: str) -> tuple[Message, ...]:
@@ -109,14 +135,22 @@ def text_key(text: Text) -> str:
 
 
 def is_empty(text: Text) -> bool:
-    """True when nothing but white space would be read (of messages: when the last one is empty)."""
-    content = text if isinstance(text, str) else text[-1]["content"] if text else ""
-    return not content.strip()
+    """True when nothing but white space would be read (of messages: when the last one is empty and calls no tool)."""
+    if isinstance(text, str):
+        return not text.strip()
+    return not text or not (text[-1]["content"].strip() or text[-1].get("tool_calls") or text[-1].get("function_call"))
+
+
+def aside_of(message: Message) -> dict[str, Any]:
+    """What a turn says beside its content."""
+    return {name: value for name in WRITTEN_ASIDE if (value := message.get(name))}
 
 
 def text_bytes(text: Text, errors: str = "surrogatepass") -> int:
-    """Length in UTF-8 bytes (of messages: of their contents): the cheap stand-in for a number of tokens."""
-    parts = (text,) if isinstance(text, str) else (message["content"] for message in text)
+    """Length in UTF-8 bytes (of messages: of what they say): the cheap stand-in for a number of tokens."""
+    parts = [text] if isinstance(text, str) else [message["content"] for message in text]
+    if not isinstance(text, str):
+        parts += [json.dumps(aside, ensure_ascii=False) for message in text if (aside := aside_of(message))]
     return sum(len(part.encode("utf-8", errors)) for part in parts)
 
 
@@ -135,9 +169,10 @@ def answers_of(record: Record) -> tuple[Text, ...]:
 
 
 def content_hash(record: Record) -> int:
-    """Hash of what is learned from: prompt, answers and label, neither id nor meta."""
+    """Hash of what is learned from: prompt, answers, label and what the template is given; neither id nor meta."""
     sides = [text_key(text) for text in (record.prompt, *answers_of(record))]
-    return stable_hash(*sides, "" if isinstance(record, PreferenceRecord) else str(record.label))
+    given = [json.dumps(record.template_kwargs, sort_keys=True, default=str)] if record.template_kwargs else []
+    return stable_hash(*sides, "" if isinstance(record, PreferenceRecord) else str(record.label), *given)
 
 
 def prompt_hash(record: Record) -> int:
@@ -178,6 +213,8 @@ def encode_record(record: Record) -> bytes:
         fields |= {"chosen": record.chosen, "rejected": record.rejected}
     else:
         fields |= {"answer": record.answer, "label": record.label}
+    if record.template_kwargs:
+        fields["template_kwargs"] = record.template_kwargs
     data = json.dumps(fields | {"meta": record.meta}, ensure_ascii=False, separators=(",", ":"), default=str)
     return data.encode("utf-8", "surrogatepass")
 
@@ -194,9 +231,9 @@ def parse_json(raw: bytes | str) -> dict:
 
 
 def decode_record(raw: bytes) -> Record:
-    """The record stored as ``raw``; also shards of other makers, with ``completion`` for ``answer`` and without id.
+    """The record stored as ``raw`` by ``encode_record``. Raises RecordError for anything that is not one.
 
-    Raises RecordError for anything that is not a usable record.
+    Rows of other makers are read by ``sources.formats``, which knows their layouts.
     """
     return record_from_fields(parse_json(raw))
 
@@ -204,18 +241,26 @@ def decode_record(raw: bytes) -> Record:
 def record_from_fields(row: dict) -> Record:
     """A record from explicit fields {prompt, chosen, rejected} or {prompt, answer | completion [, label]}."""
     prompt = as_text(require(row, "prompt"), "prompt")
-    meta = row.get("meta") or {}
-    if not isinstance(meta, dict):
-        raise RecordError("wrong_type", f"field 'meta' is {type(meta).__name__}, not an object", malformed=True)
+    meta, given = (as_object(row, name) for name in ("meta", "template_kwargs"))
     if "chosen" in row or "rejected" in row:
         chosen, rejected = (as_text(require(row, name), name) for name in ("chosen", "rejected"))
-        return with_id(PreferenceRecord("", prompt, chosen, rejected, meta), row.get("id"))
+        return with_id(PreferenceRecord("", prompt, chosen, rejected, meta, given), row.get("id"))
     name = "answer" if "answer" in row else "completion"
     if name not in row:
         raise missing_field("chosen", row)
     text = as_text(require(row, name), name)
     label = as_label(row["label"]) if "label" in row else answer_label(row, GRADES) is not False
-    return with_id(AnswerRecord("", prompt, text, label, meta), row.get("id"))
+    return with_id(AnswerRecord("", prompt, text, label, meta, given), row.get("id"))
+
+
+def as_object(row: dict, name: str) -> dict:
+    """An object of a row; an absent one is empty. Raises RecordError for anything else."""
+    value = row.get(name)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise RecordError("wrong_type", f"field {name!r} is {type(value).__name__}, not an object", malformed=True)
+    return value
 
 
 def answer_label(row: dict, names: tuple[str, ...]) -> bool | None:

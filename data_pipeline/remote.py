@@ -15,6 +15,7 @@ from urllib.parse import urlparse
 from filelock import FileLock
 
 from data_pipeline.errors import DataError
+from data_pipeline.files import whole_or_absent
 
 log = logging.getLogger(__name__)
 
@@ -84,13 +85,12 @@ def cached_file(
 def _fetch_with_retries(
     url: str, target: Path, size: int | None, retries: int, backoff: float, sleep: Callable[[float], None]
 ) -> None:
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     for attempt in range(1, retries + 1):
         try:
-            _fetch(url, partial)
-            if size not in (None, partial.stat().st_size):
-                raise OSError(f"{partial.stat().st_size} bytes came, {size} expected")
-            partial.replace(target)
+            with whole_or_absent(target) as partial:
+                _fetch(url, partial)
+                if size not in (None, partial.stat().st_size):
+                    raise OSError(f"{partial.stat().st_size} bytes came, {size} expected")
             return
         except ImportError as error:
             raise DataError(f"{url}: {error}; for s3:// install the extra: pip install 'diffdpo[s3]'") from error
@@ -102,8 +102,6 @@ def _fetch_with_retries(
             pause = backoff * 2 ** (attempt - 1)
             log.warning("%s: %s; attempt %d of %d, next in %.1f s", url, _reason(error), attempt, retries, pause)
             sleep(pause)
-        finally:
-            partial.unlink(missing_ok=True)
     raise DataError(f"{url}: retries must be at least 1, found {retries}")
 
 

@@ -10,6 +10,7 @@ chunk or shard that is complete in ``OUT.building`` is not made again when an in
 import json
 import logging
 import os
+import shlex
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,12 +24,15 @@ from tqdm import tqdm
 
 from data_pipeline.convert import CONVERSION, HASHES, ConvertJob, ConvertOptions, Dropped, convert_chunk, convert_rows
 from data_pipeline.errors import DataError
+from data_pipeline.files import write_whole
+from data_pipeline.identity import content_digest
 from data_pipeline.index import MANIFEST, SCHEMA, Index, load_index, merge_scans, save_index
 from data_pipeline.parallel import chunks, ordered_map
 from data_pipeline.records import RecordError
 from data_pipeline.remote import is_remote
 from data_pipeline.shards import ShardScan, scan_shard, write_shard
 from data_pipeline.sources.candidates import add_long_row, is_long
+from data_pipeline.sources.columns import Columns, Fields
 from data_pipeline.sources.files import Row, SourceOptions, expand_folder, local_path, open_rows, source_files
 from data_pipeline.split import eval_mask
 
@@ -126,13 +130,12 @@ def _kept_or_removed(work: Path) -> Iterator[None]:
 
 
 def job_signature(sources: Sequence[str], options: BuildOptions) -> str:
-    """What a build is made from, as JSON: equal signatures give equal shards."""
+    """What a build is made from, as JSON: equal signatures give equal shards. Files count by their content."""
     files = []
     for source in sources:
         path = local_path(source, options.source)
         for file in source_files(path) if path else []:
-            status = file.stat()
-            files.append([str(file.resolve()), status.st_size, status.st_mtime_ns])
+            files.append([str(file.resolve()), content_digest(file, options.source.cache_dir)])
     chosen = asdict(options)
     chosen["source"].pop("cache_dir")
     job = {"schema": SCHEMA, "conversion": CONVERSION, "sources": list(sources), "files": files, "options": chosen}
@@ -158,7 +161,8 @@ def _refuse_lost_shards(out: Path, indices: Sequence[Index]) -> None:
         for number, known in enumerate(index.manifest["shards"]):
             path = Path(index.url(number))
             if not path.exists() or path.stat().st_size != known["bytes"]:
-                raise DataError(f"{out} was built from this input, but {path} is missing or cut; remove {out} first")
+                again = f"remove {shlex.quote(str(out))} first"
+                raise DataError(f"{out} was built from this input, but {path} is missing or cut; {again}")
 
 
 def _prepare(work: Path, signature: str) -> None:
@@ -168,7 +172,7 @@ def _prepare(work: Path, signature: str) -> None:
         log.warning("%s is left from another build: starting over", work)
         shutil.rmtree(work)
     (work / "chunks").mkdir(parents=True, exist_ok=True)
-    mark.write_text(signature)
+    write_whole(mark, signature.encode())
 
 
 def check_first_rows(sources: Sequence[str], options: BuildOptions, *, rows: int = 1000) -> None:
@@ -230,7 +234,7 @@ def _rows(source: str, options: BuildOptions, first: int | None) -> Iterator[Row
     rows: Iterator[Row] = islice(_readable(open_rows(source, options.source), source), first)
     number = 0
     if options.convert.format in ("auto", "candidates"):
-        rows = _gathered(rows, source)
+        rows = _gathered(rows, source, options.convert.columns)
     for number, row in enumerate(rows, 1):
         if options.limit and number > options.limit:
             return
@@ -246,23 +250,23 @@ def _readable(rows: Iterator[Row], source: str) -> Iterator[Row]:
         raise DataError(f"{source} cannot be read: {error}") from error
 
 
-def _gathered(rows: Iterable[Row], source: str) -> Iterator[Row]:
+def _gathered(rows: Iterable[Row], source: str, columns: Columns) -> Iterator[Row]:
     """The rows as they are, and behind them one per question that was answered in rows of the long layout."""
     groups: dict[str, dict] = {}
     for row in rows:
-        if not _gather(row, groups):
+        if not _gather(row, groups, columns):
             yield row
     for number, group in enumerate(groups.values(), 1):
         yield Row(f"{source}, question {number}", group)
 
 
-def _gather(row: Row, groups: dict[str, dict]) -> bool:
+def _gather(row: Row, groups: dict[str, dict], columns: Columns) -> bool:
     """Whether the row is of the long layout and stands in its group now."""
-    if isinstance(row.data, bytes) and b'correct"' not in row.data:
+    if isinstance(row.data, bytes) and b'correct"' not in row.data and not columns:
         return False  # most rows: they are parsed where they are converted
     try:
-        if is_long(data := row.parsed()):
-            add_long_row(groups, data)
+        if is_long(fields := Fields(row.parsed(), columns)):
+            add_long_row(groups, fields)
             return True
     except RecordError:
         pass  # the converter reports it with its place
@@ -297,12 +301,12 @@ def _write(
         raise DataError(f"no usable record in {rows} rows of {', '.join(job['sources'])}: {describe_drops(dropped)}")
     result = work / "result"
     result.mkdir(exist_ok=True)
-    report = {"rows": rows, "records": len(kept), "dropped": dropped.as_json()}
+    report = {"rows": rows, "records": len(kept), "dropped": dropped.as_json(), "told": dict(dropped.told)}
     manifests = []
     for folder, records in _splits(result, kept, options):
         manifest, entries, keys = _write_split(folder, work / "chunks", records, options.shard_size, workers, progress)
-        manifests.append(manifest | {"provenance": {"job": job, "report": report}})
-        save_index(folder, manifests[-1], entries, keys)
+        manifest |= {"provenance": {"job": job, "report": report}}
+        manifests.append(save_index(folder, manifest, entries, keys))
     return manifests[0]
 
 

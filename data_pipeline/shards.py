@@ -11,12 +11,15 @@ import json
 import shutil
 import tarfile
 import zlib
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.files import whole_or_absent
+from data_pipeline.members import Bad, Member, read_members
 from data_pipeline.records import (
     AnswerRecord,
     Record,
@@ -30,9 +33,7 @@ from data_pipeline.records import (
 )
 
 TAR = (".tar", ".tar.gz", ".tgz")
-BLOCK = 512
 MAX_SOURCES = 256  # told apart in a corpus; what comes later is counted as one
-END_OF_ARCHIVE = 2 * BLOCK  # zero bytes that must follow the last member
 
 # What the index knows of a record. Lengths are UTF-8 bytes of text; an unpaired record has its answer on one side.
 ENTRY = np.dtype(
@@ -53,15 +54,6 @@ ENTRY = np.dtype(
 )
 
 
-@dataclass(frozen=True)
-class Bad:
-    """Something in a shard that is not a record, or is damage. ``key`` is empty for what concerns the whole shard."""
-
-    kind: str
-    key: str
-    detail: str
-
-
 @dataclass
 class ShardScan:
     """What one shard holds: its usable records in order (``entries``, ``keys``) and what is wrong with it (``bad``)."""
@@ -72,17 +64,29 @@ class ShardScan:
     keys: list[str]
     sources: list[str]
     bad: list[Bad] = field(default_factory=list)
+    told: Counter = field(default_factory=Counter)
+
+
+Read = Callable[[bytes, Counter], Record]
+"""A record from the JSON of a member; counts in the second argument what the user is to be told of."""
+
+
+def read_stored(raw: bytes, told: Counter | None = None) -> Record:
+    """A record as ``build`` stored it: there is nothing to tell."""
+    return decode_record(raw)
 
 
 def write_shard(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
     """Write (key, JSON) members as a tar: the same bytes for the same members. Atomic: ``path`` is whole or absent."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as raw, tarfile.open(fileobj=raw, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    with (
+        whole_or_absent(path) as partial,
+        partial.open("wb") as raw,
+        tarfile.open(fileobj=raw, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
         for key, data in members:
             info = tarfile.TarInfo(f"{key}.json")
             info.size, info.mode = len(data), 0o444  # owner, group and time stay 0
             tar.addfile(info, io.BytesIO(data))
-    partial.replace(path)
 
 
 def file_sha256(path: Path) -> str:
@@ -101,46 +105,26 @@ def unpack_gzip(path: Path, target: Path) -> str:
     return ""
 
 
-def scan_shard(path: Path) -> ShardScan:
-    """Read a plain tar through, check every record, and find the damage that ``tarfile`` passes over in silence.
-
-    ``tarfile`` takes a cut or overwritten header for the end of the archive. An archive that is whole ends in
-    1,024 zero bytes, so whatever else stands after the last member is reported as ``no_end_of_archive``.
-    """
+def scan_shard(path: Path, read: Read = read_stored) -> ShardScan:
+    """Read a plain tar through and check every record, with ``read`` from its JSON; what is none is ``bad``."""
     scan = ShardScan(path.stat().st_size, file_sha256(path), np.zeros(0, ENTRY), [], [])
     rows: list[tuple] = []
     seen: dict[str, set] = {"key": set(), "id": set()}
-    end = 0
-    with path.open("rb") as file:
-        try:
-            with tarfile.open(path, "r:") as tar:
-                for info in tar:
-                    tar.members = []  # type: ignore[attr-defined]  # tarfile keeps all: 1 kB a record
-                    end = info.offset_data + -(-info.size // BLOCK) * BLOCK
-                    if info.isreg():
-                        file.seek(info.offset_data)
-                        _scan_member(info, file.read(info.size), scan, rows, seen)
-        except (tarfile.TarError, EOFError) as error:
-            if scan.size:
-                scan.bad.append(Bad("tar_error", "", f"{error}"))
-        file.seek(end)
-        tail = file.read(END_OF_ARCHIVE)
-    if len(tail) < END_OF_ARCHIVE or tail.strip(b"\0"):
-        scan.bad.append(Bad("no_end_of_archive", "", f"damaged or cut after byte {end} of {scan.size}"))
+    for item in read_members(path):
+        if isinstance(item, Bad):
+            scan.bad.append(item)
+        else:
+            _scan_member(item, read, scan, rows, seen)
     scan.entries = np.array(rows, dtype=ENTRY)
     return scan
 
 
-def _scan_member(info: tarfile.TarInfo, raw: bytes, scan: ShardScan, rows: list[tuple], seen: dict[str, set]) -> None:
-    key, _, extension = info.name.partition(".")
+def _scan_member(member: Member, read: Read, scan: ShardScan, rows: list[tuple], seen: dict[str, set]) -> None:
+    key, raw = member.key, member.raw
     try:
-        if extension != "json":
-            raise RecordError("foreign_member", f"{info.name}: a record is one .json member whose key has no dot")
-        if len(raw) < info.size:
-            raise RecordError("truncated", f"{len(raw)} of {info.size} bytes are there")
         if key in seen["key"]:
             raise RecordError("duplicate_key", "the key stands in the shard twice; the first counts")
-        record = decode_record(raw)
+        record = read(raw, scan.told)
         if record.id in seen["id"]:
             raise RecordError(
                 "duplicate_id", f"the record id {record.id!r} stands in the shard twice; the first counts"
@@ -152,7 +136,7 @@ def _scan_member(info: tarfile.TarInfo, raw: bytes, scan: ShardScan, rows: list[
     seen["id"].add(record.id)
     scan.keys.append(key)
     start = rows[-1][3] + rows[-1][4] if rows else 0
-    place = (info.offset_data, len(raw), zlib.crc32(raw), start, len(key.encode("utf-8", "surrogateescape")))
+    place = (member.offset, len(raw), zlib.crc32(raw), start, len(key.encode("utf-8", "surrogateescape")))
     rows.append((*place, *describe(record, scan.sources)))
 
 

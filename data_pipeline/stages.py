@@ -18,7 +18,8 @@ from data_pipeline.dataset import ShardedDataset
 from data_pipeline.encode import Drop, Encoder, TokenPair
 from data_pipeline.errors import DataError
 from data_pipeline.order import PAD, PlanOptions, as_steps, deal_step, micro_sizes, num_steps
-from data_pipeline.records import Record, RecordError, decode_record
+from data_pipeline.records import Record, RecordError
+from data_pipeline.sources.formats import reader_of
 
 OPEN_SHARDS = 64  # file descriptors a worker holds at most
 
@@ -93,6 +94,7 @@ class RecordReader:
         self.dataset = dataset
         self.files: OrderedDict[tuple[int, int], int] = OrderedDict()
         self.unreachable: dict[tuple[int, int], str] = {}  # shards that were tried long enough
+        self.decode = [reader_of(part.index.manifest) for part in dataset.parts]
 
     def __call__(self, number: int) -> Record | Fault:
         """The record, or the Fault: ``missing_shard``, ``truncated_shard``, ``changed_record``, ``invalid_record``."""
@@ -112,7 +114,7 @@ class RecordReader:
         if zlib.crc32(raw) != entry["crc"]:
             return fault("changed_record", "the bytes are not those that were indexed: damage, or another shard")
         try:
-            record = decode_record(raw)
+            record = self.decode[part](raw)
         except RecordError as error:
             return fault("invalid_record", error)
         return record if len(self.dataset.parts) == 1 else replace(record, id=f"{part}/{record.id}")

@@ -16,6 +16,7 @@ import yaml
 from diffdpo.engine.choice import shards_parameters
 from diffdpo.errors import UserError
 from diffdpo.losses.settings import LossSettings
+from diffdpo.models.checkpoint.adapter_folder import is_adapter
 from diffdpo.settings.base import Settings, check_settings, public, setting
 from diffdpo.settings.data import DataSettings, EncodingSettings
 from diffdpo.settings.engine import EngineSettings
@@ -44,6 +45,15 @@ class RunConfig(
     ModelSettings,
 ):
     """What ``launch/train.py`` and ``launch/sft.py`` share."""
+
+    def check(self) -> None:
+        """An adapter cannot be trained on: it has no weights of its own to start from."""
+        policy = self.model_name_or_path
+        if policy and is_adapter(policy):
+            raise UserError(
+                f"--model_name_or_path {policy} is a LoRA adapter; merge it first: "
+                f"python launch/export.py --adapter {policy} --output FOLDER"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Diffusion scores of pairs under a model: `diffdpo score`."""
 
-from diffdpo.cli.command import run
 from diffdpo.cli.score import main
+from diffdpo.command import run
 
 if __name__ == "__main__":
     run(main)

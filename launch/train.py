@@ -3,8 +3,8 @@
 Run it with `deepspeed launch/train.py --ds_config ds_configs/4080_offload.json`, with torchrun, or with plain python.
 """
 
-from diffdpo.cli.command import run
 from diffdpo.cli.train import main
+from diffdpo.command import run
 
 if __name__ == "__main__":
     run(main)

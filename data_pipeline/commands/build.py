@@ -7,14 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from data_pipeline.commands.common import build_options, encoder_of
-from data_pipeline.convert import ConvertOptions
+from data_pipeline.convert import told_in_a_line
 from data_pipeline.encode import Encoder
 from data_pipeline.errors import DataError
-from data_pipeline.index import MANIFEST
+from data_pipeline.index import MANIFEST, save_manifest
 from data_pipeline.locate import expand
 from data_pipeline.remote import without_scheme
 from data_pipeline.shard_builder import build
-from data_pipeline.shards import to_json
 
 
 def run(args: argparse.Namespace) -> int:
@@ -29,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
         eval_fraction=args.eval_fraction,
         on_error=args.on_error,
         limit=args.limit,
-        convert=ConvertOptions(base.convert.format, base.convert.pairing, args.max_bytes),
+        convert=replace(base.convert, max_bytes=args.max_bytes),
     )
     encoder = encoder_of(args)  # before the work, so that a typo shows first
     workers = len(os.sched_getaffinity(0)) if args.workers is None else args.workers
@@ -45,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
     print(
         f"rows read: {report['rows']}; records: {report['records']}; fingerprint of the last: {manifest['fingerprint']}"
     )
+    if told := told_in_a_line(report["told"]):
+        print(told)
     for kind, item in report["dropped"].items():
         print(f"dropped, {kind}: {item['count']}" + "".join(f"\n    {place}" for place in item["examples"][:2]))
     return 0
@@ -55,8 +56,4 @@ def _add_token_statistics(folder: Path, manifest: dict, encoder: Encoder, args: 
     from data_pipeline.dataset import open_dataset
 
     figures = token_figures(open_dataset(str(folder), cache_dir=args.cache_dir), encoder)[0]
-    manifest = manifest | {"tokens": {"tokenizer": args.tokenizer, **figures}}
-    partial = folder / f"{MANIFEST}.partial"
-    partial.write_bytes(to_json(manifest))
-    partial.replace(folder / MANIFEST)
-    return manifest
+    return save_manifest(folder, manifest | {"tokens": {"tokenizer": args.tokenizer, **figures}})

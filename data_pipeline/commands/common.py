@@ -10,6 +10,7 @@ from data_pipeline.encode import MAX_LENGTH, MAX_PROMPT_LENGTH, Encoder, default
 from data_pipeline.errors import DataError
 from data_pipeline.shard_builder import BuildOptions
 from data_pipeline.sources.candidates import Pairing
+from data_pipeline.sources.columns import parse_columns
 from data_pipeline.sources.files import SourceOptions
 from data_pipeline.tokenizer import load_tokenizer, token_id
 
@@ -21,7 +22,7 @@ def build_options(args: argparse.Namespace) -> BuildOptions:
     """The options that ``--format`` and its companions stand for."""
     pairing = Pairing(args.pairing, args.max_pairs, args.use_reference)
     return BuildOptions(
-        convert=ConvertOptions(args.format, pairing),
+        convert=ConvertOptions(args.format, pairing, columns=parse_columns(args.columns)),
         source=SourceOptions(args.split, args.config, args.cache_dir),
     )
 

@@ -1,9 +1,11 @@
 """``inspect``: records as a person reads them, and as the model does: token by token, with the boundaries shown."""
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +16,7 @@ from data_pipeline.encode import Drop, Encoder, TokenAnswer
 from data_pipeline.errors import DataError
 from data_pipeline.order import generator
 from data_pipeline.reader import describe
-from data_pipeline.records import AnswerRecord, Record, Text, encode_record
+from data_pipeline.records import AnswerRecord, Message, Record, Text, aside_of, encode_record
 from data_pipeline.stages import RecordReader
 
 
@@ -56,6 +58,7 @@ def _records(dataset: ShardedDataset, seed: int | None) -> Iterator[tuple[int, R
 def show(record: Record, number: int, encoder: Encoder | None) -> str:
     """A record on several lines, then its tokens if there is an encoder."""
     lines = [f"== record {number}, id {record.id}" + "".join(f", {k} {v}" for k, v in record.meta.items())]
+    lines += [f"-- {name} (for the template)\n{_value(value)}" for name, value in record.template_kwargs.items()]
     lines.append(_section("prompt", record.prompt))
     if isinstance(record, AnswerRecord):
         lines.append(_section("answer (desirable)" if record.label else "answer (undesirable)", record.answer))
@@ -69,7 +72,16 @@ def show(record: Record, number: int, encoder: Encoder | None) -> str:
 def _section(name: str, text: Text) -> str:
     if isinstance(text, str):
         return f"-- {name}\n{text}"
-    return f"-- {name}\n" + "\n".join(f"[{turn['role']}] {turn['content']}" for turn in text)
+    return f"-- {name}\n" + "\n".join(map(_turn, text))
+
+
+def _turn(turn: Message) -> str:
+    aside = "".join(f"({name}) {_value(value)} " for name, value in aside_of(turn).items())
+    return f"[{turn['role']}] {aside}{turn['content']}"
+
+
+def _value(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _token_lines(record: Record, encoder: Encoder) -> list[str]:

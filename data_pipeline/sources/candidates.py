@@ -20,19 +20,25 @@ from data_pipeline.records import (
     RecordError,
     Text,
     as_label,
-    as_text,
     assistant_turn,
     missing_field,
     require,
     text_key,
     with_id,
 )
+from data_pipeline.sources.columns import (
+    FLAGS,
+    LISTS,
+    REFERENCES,
+    TEXTS,
+    Fields,
+    is_graded,
+    read_prompt,
+    read_template_kwargs,
+    with_turns_before,
+)
 
 POLICIES = ("matched", "all", "one")
-LISTS = ("candidates", "answers", "responses", "completions", "solutions")
-FLAGS = (*GRADES, "labels")
-TEXTS = ("text", "solution", "answer", "completion", "content")
-REFERENCES = ("ground_truth", "reference", "reference_answer")
 
 
 @dataclass(frozen=True)
@@ -70,11 +76,6 @@ def _first(row: dict, names: Iterable[str]) -> str | None:
 
 def _model_columns(row: dict) -> list[str]:
     return [name for name, value in row.items() if isinstance(value, dict) and is_graded(value)]
-
-
-def is_graded(value: dict) -> bool:
-    """True for the cell of a model's column: a solution and whether it is right."""
-    return {"solution", "is_correct"} <= set(value)
 
 
 def has_candidates(row: dict) -> bool:
@@ -140,9 +141,10 @@ def _each_once(pairs: list[tuple[Candidate, Candidate]]) -> list[tuple[Candidate
     return kept
 
 
-def candidate_records(row: dict, pairing: Pairing) -> Iterator[PreferenceRecord]:
+def candidate_records(
+    row: dict, pairing: Pairing, question: Text, template_kwargs: dict[str, Any]
+) -> Iterator[PreferenceRecord]:
     """The pairs of one question. Raises RecordError, kind ``no_contrast``, when all answers are right or all wrong."""
-    question = _question(row)
     candidates = _candidates(row)
     reference = _first(row, REFERENCES)
     if pairing.use_reference and reference:
@@ -150,27 +152,30 @@ def candidate_records(row: dict, pairing: Pairing) -> Iterator[PreferenceRecord]
     pairs = make_pairs(candidates, pairing)
     if not pairs:
         raise RecordError("no_contrast", "no right answer stands against a wrong one")
-    source = {"source": row["source"]} if row.get("source") else {}
+    meta = {name: row[name] for name in ("source", *REFERENCES) if row.get(name)}
     for right, wrong in pairs:
         authors = {"chosen_by": right.author, "rejected_by": wrong.author} if right.author else {}
         answers: tuple[Text, Text] = (right.text, wrong.text)
         if isinstance(question, tuple):
             answers = (assistant_turn(right.text), assistant_turn(wrong.text))
-        record = PreferenceRecord("", question, *answers, source | authors)
+        record = PreferenceRecord("", question, *answers, meta | authors, template_kwargs)
         yield with_id(record, None)  # type: ignore[misc]
-
-
-def _question(row: dict) -> Text:
-    name = "question" if "question" in row else "prompt"
-    return as_text(require(row, name), name)
 
 
 def add_long_row(groups: dict[str, dict], row: dict) -> None:
     """Gather a row of the long layout under its question: ``groups`` becomes one row per question, in order of first
     appearance. Raises RecordError, and leaves ``groups`` as it is, for a row of another layout."""
-    item = {name: row[name] for name in (*TEXTS, *FLAGS, "model") if row.get(name) is not None}
+    fields = row if isinstance(row, Fields) else Fields(row)
+    item = {name: fields[name] for name in (*TEXTS, *FLAGS, "model") if fields.get(name) is not None}
     _from_object(item)
-    question = _question(row)
-    group = groups.setdefault(text_key(question), {"question": question, "candidates": []})
+    fields.read.update(TEXTS)
+    prompt = read_prompt(fields)
+    if prompt is None:
+        raise missing_field("question", fields)
+    question = with_turns_before(prompt, fields)
+    given = read_template_kwargs(fields)
+    key = text_key(question) + (repr(sorted(given.items())) if given else "")
+    new: dict[str, Any] = {"question": question, "candidates": []} | ({"template_kwargs": given} if given else {})
+    group = groups.setdefault(key, new)
     group["candidates"].append(item)
-    group |= {name: row[name] for name in (*REFERENCES, "source") if row.get(name) is not None}
+    group |= {name: fields[name] for name in (*REFERENCES, "source") if fields.get(name) is not None}

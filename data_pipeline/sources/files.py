@@ -16,29 +16,33 @@ from tempfile import TemporaryDirectory
 from typing import IO, Any, NamedTuple, cast
 
 from data_pipeline.errors import DataError
+from data_pipeline.members import Bad, read_members
 from data_pipeline.records import RecordError, parse_json
 from data_pipeline.remote import cached_file, is_remote
-from data_pipeline.shards import TAR, Bad, scan_shard, unpack_gzip
-from data_pipeline.sources.candidates import FLAGS, LISTS, TEXTS, is_graded
+from data_pipeline.shards import TAR, unpack_gzip
+from data_pipeline.sources.columns import ANSWERS, ASKED, LISTS, PAIR, TEXTS
 from data_pipeline.sources.folders import folder_splits
 from data_pipeline.sources.hub import hub_items
 
 csv.field_size_limit(1 << 27)
 TORN = (EOFError, gzip.BadGzipFile, zlib.error)  # what reading a cut or damaged .gz raises
-PROMPTS, PAIR = ("prompt", "question"), ("chosen", "rejected")
-ANSWERS = (*PAIR, "completion", *TEXTS, *LISTS)
+ANSWERED = (*PAIR, *ANSWERS, *TEXTS, *LISTS)
+LEFT_OUT = ("foreign_member",)  # of a tar: no record, and no damage
 DEFAULT_SPLIT = "train"  # of a data set by name and of a saved one
-SAVED_DATASET = ("dataset_info.json", "dataset_dict.json")  # one of them marks a folder saved by ``datasets``
+DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # of data, not data
 
 
 class Row(NamedTuple):
-    """One row and where it stands, ``file:line``. ``data`` is a dict, or bytes of JSON not parsed yet."""
+    """One row and where it stands, ``file:line``. ``data`` is a dict, bytes of JSON not parsed yet, or why there is no
+    row where one could be."""
 
     where: str
-    data: dict | bytes
+    data: dict | bytes | RecordError
 
     def parsed(self) -> dict:
         """The row as a dict. Raises RecordError."""
+        if isinstance(self.data, RecordError):
+            raise self.data
         return parse_json(self.data) if isinstance(self.data, bytes) else self.data
 
 
@@ -69,7 +73,7 @@ def expand_folder(source: str, options: SourceOptions) -> list[str]:
     options = named_split(source, options)[1]
     if path is not None and path.is_file():
         refuse_split(source, options)
-    if path is None or not path.is_dir() or any((path / name).exists() for name in SAVED_DATASET):
+    if path is None or not path.is_dir() or is_saved_dataset(path):
         return [source]
     if all((path / side / "manifest.json").exists() for side in ("train", "eval")):
         raise DataError(
@@ -82,6 +86,13 @@ def expand_folder(source: str, options: SourceOptions) -> list[str]:
         refuse_split(source, options)
         return shards
     return _files_of_split(path, files, options)
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether the library ``datasets`` saved this folder. Other programs write a ``dataset_info.json`` too."""
+    if (folder / "dataset_dict.json").exists():
+        return True
+    return (folder / "dataset_info.json").exists() and (folder / "state.json").exists()
 
 
 def _files_of_split(folder: Path, files: list[str], options: SourceOptions) -> list[str]:
@@ -135,7 +146,9 @@ def source_files(path: Path) -> list[Path]:
     """The data files of a folder, sorted; a file stands for itself."""
     if not path.is_dir():
         return [path]
-    return sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+    described = () if is_saved_dataset(path) else DESCRIPTIONS
+    files = (p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+    return sorted(p for p in files if p.name not in described)
 
 
 def _suffix(path: Path) -> str:
@@ -195,8 +208,8 @@ def _object(item: Any, where: str) -> dict:
 
 
 def _csv_rows(path: Path, name: str) -> Iterator[Row]:
-    """Cells are text, except those that hold what a column of the formats may be besides: see ``_cell``. An empty cell
-    is absent, but for the text that the row lacks: an empty prompt or answer."""
+    """Cells are text; lists in them are read where rows are (``columns.Fields``). An empty cell is absent, but for the
+    text that the row lacks: an empty prompt or answer."""
     delimiter = "\t" if ".tsv" in path.name else ","
     with _open(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter=delimiter)
@@ -204,7 +217,7 @@ def _csv_rows(path: Path, name: str) -> Iterator[Row]:
             where = f"{name}:{reader.line_num}"
             if None in cells:
                 raise DataError(f"{where}: more cells than the header has columns ({len(reader.fieldnames or [])})")
-            row = {column: _cell(column, value) for column, value in cells.items() if value}
+            row = {column: value for column, value in cells.items() if value}
             yield Row(where, row | dict.fromkeys(_empty_texts(cells), ""))
 
 
@@ -217,26 +230,11 @@ def _csv_cells(reader: csv.DictReader, name: str) -> Iterator[dict]:
         raise DataError(f"{name}: after line {reader.line_num}: {error}; save the table as UTF-8") from error
 
 
-def _cell(column: str, value: str) -> Any:
-    """The JSON of a cell if it is a list of messages, a graded answer, or stands in a column of candidates or meta;
-    else its text, also where that happens to be JSON, such as the answer ``[1, 2, 3]``."""
-    if value.lstrip()[:1] not in ("[", "{"):
-        return value
-    try:
-        data = json.loads(value)
-    except (ValueError, RecursionError):
-        return value
-    if isinstance(data, dict):
-        return data if column == "meta" or is_graded(data) else value
-    messages = all(isinstance(item, dict) and {"role", "content"} <= set(item) for item in data)
-    return data if column in (*LISTS, *FLAGS) or (data and messages) else value
-
-
 def _empty_texts(cells: dict[str, str]) -> list[str]:
     """The empty cells that are missing text: prompts and answers where no other one makes up for them."""
-    paired, asked, answered = (any(cells.get(name) for name in names) for names in (PAIR, PROMPTS, ANSWERS))
-    prompts = () if asked or paired else PROMPTS  # a pair may hold its prompt itself
-    answers = PAIR if paired else () if answered else ANSWERS
+    paired, asked, answered = (any(cells.get(name) for name in names) for names in (PAIR, ASKED, ANSWERED))
+    prompts = () if asked or paired else ASKED  # a pair may hold its prompt itself
+    answers = PAIR if paired else () if answered else ANSWERED
     return [name for name in (*prompts, *answers) if cells.get(name) == ""]  # None: the line ends before it
 
 
@@ -265,17 +263,23 @@ def _tar_gz_rows(path: Path, name: str) -> Iterator[Row]:
 
 
 def _tar_rows(path: Path, name: str, fault: str = "") -> Iterator[Row]:
-    """The records of a shard; what the scan finds wrong with it is raised behind the last of them."""
-    scan = scan_shard(path)
-    if fault:
-        scan.bad.insert(0, Bad("damaged_gzip", "", fault))
-    with path.open("rb") as file:
-        for key, entry in zip(scan.keys, scan.entries, strict=True):
-            file.seek(int(entry["offset"]))
-            yield Row(f"{name}, key {key}", file.read(int(entry["size"])))
-    if scan.bad:
-        first = f"{scan.bad[0].key} {scan.bad[0].kind}: {scan.bad[0].detail}".strip()
-        raise RecordError("damaged_shard", f"{name}: {len(scan.bad)} faults, first {first}", malformed=True)
+    """The records of a shard, and what else stands in it; damage of the whole is raised behind the last of them."""
+    damage = [Bad("damaged_gzip", "", fault)] if fault else []
+    seen: set[str] = set()
+    for item in read_members(path):
+        where = f"{name}, key {item.key}"
+        if isinstance(item, Bad) and not item.key:
+            damage.append(item)
+        elif isinstance(item, Bad):
+            yield Row(where, RecordError(item.kind, item.detail, malformed=item.kind not in LEFT_OUT))
+        elif item.key in seen:
+            yield Row(where, RecordError("duplicate_key", "the key stands in the shard twice; the first counts"))
+        else:
+            seen.add(item.key)
+            yield Row(where, item.raw)
+    if damage:
+        first = f"{damage[0].kind}: {damage[0].detail}"
+        raise RecordError("damaged_shard", f"{name}: {len(damage)} faults, first {first}", malformed=True)
 
 
 READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {

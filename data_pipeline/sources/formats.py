@@ -2,18 +2,23 @@
 
 | format        | columns                                                                                        |
 |---------------|------------------------------------------------------------------------------------------------|
-| preference    | prompt, chosen, rejected: strings or messages; also chosen/rejected that repeat the prompt     |
-| implicit      | chosen, rejected: two whole texts or conversations; the common beginning is the prompt         |
+| preference    | a prompt beside chosen and rejected: strings or turns; the answers may repeat the prompt        |
+| implicit      | chosen, rejected and nothing that can be a prompt: their common beginning is the prompt         |
 | hh            | chosen, rejected: two transcripts ``\\n\\nHuman: ... \\n\\nAssistant: ...`` (prompt optional)  |
-| unpaired      | prompt, completion, label (KTO), or is_correct in its place                                     |
-| answer        | prompt, completion | question, answer | messages: one good answer (SFT)                        |
+| unpaired      | a prompt, completion, label (KTO), or is_correct in its place                                   |
+| answer        | a prompt and a completion, or turns that end with the answer: one good answer (SFT)            |
 | candidates    | a question with several answers, each right or wrong (see ``candidates.py``)                   |
 
-Sources: TRL's ``dataset_formats`` page; the hh-rlhf, ultrafeedback_binarized and grade-school-math releases.
+Which columns hold a prompt, and what stands around it: ``columns.py``. This is the one reader of rows: those of files,
+tables, saved data sets and other makers' shards all come through here.
+Sources: TRL's ``dataset_formats`` page; the hh-rlhf, ultrafeedback_binarized and grade-school-math releases; the data
+documentation of LlamaFactory, ms-swift and OpenAI's fine-tuning.
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from data_pipeline.records import (
@@ -26,37 +31,87 @@ from data_pipeline.records import (
     RecordError,
     Text,
     answer_label,
-    as_text,
+    as_object,
+    aside_of,
     assistant_turn,
+    decode_record,
     missing_field,
-    require,
+    parse_json,
     user_turn,
     with_id,
 )
 from data_pipeline.sources.candidates import Pairing, candidate_records, has_candidates, is_long
+from data_pipeline.sources.columns import (
+    ANSWERS,
+    ASKED,
+    FLAGS,
+    LISTS,
+    META_COLUMNS,
+    TEXTS,
+    TURNS,
+    Columns,
+    Fields,
+    is_graded,
+    read_prompt,
+    read_template_kwargs,
+    refuse_rivals,
+    with_turns_before,
+)
 
 FORMATS = ("auto", "preference", "implicit", "hh", "unpaired", "answer", "candidates")
 HH_TURN = re.compile(r"(?:\n\n|\A\s*)(Human|Assistant):")  # at the beginning the empty line may have been stripped
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
-META_COLUMNS = ("source", "score_chosen", "score_rejected", "prompt_id")
+SENTENCE_ENDS = "。！？：；…"  # where text without blanks may be split
+TO_BE_BUILT = "to_be_built"  # kind of a row that does not make one record of its own
+SPLIT = "prompt split from the answers' common beginning"
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """How a row becomes records: its format, how graded answers are paired, which columns are what."""
+
+    format: str = "auto"
+    pairing: Pairing = field(default_factory=Pairing)
+    columns: Columns = ()
 
 
 def detect_format(row: dict) -> str:
     """The format of a row, from its columns and their types. Raises RecordError when none fits."""
+    if "chosen" in row or "rejected" in row:
+        return _detect_pair(row)
+    _refuse_steps(row)
     if has_candidates(row):
         return "candidates"
-    if "chosen" in row or "rejected" in row:
-        first = row.get("prompt", row.get("chosen"))
-        if isinstance(first, str) and isinstance(row.get("chosen"), str) and _is_transcript(first, "prompt" not in row):
-            return "hh"
-        return "preference" if "prompt" in row else "implicit"
     if "label" in row or is_long(row):
         return "unpaired"
-    if "messages" in row or ("question" in row and "answer" in row):
+    if any(name in row for name in TURNS) or (
+        any(name in row for name in ASKED) and any(name in row for name in ANSWERS)
+    ):
         return "answer"
     if "prompt" in row:
-        return "answer" if "completion" in row or "answer" in row else "preference"
-    raise missing_field("answer" if "question" in row else "prompt", row)
+        return "preference"
+    raise missing_field("answer" if any(name in row for name in ASKED) else "prompt", row)
+
+
+def _detect_pair(row: dict) -> str:
+    chosen, first = row.get("chosen"), row.get("prompt") or row.get("chosen")
+    if isinstance(first, str) and isinstance(chosen, str) and _is_transcript(first, not row.get("prompt")):
+        return "hh"
+    if any(row.get(name) for name in (*ASKED, *TURNS)):
+        return "preference"
+    # an empty prompt beside two texts is counted as such; conversations bring their own
+    return "preference" if "prompt" in row and isinstance(chosen, str) else "implicit"
+
+
+def _refuse_steps(row: dict) -> None:
+    """TRL's stepwise supervision looks like graded candidates, but its completions are steps of one answer."""
+    if "steps" in row or {"completions", "labels"} <= set(row):
+        raise RecordError(
+            "stepwise_supervision",
+            "the row grades the steps of one answer, which are no rival answers: make pairs of whole answers of it, or "
+            "say --format candidates if they are rivals",
+            malformed=True,
+        )
 
 
 def _is_transcript(text: str, whole: bool) -> bool:
@@ -67,33 +122,116 @@ def _is_transcript(text: str, whole: bool) -> bool:
     return begins and (whole or text.startswith("\n\n") or len(HH_TURN.findall(text)) > 1)
 
 
-def convert(row: dict, *, format: str = "auto", pairing: Pairing | None = None) -> Iterator[Record]:
-    """The records of one row: one, or for ``candidates`` any number. Raises RecordError."""
-    name = detect_format(row) if format == "auto" else format
+def convert(
+    row: dict,
+    *,
+    format: str = "auto",
+    pairing: Pairing | None = None,
+    columns: Columns = (),
+    told: Counter | None = None,
+) -> Iterator[Record]:
+    """The records of one row: one, or for ``candidates`` any number. ``told`` counts the columns that are not read, and
+    the guesses made, for the user to be told of. Raises RecordError."""
+    fields = Fields(row, columns)
+    fields.format = format
+    name = detect_format(fields) if format == "auto" else format
     if name == "candidates":
-        yield from candidate_records(row, pairing or Pairing())
+        fields.read.update((*LISTS, *FLAGS, *TEXTS, "model"), (key for key in fields if is_graded(fields[key])))
+        prompt, given = _prompt_of(fields), read_template_kwargs(fields)
+        records: list[Record] = list(candidate_records(fields, pairing or Pairing(), prompt, given))
     else:
-        yield CONVERTERS[name](row)
+        records = [CONVERTERS[name](fields)]
+    if told is not None:
+        fields.finish()
+        told.update({f"column {column!r}": count for column, count in fields.unread.items()})
+        told.update(fields.notes)
+    yield from records
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """``reader(raw JSON)`` → the one record of a row of other makers, read as ``build`` reads it."""
+
+    options: RowOptions = RowOptions()
+
+    def __call__(self, raw: bytes, told: Counter | None = None) -> Record:
+        """Raises RecordError; of kind ``TO_BE_BUILT`` where rows and records are not one to one."""
+        row, options = parse_json(raw), self.options
+        if options.format in ("auto", "candidates") and is_long(fields := Fields(row, options.columns)):
+            raise RecordError(TO_BE_BUILT, f"{len(fields)} columns of one graded answer, to be gathered by question")
+        records = list(convert(row, format=options.format, pairing=options.pairing, columns=options.columns, told=told))
+        if len(records) != 1:
+            raise RecordError(TO_BE_BUILT, f"the row makes {len(records)} pairs")
+        return records[0]
+
+
+def reader_of(manifest: dict) -> Callable[[bytes], Record]:
+    """How the records of an index are read: as ``build`` stored them, or as rows of other makers' shards."""
+    if "reading" not in manifest:
+        return decode_record
+    reading = manifest["reading"]
+    columns = tuple((ours, tuple(theirs)) for ours, theirs in reading["columns"])
+    return RowReader(RowOptions(reading["format"], columns=columns))
 
 
 # ------------------------------------------------------------------------------------------------ converters
 
 
-def _preference(row: dict) -> Record:
+def _pair(fields: Fields, prompt: Text, chosen: Text, rejected: Text) -> Record:
+    """The checked record; where the prompt is turns, the answers are turns too."""
+    prompt = with_turns_before(prompt, fields)
+    if isinstance(prompt, tuple):
+        chosen, rejected = (assistant_turn(side) if isinstance(side, str) else side for side in (chosen, rejected))
+        _one_answer(chosen, rejected)  # type: ignore[arg-type]
+        prompt = _before_answer(prompt)
+    record = PreferenceRecord("", prompt, chosen, rejected, _meta(fields), read_template_kwargs(fields))
+    return with_id(record, fields.get("id"))
+
+
+def _before_answer(prompt: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Prompt turns without an empty last one of the assistant: it says no more than that its turn begins. A call of a
+    tool that nobody answered cannot be continued by an answer."""
+    if not prompt or prompt[-1]["role"] != "assistant":
+        return prompt
+    if prompt[-1].get("tool_calls") or prompt[-1].get("function_call"):
+        raise RecordError("prompt_without_question", "the prompt ends with a call of a tool that nobody answered")
+    return prompt if prompt[-1]["content"] or aside_of(prompt[-1]) else prompt[:-1]
+
+
+def _prompt_of(fields: Fields, said: tuple[Text, ...] = ()) -> Text:
+    """The prompt with all that stands before it."""
+    prompt = read_prompt(fields, said)
+    if prompt is None:
+        raise missing_field("prompt", fields)
+    return with_turns_before(prompt, fields)
+
+
+def _preference(fields: Fields) -> Record:
     """Explicit prompt. In the layout of UltraFeedback-binarized chosen and rejected repeat the prompt as first turn."""
-    prompt, chosen, rejected = (as_text(require(row, name), name) for name in ("prompt", "chosen", "rejected"))
+    chosen, rejected = (fields.text(name) for name in ("chosen", "rejected"))
+    prompt = read_prompt(fields, (chosen, rejected))
+    if prompt is None:
+        raise missing_field("prompt", fields)
     if isinstance(chosen, tuple) != isinstance(rejected, tuple):
         raise RecordError("wrong_type", "one of chosen and rejected is text, the other messages", malformed=True)
     if isinstance(chosen, tuple) and isinstance(rejected, tuple):
         if isinstance(prompt, str):
             prompt = _repeated_prompt(prompt, chosen, rejected)
-        chosen, rejected = (
-            side[len(prompt) :] if side[: len(prompt)] == prompt else side for side in (chosen, rejected)
-        )
-        _one_answer(chosen, rejected)
-    elif isinstance(prompt, tuple):
-        chosen, rejected = (assistant_turn(str(side)) for side in (chosen, rejected))
-    return with_id(PreferenceRecord("", prompt, chosen, rejected, _meta(row)), row.get("id"))
+        chosen, rejected = (_without_prompt(side, prompt) for side in (chosen, rejected))
+    return _pair(fields, prompt, chosen, rejected)
+
+
+def _without_prompt(side: tuple[Message, ...], prompt: tuple[Message, ...]) -> tuple[Message, ...]:
+    """An answer's turns without the prompt that they repeat; the system's turn may be missing there. Of a prompt that
+    ends within the answer the repeated words go."""
+    for start in (prompt, prompt[1:] if prompt and prompt[0]["role"] == "system" else prompt):
+        if start and side[: len(start)] == start:
+            return side[len(start) :]
+        whole = len(side) == len(start) and start and start[-1]["role"] == "assistant"
+        if whole and side[:-1] == start[:-1] and side[-1]["content"].startswith(start[-1]["content"]):
+            rest = side[-1]["content"].removeprefix(start[-1]["content"])
+            return ({**side[-1], "content": rest},)
+    return side
 
 
 def _repeated_prompt(prompt: str, chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -104,21 +242,47 @@ def _repeated_prompt(prompt: str, chosen: tuple[Message, ...], rejected: tuple[M
     return user_turn(prompt)
 
 
-def _implicit(row: dict) -> Record:
+def _implicit(fields: Fields) -> Record:
     """No prompt column: the prompt is what both sides begin with."""
-    chosen, rejected = (as_text(require(row, name), name) for name in ("chosen", "rejected"))
+    chosen, rejected = (fields.text(name) for name in ("chosen", "rejected"))
     if isinstance(chosen, tuple) and isinstance(rejected, tuple):
         prompt: Text = _common_turns(chosen, rejected)
+        if not prompt:
+            _refuse_unknown(fields)
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
         _one_answer(chosen, rejected)
+        refuse_rivals(fields, [prompt, chosen, rejected])
     elif isinstance(chosen, str) and isinstance(rejected, str):
+        _refuse_unknown(fields)
         cut = _common_words(chosen, rejected)
         prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
         if not prompt.strip():
-            raise RecordError("no_prompt", "there is no field 'prompt', and chosen and rejected share no first words")
+            raise RecordError(
+                "no_prompt",
+                "there is no field 'prompt', and chosen and rejected share no first words that end at a blank or a "
+                "full stop; give the prompt a column of its own, or name it with --columns prompt=COLUMN",
+            )
+        fields.notes[SPLIT] += 1
     else:
         raise RecordError("wrong_type", "one of chosen and rejected is text, the other messages", malformed=True)
-    return with_id(PreferenceRecord("", prompt, chosen, rejected, _meta(row)), row.get("id"))
+    return _pair(fields, prompt, chosen, rejected)
+
+
+def _refuse_unknown(fields: Fields) -> None:
+    """Before a prompt is split from the answers: no other column may be one. What is known to be none is left aside,
+    and where the user named the format, all other columns are."""
+    if fields.format == "implicit":
+        return
+    known = {"chosen", "rejected", "id", "meta", *META_COLUMNS, "tools", "chat_template_kwargs", "template_kwargs"}
+    others = [name for name, value in fields.items() if name not in known and isinstance(value, str | list | dict)]
+    if any(fields[name] for name in others):
+        found = ", ".join(map(repr, fields))
+        raise RecordError(
+            "unknown_prompt",
+            f"no column is known to hold the prompt (columns found: {found}); name it with --columns prompt=COLUMN, or "
+            "say --format implicit if chosen and rejected begin with it",
+            malformed=True,
+        )
 
 
 def _common_turns(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -129,12 +293,17 @@ def _common_turns(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) ->
 
 
 def _common_words(chosen: str, rejected: str) -> int:
-    """Length of the longest common beginning that ends between words (white space stays with what follows)."""
+    """Length of the longest common beginning that ends between words (white space stays with what follows), or, as text
+    without blanks has no words to tell, behind a full-width full stop or colon."""
     limit = min(len(chosen), len(rejected))
     cut = next((i for i in range(limit) if chosen[i] != rejected[i]), limit)
-    while cut and not chosen[cut : cut + 1].isspace() and not rejected[cut : cut + 1].isspace():
+    while cut and not _between_words(chosen, cut) and not _between_words(rejected, cut):
         cut -= 1
     return cut
+
+
+def _between_words(text: str, place: int) -> bool:
+    return text[place : place + 1].isspace() or text[place - 1] in SENTENCE_ENDS
 
 
 def _one_answer(*sides: tuple[Message, ...]) -> None:
@@ -156,22 +325,22 @@ def parse_transcript(text: str) -> tuple[Message, ...]:
     )
 
 
-def _transcript(row: dict, name: str) -> str:
-    text = require(row, name)
+def _transcript(fields: Fields, name: str) -> str:
+    text = fields.text(name)
     if not isinstance(text, str):
-        raise RecordError("wrong_type", f"field {name!r} is {type(text).__name__}, not a transcript", malformed=True)
+        raise RecordError("wrong_type", f"field {name!r} is not a transcript but messages", malformed=True)
     return text
 
 
-def _hh(row: dict) -> Record:
+def _hh(fields: Fields) -> Record:
     """Anthropic's transcripts, whole or with the prompt cut off at the last ``Assistant:``.
 
     The split is by turns. The longest common character prefix, used elsewhere, ends inside the answer for 19 % of
     the pairs, because both answers often begin with the same words.
     """
-    texts = [_transcript(row, name) for name in ("chosen", "rejected")]
-    if row.get("prompt") is not None:
-        prompt = parse_transcript(_transcript(row, "prompt"))
+    texts = [_transcript(fields, name) for name in ("chosen", "rejected")]
+    if fields.get("prompt"):
+        prompt = parse_transcript(_transcript(fields, "prompt"))
         if prompt[-1] == {"role": "assistant", "content": ""}:
             prompt = prompt[:-1]
         chosen, rejected = (assistant_turn(text.strip()) for text in texts)
@@ -180,49 +349,60 @@ def _hh(row: dict) -> Record:
         prompt = _common_turns(whole, other)
         chosen, rejected = whole[len(prompt) :], other[len(prompt) :]
         _one_answer(chosen, rejected)
+    refuse_rivals(fields, [prompt, chosen, rejected])
     if not prompt or prompt[-1]["role"] != "user":
         raise RecordError("prompt_without_question", "the last turn of the prompt is not the human's")
-    return with_id(PreferenceRecord("", prompt, chosen, rejected, _meta(row)), row.get("id"))
+    return _pair(fields, prompt, chosen, rejected)
 
 
-def _unpaired(row: dict) -> Record:
-    label = answer_label(row, LABELS)
+def _unpaired(fields: Fields) -> Record:
+    label = answer_label(fields, LABELS)
     if label is None:
-        raise missing_field("label", row)
-    return with_id(AnswerRecord("", *_prompt_and_answer(row), label, _meta(row)), row.get("id"))
+        raise missing_field("label", fields)
+    return _single(fields, label)
 
 
-def _answer(row: dict) -> Record:
+def _answer(fields: Fields) -> Record:
     """A good answer, unless the row says that it is wrong."""
-    label = answer_label(row, GRADES) is not False
-    return with_id(AnswerRecord("", *_prompt_and_answer(row), label, _meta(row)), row.get("id"))
+    return _single(fields, answer_label(fields, GRADES) is not False)
 
 
-def _prompt_and_answer(row: dict) -> tuple[Text, Text]:
-    if "messages" in row:
-        messages = as_text(require(row, "messages"), "messages")
+def _single(fields: Fields, label: bool) -> Record:
+    fields.read.update(LABELS)
+    prompt, answer = _prompt_and_answer(fields)
+    record = AnswerRecord("", prompt, answer, label, _meta(fields), read_template_kwargs(fields))
+    return with_id(record, fields.get("id"))
+
+
+def _prompt_and_answer(fields: Fields) -> tuple[Text, Text]:
+    name = next((name for name in (*ANSWERS, "solution") if name in fields), None)
+    turns = next((name for name in TURNS if fields.get(name)), None)
+    if name is None and turns is not None:
+        messages = fields.text(turns)
         if not isinstance(messages, tuple) or len(messages) < 2 or messages[-1]["role"] != "assistant":
-            raise RecordError("not_one_answer", "'messages' does not end with an assistant turn after a user turn")
-        return messages[:-1], messages[-1:]
-    prompt_name = "prompt" if "prompt" in row or "question" not in row else "question"
-    answer_name = "completion" if "completion" in row or "answer" not in row else "answer"
-    prompt, answer = as_text(require(row, prompt_name), prompt_name), as_text(require(row, answer_name), answer_name)
-    if isinstance(answer, tuple):
-        _one_answer(answer)
-        prompt = user_turn(prompt) if isinstance(prompt, str) else prompt
-    elif isinstance(prompt, tuple):
+            raise RecordError("not_one_answer", f"{turns!r} does not end with an assistant turn after another turn")
+        refuse_rivals(fields, [messages])
+        prompt: Text = with_turns_before(messages[:-1], fields)
+        answer: Text = messages[-1:]
+    else:
+        answer = fields.text(name or "completion")
+        prompt = _prompt_of(fields, (answer,))
+    if isinstance(answer, tuple) and isinstance(prompt, str):
+        prompt = user_turn(prompt)
+    elif isinstance(prompt, tuple) and isinstance(answer, str):
         answer = assistant_turn(answer)
+    if isinstance(prompt, tuple) and isinstance(answer, tuple):
+        answer = _without_prompt(answer, prompt)
+        _one_answer(answer)
+        prompt = _before_answer(prompt)
     return prompt, answer
 
 
-def _meta(row: dict) -> dict[str, Any]:
-    given = row.get("meta") or {}
-    if not isinstance(given, dict):
-        raise RecordError("wrong_type", f"field 'meta' is {type(given).__name__}, not an object", malformed=True)
-    return {**given, **{name: row[name] for name in META_COLUMNS if row.get(name) is not None}}
+def _meta(fields: Fields) -> dict[str, Any]:
+    return {**as_object(fields, "meta"), **{name: fields[name] for name in META_COLUMNS if name in fields}}
 
 
-CONVERTERS: dict[str, Callable[[dict], Record]] = {
+CONVERTERS: dict[str, Callable[[Fields], Record]] = {
     "preference": _preference,
     "implicit": _implicit,
     "hh": _hh,

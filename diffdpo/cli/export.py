@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from diffdpo.cli.command import Parser
+from diffdpo.command import Parser
 from diffdpo.errors import UserError
 from diffdpo.models.checkpoint.adapter_folder import ADAPTER_CONFIG, base_of_adapter, is_adapter
 

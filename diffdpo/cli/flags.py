@@ -15,10 +15,11 @@ from typing import Any
 import yaml
 
 from diffdpo.cli import trl
-from diffdpo.cli.command import Parser
+from diffdpo.command import Parser
 from diffdpo.config import RunConfig, SftConfig, TrainConfig, make_config
 from diffdpo.errors import UserError
 from diffdpo.settings.base import Settings, converted, kind_of
+from diffdpo.shipped import find_shipped
 
 # The settings when neither a model nor data is named: those that suit what comes with diffdpo
 BUNDLED_RECIPE = Path(__file__).parents[1] / "pretrained" / "arithmetic" / "train.yaml"
@@ -34,14 +35,14 @@ def parse_config(config_class: type[Settings], argv: Sequence[str], description:
         **own_settings(config_class, in_recipe, beside=together, where=f"--config {recipe}: "),
         **own_settings(config_class, flags, beside=together),
     }
-    return make_config(config_class, with_bundled(config_class, given))
+    return make_config(config_class, with_bundled_recipe(given) if config_class is TrainConfig else given)
 
 
-def with_bundled(config_class: type[Settings], given: Mapping[str, Any]) -> dict[str, Any]:
-    """``given`` on top of the bundled recipe, where preference training names neither a model nor data."""
-    if config_class is not TrainConfig or given.get("model_name_or_path") or given.get("train_data"):
+def with_bundled_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Preference training's settings, with those of the bundled recipe where neither a model nor data is named."""
+    if given.get("model_name_or_path") or given.get("train_data"):
         return dict(given)
-    bundled = read_recipe(config_class, BUNDLED_RECIPE)
+    bundled = read_recipe(TrainConfig, BUNDLED_RECIPE)
     if "loss_type" in given:
         bundled.pop("sft_weight", None)  # it goes with the loss of the recipe
     return {**bundled, **given}
@@ -65,13 +66,22 @@ def own_settings(
     for a name that no setting has, for one that makes no sense here, and for a value of another type.
     """
     try:
-        theirs = trl.translated(given, given if beside is None else beside) if takes_theirs(config_class) else {}
-        ours = {name: value for name, value in given.items() if name not in trl.TABLE or not takes_theirs(config_class)}
-        for name in (*ours, *theirs):
-            _check_name(config_class, name)
-        return {name: converted(config_class, name, value) for name, value in {**ours, **theirs}.items()}
+        named = own_names(config_class, given, beside=beside)
+        return {name: converted(config_class, name, value) for name, value in named.items()}
     except UserError as error:
         raise UserError(f"{where}{error}") from None
+
+
+def own_names(
+    config_class: type[Settings], given: Mapping[str, Any], *, beside: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """``given`` by our names alone, the values as they are. UserError for a name that has no place here."""
+    theirs = trl.TABLE if takes_theirs(config_class) else {}
+    ours = {name: value for name, value in given.items() if name not in theirs}
+    ours |= trl.translated(given, given if beside is None else beside) if theirs else {}
+    for name in ours:
+        _check_name(config_class, name)
+    return ours
 
 
 def takes_theirs(config_class: type[Settings]) -> bool:
@@ -95,10 +105,9 @@ def _names(config_class: type[Settings]) -> list[str]:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    path = find_shipped("recipes", str(path), flag="--config")
     try:
         content = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"--config {path}: no such file") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"--config {path} is not a YAML file: {error}") from None
     if not isinstance(content, Mapping):

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from diffdpo.cli.command import Parser
+from diffdpo.command import Parser
 from diffdpo.errors import UserError
 
 ORDERS = ("low_confidence", "maskgit_plus", "top_margin", "entropy", "random")

@@ -10,8 +10,8 @@ import argparse
 import json
 from pathlib import Path
 
-from diffdpo.cli.command import Parser
 from diffdpo.cli.flags import parse_config
+from diffdpo.command import Parser
 from diffdpo.config import TrainConfig
 from diffdpo.errors import UserError
 

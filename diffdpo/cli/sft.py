@@ -10,7 +10,7 @@ from diffdpo.config import SftConfig
 def main(argv: list[str]) -> int:
     """Parse first: a wrong flag must not wait for torch."""
     config = parse_config(SftConfig, argv, __doc__ or "")
-    from diffdpo.train.supervised import sft
+    from diffdpo.training.supervised import sft
 
     sft(config)
     return 0

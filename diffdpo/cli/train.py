@@ -10,7 +10,7 @@ from diffdpo.config import TrainConfig
 def main(argv: list[str]) -> int:
     """Parse first: a wrong flag must not wait for torch."""
     config = parse_config(TrainConfig, argv, __doc__ or "")
-    from diffdpo.train.preference import train
+    from diffdpo.training.preference import train
 
     train(config)
     return 0

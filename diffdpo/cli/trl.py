@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffdpo.errors import UserError
+from diffdpo.losses.preference import DEFAULTS
 
 Given = Mapping[str, Any]
 Read = Callable[[str, Any, Given], dict[str, Any]]
@@ -205,8 +206,7 @@ SAME = (
     *("model_name_or_path", "model_revision", "load_in_4bit"),
     *("use_peft", "lora_r", "lora_alpha", "lora_target_modules", "lora_modules_to_save", "use_dora", "use_rslora"),
     *("max_length", "max_prompt_length"),
-    *("beta", "loss_type", "loss_weights", "label_smoothing", "discopop_tau", "simpo_gamma"),
-    *("desirable_weight", "undesirable_weight"),
+    *("beta", "loss_type", "loss_weights", *DEFAULTS),  # the losses' own parameters have TRL's names
 )
 """Names that are flags here with the same meaning. (Defaults differ: see --help_all.)"""
 
@@ -372,7 +372,7 @@ TABLE: dict[str, Entry] = {
     "eval_strategy": strategy("eval_steps"),
     "evaluation_strategy": strategy("eval_steps"),
     "eval_delay": only("0", why="there is an evaluation before training; --eval_steps sets those in between"),
-    "eval_on_start": only("true", why="there is an evaluation before training, always; --eval_fraction 0 holds none out"),
+    "eval_on_start": only("true", why="there is an evaluation before training; --eval_fraction 0 holds none out"),
     "eval_do_concat_batches": answered(_METRICS),
     "eval_use_gather_object": answered(_METRICS),
     "eval_accumulation_steps": answered("evaluations keep sums, no predictions"),
@@ -399,7 +399,9 @@ TABLE: dict[str, Entry] = {
     "push_to_hub_organization": answered("use --hub_model_id ORGANIZATION/NAME"),
     # transformers: data
     "dataloader_num_workers": renamed("dataset_num_workers"),
-    "dataloader_drop_last": words("true: `--tail drop`; false: `--tail pad`", true={"tail": "drop"}, false={"tail": "pad"}),
+    "dataloader_drop_last": words(
+        "true: `--tail drop`; false: `--tail pad`", true={"tail": "drop"}, false={"tail": "pad"}
+    ),
     "dataloader_pin_memory": answered(_READER),
     "dataloader_persistent_workers": answered(_READER),
     "dataloader_prefetch_factor": answered(_READER),
@@ -417,13 +419,13 @@ TABLE: dict[str, Entry] = {
     "fsdp": only("", "false", "none", why=_FSDP),
     "fsdp_config": answered(_FSDP),
     "accelerator_config": answered("the engine is --engine, and what shards is in --ds_config"),
-    "parallelism_config": answered("data are parallel, and --ds_config shards; there is no tensor or context parallelism"),
+    "parallelism_config": answered("data are parallel and --ds_config shards; nothing else is split"),
     "ddp_find_unused_parameters": answered(_GRADIENTS),
     "ddp_bucket_cap_mb": answered(_GRADIENTS),
     "ddp_broadcast_buffers": answered(_GRADIENTS),
     "ddp_static_graph": answered(_GRADIENTS),
     "ddp_backend": answered("NCCL on GPUs, gloo on CPUs"),
-    "ddp_timeout": answered("processes wait for one another for a fixed time"),
+    "ddp_timeout": answered("a process that waits in vain is told by --hang_timeout"),
 }  # fmt: skip
 
 
@@ -441,10 +443,12 @@ def page() -> str:
     parts = [
         "# From TRL and transformers",
         "",
-        "Made from the parser's own tables by `python -m diffdpo.cli.trl > docs/from_trl.md`; a test holds them together.",
-        "Flags and YAML recipes are read alike, `--a-flag` as `--a_flag`, lists with blanks or commas, and steps below 1 as",
-        "a share of all steps (`--warmup_steps 0.1`). Names are those of TRL 1.16 and transformers 5.23, and some of older",
-        "versions. Defaults are this project's: see `--help_all`.",
+        *_wrapped(
+            "Made from the parser's own tables by `python -m diffdpo.cli.trl > docs/from_trl.md`; a test holds them "
+            "together. Flags and YAML recipes are read alike, `--a-flag` as `--a_flag`, lists with blanks or commas, "
+            "and steps below 1 as a share of all steps (`--warmup_steps 0.1`). Names are those of TRL 1.16 and "
+            "transformers 5.23, and some of older versions. Defaults are this project's: see `--help_all`."
+        ),
         "",
         "## The same name, the same meaning",
         "",

@@ -10,18 +10,26 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from diffdpo.engine.adam_clock import wind_up
 from diffdpo.engine.base import FrozenModule, count_parameters, parameter_groups, trained_parameters
 from diffdpo.engine.choice import SMALL_SHARE, EngineChoice
+from diffdpo.engine.deepspeed_files import CheckpointFiles
 from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.plain import PlainFrozen
 from diffdpo.engine.world import World
 from diffdpo.errors import UserError
+
+FOR_GRADIENTS = ("offload_optimizer", "zero_hpz_partition_size", "zero_quantized_gradients")
+"""What of "zero_optimization" concerns the backward and the step. (DeepSpeed makes the groups of a hierarchical
+partition once a process and fails at a second module that asks for them.)"""
+TAG = "engine"  # the folder of a checkpoint that DeepSpeed writes into
 
 
 class DeepSpeedEngine:
@@ -37,6 +45,7 @@ class DeepSpeedEngine:
             config=copy.deepcopy(dict(choice.ds_config)),
         )
         self.module, self.parameters = module, trained_parameters(module)
+        self.files = self.engine.checkpoint_engine = CheckpointFiles(self.engine.checkpoint_engine, module)
         self.holding = False  # inside ``no_sync``
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
@@ -82,12 +91,16 @@ class DeepSpeedEngine:
         return frozen_by_deepspeed(module, self.world, self.choice)
 
     def save(self, folder: Path) -> None:
-        self.engine.save_checkpoint(str(folder), tag="engine")
+        self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
+        self.files.raise_error()
 
     def load(self, folder: Path) -> None:
-        found, _ = self.engine.load_checkpoint(str(folder), tag="engine")
+        # not strictly: weights that are not trained are in no checkpoint
+        found, _ = self.engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
         if found is None:
             raise UserError(f"{folder} holds no DeepSpeed checkpoint; give a folder under checkpoints/")
+        self.files.check_loaded()
+        wind_up(getattr(self.optimizer, "optimizer", self.optimizer))
 
     def full_state_dict(self) -> Mapping[str, Any] | None:
         if not self.choice.shards_parameters:
@@ -102,9 +115,9 @@ class ShardedFrozen:
         deepspeed = import_deepspeed()
         deepspeed.init_distributed(verbose=False)
         config = {k: v for k, v in choice.ds_config.items() if k not in ("optimizer", "gradient_clipping")}
-        zero = {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"}
-        placed = _placed(module.eval().requires_grad_(False), world, choice)
-        self.engine = deepspeed.initialize(model=placed, config=copy.deepcopy(config | {"zero_optimization": zero}))[0]
+        config["zero_optimization"] = {k: v for k, v in config["zero_optimization"].items() if k not in FOR_GRADIENTS}
+        placed = _placed(module.eval().requires_grad_(False), world, replace(choice, ds_config=config))
+        self.engine = deepspeed.initialize(model=placed, config=copy.deepcopy(config))[0]
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         return self.engine(*inputs)

@@ -10,6 +10,7 @@ from typing import Any
 from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.sharding import sharding_of
 from diffdpo.errors import UserError
+from diffdpo.shipped import find_shipped
 
 KNOWN = (
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
@@ -28,12 +29,10 @@ KNOWN = (
 
 
 def read_ds_config(path: Path) -> dict[str, Any]:
-    """The DeepSpeed JSON of ``--ds_config``."""
+    """The DeepSpeed JSON of ``--ds_config``: a file, or the name of a shipped one."""
+    path = find_shipped("ds_configs", str(path), flag="--ds_config")
     try:
         content = json.loads(path.read_text())
-    except FileNotFoundError:
-        shipped = ", ".join(sorted(str(p) for p in Path("ds_configs").glob("*.json"))) or "none in ./ds_configs"
-        raise UserError(f"--ds_config {path}: no such file; shipped: {shipped}") from None
     except (json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
         raise UserError(f"--ds_config {path} is not JSON: {error}") from None
     if not isinstance(content, dict):

@@ -11,7 +11,7 @@ from diffdpo.engine.deepspeed import DeepSpeedEngine, frozen_by_deepspeed
 from diffdpo.engine.operators import prepare_operators
 from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.plain import PlainEngine, PlainFrozen
-from diffdpo.engine.preflight import check_nvme, check_values
+from diffdpo.engine.preflight import check_nvme, check_values, check_zeropp
 from diffdpo.engine.world import World
 
 
@@ -20,6 +20,7 @@ def check_host(choice: EngineChoice) -> None:
     if choice.kind == DEEPSPEED:
         check_values(choice.ds_config)
         check_nvme(choice.ds_config)
+        check_zeropp(choice.ds_config, processes=choice.processes, cuda=torch.cuda.is_available())
 
 
 def make_engine(

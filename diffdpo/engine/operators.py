@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from diffdpo.engine.deepspeed import import_deepspeed
 from diffdpo.engine.locks import wait_for
 from diffdpo.engine.world import World
 from diffdpo.errors import UserError
@@ -46,11 +47,13 @@ def needed_operators(ds_config: Mapping[str, Any]) -> list[str]:
 
 def missing_operators(needed: Sequence[str]) -> list[str]:
     """Those of them that are not in torch's extension cache, or there for another environment: its cache is shared by
-    all environments of a user and holds what the last one compiled.
+    all environments of a user and holds what the last one compiled. Those that DeepSpeed was
+    installed with are not missing.
 
     UserError when they cannot be compiled here (no C++ compiler, no Python headers, for a GPU's Adam no CUDA toolkit).
     """
-    missing = [name for name in needed if not any(map(_is_current, _extension_root().glob(f"**/{name}/{name}.so")))]
+    to_compile = [name for name in needed if not _is_installed(name)]
+    missing = [name for name in to_compile if not any(map(_is_current, _extension_root().glob(f"**/{name}/{name}.so")))]
     if missing and not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "c++", "g++") if name):
         raise UserError("DeepSpeed compiles its CPU operators once and finds no C++ compiler; install g++")
     if missing and not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
@@ -61,6 +64,15 @@ def missing_operators(needed: Sequence[str]) -> list[str]:
             '"optimizer": {"params": {"torch_adam": true}} into --ds_config'
         )
     return missing
+
+
+def _is_installed(name: str) -> bool:
+    """Whether DeepSpeed's own installation holds it, compiled for the kind of device that there is (DS_BUILD_...)."""
+    import_deepspeed()
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.git_version_info import accelerator_name, installed_ops
+
+    return installed_ops.get(name, False) and accelerator_name == get_accelerator()._name
 
 
 def _is_current(library: Path) -> bool:

@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from diffdpo.engine.base import parameter_groups, trained_parameters
 from diffdpo.engine.choice import PLAIN, EngineChoice
 from diffdpo.engine.optimizer import OptimizerOptions
+from diffdpo.engine.saved import check_trained, save_tensors, trained_by_name
 from diffdpo.engine.world import World
+
+WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
 
 
 class PlainFrozen:
@@ -35,12 +39,13 @@ class PlainEngine:
         self.choice = EngineChoice(PLAIN, world.size)
         self.module, self.world, self.options = module.to(world.device), world, options
         self.parameters = trained_parameters(module)
+        self.fused = world.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
             parameter_groups(module, options.weight_decay),
             lr=options.learning_rate,
             betas=options.betas,
             eps=options.epsilon,
-            fused=world.device.type == "cuda" or None,
+            fused=self.fused or None,
         )
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
@@ -84,13 +89,25 @@ class PlainEngine:
 
     def save(self, folder: Path) -> None:
         if self.world.is_main:
-            state = {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
-            torch.save(state, folder / "state.pt")
+            trained = trained_by_name(self.module)
+            save_tensors({name: p.detach() for name, p in trained.items()}, folder / WEIGHTS)
+            states = {name: self.optimizer.state.get(p, {}) for name, p in trained.items()}
+            moments = {f"{name}.{key}": value for name, state in states.items() for key, value in state.items()}
+            save_tensors(moments, folder / OPTIMIZER)
 
     def load(self, folder: Path) -> None:
-        state = torch.load(folder / "state.pt", map_location=self.world.device, weights_only=True)
-        self.module.load_state_dict(state["module"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        trained = trained_by_name(self.module)
+        weights, moments = load_file(folder / WEIGHTS), load_file(folder / OPTIMIZER)
+        check_trained({name: tensor.shape for name, tensor in weights.items()}, self.module)
+        self.optimizer.state.clear()
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(weights[name])
+        for key, value in moments.items():
+            name, _, what = key.rpartition(".")
+            parameter = trained[name]
+            on = parameter.device if value.dim() or self.fused else value.device  # torch keeps the count on the host
+            self.optimizer.state[parameter][what] = value.to(on)
 
     def full_state_dict(self) -> Mapping[str, Any] | None:
         return self.module.state_dict() if self.world.is_main else None

@@ -13,6 +13,7 @@ from diffdpo.engine.deepspeed import import_deepspeed
 from diffdpo.errors import UserError
 
 IN_MEMORY = ("tmpfs", "ramfs")
+QUANTISED = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
 
 
 def check_values(config: Mapping[str, Any]) -> None:
@@ -45,6 +46,23 @@ def check_nvme(ds_config: Mapping[str, Any]) -> None:
             )
     if parts and not libaio_found():
         raise UserError("DeepSpeed reads and writes NVMe through libaio and does not find it; install libaio-dev")
+
+
+def check_zeropp(ds_config: Mapping[str, Any], *, processes: int, cuda: bool) -> None:
+    """UserError for what ZeRO++ cannot do here: quantise without a GPU, or split the processes into unequal groups."""
+    zero = ds_config.get("zero_optimization", {})
+    quantised = [key for key in QUANTISED if zero.get(key)]
+    if quantised and not cuda:
+        raise UserError(
+            f"--ds_config sets {' and '.join(quantised)}, for which DeepSpeed has operators for GPUs only, and there "
+            "is no GPU; set them to false"
+        )
+    group = zero.get("zero_hpz_partition_size", 1)
+    if isinstance(group, int) and group > 1 and processes % min(group, processes):
+        raise UserError(
+            f"--ds_config sets zero_hpz_partition_size to {group} and the run has {processes} processes; set it to "
+            "the processes of one host"
+        )
 
 
 def libaio_found() -> bool:

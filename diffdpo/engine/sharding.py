@@ -51,6 +51,11 @@ def sharding_of(ds_config: Mapping[str, Any], *, cuda: bool = False) -> Sharding
     overlap = zero.get("overlap_comm")
     overlap = stage == 3 if overlap is None else overlap
 
+    def size(part: Mapping[str, Any], key: str, default: float) -> int:
+        value = part.get(key, default)
+        # what is no number is told by DeepSpeed's own check, which looks at every key
+        return int(value) if isinstance(value, (int, float)) else int(default)
+
     def where(part: Mapping[str, Any]) -> str:
         return {"none": "device"}.get(part.get("device", "none"), part.get("device", "none"))
 
@@ -60,13 +65,13 @@ def sharding_of(ds_config: Mapping[str, Any], *, cuda: bool = False) -> Sharding
         parameters=stage == 3,
         optimizer_on=where(optimizer),
         parameters_on=where(parameters),
-        reduce_bucket=int(zero.get("reduce_bucket_size", 5e8)),
+        reduce_bucket=size(zero, "reduce_bucket_size", 5e8),
         buffers=2 if overlap and stage < 3 else 1,
-        max_live=int(zero.get("stage3_max_live_parameters", 1e9)),
-        prefetch=int(zero.get("stage3_prefetch_bucket_size", 5e7)),
-        sub_group=int(zero.get("sub_group_size", 1e9)),
-        swap_buffers=int(optimizer.get("buffer_count", 4)),
-        parameter_buffers=int(parameters.get("buffer_count", 5)) * int(parameters.get("buffer_size", 1e8)),
-        max_in_cpu=int(parameters.get("max_in_cpu", 1e9)),
+        max_live=size(zero, "stage3_max_live_parameters", 1e9),
+        prefetch=size(zero, "stage3_prefetch_bucket_size", 5e7),
+        sub_group=size(zero, "sub_group_size", 1e9),
+        swap_buffers=size(optimizer, "buffer_count", 4),
+        parameter_buffers=size(parameters, "buffer_count", 5) * size(parameters, "buffer_size", 1e8),
+        max_in_cpu=size(parameters, "max_in_cpu", 1e9),
         pinned=cuda and bool((optimizer or parameters).get("pin_memory", True)),
     )

@@ -18,11 +18,12 @@ BLOCK_LENGTH = 16
 BATCH_SIZE = 50  # prompts sampled together
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Problem:
-    """A prompt in tokens and the answer a verifier reads from the right solution."""
+    """A prompt in tokens and the answer a verifier reads from the right solution of a record."""
 
     prompt: tuple[int, ...]
+    record: int
     truth: str
 
 
@@ -46,15 +47,23 @@ VERIFIERS: dict[str, Callable[[str], str | None]] = {"arithmetic": read_arithmet
 
 def problems_of(batches: Sequence[PairBatch], tokenizer, task: str) -> list[Problem]:
     """The distinct prompts of held-out pairs whose chosen answer holds an answer the verifier can read."""
-    problems: dict[tuple[int, ...], Problem] = {}
+    problems = []
     for batch in batches:
-        for b in range(len(batch.ids)):
+        for b, record in enumerate(batch.records):
             start, stop = int(batch.prompt_lengths_B2[b, 0]), int(batch.lengths_B2[b, 0])
             ids = batch.input_ids_B2T[b, 0, :stop].tolist()
             truth = VERIFIERS[task](tokenizer.decode(ids[start:], skip_special_tokens=True))
             if truth is not None:
-                problems.setdefault(tuple(ids[:start]), Problem(tuple(ids[:start]), truth))
-    return list(problems.values())
+                problems.append(Problem(tuple(ids[:start]), record, truth))
+    return distinct(problems)
+
+
+def distinct(problems: Sequence[Problem]) -> list[Problem]:
+    """One problem a prompt, in the order of the prompts; where records disagree on the truth, the first one's."""
+    found: dict[tuple[int, ...], Problem] = {}
+    for problem in sorted(problems):
+        found.setdefault(problem.prompt, problem)
+    return list(found.values())
 
 
 def answer_length(batches: Sequence[PairBatch]) -> int:

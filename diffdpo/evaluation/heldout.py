@@ -6,14 +6,14 @@ from data_pipeline.batch import PairBatch
 from diffdpo.config import RunConfig
 from diffdpo.engine.base import Engine
 from diffdpo.errors import UserError
-from diffdpo.evaluation.answers import answer_length, exact_match, problems_of
+from diffdpo.evaluation.answers import answer_length, distinct, exact_match, problems_of
 from diffdpo.evaluation.preferences import answer_losses, score_held_out
 from diffdpo.evaluation.result import Evaluation
 from diffdpo.losses.options import LossOptions
 from diffdpo.memory.exhausted import told_if_exhausted
 from diffdpo.models.load import LoadedModel
 from diffdpo.noise.options import NoiseOptions
-from diffdpo.scores.reference import Reference
+from diffdpo.scores.reference import Reference, remembered
 from diffdpo.scores.segments import Segments
 
 SAMPLING_TEMPERATURE = 1.0  # answers are drawn from the model's distribution, not its mode
@@ -34,9 +34,8 @@ class SampledAnswers:
         self.problems = []
         if batches and config.num_eval_problems and self.task != "none":
             everyone = engine.world.all_gather_object(problems_of(batches, loaded.tokenizer, self.task))
-            unique = {problem.prompt: problem for part in everyone for problem in part}
-            # sorted: the same problems, with the same noise, for every number of ranks
-            self.problems = [unique[prompt] for prompt in sorted(unique)][: config.num_eval_problems]
+            # sorted: the same problems, with the same noise, for every batch and number of ranks
+            self.problems = distinct([problem for part in everyone for problem in part])[: config.num_eval_problems]
             self.length = max(engine.world.all_gather_object(answer_length(batches)))
             if not self.problems and config.eval_task != "auto":
                 raise UserError(
@@ -79,11 +78,11 @@ class HeldOutPairs:
         *,
         segments: Segments,
         max_length: int,
-        limit: int,
     ):
-        self.engine, self.reference, self.noise, self.loss = engine, reference, noise, loss
+        self.engine, self.noise, self.loss = engine, noise, loss
+        self.reference = remembered(reference, segments)
         self.batches, self.answers = batches, answers
-        self.segments, self.max_length, self.limit = segments, max_length, limit
+        self.segments, self.max_length = segments, max_length
 
     def evaluate(self, when: str) -> Evaluation:
         """Pairs and sampled answers."""
@@ -104,7 +103,6 @@ class HeldOutPairs:
             self.loss,
             segments=self.segments,
             max_length=self.max_length,
-            limit=self.limit,
         )
         return table.values(self.loss)
 
@@ -120,10 +118,9 @@ class HeldOutAnswers:
         answers: SampledAnswers,
         *,
         segments: Segments,
-        limit: int,
     ):
         self.engine, self.noise, self.batches = engine, noise, batches
-        self.answers, self.segments, self.limit = answers, segments, limit
+        self.answers, self.segments = answers, segments
 
     def evaluate(self, when: str) -> Evaluation:
         """Losses and sampled answers."""
@@ -136,5 +133,5 @@ class HeldOutAnswers:
     def _values(self) -> dict[str, list[float]]:
         if not self.batches:
             return {}
-        losses = answer_losses(self.engine, self.batches, self.noise, segments=self.segments, limit=self.limit)
+        losses = answer_losses(self.engine, self.batches, self.noise, segments=self.segments)
         return {"loss": losses}

@@ -29,7 +29,7 @@ from diffdpo.step.retry import repeated, run_on_all_ranks
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """Scores of held-out records, float64 on the CPU, in the order of the data; ``weight_P2`` is 0 for absent sides.
+    """Scores of held-out records, float64 on the CPU, by record number; ``weight_P2`` is 0 for absent sides.
 
     ``reference_point`` is z of ``kto`` over these records, None for other losses.
     """
@@ -52,7 +52,7 @@ class ScoreTable:
                 # 1/2 where the margin is 0: policy and reference agree
                 "rewards/accuracies": (margin_P.sign() / 2 + 0.5).tolist(),
                 "rewards/margins": margin_P.tolist(),
-                "scores/accuracies": (gap_P > 0).double().tolist(),
+                "scores/accuracies": (gap_P.sign() / 2 + 0.5).tolist(),
             }
         if (self.weight_P2.sum(1) == 1).any():
             chosen_D, rejected_U = (reward_P2[self.weight_P2[:, side] > 0, side] for side in (0, 1))
@@ -120,9 +120,11 @@ def score_held_out(
     *,
     segments: Segments,
     max_length: int | None = None,
-    limit: int = 0,
 ) -> ScoreTable:
-    """Score this rank's batches, gather all ranks' (which hold as many, of one size): the first ``limit`` (0: all)."""
+    """Score this rank's batches and gather all ranks' (which hold as many, of one size).
+
+    A function of the records: the number of ranks and the size of a batch move a figure by rounding alone.
+    """
 
     def rows_of(batch: PairBatch) -> NoisyRows:
         return noise.rows(batch, engine.world.device)
@@ -142,7 +144,7 @@ def score_held_out(
     pieces = [torch.zeros(0, 4, 2), *_each(engine, table, batches, segments)]
     z = repeated(engine, point, segments=segments).double() if loss.needs_reference_point else None
     weights = [batch.weight_B2.amax(1) for batch in batches]
-    table_P42 = torch.from_numpy(_in_order(engine, batches, torch.cat(pieces), weights, limit))
+    table_P42 = torch.from_numpy(_in_order(engine, batches, torch.cat(pieces), weights))
     policy_P2, reference_P2, tokens_P2, weight_P2 = table_P42.unbind(1)
     return ScoreTable(policy_P2, reference_P2, tokens_P2, weight_P2, z)
 
@@ -158,24 +160,25 @@ def _each(
 
 
 def _in_order(
-    engine: Engine, batches: Sequence[PairBatch], table: torch.Tensor, weights: Sequence[torch.Tensor], limit: int
+    engine: Engine, batches: Sequence[PairBatch], table: torch.Tensor, weights: Sequence[torch.Tensor]
 ) -> np.ndarray:
-    """Rows of all ranks in the order of the data, whatever the number of ranks; slots of weight 0 left out."""
+    """Rows of all ranks by record number; slots of weight 0 left out.
+
+    Not by place: a step is sorted by length and dealt over the ranks, so a record's place follows from the batch, and
+    items of two evaluations are compared one by one.
+    """
     world = engine.world
-    places = [torch.zeros(0, dtype=torch.int64)]
-    for batch in batches:
-        size = len(batch.ids)
-        places.append((batch.step * world.size + world.rank) * size + torch.arange(size))
-    place_P = world.all_gather(torch.cat(places).to(world.device)).cpu()
+    numbers = torch.tensor([number for batch in batches for number in batch.records], dtype=torch.int64)
+    number_P = world.all_gather(numbers.to(world.device)).cpu()
     weight_P = world.all_gather(torch.cat([torch.zeros(0), *weights]).to(world.device)).cpu()
     everything = world.all_gather(table.to(world.device)).cpu().double()
-    order = [p for p in place_P.argsort().tolist() if weight_P[p] > 0]
-    return everything[order[: limit or None]].numpy()
+    order = [p for p in number_P.argsort().tolist() if weight_P[p] > 0]
+    return everything[order].numpy()
 
 
 @torch.no_grad()
 def answer_losses(
-    engine: Engine, batches: Sequence[PairBatch], noise: NoiseOptions, *, segments: Segments, limit: int = 0
+    engine: Engine, batches: Sequence[PairBatch], noise: NoiseOptions, *, segments: Segments
 ) -> list[float]:
     """-score / tokens of every chosen answer, over all ranks: what supervised training lowers."""
 
@@ -186,4 +189,4 @@ def answer_losses(
 
     pieces = [torch.zeros(0, 1), *_each(engine, losses, batches, segments)]
     chosen = [batch.weight_B2[:, 0] for batch in batches]
-    return _in_order(engine, batches, torch.cat(pieces), chosen, limit)[:, 0].tolist()
+    return _in_order(engine, batches, torch.cat(pieces), chosen)[:, 0].tolist()

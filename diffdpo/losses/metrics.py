@@ -42,8 +42,6 @@ def pair_sums(
     def all_of(value_B2: Tensor) -> Tensor:
         return (present_B2 * value_B2).sum()
 
-    variance, known = _known_squares(stderr_B2, present_B2)
-    ratio_variance, ratio_known = _known_squares(ratio_stderr_B2, present_B2)
     margin_B = reward_B2[:, 0] - reward_B2[:, 1]
     sums = {
         "answers": present_B2.sum(),
@@ -64,10 +62,8 @@ def pair_sums(
         "ratio": all_of(ratio_B2),
         "ratio_per_token": all_of(ratio_B2 / tokens_B2.clamp(min=1)),
         "displaced": side((ratio_B2 < 0).double(), 0),
-        "score_variance": variance,
-        "ratio_variance": ratio_variance,
-        "known_variances": known,
-        "known_ratio_variances": ratio_known,
+        **_known_squares(stderr_B2, present_B2, "score_variance", "known_variances"),
+        **_known_squares(ratio_stderr_B2, present_B2, "ratio_variance", "known_ratio_variances"),
         "length": all_of(tokens_B2),
         "length_squared": all_of(tokens_B2**2),
         "reward": all_of(reward_B2),
@@ -103,12 +99,13 @@ def means(total: Mapping[str, float]) -> dict[str, float]:
     return found if correlation is None else found | {"rewards/length_correlation": correlation}
 
 
-def _known_squares(stderr_B2: Tensor | None, present_B2: Tensor) -> tuple[Tensor, Tensor]:
+def _known_squares(stderr_B2: Tensor | None, present_B2: Tensor, sum_name: str, count_name: str) -> dict[str, Tensor]:
     """Sum of the squares that are known, and how many they are."""
     if stderr_B2 is None:
-        return present_B2.new_zeros(()), present_B2.new_zeros(())
+        return {sum_name: present_B2.new_zeros(()), count_name: present_B2.new_zeros(())}
     known_B2 = present_B2 * ~stderr_B2.isnan()
-    return (known_B2 * stderr_B2.detach().double().nan_to_num() ** 2).sum(), known_B2.sum()
+    squares_B2 = stderr_B2.detach().double().nan_to_num() ** 2
+    return {sum_name: (known_B2 * squares_B2).sum(), count_name: known_B2.sum()}
 
 
 def _correlation(total: Mapping[str, float]) -> float | None:

@@ -16,10 +16,10 @@ def mismatched(step: Sequence[Sequence[PairBatch]], *, rank: int, max_length: in
     """``rank``'s micro-batches of a global step, each prompt followed by an answer to another one (KTO, section 4.1).
 
     ``step`` holds the micro-batches of every rank, ``step[rank][micro]``. Its answers are put in the order of the data
-    (all chosen ones, then all rejected ones), which is the same however a step is cut into ranks and micro-batches.
-    Each takes the nearest answer before it, cyclically, that has another prompt. Where the step holds one prompt only,
-    nothing can be mismatched and the result has no answers: z is 0. Score the result under policy and reference
-    without a gradient, for ``reference_point_of``.
+    set (by record number, all chosen ones, then all rejected ones), so who meets whom follows from the records alone,
+    however they were sorted and cut into steps, ranks and micro-batches. Each takes the nearest answer before it,
+    cyclically, that has another prompt. Where the step holds one prompt only, nothing can be mismatched and the result
+    has no answers: z is 0. Score the result under policy and reference without a gradient, for ``reference_point_of``.
 
     ``max_length``: longest row; a longer one is cut as ``Encoder`` cuts, the end of the prompt and the start of the
     answer staying, the prompt not below half of it.
@@ -44,13 +44,14 @@ class _Answer:
     micro: int
     slot: int
     side: int
+    record: int
     prompt: np.ndarray
     ids: np.ndarray
 
 
 def _answers(step: Sequence[Sequence[PairBatch]], side: int) -> list[_Answer]:
-    """The answers of one side in the order of the data: the plan deals the records of each micro-batch over the ranks
-    in turn (``data_pipeline.order.deal_step``)."""
+    """The answers of one side by record number; of batches that name no numbers, as they were dealt over the ranks in
+    turn (``data_pipeline.order.deal_step``)."""
     found = []
     for micro, batches in enumerate(zip(*step, strict=True)):
         for slot in range(max(len(batch.ids) for batch in batches)):
@@ -58,8 +59,9 @@ def _answers(step: Sequence[Sequence[PairBatch]], side: int) -> list[_Answer]:
                 length, prompt = int(batch.lengths_B2[slot, side]), int(batch.prompt_lengths_B2[slot, side])
                 if length:
                     row = batch.input_ids_B2T[slot, side, :length].numpy()
-                    found.append(_Answer(rank, micro, slot, side, row[:prompt], row[prompt:]))
-    return found
+                    number = batch.records[slot] if batch.records else 0
+                    found.append(_Answer(rank, micro, slot, side, number, row[:prompt], row[prompt:]))
+    return sorted(found, key=lambda answer: answer.record)  # stable
 
 
 def _joined(prompt: np.ndarray, answer: np.ndarray, max_length: int | None) -> TokenAnswer:

@@ -3,15 +3,17 @@
 Remote code is never run: the family is chosen by `model_type`. Weights are streamed shard by shard (`stream`).
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Tokenizer
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from data_pipeline.errors import DataError
+from data_pipeline.hub import at_revision
+from data_pipeline.tokenizer import first_id, name_mask, read_tokenizer
 from diffdpo.errors import UserError
 from diffdpo.models.architecture.dream import (
     A2DLlamaConfig,
@@ -26,10 +28,10 @@ from diffdpo.models.architecture.dream import (
     Qwen2DiffusionConfig,
     Qwen3DiffusionConfig,
 )
+from diffdpo.models.architecture.illada import ILLaDAConfig, ILLaDAForCausalLM
 from diffdpo.models.architecture.llada import LLaDAConfig, LLaDAModelLM
 from diffdpo.models.architecture.spec import DECODER_LORA_TARGETS, LLADA_LORA_TARGETS, FamilySpec
 from diffdpo.models.checkpoint.adapter_folder import base_of_adapter, is_adapter
-from diffdpo.models.checkpoint.revision import split_revision
 from diffdpo.models.checkpoint.weights import only_kept, read_model
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
@@ -44,16 +46,22 @@ def dtype_name(bf16: bool) -> str:
 
 @dataclass(frozen=True)
 class Family:
-    """What reading a checkpoint of one `model_type` takes."""
+    """What reading a checkpoint of one `model_type` takes.
+
+    `mask_token`, `mask_token_id`: name and id of the published mask, for checkpoints that declare none.
+    """
 
     config_class: type[PreTrainedConfig]
     model_class: type[PreTrainedModel]
     lora_targets: str
     logit_shift: int
+    mask_token: str | None = None
+    mask_token_id: int | None = None
 
 
 FAMILIES = {
     "llada": Family(LLaDAConfig, LLaDAModelLM, LLADA_LORA_TARGETS, 0),
+    "illada": Family(ILLaDAConfig, ILLaDAForCausalLM, DECODER_LORA_TARGETS, 0, "<[MASK]>", 5),
     "Dream": Family(DreamConfig, DreamModel, DECODER_LORA_TARGETS, 1),
     "qwen2": Family(Qwen2DiffusionConfig, DreamModel, DECODER_LORA_TARGETS, 1),
     "qwen3": Family(Qwen3DiffusionConfig, DreamModel, DECODER_LORA_TARGETS, 1),
@@ -129,10 +137,10 @@ def load_adapter(folder: str | Path, *, base: str | None = None, **options) -> L
 
 def read_config(name_or_path: str) -> tuple[Family, PreTrainedConfig]:
     """The family and checked config of a checkpoint; no weights are read."""
-    kept = only_kept(name_or_path)
-    name, revision = split_revision(name_or_path)
+    only_kept(name_or_path)  # in the words of this package when it is nowhere
+    name, where = at_revision(name_or_path)
     try:
-        raw, _ = PreTrainedConfig.get_config_dict(name, local_files_only=kept, revision=revision or "main")
+        raw, _ = PreTrainedConfig.get_config_dict(name, **where)
     except (OSError, ValueError, TypeError, AttributeError) as error:  # the last two: JSON that is no object
         raise UserError(f"no model config at {name_or_path!r}: {_first_line(error)}") from error
     if not isinstance(raw, dict) or not raw:
@@ -152,6 +160,13 @@ def read_config(name_or_path: str) -> tuple[Family, PreTrainedConfig]:
     return family, family.config_class.from_dict(raw).check()
 
 
+def model_context(name_or_path: str) -> int | None:
+    """Tokens that the model was made for, as its config says."""
+    if is_adapter(name_or_path):
+        return model_context(base_of_adapter(name_or_path))
+    return getattr(read_config(name_or_path)[1], "max_position_embeddings", None)
+
+
 def empty_model(name_or_path: str) -> PreTrainedModel:
     """The model on the meta device: its modules and shapes; no weights are read."""
     family, config = read_config(name_or_path)
@@ -160,23 +175,11 @@ def empty_model(name_or_path: str) -> PreTrainedModel:
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer without remote code. Dream's own class is a Qwen2 tokenizer with added tokens."""
-    kept = only_kept(name_or_path)
-    name, revision = split_revision(name_or_path)
-    where = {"local_files_only": kept, "revision": revision or "main"}
+    """The checkpoint's tokenizer without remote code, as the data commands read it."""
     try:
-        settings = _tokenizer_class(name, where)
-        loader = Qwen2Tokenizer if settings == "DreamTokenizer" else AutoTokenizer
-        return loader.from_pretrained(name, trust_remote_code=False, **where)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"no tokenizer at {name_or_path!r}: {_first_line(error)}") from error
-
-
-def _tokenizer_class(name: str, where: dict[str, Any]) -> str | None:
-    from transformers.utils import cached_file
-
-    path = cached_file(name, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False, **where)
-    return json.loads(Path(path).read_text()).get("tokenizer_class") if path else None
+        return read_tokenizer(name_or_path)
+    except DataError as error:
+        raise UserError(str(error)) from error
 
 
 def load_tokenizer_and_spec(name_or_path: str) -> tuple[PreTrainedTokenizerBase, FamilySpec]:
@@ -193,8 +196,8 @@ def make_spec(config: PreTrainedConfig, family: Family, tokenizer: PreTrainedTok
 
     `logit_shift` in config.json overrides the family's (a model made from an autoregressive one and trained unshifted).
     """
-    mask = _first_id(config.mask_token_id, tokenizer.mask_token_id)
-    terminator = _first_id(config.eos_token_id, tokenizer.eos_token_id)
+    mask = first_id(config.mask_token_id, tokenizer.mask_token_id, _published_mask(family, tokenizer))
+    terminator = first_id(config.eos_token_id, tokenizer.eos_token_id)
     rows = getattr(config, "embedding_size", config.vocab_size)
     if mask is None:
         raise UserError("neither config.json nor the tokenizer has a mask token: add mask_token_id to config.json")
@@ -206,10 +209,12 @@ def make_spec(config: PreTrainedConfig, family: Family, tokenizer: PreTrainedTok
             "call model.resize_token_embeddings and save the model first"
         )
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [terminator]
+    if mask >= rows:
+        raise UserError(f"the mask token {mask} is no row of the embedding, which has {rows}: set mask_token_id")
     if mask in ends:
         raise UserError(f"mask_token_id and eos_token_id are both {mask}: they must differ")
     check_ids(config, tokenizer)
-    register_mask_token(tokenizer, mask)
+    name_mask(tokenizer, mask)
     vocabulary = tokenizer.get_vocab()
     stops = dict.fromkeys((*ends, *(vocabulary[token] for token in STOP_TOKENS if token in vocabulary)))
     shift = getattr(config, "logit_shift", None)
@@ -217,13 +222,19 @@ def make_spec(config: PreTrainedConfig, family: Family, tokenizer: PreTrainedTok
         name=config.model_type,
         mask_token_id=mask,
         terminator_id=terminator,
-        pad_token_id=cast(int, _first_id(config.pad_token_id, tokenizer.pad_token_id, terminator)),
+        pad_token_id=cast(int, first_id(config.pad_token_id, tokenizer.pad_token_id, terminator)),
         block_class=next(iter(family.model_class._no_split_modules or ())),
         lora_targets=family.lora_targets,
         logit_shift=family.logit_shift if shift is None else shift,
         template="chat" if tokenizer.chat_template else "plain",
         stop_token_ids=tuple(stop for stop in stops if stop != terminator),
     )
+
+
+def _published_mask(family: Family, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The mask of a family whose checkpoints declare none: the token of its name, else the published id."""
+    named = tokenizer.get_vocab().get(family.mask_token) if family.mask_token else None
+    return family.mask_token_id if named is None else named
 
 
 def check_ids(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -246,12 +257,6 @@ def check_ids(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> N
         )
 
 
-def register_mask_token(tokenizer: PreTrainedTokenizerBase, mask_token_id: int) -> None:
-    """Give the tokenizer its mask token (LLaDA's names none). A mask id in the vocabulary's padding gets no name."""
-    if tokenizer.mask_token_id != mask_token_id and mask_token_id < len(tokenizer):
-        tokenizer.add_special_tokens({"mask_token": tokenizer.convert_ids_to_tokens(mask_token_id)})
-
-
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: str | Path, **options) -> None:
     """Write config, safetensors and tokenizer in the published layout. For a peft model: adapter and tokenizer.
 
@@ -264,13 +269,6 @@ def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: 
         raise UserError("4-bit weights are not written: save the original model, or an adapter on it")
     cast(Any, model).save_pretrained(directory, **options)
     tokenizer.save_pretrained(directory)
-
-
-def _first_id(*candidates: int | list[int] | None) -> int | None:
-    for candidate in candidates:
-        if candidate is not None:
-            return candidate[0] if isinstance(candidate, list) else candidate
-    return None
 
 
 def _first_line(error: BaseException) -> str:

@@ -17,7 +17,7 @@ from functools import cache
 import numpy as np
 
 from diffdpo.errors import UserError
-from diffdpo.noise.balanced import balanced_rows
+from diffdpo.noise.balanced import PLAIN, balanced_rows, blocks
 from diffdpo.noise.plan import NoiseKey, NoisePlan
 
 EPSILON = 1e-3  # smallest t of the estimators that weigh by 1/t: their variance would be infinite at 0 (LLaDA, VRPO)
@@ -70,7 +70,8 @@ def uniform_t(length: int, num_samples: int, rng: np.random.Generator) -> NoiseP
 def stratified_t(length: int, num_samples: int, rng: np.random.Generator) -> NoisePlan:
     """``uniform_t`` with t on a lattice of n points under one random shift (Kingma et al., VDM, appendix I.1)."""
     lattice_N = (rng.random() + np.arange(num_samples) / num_samples) % 1.0
-    return _bernoulli(length, EPSILON + (1 - EPSILON) * lattice_N, rng)
+    plan = _bernoulli(length, EPSILON + (1 - EPSILON) * lattice_N, rng)
+    return replace(plan, cell_N=_neighbours(lattice_N))
 
 
 def mask_count(length: int, num_samples: int, rng: np.random.Generator) -> NoisePlan:
@@ -89,11 +90,15 @@ def mask_count_mirror(length: int, num_samples: int, rng: np.random.Generator) -
     k_P = (lower_P * length).astype(np.int64) + 1
     ranks_PL = _ranks(pairs, length, rng)
     k_N = np.stack([k_P, length + 1 - k_P], 1).reshape(-1)
+    block_N = np.arange(num_samples) // 2
     ranks_NL = np.stack([ranks_PL, length - 1 - ranks_PL], 1).reshape(-1, length)
     if single:
         k_N = np.append(k_N, rng.integers(1, length + 1))
         ranks_NL = np.concatenate([ranks_NL, _ranks(1, length, rng)])
-    return _counted(k_N, ranks_NL)
+    plan = _counted(k_N, ranks_NL)
+    if num_samples < 3:
+        return plan
+    return replace(plan, block_N=block_N, cell_N=_neighbours(np.arange(pairs + single))[block_N])
 
 
 def balanced(length: int, num_samples: int, rng: np.random.Generator) -> NoisePlan:
@@ -102,10 +107,27 @@ def balanced(length: int, num_samples: int, rng: np.random.Generator) -> NoisePl
     ``balanced.py`` has the construction. Unbiased for B like ``mask_count``. The rows of a pair whose answers are
     mostly the same are drawn as ``paired`` draws them (``noise.rows.alike``).
     """
-    masked_NS, scale_NS, share_N = balanced_rows(length, num_samples, rng)
+    size_G = blocks(num_samples)
+    if len(size_G) == 1:
+        plan = _block(length, num_samples, rng)
+        # a single block says nothing of its error; what is known of it is the spread of its rows, less their trend in k
+        return replace(plan, cell_N=_neighbours(np.arange(num_samples))) if num_samples > PLAIN else plan
+    # streams of their own: what a block draws must not depend on how many tokens the one before it had (``paired``)
+    streams = [np.random.Generator(rng.bit_generator.jumped(g)) for g in range(len(size_G))]
+    plans = [_block(length, size, stream) for size, stream in zip(size_G, streams, strict=True)]
+    weight_N = np.repeat(size_G / num_samples, size_G)
+    masked_NL = np.concatenate([plan.masked_NL for plan in plans])
+    share_N = weight_N * np.concatenate([plan.share_N for plan in plans])
+    scale_NL = np.concatenate([plan.scale_NL for plan in plans])
+    return NoisePlan(masked_NL, masked_NL, weight_N, share_N, scale_NL, np.repeat(np.arange(len(size_G)), size_G))
+
+
+def _block(length: int, num_rows: int, rng: np.random.Generator) -> NoisePlan:
+    """Balanced rows that share one assignment of tokens to slots."""
+    masked_NS, scale_NS, width_N = balanced_rows(length, num_rows, rng.random())
     slot_L = np.argsort(np.argsort(rng.random(length)))  # a uniform permutation, growing with L token by token
     masked_NL = masked_NS[:, slot_L]
-    return NoisePlan(masked_NL, masked_NL, np.ones(num_samples), share_N, scale_NS[:, slot_L])
+    return NoisePlan(masked_NL, masked_NL, np.ones(num_rows), width_N, scale_NS[:, slot_L])
 
 
 def paired(length: int, num_samples: int, rng: np.random.Generator) -> NoisePlan:
@@ -127,7 +149,7 @@ def quadrature(length: int, num_samples: int, rng: np.random.Generator) -> Noise
     node_N, omega_N = _gauss_nodes(num_samples)
     k_N = 1 + rng.binomial(length - 1, node_N)
     plan = _counted(k_N, _ranks(num_samples, length, rng))
-    return NoisePlan(plan.masked_NL, plan.scored_NL, omega_N * length / k_N, omega_N * length)
+    return replace(plan, weight_N=omega_N * length / k_N, share_N=omega_N * length, cell_N=_neighbours(node_N))
 
 
 def trajectory(length: int, num_samples: int, rng: np.random.Generator, num_steps: int) -> NoisePlan:
@@ -145,7 +167,11 @@ def trajectory(length: int, num_samples: int, rng: np.random.Generator, num_step
     weight_N, share_N = np.full(num_samples, num_steps / num_samples), np.full(num_samples, length / num_samples)
     if num_samples % num_steps == 0:  # every token once a trajectory: how many a step has of them is then no error
         share_N = weight_N * scored_NL.sum(1)
-    return NoisePlan(masked_NL, scored_NL, weight_N, share_N)
+    if num_samples >= 2 * num_steps:
+        return NoisePlan(masked_NL, scored_NL, weight_N, share_N, block_N=np.arange(num_samples) // num_steps)
+    cell_N, scoring_N = np.zeros(num_samples, np.int64), share_N > 0
+    cell_N[scoring_N] = _neighbours(step_N[scoring_N])
+    return NoisePlan(masked_NL, scored_NL, weight_N, share_N, cell_N=cell_N)
 
 
 def exact(length: int, num_samples: int, rng: np.random.Generator) -> NoisePlan:
@@ -180,6 +206,13 @@ def _counted(k_N: np.ndarray, ranks_NL: np.ndarray) -> NoisePlan:
     masked_NL = ranks_NL < k_N[:, None]
     share_N = np.full(num_samples, length / num_samples)
     return NoisePlan(masked_NL, masked_NL, share_N / k_N, share_N)
+
+
+def _neighbours(place_X: np.ndarray) -> np.ndarray:
+    """Cells of two neighbours, one of three if need be: small enough that a trend along ``place_X`` is no chance."""
+    count = len(place_X)
+    rank_X = np.argsort(np.argsort(place_X, kind="stable"))
+    return rank_X * max(1, count // 2) // max(1, count)
 
 
 def _ranks(rows: int, length: int, rng: np.random.Generator) -> np.ndarray:

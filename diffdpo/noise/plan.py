@@ -41,6 +41,10 @@ class NoisePlan:
     ``share_N``    float64, tokens of the answer that row n stands for, Σ = L. Where rows are drawn alike it is L / N.
                    Only the standard error uses it; 0 where nothing is random (``exact``).
     ``scale_NL``   float64 weight of a token within its row, or None for 1 everywhere; may be negative.
+    ``block_N``    int64 below N: rows of one block were laid out together, those of two blocks independently of each
+                   other. None: every row is a block.
+    ``cell_N``     int64 below N, one for each block: blocks of one cell differ by chance alone, or nearly so. None: all
+                   rows are in one cell. The standard error compares blocks within their cells, and uses nothing else.
     """
 
     masked_NL: np.ndarray
@@ -48,6 +52,8 @@ class NoisePlan:
     weight_N: np.ndarray
     share_N: np.ndarray
     scale_NL: np.ndarray | None = None
+    block_N: np.ndarray | None = None
+    cell_N: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.weight_N)

@@ -30,6 +30,7 @@ class NoisyRows:
     ``row_M, position_M, target_M``  long: score token ``target`` at ``position`` of ``row``; ``row_M`` ascending.
     ``scale_M``       float32, weight of a token within its row (1 for most estimators).
     ``tokens_A``      long, scored tokens of each answer; 0 where there is none.
+    ``block_R, cell_R``  long, below R: the blocks and cells of the standard error (see NoisePlan), numbered through.
     """
 
     input_ids_RT: torch.Tensor
@@ -42,6 +43,8 @@ class NoisyRows:
     target_M: torch.Tensor
     scale_M: torch.Tensor
     tokens_A: torch.Tensor
+    block_R: torch.Tensor
+    cell_R: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.lengths_R)
@@ -70,6 +73,8 @@ class NoisyRows:
             self.target_M[place_M],
             self.scale_M[place_M],
             self.tokens_A,
+            self.block_R[index_S],
+            self.cell_R[index_S],
         )
 
     def nothing(self) -> "NoisyRows":
@@ -86,6 +91,8 @@ class NoisyRows:
             none,
             self.scale_M[:0],
             self.tokens_A,
+            torch.zeros_like(self.block_R[:1]),
+            torch.zeros_like(self.cell_R[:1]),
         )
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "NoisyRows":
@@ -174,6 +181,8 @@ class _Block:
     position_M: np.ndarray
     target_M: np.ndarray
     scale_M: np.ndarray
+    block_N: np.ndarray
+    cell_N: np.ndarray
 
 
 def _block(ids_T: np.ndarray, prompt: int, plan: NoisePlan, mask_token_id: int) -> _Block:
@@ -183,13 +192,23 @@ def _block(ids_T: np.ndarray, prompt: int, plan: NoisePlan, mask_token_id: int) 
     row_M, offset_M = np.nonzero(plan.scored_NL)
     scale_M = np.ones(len(row_M)) if plan.scale_NL is None else plan.scale_NL[row_M, offset_M]
     return _Block(
-        ids_NT, len(answer_L), plan.weight_N, plan.share_N, row_M, offset_M + prompt, answer_L[offset_M], scale_M
+        ids_NT,
+        len(answer_L),
+        plan.weight_N,
+        plan.share_N,
+        row_M,
+        offset_M + prompt,
+        answer_L[offset_M],
+        scale_M,
+        np.arange(len(plan)) if plan.block_N is None else plan.block_N,
+        np.zeros(len(plan), np.int64) if plan.cell_N is None else plan.cell_N,
     )
 
 
 def _dummy(rows: int, mask_token_id: int) -> _Block:
-    nothing, zero_N = np.empty(0, np.int64), np.zeros(rows)
-    return _Block(np.full((rows, 1), mask_token_id), 0, zero_N, zero_N, nothing, nothing, nothing, np.empty(0))
+    nothing, zero_N, first_N = np.empty(0, np.int64), np.zeros(rows), np.zeros(rows, np.int64)
+    ids_NT = np.full((rows, 1), mask_token_id)
+    return _Block(ids_NT, 0, zero_N, zero_N, nothing, nothing, nothing, np.empty(0), first_N, first_N)
 
 
 def _join(blocks: list[_Block]) -> NoisyRows:
@@ -203,16 +222,21 @@ def _join(blocks: list[_Block]) -> NoisyRows:
     def joined(name: str, dtype: torch.dtype) -> torch.Tensor:
         return torch.from_numpy(np.concatenate([getattr(block, name) for block in blocks])).to(dtype)
 
-    rows = [block.row_M + start for block, start in zip(blocks, starts[:-1], strict=True)]
+    def numbered(name: str) -> torch.Tensor:
+        shifted = [getattr(block, name) + start for block, start in zip(blocks, starts[:-1], strict=True)]
+        return torch.from_numpy(np.concatenate(shifted)).long()
+
     return NoisyRows(
         torch.from_numpy(ids_RT),
         torch.from_numpy(np.repeat([block.ids_NT.shape[1] for block in blocks], counts)).long(),
         torch.from_numpy(np.repeat(np.arange(len(blocks)), counts)).long(),
         joined("weight_N", torch.float32),
         joined("share_N", torch.float32),
-        torch.from_numpy(np.concatenate(rows)).long(),
+        numbered("row_M"),
         joined("position_M", torch.long),
         joined("target_M", torch.long),
         joined("scale_M", torch.float32),
         torch.tensor([block.tokens for block in blocks], dtype=torch.long),
+        numbered("block_N"),
+        numbered("cell_N"),
     )

@@ -14,9 +14,10 @@ from diffdpo.config import TrainConfig, make_config
 from diffdpo.engine.choice import DEEPSPEED
 from diffdpo.errors import UserError
 from diffdpo.planner.plan import Machine, Plan, make_plan
+from diffdpo.shipped import shipped_folder
 
 Change = Mapping[str, Any]
-DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
+DS_CONFIGS = shipped_folder("ds_configs")
 SHARDED = ("4080_offload.json", "4080_zero3_offload.json", "zero3_nvme.json")
 
 

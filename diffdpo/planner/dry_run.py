@@ -42,7 +42,9 @@ def meta_rows(count: int, job: PlannedRun) -> NoisyRows:
     row_R = torch.empty(count, device="meta")
     ids_RT = torch.empty(count, job.length, dtype=torch.long, device="meta")
     index_M, index_R = value_M.long(), row_R.long()
-    return NoisyRows(ids_RT, index_R, index_R, row_R, row_R, index_M, index_M, index_M, value_M, index_R)
+    return NoisyRows(
+        *(ids_RT, index_R, index_R, row_R, row_R, index_M, index_M, index_M, value_M, index_R, index_R, index_R)
+    )
 
 
 class MetaSegment(Segment):

@@ -98,11 +98,11 @@ class ReferencePass:
         shapes = shapes_of(loader, self.segments, self.world.device)
         return Stream(loader, self._store("train", loader), shapes, first, last)
 
-    def held_out(self, loader: PairLoader, *, last: int) -> Stream:
+    def held_out(self, loader: PairLoader) -> Stream:
         """What evaluations score. Parts of other shapes are not used: an evaluation must find margins of exactly 0
         before training, and its pairs are few."""
         shapes = shapes_of(loader, self.segments, self.world.device)
-        return Stream(loader, self._store("held_out", loader, shapes), shapes, 0, last)
+        return Stream(loader, self._store("held_out", loader, shapes), shapes, 0, len(loader))
 
     def _store(self, name: str, loader: PairLoader, shapes: dict[str, Any] | None = None) -> ScoreStore:
         quantised = self.config.load_in_4bit and not self.config.ref_model_name_or_path

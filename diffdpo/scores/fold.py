@@ -15,8 +15,9 @@ class PairScores:
     """Scores of a micro-batch, sums over tokens in nats; 0 where a side is absent.
 
     ``score_B2``   float32, differentiable.
-    ``stderr_B2``  float32, detached: standard error from the spread of an answer's rows, as if they were drawn
-                   independently: as a rule too large for the estimators whose rows are coupled to cancel errors
+    ``stderr_B2``  float32, detached: standard error from the spread of what an answer's rows say that were drawn
+                   independently of each other. Where all were drawn together, as by ``balanced`` with less than 32,
+                   their own spread, which is as a rule too large: they are coupled to cancel errors
                    (docs/theory.md, section 4). 0 for ``exact``, NaN where a single row scores all tokens.
     ``tokens_B2``  long, scored tokens.
     """
@@ -43,23 +44,35 @@ def fold(f_R: torch.Tensor, rows: NoisyRows) -> PairScores:
 
 
 def _standard_error(f_R: torch.Tensor, rows: NoisyRows) -> torch.Tensor:
-    """sqrt(Σ share² · s²), s² the share-weighted variance over rows of u = weight f / share, a score per token.
+    """sqrt(Σ_C share_C² s_C²) over cells C; s_C² is the variance of what the blocks of a cell say of a token.
 
-    With equal shares this is the standard error of a mean of independent rows.
+    A block says u = Σ weight f / Σ share of its rows. The textbook formula for a stratified sample (Cochran, Sampling
+    Techniques, 1977, section 5.4) with units of unequal size; with one cell of rows of equal shares it is the standard
+    error of a mean of independent rows.
     """
+    share_R, total_R = rows.share_R.double(), f_R * rows.weight_R
+    count = len(rows)  # as many blocks and cells at most; the others stay empty
+    share_G, total_G = (_sum_by_any(rows.block_R, value_R, count) for value_R in (share_R, total_R))
+    u_G = torch.where(share_G > 0, total_G / share_G.clamp(min=1e-12), 0.0)
+    cell_G = torch.zeros_like(rows.cell_R).scatter(0, rows.block_R, rows.cell_R)
+    answer_C = torch.zeros_like(rows.answer_R).scatter(0, rows.cell_R, rows.answer_R)
+    share_C = _sum_by_any(cell_G, share_G, count)
 
-    def mean(value_R: torch.Tensor) -> torch.Tensor:
-        return _sum_by(rows.answer_R, share_R * value_R, rows.num_answers) / share_A.clamp(min=1e-12)
+    def mean(value_G: torch.Tensor) -> torch.Tensor:
+        return _sum_by_any(cell_G, share_G * value_G, count) / share_C.clamp(min=1e-12)
 
-    share_R = rows.share_R.double()
-    share_A = _sum_by(rows.answer_R, share_R, rows.num_answers)
-    u_R = torch.where(share_R > 0, f_R * rows.weight_R / share_R.clamp(min=1e-12), 0.0)
-    spread_A = mean((u_R - mean(u_R)[rows.answer_R]) ** 2)
-    largest_A = mean(share_R) / share_A.clamp(min=1e-12)  # Σ share² / (Σ share)²: 1/n for equal shares
-    # E[spread] = s² (1 - largest) for independent rows of one variance; a single row says nothing of its error
-    variance_A = share_A**2 * spread_A * largest_A / (1 - largest_A)
-    known_A = torch.where(largest_A < 1 - 1e-9, variance_A.sqrt(), torch.nan)
-    return torch.where(share_A > 0, known_A, 0.0)
+    spread_C = mean((u_G - mean(u_G)[cell_G]) ** 2)
+    largest_C = mean(share_G) / share_C.clamp(min=1e-12)  # Σ share² / (Σ share)²: 1/n for n equal shares
+    # E[spread] = s² (1 - largest) for independent blocks of one variance; a single one says nothing of its error
+    variance_C = share_C**2 * spread_C * largest_C / (1 - largest_C)
+    variance_C = torch.where(largest_C < 1 - 1e-9, variance_C, torch.nan)
+    return _sum_by_any(answer_C, torch.where(share_C > 0, variance_C, 0.0), rows.num_answers).sqrt()
+
+
+def _sum_by_any(index_X: torch.Tensor, value_X: torch.Tensor, count: int) -> torch.Tensor:
+    """``_sum_by`` for indices in any order."""
+    order_X = torch.argsort(index_X, stable=True)
+    return _sum_by(index_X[order_X], value_X[order_X], count)
 
 
 def _sum_by(index_X: torch.Tensor, value_X: torch.Tensor, count: int) -> torch.Tensor:

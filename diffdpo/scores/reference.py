@@ -42,6 +42,23 @@ def adapter_off_reference(engine: Engine, peft_model: nn.Module, segments: Segme
     return score
 
 
+def remembered(reference: Reference, segments: Segments) -> Reference:
+    """``reference``, which never changes, asked once for each batch: scores of batches met again are kept, on the CPU.
+
+    For records that come back with the same noise. Scores made in larger segments than now (memory ran out since) are
+    made anew: policy and reference must be cut alike, or they differ in their last bits.
+    """
+    kept: dict[tuple, torch.Tensor] = {}
+
+    def score(rows: NoisyRows, batch: PairBatch) -> torch.Tensor:
+        key = (batch.epoch, batch.step, batch.micro, batch.ids, *segments.sizes().values())
+        if key not in kept:
+            kept[key] = reference(rows, batch).cpu()
+        return kept[key].to(rows.lengths_R.device)
+
+    return score
+
+
 def no_reference(rows: NoisyRows, batch: PairBatch) -> torch.Tensor:
     """Scores of 0: what a reference-free loss is compared with."""
     return torch.zeros(len(rows), device=rows.lengths_R.device)

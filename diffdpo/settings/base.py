@@ -32,9 +32,12 @@ def setting(
     share: bool = False,
     secret: bool = False,
 ) -> Any:
-    """A dataclass field with a flag's help. ``choices`` and the three bounds are checked by :func:`check_settings`;
-    ``refused``: words one might try, each with why it is none of them; ``common``: among the few that ``--help`` shows; ``many``: a list, held as text with commas, of which ``choices``
-    allows each; ``share``: a number of steps, or below 1 a share of all; ``secret``: never written down."""
+    """A dataclass field with a flag's help. ``choices`` and the three bounds are checked by :func:`check_settings`.
+
+    ``refused``: words one might try, each with why it is no choice; ``common``: among the few that ``--help`` shows;
+    ``many``: a list, held as text with commas, of which ``choices`` allows each; ``share``: a number of steps, or below
+    1 a share of all; ``secret``: never written down.
+    """
     metadata = {"help": help, "common": common, "many": many, "share": share, "secret": secret}
     bounds = {"choices": choices, "refused": refused or {}, "at_least": at_least, "above": above, "below": below}
     return field(default=default, repr=not secret, metadata=metadata | bounds)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from data_pipeline.names import source_names
+from data_pipeline.sources.columns import parse_columns
 from diffdpo.errors import UserError
 from diffdpo.settings.base import Settings, setting
 
@@ -51,6 +52,10 @@ class DataSettings(EncodingSettings):
         common=True,
         many=True,
     )
+    columns: str | None = setting(
+        None,
+        "which columns are what, such as prompt=question,chosen=good,rejected=bad; default: known by their names",
+    )
     data_weights: str | None = setting(
         None, "shares of the sources of --train_data in an epoch, such as 3 1; default: each whole", many=True
     )
@@ -90,6 +95,7 @@ class DataSettings(EncodingSettings):
                 looks_local = "://" not in source and not any(c in source for c in "*?[{")
                 if looks_local and Path(source).suffix and not Path(source).exists():
                     raise UserError(f"--{name} {source}: no such file")
+        parse_columns(self.columns)
         if self.max_fault_fraction > 1.0:
             raise UserError(f"--max_fault_fraction is {self.max_fault_fraction}; it must be in [0, 1]")
         if self.strict and self.allow_damaged:

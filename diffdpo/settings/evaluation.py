@@ -16,7 +16,11 @@ class EvaluationSettings(Settings):
     eval_steps: int | float = setting(
         0, "steps between evaluations, or their share of all; 0: before and after", at_least=0, share=True, common=True
     )
-    max_eval_pairs: int = setting(256, "held-out records scored in an evaluation; 0: all", at_least=0)
+    max_eval_pairs: int = setting(
+        256,
+        "held-out records scored in an evaluation, the same ones whatever the batch and processes; 0: all",
+        at_least=0,
+    )
     num_eval_problems: int = setting(
         200, "held-out problems answered by sampling, before and after; 0: none", at_least=0
     )

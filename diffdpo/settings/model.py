@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from data_pipeline.hub import pinned
 from diffdpo.errors import UserError
-from diffdpo.models.checkpoint.adapter_folder import is_adapter
-from diffdpo.models.checkpoint.revision import pinned
 from diffdpo.settings.base import Settings, setting
 
 
@@ -27,15 +26,10 @@ class ModelSettings(Settings):
     use_liger_kernel: bool = setting(False, "LM head through Liger's fused kernel (GPU; for trained heads)")
 
     def check(self) -> None:
-        """Adapters cannot be trained on: they have no weights of their own to start from."""
-        policy = self.model_name_or_path
-        if policy and is_adapter(policy):
-            raise UserError(
-                f"--model_name_or_path {policy} is a LoRA adapter; merge it first: "
-                f"python launch/export.py --adapter {policy} --output FOLDER"
-            )
-        if self.model_revision and (not policy or Path(policy).exists()):
-            raise UserError(f"--model_revision is of a model on the hub, and {policy or 'the bundled one'} is none")
+        """A revision is of a model that is named, and no folder."""
+        name = self.model_name_or_path
+        if self.model_revision and (not name or Path(name).exists()):
+            raise UserError(f"--model_revision is of a model on the hub, and {name or 'the bundled one'} is none")
 
     @property
     def policy(self) -> str | None:

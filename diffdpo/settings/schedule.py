@@ -68,7 +68,7 @@ class ScheduleSettings(Settings):
             self.check_peak(self.learning_rate)
 
     def scheduler_arguments(self) -> dict[str, Any]:
-        """``--lr_scheduler_kwargs`` as a dict. UserError for what the schedule does not take, lacks or cannot follow."""
+        """``--lr_scheduler_kwargs`` as a dict. UserError for what the schedule does not take, or lacks."""
         kind, given = self.lr_scheduler_type, _json_object(self.lr_scheduler_kwargs)
         allowed, needed = SCHEDULES[kind], NEEDED.get(kind)
         for name, value in given.items():

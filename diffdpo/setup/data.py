@@ -11,6 +11,7 @@ import numpy as np
 from data_pipeline.batch import PairBatch
 from data_pipeline.dataset import ShardedDataset, open_dataset
 from data_pipeline.encode import Encoder
+from data_pipeline.facts import count_kinds, longest_text, overlap
 from data_pipeline.generate import GENERATOR_VERSION, generate_corpus, generate_pairs, parse_mix, write_jsonl
 from data_pipeline.names import source_names
 from data_pipeline.reader import PairLoader
@@ -39,7 +40,7 @@ def open_data(
     # eval_mask is told a constant seed: which prompts are held out must not change with the training seed
     split: dict[str, Any] = {"eval_fraction": config.eval_fraction, "seed": 0} if held_out is None else {}
     options: dict[str, Any] = {"cache_dir": context.cache_dir, "progress": world.is_main}
-    options["allow_damaged"] = config.allow_damaged
+    options |= {"allow_damaged": config.allow_damaged, "columns": config.columns}
     train_set = open_dataset(train, split="train", weights=config.weights_of_sources(), **split, **options)
     eval_set = None
     if held_out is not None:
@@ -101,14 +102,12 @@ def eval_batches(
     config: RunConfig, dataset: ShardedDataset | None, encoder: Encoder, world: World
 ) -> Sequence[PairBatch]:
     """This rank's share of the held-out records, as many batches on every rank; kept for all evaluations."""
-    if dataset is None:
-        return []
-    loader = eval_loader(config, dataset, encoder, world)
-    return list(islice(loader, eval_steps(config, loader)))
+    return [] if dataset is None else list(eval_loader(config, dataset, encoder, world))
 
 
 def eval_loader(config: RunConfig, dataset: ShardedDataset, encoder: Encoder, world: World) -> PairLoader:
-    """The held-out records of this rank: the same order whatever the training seed."""
+    """The held-out records of this rank: the first ``--max_eval_pairs`` of one order, which is drawn once and is the
+    same whatever the training seed, the batch and the number of processes."""
     size = config.per_device_eval_batch_size
     return PairLoader(
         dataset,
@@ -118,14 +117,9 @@ def eval_loader(config: RunConfig, dataset: ShardedDataset, encoder: Encoder, wo
         micro_batch_size=size,
         rank=world.rank,
         world_size=world.size,
+        limit=config.max_eval_pairs,
         max_fault_fraction=config.max_fault_fraction,
     )
-
-
-def eval_steps(config: RunConfig, loader: PairLoader) -> int:
-    """Batches of each rank that ``--max_eval_pairs`` comes to."""
-    size = loader.options.global_batch_size
-    return min(-(-config.max_eval_pairs // size) or len(loader), len(loader))
 
 
 def total_steps(config: RunConfig, loader: PairLoader) -> int:
@@ -146,6 +140,32 @@ def check_kind_of_records(dataset: ShardedDataset, loss: LossOptions) -> None:
             f"--train_data has {single} single answers among {len(dataset)} records and --loss_type "
             f"{','.join(loss.names)} needs pairs; use --loss_type kto or data with chosen and rejected"
         )
+
+
+def warn_of_data(
+    config: RunConfig,
+    context: RunContext,
+    datasets: tuple[ShardedDataset, ShardedDataset | None],
+    loss: LossOptions | None = None,
+    longest: int | None = None,
+) -> None:
+    """Tell of what trains, and is likely a mistake. ``loss``: of preference training; ``longest``: tokens that the
+    model was made for."""
+    train, held_out = datasets
+    kinds = count_kinds(train)
+    if loss is not None and loss.unpaired and not kinds.pairs:
+        if not (kinds.desirable and kinds.undesirable):
+            found = "desirable" if kinds.desirable else "undesirable"
+            context.print(f"warning    all {len(train)} answers are {found}: such a loss learns from the difference")
+        if kinds.prompts == 1:
+            context.print("warning    all records answer one prompt: there are no other prompts to compare with")
+    if held_out is not None and config.eval_data and (shared := overlap(train, held_out)).prompts:
+        context.print(
+            f"warning    --eval_data: {shared.records} of its {shared.held_out} records, and the prompts of "
+            f"{shared.prompts}, are trained on: what it measures is memory"
+        )
+    if longest is not None and config.max_length > longest and longest_text(train) > longest:
+        context.print(f"warning    --max_length {config.max_length}: the model was made for {longest} tokens at most")
 
 
 def check_exact(config: RunConfig, encoder: Encoder, datasets: Sequence[ShardedDataset | None]) -> None:

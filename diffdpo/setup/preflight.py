@@ -2,9 +2,11 @@
 
 from data_pipeline.locate import check_rows
 from data_pipeline.names import source_names
+from data_pipeline.tokenizer import tokenizer_difference
 from diffdpo.config import RunConfig, TrainConfig
 from diffdpo.engine.choice import EngineChoice
 from diffdpo.engine.make import check_host
+from diffdpo.errors import UserError
 from diffdpo.models.bundled import model_or_bundled
 from diffdpo.models.load import empty_model, load_tokenizer_and_spec
 from diffdpo.models.lora.targets import target_pattern, whole_modules
@@ -37,13 +39,25 @@ def check_named(config: RunConfig) -> None:
     or without the modules that LoRA is to adapt (UserError), before all the data are prepared."""
     for text in (config.train_data, config.eval_data):
         for source in source_names(text) if text else ():
-            check_rows(source)
+            check_rows(source, config.columns)
     names = [config.policy]
     if isinstance(config, TrainConfig):
         names.append(config.ref_model_name_or_path)
     for name in filter(None, names):
         load_tokenizer_and_spec(name)
+    if isinstance(config, TrainConfig) and config.ref_model_name_or_path:
+        _check_read_alike(model_or_bundled(config.policy), config.ref_model_name_or_path)
     if isinstance(config, TrainConfig) and (config.lora_target_modules or config.lora_modules_to_save):
         policy = model_or_bundled(config.policy)
         model, spec = empty_model(policy), load_tokenizer_and_spec(policy)[1]
         whole_modules(model, target_pattern(model, spec, config.lora_target_modules), config.lora_modules_to_save)
+
+
+def _check_read_alike(policy: str, reference: str) -> None:
+    """UserError for a reference that reads other tokens: its scores would be those of another text."""
+    (one, spec), (other, its) = load_tokenizer_and_spec(policy), load_tokenizer_and_spec(reference)
+    difference = tokenizer_difference(one, other)
+    if not difference and spec.mask_token_id != its.mask_token_id:
+        difference = f"the mask is {spec.mask_token_id} here and {its.mask_token_id} there"
+    if difference:
+        raise UserError(f"--ref_model_name_or_path {reference} has another tokenizer than the policy: {difference}")

@@ -52,6 +52,7 @@ def longest_rows(rows: int, length: int) -> NoisyRows:
         *(row_M, place_RT.reshape(-1), torch.zeros_like(row_M)),
         torch.ones(len(row_M)),
         torch.tensor([length - 1]),
+        *(torch.arange(rows), torch.zeros(rows, dtype=torch.long)),
     )
 
 

@@ -94,23 +94,18 @@ class PreferenceStep:
         with self.engine.no_sync() if self._waits() else nullcontext():
             try:
                 if self.loss.couples_pairs:
-                    rows = [self.noise.rows(batch, self.engine.world.device) for batch in micro_batches]
-                    scored = coupled_gradients(
-                        self.engine,
-                        self.reference,
-                        self.loss,
-                        micro_batches,
-                        rows,
-                        total=total,
-                        reference_point=point,
-                        segments=self.segments,
-                    )
+                    how = {"total": total, "reference_point": point, "segments": self.segments}
+                    rows = [self._rows(batch) for batch in micro_batches]
+                    scored = coupled_gradients(self.engine, self.reference, self.loss, micro_batches, rows, **how)
                 else:
                     scored = run_on_all_ranks(self.engine, lambda: self._independent(micro_batches, total))
                 return point, scored
             except StepTooLarge:
                 self.engine.abort_step()  # or the end of the block would reduce what there is
                 raise
+
+    def _rows(self, batch: PairBatch) -> NoisyRows:
+        return self.noise.rows(batch, self.engine.world.device)
 
     def _waits(self) -> bool:
         """Whether gradients are reduced at the end of the step: always where that costs nothing, as ranks can then
@@ -121,7 +116,7 @@ class PreferenceStep:
         """The loss of a pair depends on that pair alone: one micro-batch after the other."""
         scored = []
         for index, batch in enumerate(micro_batches):
-            rows = self.noise.rows(batch, self.engine.world.device)
+            rows = self._rows(batch)
             reference_R = self.reference(rows, batch)
             loss_of = self._loss_of(rows, batch, reference_R, total)
             last = index == len(micro_batches) - 1
@@ -146,7 +141,7 @@ class PreferenceStep:
         return reference_point(
             self.engine,
             self.reference,
-            lambda batch: self.noise.rows(batch, self.engine.world.device),
+            self._rows,
             micro_batches,
             segments=self.segments,
             max_length=self.max_length,

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from diffdpo.cli.command import Parser, run
+from diffdpo.command import Parser, run
 
 
 def main(argv: list[str]) -> int:

@@ -1,51 +1,137 @@
 """``metrics.jsonl``: one line a step, appended as the step ends. The durable record; everything else is fed from it."""
 
+import hashlib
+import itertools
 import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 FILE = "metrics.jsonl"
+NOTE = "note"  # the key of a line's words for the reader; every other value is a number
+MOST_PENDING = 64 << 20  # bytes of lines kept in memory while the disk is full
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a journal was written: what a checkpoint says of it."""
+
+    lines: int
+    bytes: int
+    sha256: str
 
 
 class Journal:
     """The open ``metrics.jsonl`` of a run."""
 
-    def __init__(self, output_dir: Path, *, resume_step: int | None = None):
-        """``resume_step``: keep lines up to this step and drop the rest, which will be run again."""
-        self.path = output_dir / FILE
-        if resume_step is not None and self.path.exists():
-            kept = [line for line in read_journal(self.path) if line["step"] <= resume_step]
-            partial = self.path.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            partial.replace(self.path)
-        elif self.path.exists():
-            self.path.unlink()
+    def __init__(
+        self,
+        output_dir: Path,
+        *,
+        resume_step: int | None = None,
+        position: Mapping[str, Any] | None = None,
+        say: Callable[[str], None] = print,
+        wait_for_room: bool = False,
+    ):
+        """``resume_step``: keep lines up to this step and drop the rest, which will be run again. ``position``: where
+        the journal was at that step; what is missing or changed before it is told, in the journal too.
+        ``wait_for_room``: keep lines in memory while the disk is full, instead of raising OSError."""
+        self.path, self.wait_for_room, self.pending = output_dir / FILE, wait_for_room, b""
+        before = self.path.read_bytes() if resume_step is not None and self.path.exists() else b""
+        fault = ""
+        if resume_step is not None:
+            known = Position(**position) if position else None
+            before, fault = kept_lines(before, resume_step, known)
+        partial = self.path.with_suffix(".partial")
+        partial.write_bytes(before)
+        partial.replace(self.path)
         self.file = self.path.open("ab", buffering=0)
+        self.lines, self.bytes, self.sum = before.count(b"\n"), len(before), hashlib.sha256(before)
+        if fault and resume_step is not None:
+            say(f"{self.path}: {fault}")
+            self.note(resume_step, fault)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line. Numbers that are not finite are written as null, which every JSON reader takes."""
-        line: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
-        line.update({key: float(v) if math.isfinite(v) else None for key, v in metrics.items()})
-        self.file.write((json.dumps(line) + "\n").encode())
+        self._append(step, {key: float(v) if math.isfinite(v) else None for key, v in metrics.items()})
+
+    def note(self, step: int, text: str) -> None:
+        """Append words for the reader."""
+        self._append(step, {NOTE: text})
+
+    def position(self) -> dict[str, Any]:
+        """Where the journal is now."""
+        return asdict(Position(self.lines, self.bytes, self.sum.hexdigest()))
+
+    def _append(self, step: int, values: Mapping[str, Any]) -> None:
+        line = (json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n").encode()
+        self.lines, self.bytes = self.lines + 1, self.bytes + len(line)
+        self.sum.update(line)
+        self.pending += line
+        try:
+            while self.pending:  # a disk that fills up takes a part
+                self.pending = self.pending[self.file.write(self.pending) :]
+        except OSError:
+            if not self.wait_for_room or len(self.pending) > MOST_PENDING:
+                raise
 
     def sync(self) -> None:
         """Have the lines survive a power cut."""
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        self.sync()
-        self.file.close()
+        try:
+            self.sync()
+        finally:
+            self.file.close()
+
+
+def kept_lines(raw: bytes, step: int, known: Position | None) -> tuple[bytes, str]:
+    """The lines up to a step, and what is wrong with them; '' when they are as they were written."""
+    if known is not None and hashlib.sha256(raw[: known.bytes]).hexdigest() == known.sha256:
+        return raw[: known.bytes], ""
+    lines = [line for line in map(parsed, raw.splitlines(keepends=True)) if line is not None and line["step"] <= step]
+    kept = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+    if known is None:
+        return kept, ""
+    steps = sorted({line["step"] for line in lines})
+    every = min((after - before for before, after in itertools.pairwise(steps)), default=1)  # --logging_steps
+    missing = [number for number in range(every, step + 1, every) if number not in steps]
+    gap = f", without steps {_ranges(missing)}" if missing else ""
+    return kept, f"had been changed before step {step}: {len(lines)} of {known.lines} lines are left{gap}"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """1, 2, 3, 7 as '1-3, 7', the first five of them."""
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    texts = [f"{first}-{last}" if last > first else str(first) for first, last in ranges[:5]]
+    return ", ".join([*texts, "..."] if len(ranges) > 5 else texts)
+
+
+def parsed(raw: bytes) -> dict[str, Any] | None:
+    """A line of the journal; None for one that is torn or damaged."""
+    if not raw.endswith(b"\n"):
+        return None
+    try:
+        line = json.loads(raw)
+        return line if isinstance(line["step"], int) and isinstance(line["time"], float | int) else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def read_journal(path: Path, start: int = 0) -> Iterator[dict[str, Any]]:
-    """The lines from byte ``start`` on. A torn last line (the crash of its writer) ends the reading."""
+    """The lines from byte ``start`` on; those that are torn or damaged are passed over."""
     with path.open("rb") as file:
         file.seek(start)
         for raw in file:
-            if not raw.endswith(b"\n"):
-                return
-            yield json.loads(raw)
+            if (line := parsed(raw)) is not None:
+                yield line

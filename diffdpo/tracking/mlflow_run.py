@@ -9,12 +9,15 @@ import json
 import logging
 import os
 import threading
+import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from diffdpo.errors import TrainingError, UserError
-from diffdpo.tracking.journal import FILE, read_journal
+from diffdpo.tracking.journal import FILE, NOTE, parsed, read_journal
+from diffdpo.tracking.lock import is_held
 
 STATE_FILE = "mlflow.json"
 ARTIFACTS = ("config.yaml", "environment.json", "ds_config.json", "summary.json", FILE, "plots")
@@ -40,14 +43,21 @@ class Shipped:
     run_id: str | None = None
     experiment_id: str | None = None
     described: bool = False  # parameters and tags are there
+    delivered: bool = False  # everything, the final status too
     last_step: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def read(cls, output_dir: Path) -> "Shipped":
+        """UserError where there is none, or none that can be read."""
         try:
             return cls(**json.loads((output_dir / STATE_FILE).read_text()))
         except FileNotFoundError:
             raise UserError(f"{output_dir} has no {STATE_FILE}; give the output folder of a run") from None
+        except (ValueError, TypeError):
+            raise UserError(
+                f"{output_dir / STATE_FILE} is damaged or empty; resume the run, which sends everything to a new MLflow "
+                "run, or remove the file"
+            ) from None
 
     def write(self, output_dir: Path) -> None:
         partial = output_dir / (STATE_FILE + ".partial")
@@ -65,7 +75,7 @@ def check_tracking_uri(uri: str) -> None:
 
 
 class MlflowRun:
-    """One run in MLflow. Made on rank 0 only; every method but ``close`` returns at once."""
+    """One run in MLflow. Made on rank 0 only; ``start`` returns at once, ``close`` in time."""
 
     def __init__(self, output_dir: Path, shipped: Shipped):
         self.output_dir, self.shipped = output_dir, shipped
@@ -73,39 +83,51 @@ class MlflowRun:
         self._client: Any = None
         self._monitor: Any = None
         self._position = 0
+        self._others_due = True
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._ship_until_stopped, name="mlflow", daemon=True)
 
     def start(self) -> None:
         """Begin shipping in the background."""
-        self.shipped.status = "RUNNING"
+        self.shipped.status, self.shipped.delivered = "RUNNING", False
         self.shipped.write(self.output_dir)  # also when no server is ever reached: what is to be sent, and where
         self._thread.start()
 
-    def close(self, status: str, *, patience: float = 20.0) -> bool:
+    def close(self, status: str, *, timeout: float) -> bool:
         """Ship what is left, then the run's files and the final status (FINISHED, FAILED or KILLED).
 
-        Waits ``patience`` seconds for an absent server. Returns whether all of it arrived.
+        Returns after at most ``timeout`` seconds whether all of it arrived, whatever the server does: a request that it
+        holds is left to a thread that ends with the process.
         """
         self.shipped.status = status
-        self.shipped.write(self.output_dir)
+        with suppress(OSError):  # a full disk; the journal's writer tells of it
+            self.shipped.write(self.output_dir)
         self._stop.set()
+        until = time.monotonic() + timeout
+        closing = threading.Thread(target=self._ship_until, args=(until,), name="mlflow-close", daemon=True)
+        closing.start()
+        closing.join(max(0.0, timeout))
+        if closing.is_alive():
+            self.error = self.error or TimeoutError(f"no answer within {timeout:.0f} s (--tracking_timeout)")
+        return self.shipped.delivered
+
+    def _ship_until(self, until: float) -> None:
+        """Everything, again and again until the time is over."""
+        waited, pause = threading.Event(), 0.5
         if self._thread.is_alive():
             self._thread.join()
-        if self._monitor is not None:
-            self._monitor.finish()
-        waited = threading.Event()
-        for pause in (0.5, 1.0, 2.0, 4.0, 8.0, 16.0):
+        while True:
             try:
+                if self._monitor is not None:
+                    self._monitor.finish()
                 self.ship_all()
-                return True
+                return
             except Exception as error:  # whatever the server does, the run's own files are safe
                 self.error = error
-                patience -= pause
-                if patience < 0:
-                    return False
-                waited.wait(pause)
-        return False
+            if time.monotonic() + pause > until:
+                return
+            waited.wait(pause)
+            pause *= 2
 
     def ship(self) -> None:
         """Send everything that is in the journal and not in MLflow yet. Raises what MLflow raises."""
@@ -131,6 +153,8 @@ class MlflowRun:
                 self._send_file(self.output_dir / name)
         if self.shipped.status != "RUNNING":
             self._client.set_terminated(self.shipped.run_id, self.shipped.status)
+            self.shipped.delivered = True
+            self.shipped.write(self.output_dir)
 
     def _ship_until_stopped(self) -> None:
         pause = 0.0
@@ -138,6 +162,7 @@ class MlflowRun:
             try:
                 self.ship()
                 self._watch_system()
+                self._ship_others()
                 pause = INTERVAL
             except Exception as error:
                 if self.error is None:
@@ -196,11 +221,14 @@ class MlflowRun:
             for raw in file:
                 if not raw.endswith(b"\n") or len(metrics) > BATCH - LARGEST_LINE:
                     break
-                line = json.loads(raw)
-                step, when = line.pop("step"), int(1000 * line.pop("time"))
+                end += len(raw)
+                if (line := parsed(raw)) is None:  # damaged; the journal's next opening tells of it
+                    continue
+                step, when, note = line.pop("step"), int(1000 * line.pop("time")), line.pop(NOTE, None)
+                if note is not None:
+                    self._client.set_tag(self.shipped.run_id, f"{NOTE}.step-{step}", note)
                 new = {k: v for k, v in line.items() if v is not None and step > self.shipped.last_step.get(k, -1)}
                 metrics += [Metric(key, value, when, step) for key, value in new.items()]
-                end += len(raw)
         return metrics, end
 
     def _send_file(self, path: Path) -> None:
@@ -208,6 +236,19 @@ class MlflowRun:
             self._client.log_artifacts(self.shipped.run_id, str(path), path.name)
         else:
             self._client.log_artifact(self.shipped.run_id, str(path))
+
+    def _ship_others(self) -> None:
+        """What earlier runs beside this one could not send to the same store; once."""
+        others, self._others_due = self._others_due, False
+        for path in self.output_dir.parent.glob(f"*/{STATE_FILE}") if others else ():
+            if path.parent == self.output_dir or self._stop.is_set():
+                continue
+            try:
+                other = Shipped.read(path.parent)
+                if other.tracking_uri == self.shipped.tracking_uri and not other.delivered:
+                    ship_later(path.parent)
+            except (UserError, TrainingError) as error:
+                log.warning("an earlier run beside this one is not sent: %s", error)
 
     def _watch_system(self) -> None:
         if self._monitor is not None:
@@ -233,6 +274,8 @@ def ship_later(output_dir: Path) -> int:
     TrainingError, in one line, when MLflow does not take it.
     """
     run = MlflowRun(output_dir, Shipped.read(output_dir))
+    if run.shipped.status == "RUNNING" and not is_held(output_dir):
+        run.shipped.status = "KILLED"  # it has told nobody of its end
     try:
         run.ship_all()
     except Exception as error:  # every kind of store fails in its own way
@@ -240,4 +283,5 @@ def ship_later(output_dir: Path) -> int:
         raise TrainingError(
             f"{run.shipped.tracking_uri} does not take the run ({reason}); nothing is lost, send it again later"
         ) from error
-    return sum(1 for _ in read_journal(output_dir / FILE))
+    journal = output_dir / FILE
+    return sum(1 for _ in read_journal(journal)) if journal.exists() else 0

@@ -9,7 +9,7 @@ import pytest
 from data_pipeline.generate import generate_pairs
 from diffdpo.cli.flags import parse_config
 from diffdpo.config import TrainConfig
-from diffdpo.train.preference import train
+from diffdpo.training.preference import train
 
 TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node", "2", "launch/train.py"]
 STEPS = 3

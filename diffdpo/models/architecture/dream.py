@@ -51,6 +51,8 @@ class DreamConfig(PublishedConfig):
 
     model_type = "Dream"
     optional_keys: ClassVar[frozenset[str]] = frozenset({*OPTIONAL, *SUPPORTED})
+    supported: ClassVar[dict[str, tuple]] = SUPPORTED
+    rotary_types: ClassVar[tuple[str, ...]] = ("default", "llama3")
     qkv_bias_default: ClassVar[bool] = True
     qk_norm: ClassVar[bool] = False
 
@@ -76,7 +78,7 @@ class DreamConfig(PublishedConfig):
     def check(self) -> "DreamConfig":
         """Raise UserError naming every missing or contradictory key; otherwise return self."""
         self.require(REQUIRED, OPTIONAL)
-        self.allow_only(SUPPORTED)
+        self.allow_only(self.supported)
         self._check_rotary()
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         layers = set(getattr(self, "layer_types", None) or ()) - {"full_attention"}
@@ -105,7 +107,10 @@ class DreamConfig(PublishedConfig):
             [
                 (theta is None, "lacks rope_theta: add the key to config.json"),
                 (self.rope_theta not in (None, theta), f"has rope_theta={self.rope_theta} and another one, {theta}"),
-                (kind not in ("default", "llama3"), f"has rotary scaling {kind!r}; supported: 'default', 'llama3'"),
+                (
+                    kind not in self.rotary_types,
+                    f"has rotary scaling {kind!r}; supported: {', '.join(self.rotary_types)}",
+                ),
                 (absent, f"has rotary scaling 'llama3' without {', '.join(absent)}: add the key(s) to config.json"),
                 (odd, "".join(f"has {key}={value!r}; expected: a number above 0" for key, value in [*odd.items()][:1])),
                 (ramp, "has rotary scaling 'llama3' with low_freq_factor not below high_freq_factor"),
@@ -126,6 +131,16 @@ class DreamConfig(PublishedConfig):
     @property
     def qkv_bias(self) -> bool:
         return self.qkv_bias_default if self.attention_bias is None else self.attention_bias
+
+    @property
+    def output_bias(self) -> bool:
+        """Whether attention's output projection has a bias."""
+        return False
+
+    @property
+    def mlp_biased(self) -> bool:
+        """Whether the MLP's projections have biases."""
+        return False
 
 
 class Qwen2DiffusionConfig(DreamConfig):
@@ -181,7 +196,7 @@ class SelfAttention(nn.Module):
         self.q_proj = nn.Linear(size, wide, bias=config.qkv_bias)
         self.k_proj = nn.Linear(size, narrow, bias=config.qkv_bias)
         self.v_proj = nn.Linear(size, narrow, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(wide, size, bias=False)
+        self.o_proj = nn.Linear(wide, size, bias=config.output_bias)
         self.q_norm = RMSNorm(self.head_size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         mark_residual(self.o_proj)
@@ -201,9 +216,10 @@ class GatedMLP(nn.Module):
 
     def __init__(self, config: DreamConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        wide, narrow, bias = config.intermediate_size, config.hidden_size, config.mlp_biased
+        self.gate_proj = nn.Linear(narrow, wide, bias=bias)
+        self.up_proj = nn.Linear(narrow, wide, bias=bias)
+        self.down_proj = nn.Linear(wide, narrow, bias=bias)
         mark_residual(self.down_proj)
 
     def forward(self, h_NK: Tensor) -> Tensor:
@@ -313,7 +329,12 @@ class A2DLlamaLMHeadModel(DreamModel):
     config_class = A2DLlamaConfig
 
 
-for model_class in (DreamModel, A2DQwen2LMHeadModel, A2DQwen3LMHeadModel, A2DLlamaLMHeadModel):
+def register(model_class: type[DreamModel]) -> None:
+    """Make transformers' Auto classes know a family. Not for qwen2, qwen3 and llama, which are transformers' own."""
     AutoConfig.register(model_class.config_class.model_type, model_class.config_class)
-    for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM):  # qwen2, qwen3, llama: transformers' own
+    for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM):
         auto_class.register(model_class.config_class, model_class)
+
+
+for model_class in (DreamModel, A2DQwen2LMHeadModel, A2DQwen3LMHeadModel, A2DLlamaLMHeadModel):
+    register(model_class)

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
+from data_pipeline.hub import pinned
 from diffdpo.errors import UserError
-from diffdpo.models.checkpoint.revision import pinned
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

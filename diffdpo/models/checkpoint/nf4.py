@@ -4,19 +4,16 @@ Only the blocks' linear layers: the embedding, the norms and the head keep their
 """
 
 import importlib.util
-from typing import TYPE_CHECKING, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from diffdpo.errors import UserError
 
-if TYPE_CHECKING:  # backbone reads weights, which asks here
-    from diffdpo.models.architecture.backbone import MaskedLM
 
-
-def expect_nf4(model: "MaskedLM", dtype: torch.dtype) -> None:
-    """Put 4-bit linear layers into the blocks of an empty model: NF4, double quantisation, computing in `dtype`.
+def expect_nf4(model: Any, dtype: torch.dtype) -> None:
+    """Put 4-bit linear layers into the `blocks` of an empty model: NF4, double quantisation, computing in `dtype`.
 
     QLoRA, 2305.14314. The weights are quantised as they arrive (`quantised`).
     """

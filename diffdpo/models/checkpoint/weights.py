@@ -18,9 +18,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 import data_pipeline.hub
 from data_pipeline.errors import DataError
+from data_pipeline.hub import split_revision
 from diffdpo.errors import UserError
 from diffdpo.models.checkpoint.nf4 import expect_nf4, is_nf4, quantised
-from diffdpo.models.checkpoint.revision import split_revision
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 STORED = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -32,7 +32,7 @@ NOT_WEIGHTS = ("rotary_emb.inv_freq",)
 def only_kept(name_or_path: str) -> bool:
     """Whether a checkpoint is read from this machine alone (``data_pipeline.hub``). UserError when it is nowhere."""
     try:
-        return data_pipeline.hub.only_kept(*split_revision(name_or_path))
+        return data_pipeline.hub.only_kept(name_or_path)
     except DataError as error:
         raise UserError(str(error)) from error
 

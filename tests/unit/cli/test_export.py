@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import launch.export as export
+from diffdpo.cli import export
 from diffdpo.errors import UserError
 from diffdpo.models.load import load_model, save_model
 from diffdpo.models.lora.adapters import add_lora

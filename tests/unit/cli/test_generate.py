@@ -1,17 +1,11 @@
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
+from diffdpo.cli import generate
 from diffdpo.errors import UserError
 from diffdpo.models.architecture.from_scratch import new_model, train_tokenizer
 from diffdpo.models.load import save_model
-
-PATH = Path(__file__).parents[3] / "launch" / "generate.py"
-spec = importlib.util.spec_from_file_location("generate_command", PATH)
-generate = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(generate)
 
 
 @pytest.fixture(scope="module")

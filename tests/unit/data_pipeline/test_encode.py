@@ -195,7 +195,7 @@ def test_a_template_that_raises_drops_the_record(make_tokenizer):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     made = Encoder(tokenizer)(pair(user_turn("a"), assistant_turn("b"), assistant_turn("c")))
-    assert made == Drop("refused_by_template", "the chat template: roles must alternate")
+    assert made == Drop("refused_by_template", "the chat template says: roles must alternate")
 
 
 def test_cut_answers_have_no_terminator(tokenizer):

@@ -13,6 +13,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.locate import check_rows
 from data_pipeline.shard_builder import BuildOptions, build
 from data_pipeline.shards import write_shard
+from data_pipeline.sources.columns import Fields
 from data_pipeline.sources.files import SourceOptions, open_rows
 from data_pipeline.stages import RecordReader
 
@@ -274,7 +275,10 @@ GRADED = [{"question": "2+3?", "answer": a, "is_correct": a == "5"} for a in ("5
 def contents(folder):
     dataset = open_dataset(str(folder))
     found = [vars(record) for record in map(RecordReader(dataset), range(len(dataset)))]
-    return [{name: value for name, value in fields.items() if name not in ("id", "meta")} for fields in found]
+    return [
+        {name: value for name, value in fields.items() if name not in ("id", "meta", "template_kwargs")}
+        for fields in found
+    ]
 
 
 @pytest.mark.parametrize("write", [write_parquet, write_jsonl_gz])
@@ -300,7 +304,7 @@ def test_only_the_first_long_rows_are_looked_at_beforehand(tmp_path, jsonl, monk
     source = jsonl(tmp_path / "a.jsonl", GRADED * 1000)
     read = []
     gather = build_module._gather
-    monkeypatch.setattr(build_module, "_gather", lambda row, groups: read.append(row) or gather(row, groups))
+    monkeypatch.setattr(build_module, "_gather", lambda row, *rest: read.append(row) or gather(row, *rest))
     check_rows(str(source))
     assert len(read) == 1000
 
@@ -309,7 +313,10 @@ def test_grades_in_shards_of_other_makers(tmp_path, monkeypatch, cache):
     monkeypatch.setenv("DIFFDPO_CACHE", str(cache))
     rows = [{"prompt": "q", "completion": "wrong", "is_correct": False}, {"prompt": "q", "completion": "right"}]
     write_shard(tmp_path / "a.tar", [(str(i), json.dumps(row).encode()) for i, row in enumerate(rows)])
-    assert [(r["answer"], r["label"]) for r in contents(tmp_path / "a.tar")] == [("wrong", False), ("right", True)]
+    lines = tmp_path / "a.jsonl"
+    lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [(r["answer"], r["label"]) for r in contents(tmp_path / "a.tar")] == [("right", True)]
+    assert contents(tmp_path / "a.tar") == contents(lines), "graded answers are gathered, whatever holds them"
 
 
 @pytest.fixture
@@ -415,7 +422,8 @@ def test_json_in_a_csv_cell_is_text_unless_its_column_may_hold_it(tmp_path):
         "meta": "{}",
     }
     (read,) = open_rows(str(write_csv(tmp_path, [row])), SourceOptions())
-    assert read.data == row | {
+    assert read.data == row
+    assert dict(Fields(read.data)) == row | {
         "answers": ["5", "6"],
         "correct": [True, False],
         "messages": json.loads(messages),

@@ -71,3 +71,14 @@ def test_without_a_compiler_it_is_one_line(cpu_adam, monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(UserError, match=r"install g\+\+"):
         missing_operators(needed_operators(OFFLOAD))
+
+
+def test_what_deepspeed_was_installed_with_is_not_compiled(cpu_adam, monkeypatch):
+    from deepspeed import git_version_info
+
+    (cpu_adam / "cpu_adam.so").unlink()
+    monkeypatch.setitem(git_version_info.installed_ops, "cpu_adam", True)
+    monkeypatch.setattr(git_version_info, "accelerator_name", "cpu")
+    assert missing_operators(needed_operators(OFFLOAD)) == []
+    monkeypatch.setattr(git_version_info, "accelerator_name", "cuda")  # made for another device
+    assert missing_operators(needed_operators(OFFLOAD)) == ["cpu_adam"]

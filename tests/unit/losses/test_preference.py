@@ -22,7 +22,7 @@ def sigma(x: float) -> float:
 
 def case(name, **options):
     if name == "kto":
-        options.setdefault("kl", 0.0)
+        options.setdefault("reference_point", 0.0)
     if name == "exo_pair":
         options.setdefault("label_smoothing", 1e-3)
     return preference_loss(name, policy_B2=POLICY, reference_B2=REFERENCE, tokens_B2=TOKENS, **options).item()
@@ -98,7 +98,7 @@ def random_case(pairs=6):
 @pytest.mark.parametrize("name", list(LOSSES))
 def test_gradient(name):
     policy, reference, tokens = random_case()
-    options = {"kl": 0.5, "label_smoothing": 0.1, "beta": 0.3}
+    options = {"reference_point": 0.5, "label_smoothing": 0.1, "beta": 0.3}
     assert torch.autograd.gradcheck(
         lambda score: preference_loss(name, policy_B2=score, reference_B2=reference, tokens_B2=tokens, **options),
         policy,
@@ -110,7 +110,7 @@ def test_gradient(name):
 def test_extreme_scores_stay_finite(name, dtype):
     extremes = [-1e5, -1e4, -1.0, 0.0, 1.0, 1e4, 1e5]
     policy = torch.tensor([[a, b] for a in extremes for b in extremes], dtype=dtype, requires_grad=True)
-    options = {"kl": 1.0, "label_smoothing": 0.1, "beta": 1.0}
+    options = {"reference_point": 1.0, "label_smoothing": 0.1, "beta": 1.0}
     zero = torch.zeros_like(policy)
     loss = preference_loss(name, policy_B2=policy, reference_B2=zero, tokens_B2=torch.ones_like(policy), **options)
     loss.sum().backward()
@@ -121,7 +121,7 @@ def test_extreme_scores_stay_finite(name, dtype):
 def test_absent_pairs_count_nothing(name):
     policy, reference, tokens = random_case(4)
     weight = torch.tensor([[1.0, 1.0], [0.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
-    options = {"label_smoothing": 0.1, "kl": 0.2}
+    options = {"label_smoothing": 0.1, "reference_point": 0.2}
     loss = preference_loss(
         name, policy_B2=policy, reference_B2=reference, tokens_B2=tokens, weight_B2=weight, **options
     )

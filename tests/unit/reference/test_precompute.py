@@ -65,7 +65,7 @@ class Run:
         return work.complete(
             [
                 work.training(loader, last=run_data.total_steps(config, loader)),
-                work.held_out(held_out, last=run_data.eval_steps(config, held_out)),
+                work.held_out(held_out),
             ]
         )
 

@@ -1,0 +1,36 @@
+"""Files that are whole or absent: written beside their place, forced to the disk, moved there by one rename."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole_or_absent(path: Path) -> Iterator[Path]:
+    """A path beside ``path`` to write to; when the block ends, what stands there becomes ``path``. When it fails, what
+    was written goes, and an earlier ``path`` stays. Several processes may do this at once: each has a name of its own.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        force_to_disk(partial)  # else a power cut may leave the new name with no content
+        partial.replace(path)
+        force_to_disk(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a small file so that it is whole or absent at any moment."""
+    with whole_or_absent(path) as partial:
+        partial.write_bytes(data)
+
+
+def force_to_disk(path: Path) -> None:
+    """Wait until a file (or the names in a folder) are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,151 @@
+"""What a cell of a row says: a text, or turns in any of the ways the field writes them down.
+
+Read as turns are lists of ``{"role", "content"}`` (OpenAI, TRL) and of ``{"from", "value"}`` (ShareGPT), one such
+object on its own, ``{"messages": [...]}``, and the JSON or Python text of any of these, as tables hold it. Contents may
+be lists of text parts. What cannot be read is refused: text that only looks like turns is never trained on as text.
+"""
+
+import ast
+import json
+import re
+from collections import Counter
+from typing import Any, cast
+
+from data_pipeline.records import KEPT_OF_A_TURN, Message, RecordError, Text
+
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function_response": "tool",
+    "observation": "tool",
+}
+ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
+MEDIA = ("image", "images", "image_url", "audio", "audios", "input_audio", "video", "videos", "file")
+TEXT_PARTS = (None, "text", "input_text", "output_text")
+# A list of turns printed by Python (numpy leaves the commas out), or of objects of a class of messages.
+PRINTED = re.compile(r"\s*(array\()?\[?\s*(\{\s*['\"](role|content|from|value)['\"]\s*:|\w*[Mm]essage\w*\()")
+
+
+def read_text(value: Any, name: str, unread: Counter | None = None) -> Text:
+    """A string, or turns, from a cell in the column ``name``. ``unread`` counts what turns hold and nobody reads.
+    Raises RecordError."""
+    if isinstance(value, str):
+        written = written_turns(value, name)
+        return value if written is None else read_text(written, name, unread)
+    if isinstance(value, dict):
+        if _key(value, ROLE_KEYS):
+            return (_turn(value, name, unread),)
+        if isinstance(value.get("messages"), list):
+            return read_text(value["messages"], name, unread)
+    if isinstance(value, list | tuple):
+        return tuple(_turn(item, name, unread) for item in value)
+    found = type(value).__name__
+    raise RecordError("wrong_type", f"field {name!r} is {found}, not a string or a list of messages", malformed=True)
+
+
+def written_turns(text: str, name: str) -> Any:
+    """The turns that a text writes down, as JSON or as Python prints them; None for other text. RecordError where it
+    looks like turns and cannot be read."""
+    if text.lstrip()[:1] not in ("[", "{") and not PRINTED.match(text):
+        return None
+    data = parse_written(text)
+    if _are_turns(data):
+        return data
+    if PRINTED.match(text) and data is None:
+        raise RecordError(
+            "printed_list",
+            f"field {name!r} is a list of messages as Python prints it, which cannot be read back: write it as JSON "
+            "(json.dumps), or save the table as .jsonl or .parquet",
+            malformed=True,
+        )
+    return None
+
+
+def parse_written(text: str) -> Any:
+    """A list or an object from its JSON or from what Python prints of it; None for anything else."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return None
+
+
+def _are_turns(data: Any) -> bool:
+    items = [data] if isinstance(data, dict) else data
+    if not isinstance(items, list | tuple) or not items:
+        return False
+    return all(isinstance(item, dict) and _key(item, ROLE_KEYS) and _key(item, CONTENT_KEYS) for item in items)
+
+
+def _key(item: dict, names: tuple[str, ...]) -> str | None:
+    return next((name for name in names if name in item), None)
+
+
+def _turn(item: Any, name: str, unread: Counter | None) -> Message:
+    role_key, content_key = (_key(item, keys) if isinstance(item, dict) else None for keys in (ROLE_KEYS, CONTENT_KEYS))
+    if role_key is None or not isinstance(item[role_key], str):
+        raise _no_turn(item, name)
+    kept = {key: without_nulls(item[key]) for key in KEPT_OF_A_TURN if item.get(key)}
+    if item[role_key] == "function_call":  # ShareGPT: the call stands as JSON where the content would
+        kept, content, role = _called(item.get("value"), name), "", "assistant"
+    else:
+        content = _content(item.get(content_key or ""), name, may_be_absent=bool(kept))
+        role = ROLES.get(item[role_key], item[role_key])
+    _refuse_media(item, name)
+    if unread is not None:
+        known = {*KEPT_OF_A_TURN, *ROLE_KEYS, *CONTENT_KEYS}
+        unread.update(f"{key} (of a turn)" for key, value in item.items() if key not in known and value)
+    return cast(Message, {"role": role, "content": content, **kept})
+
+
+def without_nulls(value: Any) -> Any:
+    """Objects without their null fields: tables fill up with null what only some rows have."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _no_turn(item: Any, name: str) -> RecordError:
+    found = f"the keys {', '.join(map(repr, item))}" if isinstance(item, dict) else type(item).__name__
+    expected = "{'role': str, 'content': str}"
+    return RecordError("wrong_type", f"field {name!r} has a message that is not {expected}: {found}", malformed=True)
+
+
+def _content(value: Any, name: str, *, may_be_absent: bool) -> str:
+    if isinstance(value, str):
+        return value
+    if value is None and may_be_absent:  # a turn that calls a tool says nothing besides
+        return ""
+    if isinstance(value, list | tuple):
+        return "".join(_part(part, name) for part in value)
+    found = "null" if value is None else type(value).__name__
+    raise RecordError("wrong_type", f"field {name!r} has a message whose content is {found}, not text", malformed=True)
+
+
+def _part(part: Any, name: str) -> str:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, dict) and part.get("type") in TEXT_PARTS and isinstance(part.get("text"), str):
+        return part["text"]
+    found = repr(part.get("type")) if isinstance(part, dict) else type(part).__name__
+    raise RecordError("not_text", f"field {name!r} has a message with a part of type {found}; only text is read")
+
+
+def _refuse_media(item: dict, name: str) -> None:
+    if media := next((key for key in MEDIA if item.get(key)), None):
+        raise RecordError("not_text", f"field {name!r} has a message with {media!r}; only text is read")
+
+
+def _called(value: Any, name: str) -> dict:
+    call = parse_written(value) if isinstance(value, str) else value
+    if not isinstance(call, dict) or "name" not in call:
+        raise RecordError(
+            "wrong_type", f"field {name!r} has a function_call that is no JSON with a name", malformed=True
+        )
+    return {"tool_calls": [{"type": "function", "function": call}]}

@@ -1,0 +1,210 @@
+"""What ``import diffdpo`` offers: training, scoring and sampling from Python, a notebook included.
+
+Settings are those of the commands, by the same names. Data are paths and names as on the command line, a list of
+records (dicts) or a ``datasets.Dataset``; a model is a name, a folder or what :func:`load` gave. What a caller can mend
+is raised as ``UserError`` or ``DataError`` (both are ``ValueError``); the interpreter is never ended.
+"""
+
+import difflib
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from data_pipeline.errors import DataError
+from data_pipeline.records import Record
+from diffdpo.cli.flags import own_names, own_settings, with_bundled_recipe
+from diffdpo.config import ScoreConfig, SftConfig, TrainConfig, make_config
+from diffdpo.errors import UserError
+from diffdpo.evaluation.score_models import device_named, load_models
+from diffdpo.evaluation.score_pairs import Scorer
+from diffdpo.models.bundled import model_or_bundled
+from diffdpo.models.load import LoadedModel, load_model
+from diffdpo.noise.estimators import check_estimator
+from diffdpo.sampling.decode import Decoding, sample
+from diffdpo.sampling.prompt import encode_prompt
+from diffdpo.settings.base import Settings
+from diffdpo.setup.handed_over import data_as_source, model_as_folder, records_of
+from diffdpo.training import preference, supervised
+from diffdpo.training.callbacks import Callback
+from diffdpo.training.run import Result
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which transformers looks for, warns of it
+
+__all__ = ["Callback", "DataError", "Result", "UserError", "generate", "load", "score", "sft", "train"]
+
+Data = str | Path | Sequence[str] | Iterable[Mapping[str, Any]]
+"""A name or path, several of them, records, or a ``datasets.Dataset``."""
+Model = str | Path | LoadedModel
+Config = TypeVar("Config", bound=Settings)
+
+
+def train(
+    model: Model | None = None,
+    train_data: Data | None = None,
+    *,
+    eval_data: Data | None = None,
+    reference_model: Model | None = None,
+    callbacks: Sequence[Callback] = (),
+    **settings: Any,
+) -> Result:
+    """Align ``model`` with preference pairs; ``launch/train.py`` in Python. ``settings`` are its flags.
+
+    Without a model the bundled one is trained, without data generated pairs are used. ``reference_model``: the frozen
+    reference, by default the model as it starts. Under a launcher every process calls it alike. A ``datasets`` stream
+    is read as far as ``max_steps`` needs.
+    """
+    values = dict(settings)
+    if reference_model is not None:
+        values["ref_model_name_or_path"] = reference_model
+    config = _config(TrainConfig, model, train_data, eval_data, with_bundled_recipe, values)
+    return preference.train(config, callbacks=callbacks)
+
+
+def sft(
+    model: Model | None = None,
+    train_data: Data | None = None,
+    *,
+    eval_data: Data | None = None,
+    callbacks: Sequence[Callback] = (),
+    **settings: Any,
+) -> Result:
+    """Supervised training with the masked-diffusion loss; ``launch/sft.py`` in Python. ``settings`` are its flags.
+
+    Without a model a new one is made, of the size that ``width``, ``layers`` and ``heads`` say.
+    """
+    config = _config(SftConfig, model, train_data, eval_data, lambda values: values, settings)
+    return supervised.sft(config, callbacks=callbacks)
+
+
+def score(
+    pairs: Data, model: Model | None = None, *, reference: Model | None = None, **settings: Any
+) -> list[dict[str, Any]]:
+    """Diffusion scores of pairs, a dictionary a record, as ``launch/score.py`` writes them; ``settings`` are its flags.
+
+    ``{"id", "chosen": {"score", "stderr", "tokens"}, "rejected": {...}}``: scores are sums over tokens in nats,
+    ``stderr`` is None where a single sample says nothing of it. With a ``reference`` each side also has
+    ``reference_score``, ``log_ratio`` and ``log_ratio_stderr``. Records that cannot be scored are left out, with one
+    warning that counts them.
+    """
+    config = make_config(ScoreConfig, own_settings(ScoreConfig, _checked(ScoreConfig, settings)))
+    check_estimator(
+        config.score_estimator, num_samples=config.num_mc_samples, num_diffusion_steps=config.num_diffusion_steps
+    )
+    named = [each for each in (model if model is not None else model_or_bundled(None), reference) if each is not None]
+    models = [each if isinstance(each, LoadedModel) else load_models([str(each)], config)[0] for each in named]
+    if models[0].tokenizer.get_vocab() != models[-1].tokenizer.get_vocab():
+        raise UserError("the reference has another vocabulary than the model; their scores do not compare")
+    scorer = Scorer(models, config)
+    records: Iterable[Record] = records_of(pairs)
+    lines = [line for _, line in scorer(records)]
+    if scorer.dropped:
+        first, why = scorer.dropped[0]
+        warnings.warn(
+            f"{len(scorer.dropped)} records were left out, the first {first}: {why.reason} {why.detail}", stacklevel=2
+        )
+    return lines
+
+
+def generate(
+    prompts: str | Sequence[str | Sequence[Mapping[str, str]]],
+    model: Model | None = None,
+    *,
+    template: str = "auto",
+    seed: int = 0,
+    batch_size: int = 8,
+    device: str = "auto",
+    dtype: str = "float32",
+    **settings: Any,
+) -> list[str]:
+    """One sampled answer a prompt, in order. A prompt is a text or a list of chat messages; one text is one prompt.
+
+    ``settings`` are the fields of ``diffdpo.sampling.decode.Decoding`` (``gen_length``, ``temperature``, ...): unless
+    ``steps`` is given, a token is revealed a step.
+    """
+    known = {item.name for item in fields(Decoding)}
+    if unknown := sorted(set(settings) - known):
+        raise UserError(f"generate knows no setting {unknown[0]}; known: {', '.join(sorted(known))}")
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; it must be at least 1")
+    length = settings.get("gen_length", Decoding.gen_length)
+    settings = {"steps": length, "block_length": min(Decoding.block_length, max(1, length)), **settings}
+    Decoding(**settings)  # what is wrong with them is told before a model is loaded
+    loaded = _loaded(model, device=device, dtype=dtype)
+    each_prompt = [prompts] if isinstance(prompts, str) else list(prompts)
+    encoded = [encode_prompt(prompt, loaded, template) for prompt in each_prompt]
+    answers = sample(loaded.model, loaded.spec, encoded, seed=seed, batch_size=batch_size, **settings)
+    return [str(loaded.tokenizer.decode(ids, skip_special_tokens=True)) for ids in answers]
+
+
+def load(
+    model: str | Path | None = None, *, device: str = "auto", dtype: str = "float32", load_in_4bit: bool = False
+) -> LoadedModel:
+    """A model with its tokenizer and the facts of its family: a folder, a hub name, an adapter's folder (with its
+    base), by default the bundled model."""
+    name = model_or_bundled(None if model is None else str(model))
+    return load_model(name, device=device_named(device), dtype=dtype, load_in_4bit=load_in_4bit)
+
+
+def _loaded(model: Model | None, *, device: str, dtype: str) -> LoadedModel:
+    return model if isinstance(model, LoadedModel) else load(model, device=device, dtype=dtype)
+
+
+def _config(
+    config_class: type[Config],
+    model: Model | None,
+    train_data: Data | None,
+    eval_data: Data | None,
+    complete: Any,
+    settings: Mapping[str, Any],
+) -> Config:
+    """The checked settings of a run; what was handed over as objects lies in its data cache."""
+    values = dict(settings)
+    for name, value in (("model_name_or_path", model), ("train_data", train_data), ("eval_data", eval_data)):
+        if value is not None and name in settings:
+            raise UserError(f"{name} is given twice; leave one out")
+        if value is not None:
+            values[name] = value
+    values = own_names(config_class, values)
+    cache = _cache_of(values)
+    needed = _records_needed(config_class, values) if values.get("max_steps") else None
+    for name in ("train_data", "eval_data"):
+        if values.get(name) is not None:
+            values[name] = data_as_source(values[name], name, cache, needed=needed)
+    for name in ("model_name_or_path", "ref_model_name_or_path"):
+        if values.get(name) is not None:
+            values[name] = model_as_folder(values[name], cache)
+    # as from YAML: a number may come as text, and a type that fits none is told by name
+    return make_config(config_class, complete(own_settings(config_class, values)))
+
+
+def _cache_of(values: Mapping[str, Any]) -> Path:
+    """Where a run with these settings keeps its data."""
+    if values.get("data_cache_dir"):
+        return Path(values["data_cache_dir"])
+    return (Path(values["output_dir"]).parent if values.get("output_dir") else Path("outputs")) / "data_cache"
+
+
+def _records_needed(config_class: type, values: Mapping[str, Any]) -> int:
+    """Records that ``max_steps`` steps read of a stream, for one process of each device."""
+
+    def of(name: str) -> int:
+        return int(values.get(name) or getattr(config_class, name))
+
+    per_step = of("per_device_train_batch_size") * of("gradient_accumulation_steps")
+    return of("max_steps") * per_step * int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _checked(config_class: type, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """UserError for a name that is no setting, with the nearest that is one."""
+    known = [item.name for item in fields(config_class)]
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise UserError(f"{name} is no setting{f'; {near[0]} is meant?' if near else ', see docs/python.md'}")
+    return settings

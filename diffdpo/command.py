@@ -1,0 +1,51 @@
+"""What every command shares: a parser that fails in one line, and exit code 2 for a user's mistake."""
+
+import io
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import NoReturn
+
+import data_pipeline.cli
+from data_pipeline.errors import DataError
+from diffdpo.errors import TrainingError, UserError
+
+SECONDS_BEHIND = 3.0
+
+
+class Parser(data_pipeline.cli.Parser):
+    """``argparse`` without abbreviations, whose errors are one line, also under a launcher."""
+
+    def error(self, message: str) -> NoReturn:
+        _let_rank_0_speak()
+        super().error(message)
+
+
+def run(main: Callable[[list[str]], int | None]) -> NoReturn:
+    """Run a command's ``main(argv)`` and exit: 0, 2 with one line for a user's mistake, 1 with one line where a run
+    could not go on, 130 after Ctrl-C."""
+
+    for stream in (sys.stdout, sys.stderr):  # texts of any language on a terminal of any encoding
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+    def speak_in_turn(argv: list[str]) -> int | None:
+        try:
+            return main(argv)
+        except (UserError, DataError):
+            _let_rank_0_speak()
+            raise
+        except TrainingError as error:
+            _let_rank_0_speak()
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+
+    sys.exit(data_pipeline.cli.exit_code(speak_in_turn, sys.argv[1:], (UserError, DataError)))
+
+
+def _let_rank_0_speak() -> None:
+    """A mistake is mostly met by every process. The launcher ends the others when the first has told of it; a process
+    whose trouble is its own is still heard, a little later."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(SECONDS_BEHIND)

@@ -1,0 +1,67 @@
+"""How DeepSpeed's checkpoints reach the disk: its own layout, written and read through this.
+
+Its own reader runs whatever a pickle says. This one builds tensors, containers and three kinds of DeepSpeed's own
+objects, and refuses anything else before it is made.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffdpo.engine.saved import check_trained, trained_by_name
+
+
+class CheckpointFiles:
+    """Takes the place of an engine's ``checkpoint_engine``.
+
+    Of a module only the trained weights are written. A failure to write is kept in ``error``, as the other ranks wait
+    for this one in the rest of DeepSpeed's ``save_checkpoint``; raise it afterwards.
+    """
+
+    def __init__(self, given: Any, module: nn.Module):
+        self.given, self.module = given, module
+        self.error: OSError | RuntimeError | None = None
+        self.saved_shapes: dict[str, Sequence[int]] = {}  # of the trained weights, in what was read last
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.given, name)
+
+    def save(self, state_dict: Mapping[str, Any], path: str) -> None:
+        state = dict(state_dict)
+        if state.get("module") is not None:
+            trained = trained_by_name(self.module)
+            state["module"] = {name: value for name, value in state["module"].items() if name in trained}
+        try:
+            torch.save(state, path)
+        except (OSError, RuntimeError) as error:
+            self.error = error
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        with torch.serialization.safe_globals(_kinds()):
+            state = torch.load(path, map_location=map_location, weights_only=True)
+        if "module" in state:
+            shapes = {name: tuple(weight.shape) for name, weight in state["module"].items()}
+            for group in state.get("param_shapes") or ():  # of ZeRO; stage 3's module is empty
+                shapes.update({name: tuple(shape) for name, shape in group.items()})
+            self.saved_shapes = shapes
+        return state
+
+    def raise_error(self) -> None:
+        """What a ``save`` met."""
+        error, self.error = self.error, None
+        if error is not None:
+            raise error
+
+    def check_loaded(self) -> None:
+        """UserError unless what was read last holds the module's trained weights."""
+        check_trained(self.saved_shapes, self.module)
+
+
+def _kinds() -> list[Any]:
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]

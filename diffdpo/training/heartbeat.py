@@ -1,0 +1,206 @@
+"""Signs of life outside the collectives, so that a run that hangs says who, where and in what.
+
+Each rank's watcher thread notes in ``heartbeats/rank-N.json`` where its main thread is. The thread of a frozen process
+is frozen too: its file grows old. One that waits in a collective for another writes on, and says how long it has waited.
+A stage that takes far longer than it has so far (``--hang_timeout`` beyond three times the longest) is a hang: stacks go
+to ``hang-rank-N.txt``, one rank says what it sees, and all processes end with exit code 4.
+"""
+
+import faulthandler
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import psutil
+
+from diffdpo.engine.world import World
+from diffdpo.errors import TrainingError, UserError
+
+FOLDER = "heartbeats"
+HUNG = 4  # the exit code of a run that hung
+PAUSE_SECONDS, STALE_SECONDS = 1.0, 10.0
+FIRST = 10  # times --hang_timeout for a stage that has not been gone through yet: it may compile
+STAGES = (  # a file's place and function to what is being done there, the innermost first
+    ("engine/", "backward", "backward"),
+    ("engine/", "step", "optimizer step"),
+    ("reference/", "", "reference"),
+    ("training/checkpoint.py", "", "save"),
+    ("data_pipeline/", "", "data"),
+    ("scores/masked_log_probs.py", "", "forward"),
+    ("evaluation/", "", "evaluation"),
+)
+
+
+@dataclass(frozen=True)
+class Sign:
+    """What a rank has last said of itself. ``waited``: seconds in this stage; ``age``: of the sign itself."""
+
+    rank: int
+    host: str
+    pid: int
+    stage: str
+    step: int
+    waited: float
+    age: float = 0.0
+
+    def describe(self) -> str:
+        """Who and where, for the user."""
+        return f"rank {self.rank} on {self.host} (process {self.pid})"
+
+
+@dataclass
+class Pulse:
+    """Where this process is. The main thread calls ``beat``; a thread of its own watches."""
+
+    world: World
+    output_dir: Path
+    timeout: float  # 0: nothing is ever a hang
+    stage: str = "setup"
+    step: int = 0
+    since: float = field(default_factory=time.monotonic)
+    longest: dict[str, float] = field(default_factory=dict)  # seconds of each stage so far
+    ended: threading.Event = field(default_factory=threading.Event)
+    main_thread: int = field(default_factory=threading.get_ident)
+
+    def beat(self, stage: str, step: int) -> None:
+        """A stage has begun; the one before has taken its time."""
+        now = time.monotonic()
+        self.longest[self.stage] = max(self.longest.get(self.stage, 0.0), now - self.since)
+        self.stage, self.step, self.since = stage, step, now
+
+    def limit(self) -> float:
+        """Seconds this stage may take."""
+        if self.stage not in self.longest:
+            return FIRST * self.timeout
+        return self.timeout + 3 * self.longest[self.stage]
+
+    def sign(self) -> Sign:
+        """Of this rank, now."""
+        stage, waited = self.stage, time.monotonic() - self.since
+        return Sign(
+            self.world.rank, socket.gethostname(), os.getpid(), stage_of(self.main_thread) or stage, self.step, waited
+        )
+
+    def watch(self) -> None:
+        """Until ended, in a thread of its own."""
+        while True:
+            if self.world.size > 1:
+                with suppress(OSError):  # a full disk is another's matter
+                    self._write(self.sign())
+            if self.ended.wait(PAUSE_SECONDS):
+                return
+            if self.timeout and time.monotonic() - self.since > self.limit():
+                self.end_hung()
+
+    def _write(self, sign: Sign) -> None:
+        path = self.output_dir / FOLDER / f"rank-{sign.rank}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(asdict(sign)))
+        partial.replace(path)
+
+    def end_hung(self) -> None:
+        """Dump the stacks; one of the living says what is wrong; end frozen processes of this host, and this one."""
+        with suppress(OSError), (self.output_dir / f"hang-rank-{self.world.rank}.txt").open("w") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+        signs = read_signs(self.output_dir) or [self.sign()]
+        living = [sign for sign in signs if sign.age < STALE_SECONDS] or signs
+        if living[0].rank == self.world.rank:
+            print(f"error: {diagnosis(signs)}; stacks: {self.output_dir}/hang-rank-*.txt", file=sys.stderr, flush=True)
+        else:
+            time.sleep(3 * PAUSE_SECONDS)  # the launcher ends all of them when the first has ended
+        for sign in signs:
+            if sign not in living and sign.host == socket.gethostname() and _is_ours(sign.pid):
+                os.kill(sign.pid, signal.SIGKILL)
+        os._exit(HUNG)
+
+
+@contextmanager
+def beating(pulse: Pulse) -> Iterator[Pulse]:
+    """The pulse is watched inside, and where a rank has died its name is told instead of a backend's traceback."""
+    thread = threading.Thread(target=pulse.watch, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield pulse
+    except (UserError, TrainingError):
+        raise
+    except RuntimeError as error:  # what torch.distributed raises when another process has gone
+        if pulse.world.size > 1 and (gone := lost(read_signs(pulse.output_dir))):
+            raise TrainingError(
+                f"{' and '.join(sign.describe() for sign in gone)} ended in {gone[0].stage} of step {gone[0].step}; "
+                "its own output says why, or it was killed; go on with --resume_from_checkpoint latest"
+            ) from error
+        raise
+    finally:
+        pulse.ended.set()
+        thread.join()
+        if pulse.world.is_main:
+            shutil.rmtree(pulse.output_dir / FOLDER, ignore_errors=True)
+
+
+def read_signs(output_dir: Path) -> list[Sign]:
+    """The newest sign of every rank that has given one, in rank order."""
+    signs = []
+    for path in (output_dir / FOLDER).glob("rank-*.json"):
+        with suppress(OSError, ValueError, TypeError):  # just being replaced
+            sign = Sign(**json.loads(path.read_text()))
+            signs.append(Sign(**asdict(sign) | {"age": max(0.0, time.time() - path.stat().st_mtime)}))
+    return sorted(signs, key=lambda sign: sign.rank)
+
+
+def lost(signs: Sequence[Sign]) -> list[Sign]:
+    """Ranks whose process is there no more: on this host by its number, elsewhere by its silence."""
+    here = socket.gethostname()
+    return [s for s in signs if (not _is_ours(s.pid) if s.host == here else s.age > STALE_SECONDS)]
+
+
+def _is_ours(pid: int) -> bool:
+    """Whether a process of this command has the number."""
+    with suppress(psutil.Error):
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and process.exe() == psutil.Process().exe()
+    return False
+
+
+def diagnosis(signs: Sequence[Sign]) -> str:
+    """Who holds the others up, as far as the signs tell."""
+    waited = max(sign.waited for sign in signs)
+    if silent := [sign for sign in signs if sign.age > STALE_SECONDS]:
+        first = silent[0]
+        return (
+            f"hung: {first.describe()} has shown no life for {first.age:.0f} s; it was in {first.stage} of step "
+            f"{first.step} (frozen, killed, or its host is cut off)"
+        )
+    if len(signs) == 1:
+        return f"hung: {signs[0].describe()} has been in {signs[0].stage} of step {signs[0].step} for {waited:.0f} s"
+    behind = min(sign.step for sign in signs)
+    late = [sign for sign in signs if sign.step == behind]
+    late = [sign for sign in late if sign.stage == "data"] or late
+    if len(late) < len(signs):
+        return f"hung: {late[0].describe()} has been in {late[0].stage} of step {behind} for {late[0].waited:.0f} s"
+    stages = ", ".join(f"rank {sign.rank} on {sign.host}: {sign.stage}" for sign in signs[:8])
+    return (
+        f"hung: all {len(signs)} ranks live and wait for one another for {waited:.0f} s in step {behind} ({stages}); "
+        "look at the links between their hosts"
+    )
+
+
+def stage_of(thread: int) -> str | None:
+    """What a thread is doing, by the innermost of our functions on its stack."""
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        place, name = frame.f_code.co_filename, frame.f_code.co_name
+        for part, function, stage in STAGES:
+            if part in place and ("diffdpo" in place or "data_pipeline" in place) and function in ("", name):
+                return stage
+        frame = frame.f_back
+    return None

@@ -1,0 +1,217 @@
+"""The loop: steps, their records, evaluations and checkpoints in between. It never sees a token or a logit.
+
+The same loop runs preference training and supervised training; they differ in the step function and in what is
+evaluated.
+"""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from data_pipeline.batch import PairBatch
+from data_pipeline.reader import PairLoader
+from diffdpo.config import RunConfig
+from diffdpo.engine.base import Engine
+from diffdpo.errors import TrainingError
+from diffdpo.losses.metrics import means
+from diffdpo.memory.peak import peak_memory_gib
+from diffdpo.step.report import StepReport
+from diffdpo.tracking.journal import Journal
+from diffdpo.training.callbacks import Callbacks
+from diffdpo.training.checkpoint import list_checkpoints, save_checkpoint
+from diffdpo.training.schedule import learning_rate
+
+StepFunction = Callable[[Sequence[PairBatch], float], StepReport]
+ON_THE_BAR = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
+
+
+@dataclass
+class Loop:
+    """What a run is made of once it is built. ``state`` goes into every checkpoint as it is. No step of ``config`` is a
+    share any more (``schedule.in_steps``)."""
+
+    config: RunConfig
+    output_dir: Path
+    engine: Engine
+    loader: PairLoader
+    step: StepFunction
+    total_steps: int
+    journal: Journal | None  # on rank 0 only
+    evaluate: Callable[[], Mapping[str, float]]
+    check_first: Callable[[StepReport], None]
+    callbacks: Callbacks = field(default_factory=Callbacks)
+    unit: str = "pairs"  # what a record is called
+    state: dict[str, Any] = field(default_factory=dict)
+    done: int = 0  # steps taken, also by the run that is resumed
+
+    def run(self) -> bool:
+        """Train to the end. False when a signal asked to stop before it; a checkpoint was then written."""
+        world, config = self.engine.world, self.config
+        window = _Window()
+        steps = self.loader.steps()
+        with _asked_to_stop() as asked, self._bar() as bar:
+            while self.done < self.total_steps:
+                started = time.perf_counter()
+                micro_batches = next(steps)
+                waited = time.perf_counter() - started
+                rate = self._learning_rate(self.done + 1)
+                report = self.step(micro_batches, rate)
+                self.done += 1
+                window.add(report, time.perf_counter() - started, waited)
+                self._tell(report)
+                if self.done == 1:
+                    self.check_first(report)
+                finite = math.isfinite(report.loss) and math.isfinite(report.grad_norm)
+                wanted = self.callbacks.on_step(self.done, report) or asked.is_set()
+                # ranks hear of a signal at different steps and must leave the loop at the same one
+                stop = bool(world.all_reduce_sum(torch.tensor(float(wanted), device=world.device)))
+                save = stop or bool(config.save_steps and self.done % config.save_steps == 0)
+                # before a checkpoint too: what a resumed run goes on with is an empty window
+                if self.done % config.logging_steps == 0 or self.done == self.total_steps or save or not finite:
+                    self._log(window, rate, bar)
+                    window = _Window()
+                bar.update()
+                if not finite:
+                    raise self._diverged(report)
+                self._evaluate_and_save(save)
+                if stop and self.done < self.total_steps:
+                    return False
+        return True
+
+    def _learning_rate(self, step: int) -> float:
+        config = self.config
+        assert config.learning_rate is not None, "config.resolve has chosen one"
+        return learning_rate(
+            step,
+            peak=config.learning_rate,
+            total=self.total_steps,
+            warmup=int(config.warmup_steps),
+            kind=config.lr_scheduler_type,
+            arguments=config.scheduler_arguments(),
+        )
+
+    def _tell(self, report: StepReport) -> None:
+        """Adjustments of the step: on the screen and in the journal, at the step they were made in."""
+        if report.notes and self.engine.world.is_main:
+            for note in report.notes:
+                tqdm.write(f"step {self.done}: {note}")
+            if self.journal is not None:
+                sizes = {"memory/segment_rows": report.segment_rows, "memory/segment_tokens": report.segment_tokens}
+                self.journal.write(self.done, sizes)
+
+    def _bar(self) -> tqdm:
+        return tqdm(
+            total=self.total_steps,
+            initial=self.done,
+            desc="training",
+            unit="step",
+            disable=not self.engine.world.is_main,
+            dynamic_ncols=True,
+            mininterval=0.5,
+        )
+
+    def _log(self, window: "_Window", rate: float, bar: tqdm) -> None:
+        device = self.engine.world.device
+        metrics = window.metrics(self.unit) | {
+            "learning_rate": rate,
+            "epoch": self.loader.epoch + self.loader.step / len(self.loader),
+            "peak_memory_gib": peak_memory_gib(device),
+            # of this rank, since the start: records that could not be read, were left out, or were cut
+            "data/faults": self.loader.faults.total(),
+            "data/dropped": self.loader.dropped.total(),
+            "data/truncated": self.loader.truncated,
+        }
+        if self.journal is not None:
+            self.journal.write(self.done, metrics)
+        shown = {short: f"{metrics[key]:.3f}" for key, short in ON_THE_BAR.items() if key in metrics}
+        bar.set_postfix(shown | {f"{self.unit}/s": f"{metrics[f'{self.unit}_per_second']:.1f}"}, refresh=False)
+
+    def _evaluate_and_save(self, save: bool) -> None:
+        config, step = self.config, self.done
+        at_end = step == self.total_steps
+        if config.eval_steps and step % config.eval_steps == 0 and not at_end:
+            self.record_evaluation(self.evaluate())
+        if save and not at_end:
+            if self.journal is not None:
+                self.journal.sync()
+            loader = self.loader.state_dict(self.engine.world.all_reduce_sums)
+            state = self.state | {"step": step, "loader": loader}
+            folder = save_checkpoint(self.output_dir, step, self.engine, state, keep=config.save_total_limit)
+            self.callbacks.on_save(step, folder)
+
+    def record_evaluation(self, metrics: Mapping[str, float]) -> None:
+        """Write held-out metrics at the current step."""
+        if self.journal is not None:
+            self.journal.write(self.done, {f"eval/{key}": value for key, value in metrics.items()})
+        self.callbacks.on_evaluation(self.done, metrics)
+
+    def _diverged(self, report: StepReport) -> TrainingError:
+        saved = list_checkpoints(self.output_dir)
+        return TrainingError(
+            f"step {self.done}: loss {report.loss}, gradient norm {report.grad_norm}; a smaller --learning_rate or "
+            f"--max_grad_norm may help; newest checkpoint: {saved[-1] if saved else 'none (see --save_steps)'}"
+        )
+
+
+class _Window:
+    """The steps since the last line of the journal."""
+
+    def __init__(self) -> None:
+        self.reports: list[StepReport] = []
+        self.seconds, self.waited = 0.0, 0.0
+
+    def add(self, report: StepReport, seconds: float, waited: float) -> None:
+        self.reports.append(report)
+        self.seconds += seconds
+        self.waited += waited
+
+    def metrics(self, unit: str) -> dict[str, float]:
+        """Means over the window; rates are of all ranks together."""
+        count, last = len(self.reports), self.reports[-1]
+        sums = {name: sum(report.sums[name] for report in self.reports) for name in last.sums}
+        records = sum(report.records for report in self.reports)
+        return {
+            "loss": sum(report.loss for report in self.reports) / count,
+            **({"loss/sft": last.sft_loss} if last.sft_loss is not None else {}),
+            **({"kl/reference_point": last.reference_point} if last.reference_point is not None else {}),
+            **means(sums),
+            "noise/num_samples": sum(report.num_samples for report in self.reports) / count,
+            "grad_norm": last.grad_norm,
+            f"{unit}_per_second": records / self.seconds,
+            "tokens_per_second": sum(report.tokens for report in self.reports) / self.seconds,
+            "step_seconds": self.seconds / count,
+            "data/padding_share": sum(r.padding_tokens for r in self.reports)
+            / max(1, sum(r.computed_tokens for r in self.reports)),
+            "memory/step_retries": sum(len(report.notes) for report in self.reports),
+            "data_wait_share": self.waited / self.seconds,
+        }
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[threading.Event]:
+    """An event set by SIGTERM or Ctrl-C: the step in progress is finished and saved. A second Ctrl-C ends at once."""
+    asked = threading.Event()
+
+    def on_signal(number: int, frame: object) -> None:
+        if asked.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

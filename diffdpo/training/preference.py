@@ -1,0 +1,255 @@
+"""Preference training from settings to final model: what ``launch/train.py`` runs."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import numpy as np
+from torch import nn
+
+from data_pipeline.facts import refuse_unusable
+from diffdpo.config import TrainConfig, resolve
+from diffdpo.engine.base import Engine, FrozenModule, count_parameters
+from diffdpo.engine.choice import EngineChoice, choose_engine
+from diffdpo.engine.make import bf16_able, make_engine
+from diffdpo.engine.optimizer import OptimizerOptions
+from diffdpo.engine.world import shutdown_distributed
+from diffdpo.evaluation.heldout import HeldOutPairs, SampledAnswers
+from diffdpo.losses.options import LossOptions
+from diffdpo.models.bundled import model_or_bundled
+from diffdpo.models.encoder import make_encoder
+from diffdpo.models.load import load_tokenizer_and_spec, model_context
+from diffdpo.noise.options import NoiseOptions
+from diffdpo.reference.modes import choose_mode, make_frozen, make_reference, second_model_share
+from diffdpo.reference.precompute import Precomputed, ReferencePass
+from diffdpo.scores.masked_log_probs import MaskedLogProbs
+from diffdpo.scores.reference import Reference
+from diffdpo.scores.segments import Segments, make_segments
+from diffdpo.setup import data as run_data
+from diffdpo.setup.context import RunContext, open_context
+from diffdpo.setup.model import describe_model, load_policy
+from diffdpo.setup.preflight import check_before_weights, check_settings_meet
+from diffdpo.step.fit import fit_micro_batch, fit_segments
+from diffdpo.step.report import StepReport
+from diffdpo.step.step import PreferenceStep
+from diffdpo.step.strategy import MicroBatchShape, choose_strategy, micro_batch_shape, with_micro_batch
+from diffdpo.training.callbacks import Callback
+from diffdpo.training.checkpoint import find_checkpoint, read_state
+from diffdpo.training.run import Result, Run, carry_out
+
+LN2 = float(np.log(2.0))
+LN2_TOLERANCE = {False: 1e-6, True: 1e-2}  # fp32, bf16
+
+
+def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Result:
+    """Run to the end, whatever the number of processes. UserError or DataError for what a user can mend."""
+    config = cast(TrainConfig, resolve(config))
+    check_settings_meet(config)
+    context = open_context(config, "train")
+    try:
+        device = context.world.device
+        processes, cuda = context.world.size, device.type == "cuda"
+        choice = choose_engine(config, processes=processes, cuda=cuda, bf16_able=bf16_able(device))
+        check_before_weights(config, choice)
+        parts = _Data(config, context, choice)
+        if config.precompute_only:
+            context.print(f"reference  {parts.precompute().text}")
+            return Result.of_precomputation(context.output_dir)
+        return carry_out(_Training(parts).run(callbacks))
+    finally:
+        shutdown_distributed()
+
+
+class _Data:
+    """What a run reads, before any weights: data, their encoding and the streams."""
+
+    def __init__(self, config: TrainConfig, context: RunContext, choice: EngineChoice):
+        self.config, self.context, self.choice, self.loss = config, context, choice, config.loss()
+        world = context.world
+        self.resume = None
+        if config.resume_from_checkpoint:
+            self.resume = find_checkpoint(config.resume_from_checkpoint, context.output_dir, world, context.print)
+        self.train_set, self.eval_set = run_data.open_data(config, context, run_data.generated(config))
+        run_data.check_kind_of_records(self.train_set, self.loss)
+        run_data.check_batch_size(config, self.loss, world)
+        tokenizer, self.spec = load_tokenizer_and_spec(model_or_bundled(config.policy))
+        self.encoder = make_encoder(config, tokenizer, self.spec)
+        longest = model_context(model_or_bundled(config.model_name_or_path))
+        run_data.warn_of_data(config, context, (self.train_set, self.eval_set), self.loss, longest)
+        refuse_unusable(self.train_set, self.encoder)
+        run_data.check_exact(config, self.encoder, (self.train_set, self.eval_set))
+        self.loader = run_data.train_loader(config, self.train_set, self.encoder, world)
+
+    def precompute(self) -> Precomputed:
+        """All reference scores that the run still needs."""
+        config, world = self.config, self.context.world
+        work = ReferencePass(
+            config,
+            self.choice,
+            world,
+            encoder=self.encoder,
+            spec=self.spec,
+            cache_dir=self.context.cache_dir,
+            say=self.context.print,
+        )
+        loader = run_data.train_loader(config, self.train_set, self.encoder, world)
+        if self.resume:
+            loader.load_state_dict(read_state(self.resume)["loader"])
+        streams = [work.training(loader, last=run_data.total_steps(config, loader))]
+        if self.eval_set is not None:
+            held_out = run_data.eval_loader(config, self.eval_set, self.encoder, world)
+            streams.append(work.held_out(held_out))
+        return work.complete(streams)
+
+
+class _Training:
+    """The parts of one run with weights in them, built in order of the data flow."""
+
+    def __init__(self, parts: _Data):
+        self.parts, self.context, self.choice = parts, parts.context, parts.choice
+        self.config, self.loss, self.loader = parts.config, parts.loss, parts.loader
+        config, choice, world = self.config, self.choice, self.context.world
+        self.mode, self.why_mode = choose_mode(
+            config, self.loss, share=lambda: second_model_share(config, choice, world)
+        )
+        # before another model is in memory
+        self.scores = parts.precompute() if self.mode == "precomputed" else None
+        self.loaded = load_policy(config, choice, world)
+        self.noise = NoiseOptions.of(config, mask_token_id=self.loaded.spec.mask_token_id)
+        module = MaskedLogProbs.of(self.loaded.model, self.loaded.spec, config)
+        frozen = make_frozen(config, module, bf16=choice.bf16) if self.mode == "copy" else None
+        options = OptimizerOptions.of(config)
+        self.engine: Engine = make_engine(choice, module, world, options, say=self.context.print)
+        meets = world if self.engine.retry_obstacle() is not None else None
+        self.segments = make_segments(config, choice, world.device, world=meets, in_training=True)
+        self.held_out = self._held_out(frozen)
+
+    def _held_out(self, frozen: nn.Module | None) -> HeldOutPairs:
+        """The references, and what evaluations measure under them."""
+        config, parts, world = self.config, self.parts, self.context.world
+        held = self.engine.freeze(frozen) if frozen is not None else None
+        # evaluations keep the shapes that scores made before were made in, whatever --max_memory finds for steps
+        segments = make_segments(config, self.choice, world.device, world=world)
+        self.reference, held_out_reference, self.reference_text = self._references(held, segments)
+        batches = run_data.eval_batches(config, parts.eval_set, parts.encoder, world)
+        return HeldOutPairs(
+            self.engine,
+            held_out_reference,
+            self.noise,
+            self.loss,
+            batches,
+            SampledAnswers(config, self.engine, self.loaded, batches),
+            segments=segments,
+            max_length=config.max_length,
+        )
+
+    def _references(self, frozen: FrozenModule | None, eval_segments: Segments) -> tuple[Reference, Reference, str]:
+        """(of training, of held-out pairs, what it is)."""
+        if self.scores is not None:
+            return self.scores.train, self.scores.held_out, self.scores.text
+        reference, text = make_reference(self.config, self.mode, self.engine, frozen)
+        return reference(self.segments), reference(eval_segments), text
+
+    def run(self, callbacks: Sequence[Callback]) -> Run:
+        """What is to be carried out."""
+        measured = self._fit() if self.config.max_memory else ""
+        config = self.config  # with the micro-batch that was measured
+        strategy, why = choose_strategy(
+            config.segmentation,
+            obstacle=self.engine.no_sync_obstacle(),
+            reduces_in_backward=self.choice.reduces_in_backward,
+            segments=self.segments,
+            shape=self._shape(),
+        )
+        self.context.print(self._announcement(strategy, why, measured))
+        step = PreferenceStep(
+            self.engine,
+            self.reference,
+            self.noise,
+            self.loss,
+            strategy=strategy,
+            segments=self.segments,
+            compared=self.mode != "none",
+            max_length=config.max_length,
+        )
+        return Run(
+            config=config,
+            context=self.context,
+            resume=self.parts.resume,
+            data=self.parts.train_set,
+            loader=self.loader,
+            loaded=self.loaded,
+            engine=self.engine,
+            step=step,
+            held_out=self.held_out,
+            check_first=self._check_first,
+            unit="answers" if self.loss.unpaired else "pairs",
+            base=config.policy or "diffdpo's bundled arithmetic model",
+            callbacks=callbacks,
+        )
+
+    def _shape(self) -> MicroBatchShape:
+        return micro_batch_shape(self.config, couples_pairs=self.loss.couples_pairs)
+
+    def _fit(self) -> str:
+        """Segments, and micro-batches of the same step, as large as ``--max_memory`` allows; lines of what was done."""
+        config, shape, accumulation = self.config, self._shape(), self.config.gradient_accumulation_steps
+        # ``deferred`` goes by the answer, and a JSON may fix how a step is cut
+        free = not shape.couples_pairs and config.segmentation != "deferred" and not self.choice.fixes_batch_sizes
+        fit = fit_segments(
+            self.engine,
+            self.segments,
+            shape,
+            fraction=config.max_memory,
+            accumulation=accumulation if free else 1,
+        )
+        lines = [fit.describe(shape.max_length)]
+        pairs = fit_micro_batch(fit, shape, accumulation) if free else shape.pairs
+        if pairs != shape.pairs:
+            self.config = with_micro_batch(config, pairs)
+            self.loader = run_data.train_loader(
+                self.config, self.parts.train_set, self.parts.encoder, self.context.world
+            )
+            lines.append(
+                f"micro-batches of {pairs}, {self.config.gradient_accumulation_steps} a step, instead of "
+                f"{shape.pairs}, {accumulation} a step: the same step, all rows of a micro-batch in one graph"
+            )
+        return "".join(f"           {line}\n" for line in lines)
+
+    def _announcement(self, strategy: str, why: str, measured: str) -> str:
+        config, context, parts = self.config, self.context, self.parts
+        held_out = f"{len(parts.eval_set)} held out" if parts.eval_set is not None else "none held out"
+        total, trained = count_parameters(self.loaded.model)
+        return (
+            f"policy     {describe_model(config)}, "
+            f"{total / 1e6:.2f}M parameters, {trained / 1e6:.2f}M trained, {'bf16' if self.choice.bf16 else 'fp32'}\n"
+            f"reference  {self.reference_text} ({self.why_mode})\n"
+            f"data       {config.train_data or 'generated arithmetic-reasoning pairs'}: {len(parts.train_set)} "
+            f"{'records' if self.loss.unpaired else 'pairs'}, "
+            f"{held_out}\n"
+            f"engine     {self.choice.describe()}, {context.world.size} process(es) on {context.world.device.type}\n"
+            f"scores     {config.score_estimator}, n = {config.num_mc_samples}; loss {self.loss.describe()}, "
+            f"beta {config.beta}\n"
+            f"memory     segmentation '{strategy}' ({why}), {self.segments.describe()}\n"
+            f"{measured}"
+            f"output     {context.output_dir}"
+        )
+
+    def _check_first(self, report: StepReport) -> None:
+        """With policy = reference and shared noise every preference logit is 0, so the sigmoid loss is ln 2."""
+        config, loss = self.config, self.loss
+        if config.ref_model_name_or_path or self.mode == "none" or "sigmoid" not in loss.names:
+            return
+        off = abs(config.beta * report.largest_logit) / 2  # |loss - ln 2| of the worst pair, to first order
+        # segments that --max_memory has sized are not those that the scores were made in
+        same = self.scores is None or (self.scores.same_shapes and not config.max_memory)
+        if not off <= LN2_TOLERANCE[self.choice.bf16] * (1 if same else 10):
+            self.context.print(
+                f"WARNING: the first step's loss should be ln 2 = {LN2:.6f} (policy = reference, shared noise) but a "
+                f"pair is off by {off:.2e}: policy and reference do not compute the same numbers"
+            )
+        elif _is_plain_sigmoid(loss):
+            self.context.print(f"step 1: loss {report.loss:.6f}, ln 2 as it must be while policy = reference")
+
+
+def _is_plain_sigmoid(loss: LossOptions) -> bool:
+    return set(loss.names) <= {"sigmoid", "sft"} and loss.weights[0] == 1.0

@@ -1,0 +1,163 @@
+"""Supervised training with the masked-diffusion loss: what ``launch/sft.py`` runs.
+
+The loss of an answer is -score / tokens, with the same rows and weights (L/k for ``mask_count``) as preference scores:
+response tokens only, the terminator among them, the prompt never masked (Nie et al., LLaDA, arXiv 2502.09992, eq. 5).
+"""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from typing import cast
+
+from data_pipeline.batch import Fault, PairBatch
+from data_pipeline.dataset import ShardedDataset
+from data_pipeline.facts import refuse_unusable
+from data_pipeline.records import AnswerRecord
+from data_pipeline.stages import RecordReader
+from diffdpo.config import SftConfig, resolve
+from diffdpo.engine.base import count_parameters
+from diffdpo.engine.choice import EngineChoice, choose_engine
+from diffdpo.engine.make import bf16_able, load_device, make_engine
+from diffdpo.engine.optimizer import OptimizerOptions
+from diffdpo.engine.world import shutdown_distributed
+from diffdpo.evaluation.heldout import HeldOutAnswers, SampledAnswers
+from diffdpo.losses.options import LossOptions
+from diffdpo.models.architecture.from_scratch import new_model, train_tokenizer
+from diffdpo.models.encoder import make_encoder
+from diffdpo.models.load import LoadedModel, dtype_name, load_model
+from diffdpo.noise.options import NoiseOptions
+from diffdpo.scores.masked_log_probs import MaskedLogProbs
+from diffdpo.scores.reference import no_reference
+from diffdpo.scores.segments import make_segments
+from diffdpo.setup import data as run_data
+from diffdpo.setup.context import RunContext, open_context
+from diffdpo.setup.preflight import check_before_weights, check_settings_meet
+from diffdpo.step.report import StepReport
+from diffdpo.step.step import PreferenceStep
+from diffdpo.step.strategy import MicroBatchShape, choose_strategy
+from diffdpo.training.answer_canvas import fill_canvas
+from diffdpo.training.callbacks import Callback
+from diffdpo.training.checkpoint import find_checkpoint
+from diffdpo.training.run import Result, Run, carry_out
+
+TOKENIZER_RECORDS = 20_000  # the tokenizer of a new model is trained on the first of the data
+
+
+def sft(config: SftConfig, *, callbacks: Sequence[Callback] = ()) -> Result:
+    """Run to the end, whatever the number of processes. UserError or DataError for what a user can mend."""
+    config = cast(SftConfig, resolve(config))
+    check_settings_meet(config)
+    context = open_context(config, "sft")
+    try:
+        device = context.world.device
+        processes, cuda = context.world.size, device.type == "cuda"
+        choice = choose_engine(config, processes=processes, cuda=cuda, bf16_able=bf16_able(device))
+        check_before_weights(config, choice)
+        return carry_out(_build(config, context, choice, callbacks))
+    finally:
+        shutdown_distributed()
+
+
+def _build(config: SftConfig, context: RunContext, choice: EngineChoice, callbacks: Sequence[Callback]) -> Run:
+    world = context.world
+    resume = None
+    if config.resume_from_checkpoint:
+        resume = find_checkpoint(config.resume_from_checkpoint, context.output_dir, world, context.print)
+    train_set, eval_set = run_data.open_data(config, context, run_data.generated(config))
+    loaded = _load_or_make(config, context, choice, train_set)
+    encoder = make_encoder(config, loaded.tokenizer, loaded.spec)
+    longest = getattr(loaded.model.config, "max_position_embeddings", None)
+    run_data.warn_of_data(config, context, (train_set, eval_set), longest=longest)
+    refuse_unusable(train_set, encoder)
+    loader = run_data.train_loader(config, train_set, encoder, world)
+    batches = run_data.eval_batches(config, eval_set, encoder, world)
+    noise = NoiseOptions.of(config, mask_token_id=loaded.spec.mask_token_id)
+    module = MaskedLogProbs.of(loaded.model, loaded.spec, config)
+    engine = make_engine(choice, module, world, OptimizerOptions.of(config), say=context.print)
+    meets = world if engine.retry_obstacle() is not None else None
+    segments = make_segments(config, choice, world.device, world=meets, in_training=True)
+    strategy, why = choose_strategy(
+        config.segmentation,
+        obstacle=engine.no_sync_obstacle(),
+        reduces_in_backward=choice.reduces_in_backward,
+        segments=segments,
+        shape=MicroBatchShape(config.per_device_train_batch_size, config.num_mc_samples, config.max_length, False),
+    )
+    held_out = HeldOutAnswers(
+        engine,
+        noise,
+        batches,
+        SampledAnswers(config, engine, loaded, batches),
+        segments=make_segments(config, choice, world.device, world=world),
+    )
+    context.print(_announcement(config, context, choice, loaded, len(train_set), f"'{strategy}' ({why})"))
+    loss = LossOptions(("sft",), (1.0,), beta=1.0)
+    score_step = PreferenceStep(engine, no_reference, noise, loss, strategy=strategy, segments=segments, compared=False)
+
+    def step(micro_batches: Sequence[PairBatch], rate: float) -> StepReport:
+        canvas = {"canvas": config.answer_canvas, "terminator_id": loaded.spec.terminator_id, "seed": config.seed}
+        filled = [fill_canvas(b, **canvas) for b in micro_batches] if config.answer_canvas else micro_batches
+        return score_step(filled, rate)
+
+    return Run(
+        config=config,
+        context=context,
+        resume=resume,
+        data=train_set,
+        loader=loader,
+        loaded=loaded,
+        engine=engine,
+        step=step,
+        held_out=held_out,
+        check_first=_nothing_to_check,
+        unit="answers",
+        base=config.policy or "random weights",
+        callbacks=callbacks,
+    )
+
+
+def _announcement(
+    config: SftConfig, context: RunContext, choice: EngineChoice, loaded: LoadedModel, answers: int, strategy: str
+) -> str:
+    return (
+        f"model    {config.model_name_or_path or 'new'}, {count_parameters(loaded.model)[0]:,} parameters\n"
+        f"data     {config.train_data or 'generated arithmetic-reasoning answers'}: {answers} answers\n"
+        f"engine   {choice.describe()}; segmentation {strategy}\n"
+        f"output   {context.output_dir}"
+    )
+
+
+def _nothing_to_check(report: StepReport) -> None:
+    """Supervised training has no reference to agree with."""
+
+
+def _load_or_make(config: SftConfig, context: RunContext, choice: EngineChoice, data: ShardedDataset) -> LoadedModel:
+    """The named model, or a new one with a tokenizer trained on the data: the same on every rank."""
+    device = load_device(choice, context.world)
+    if config.policy:
+        loaded = load_model(config.policy, dtype=dtype_name(choice.bf16), device=device)
+        loaded.model.requires_grad_(True)
+        return loaded
+    folder = context.output_dir / "start"
+    if context.world.is_main and not (config.resume_from_checkpoint and folder.exists()):
+        shutil.rmtree(folder, ignore_errors=True)  # of a start that was broken off, perhaps with other settings
+        tokenizer = train_tokenizer(_texts(data), vocab_size=config.vocab_size)
+        model = new_model(tokenizer, width=config.width, layers=config.layers, heads=config.heads, seed=config.seed)
+        partial = folder.with_name("start.partial")  # renamed when whole: an interrupted one is never taken for it
+        tokenizer.save_pretrained(partial)
+        model.save_pretrained(partial)
+        partial.rename(folder)
+    context.world.barrier()
+    loaded = load_model(str(folder), device=device)
+    loaded.model.requires_grad_(True)
+    return loaded
+
+
+def _texts(data: ShardedDataset) -> Iterator[str]:
+    reader = RecordReader(data)
+    for number in range(min(len(data), TOKENIZER_RECORDS)):
+        record = reader(number)
+        if not isinstance(record, Fault):
+            answers = (record.answer,) if isinstance(record, AnswerRecord) else (record.chosen, record.rejected)
+            for text in (record.prompt, *answers):
+                yield text if isinstance(text, str) else " ".join(message["content"] for message in text)
+    reader.close()

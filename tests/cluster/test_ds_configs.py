@@ -1,0 +1,122 @@
+"""Every file of ds_configs/: in the table of its README, accepted by DeepSpeed, and the same training as the others."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from diffdpo.engine import preflight
+from diffdpo.engine.ds_config import complete_ds_config, read_ds_config
+from diffdpo.engine.optimizer import OptimizerOptions
+from diffdpo.errors import UserError
+from tests.conftest import ROOT
+
+FOLDER = ROOT / "ds_configs"
+FILES = sorted(FOLDER.glob("*.json"))
+NAMES = [path.stem for path in FILES]
+PROCESSES = 2
+
+
+def test_there_is_a_file_for_every_way_to_shard():
+    sharded = {"zero1", "zero2", "zero3", "zero3_offload", "zero3_nvme", "zeropp"}
+    assert set(NAMES) == sharded | {"4080_offload", "4080_zero3_offload"}
+
+
+def test_the_table_has_a_line_for_every_file():
+    lines = re.findall(r"^\| `(.+)\.json` \|(.*)\|$", (FOLDER / "README.md").read_text(), re.MULTILINE)
+    assert sorted(name for name, _ in lines) == sorted(NAMES)
+    for name, told in lines:
+        assert len(told.split("|")) == 3 and all(len(cell.split()) > 0 for cell in told.split("|")), name
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_deepspeed_accepts_it(path, cuda):
+    options = OptimizerOptions(learning_rate=1e-3)
+    place = {"micro_batch_size": 4, "accumulation_steps": 2, "world_size": 16, "bf16": cuda, "cuda": cuda}
+    preflight.check_values(complete_ds_config(read_ds_config(path), options, **place))
+    preflight.check_zeropp(read_ds_config(path), processes=16, cuda=True)
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_it_holds_sharding_and_offload_only(path):
+    assert set(json.loads(path.read_text())) <= {"zero_optimization", "aio"}
+
+
+@pytest.mark.parametrize("key", preflight.QUANTISED)
+def test_quantisation_without_a_gpu_is_one_line(key):
+    asked = {"zero_optimization": {"stage": 3, key: True}}
+    with pytest.raises(UserError, match=f"{key}.*operators for GPUs only"):
+        preflight.check_zeropp(asked, processes=8, cuda=False)
+    preflight.check_zeropp(asked, processes=8, cuda=True)
+
+
+def test_processes_that_make_no_whole_groups_are_one_line():
+    asked = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}
+    with pytest.raises(UserError, match="zero_hpz_partition_size to 8 and the run has 12"):
+        preflight.check_zeropp(asked, processes=12, cuda=True)
+    for processes in (1, 2, 8, 16):  # DeepSpeed makes a larger group as small as the run
+        preflight.check_zeropp(asked, processes=processes, cuda=True)
+
+
+def runnable(name: str, folder: Path) -> Path:
+    """The file as this machine can run it: NVMe in a folder of the test, ZeRO++ without what needs a GPU."""
+    content = json.loads((FOLDER / f"{name}.json").read_text())
+    zero = content["zero_optimization"]
+    if name == "zero3_nvme":
+        if not preflight.libaio_found():
+            pytest.skip("libaio-dev is not installed")
+        (folder / "disk").mkdir()
+        zero["offload_optimizer"]["nvme_path"] = str(folder / "disk")
+    if name == "zeropp":
+        zero |= dict.fromkeys(preflight.QUANTISED, False) | {"zero_hpz_partition_size": PROCESSES}
+    if zero["stage"] == 3:
+        zero["stage3_param_persistence_threshold"] = 0  # else a model this small is not sharded at all
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def curve(command, tiny_model, pairs_file, out: Path, *flags: str):
+    """(loss, gradient norm) of three steps through the public command."""
+    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", str(PROCESSES)]
+    done = command(
+        [
+            *(*torchrun, "launch/train.py", *flags, "--output_dir", str(out), "--tracking_uri", "none"),
+            *("--model_name_or_path", str(tiny_model), "--train_data", str(pairs_file), "--max_steps", "3"),
+            *("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--learning_rate", "1e-3"),
+            *("--warmup_steps", "0", "--beta", "0.5", "--max_length", "128", "--max_prompt_length", "64"),
+            *("--max_eval_pairs", "8", "--num_eval_problems", "0"),
+        ],
+        timeout=900,  # operators are compiled at the first run on a machine
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [(line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def plain(command, tiny_model, pairs_file, tmp_path_factory):
+    """The curve without DeepSpeed."""
+    return curve(command, tiny_model, pairs_file, tmp_path_factory.mktemp("plain") / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(1000)
+@pytest.mark.parametrize("name", NAMES)
+def test_three_steps_are_those_without_it(command, tiny_model, pairs_file, tmp_path, plain, name):
+    found = curve(
+        command,
+        tiny_model,
+        pairs_file,
+        tmp_path / "run",
+        "--ds_config",
+        str(runnable(name, tmp_path)),
+    )
+    assert len(found) == len(plain) == 3
+    for (loss, norm), (true_loss, true_norm) in zip(found, plain, strict=True):
+        assert loss == pytest.approx(true_loss, rel=1e-4, abs=1e-6)
+        assert norm == pytest.approx(true_norm, rel=1e-3)
