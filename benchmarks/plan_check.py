@@ -226,18 +226,18 @@ def equal_rows(config, vocabulary: int):
     position = torch.arange(config.max_prompt_length, length)
     ids_RT = torch.randint(7, vocabulary, (count, length))
     return NoisyRows(
-        ids_RT,
-        torch.full((count,), length),
-        torch.arange(count) // config.num_mc_samples,
-        torch.full((count,), 1.0 / config.num_mc_samples),
-        torch.full((count,), scored / config.num_mc_samples),
-        torch.arange(count).repeat_interleave(scored),
-        position.repeat(count),
-        ids_RT[:, config.max_prompt_length :].flatten(),
-        torch.ones(count * scored),
-        torch.full((count // config.num_mc_samples,), scored),
-        torch.arange(count),
-        torch.arange(count) // config.num_mc_samples,
+        input_ids_RT=ids_RT,
+        lengths_R=torch.full((count,), length),
+        answer_R=torch.arange(count) // config.num_mc_samples,
+        weight_R=torch.full((count,), 1.0 / config.num_mc_samples),
+        share_R=torch.full((count,), scored / config.num_mc_samples),
+        row_M=torch.arange(count).repeat_interleave(scored),
+        position_M=position.repeat(count),
+        target_M=ids_RT[:, config.max_prompt_length :].flatten(),
+        scale_M=torch.ones(count * scored),
+        tokens_A=torch.full((count // config.num_mc_samples,), scored),
+        block_R=torch.arange(count),
+        cell_R=torch.arange(count) // config.num_mc_samples,
     )
 
 

@@ -126,7 +126,7 @@ def make_step(config: TrainConfig, world: World, trained: str, mode: str, stored
     reference = stored
     if mode != "precomputed":
         reference = make_reference(config, mode, engine, engine.freeze(frozen) if frozen else None)[0](segments)
-    noise = NoiseOptions.of(config, mask_token_id=loaded.spec.mask_token_id)
+    noise = NoiseOptions.of(config, loaded.spec)
     return PreferenceStep(engine, reference, noise, config.loss(), strategy="none", segments=segments)
 
 

@@ -161,7 +161,7 @@ def drawn_rows(models: Models, pair: TokenPair, planner: Planner, draws: range, 
     chosen_L, rejected_L = (side.ids[side.prompt_length :] for side in (pair.chosen, pair.rejected))
     one_stream = planner.in_common and alike(chosen_L, rejected_L)
 
-    def of(length: int, draw: str, side: int) -> NoisePlan:
+    def of(prompt: int, length: int, draw: str, side: int) -> NoisePlan:
         return planner.plan(length, NoiseKey(seed, 0, pair.id, 0 if one_stream else side, int(draw)))
 
     return rows_of_plans(batch, of, empty_rows=1, mask_token_id=models.mask_token_id).to(models.device)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from data_pipeline.errors import DataError
-from data_pipeline.records import GRADES, Message, RecordError, Text, missing_field, user_turn
+from data_pipeline.records import GRADES, Message, RecordError, Text, assistant_turn, missing_field, user_turn
 from data_pipeline.sources.messages import parse_written, read_text, without_nulls
 
 PAIR = ("chosen", "rejected")
@@ -108,6 +108,8 @@ class Fields(dict):
             if isinstance(turns, str) or len(turns) < 2 or turns[-1]["role"] != "assistant":
                 raise RecordError("not_one_answer", "'messages' does not end with the answer that was chosen")
             self["prompt"], self["chosen"] = list(turns[:-1]), list(turns[-1:])
+            if isinstance(text := read_text(self["rejected_response"], "rejected_response"), str):
+                self["rejected_response"] = assistant_turn(text)
         else:
             raise missing_field("response", self)
         self["rejected"] = self.pop("rejected_response")

@@ -109,14 +109,15 @@ def custom(here: str) -> Callable[[Read], Entry]:
 # ---------------------------------------------------------------------------------------- entries of their own
 
 
-def strategy(steps: str) -> Entry:
-    """When to evaluate, or to save: no, by steps, or every epoch."""
+def strategy(*settings: str) -> Entry:
+    """When to evaluate, or to save: no (all settings 0), by steps (the first of them), or every epoch."""
+    steps, none = settings[0], " ".join(f"--{setting} 0" for setting in settings)
 
-    @custom(f"no: `--{steps} 0`; steps: `--{steps}`; epoch: `--{steps}` as the share of an epoch")
+    @custom(f"no: `{none}`; steps: `--{steps}`; epoch: `--{steps}` as the share of an epoch")
     def entry(name: str, value: Any, beside: Given) -> dict[str, Any]:
         kind = "no" if value is False else word(value).lower()  # YAML 1.1 takes `no` for false
         if kind == "no":
-            return {steps: 0}
+            return dict.fromkeys(settings, 0)
         if kind == "steps":
             if beside.get(steps) is None:
                 raise UserError(f"--{name} steps needs --{steps}, a number or a share such as 0.1")
@@ -380,7 +381,7 @@ TABLE: dict[str, Entry] = {
     "include_for_metrics": answered(_METRICS),
     "include_inputs_for_metrics": answered(_METRICS),
     "batch_eval_metrics": answered(_METRICS),
-    "save_strategy": strategy("save_steps"),
+    "save_strategy": strategy("save_steps", "save_minutes"),
     "save_only_model": only("false", why="a checkpoint is what a run goes on from; final/ holds the model alone"),
     "save_on_each_node": only("false", why="one process writes"),
     "save_safetensors": only("true", why="weights are written as safetensors"),

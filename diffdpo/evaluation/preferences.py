@@ -127,7 +127,7 @@ def score_held_out(
     """
 
     def rows_of(batch: PairBatch) -> NoisyRows:
-        return noise.rows(batch, engine.world.device)
+        return noise.draw_rows(batch, engine.world.device)
 
     def table(batch: PairBatch) -> Tensor:
         rows = rows_of(batch)
@@ -183,7 +183,7 @@ def answer_losses(
     """-score / tokens of every chosen answer, over all ranks: what supervised training lowers."""
 
     def losses(batch: PairBatch) -> Tensor:
-        rows = noise.rows(batch, engine.world.device)
+        rows = noise.draw_rows(batch, engine.world.device)
         scores = fold(score_rows(engine, rows, segments=segments), rows)
         return -(scores.score_B2 / scores.tokens_B2.clamp(min=1))[:, :1].cpu()
 

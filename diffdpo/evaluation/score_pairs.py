@@ -29,7 +29,7 @@ class Scorer:
         spec, tokenizer = models[0].spec, models[0].tokenizer
         self.models = [MaskedLogProbs(one.model, one.spec).eval() for one in models]
         self.encoder = make_encoder(settings, tokenizer, spec)
-        self.noise = NoiseOptions.of(settings, mask_token_id=spec.mask_token_id)
+        self.noise = NoiseOptions.of(settings, spec)
         self.segments, self.batch_size = Segments(rows=settings.segment_rows), settings.batch_size
         self.dropped: list[tuple[str, Drop]] = []  # (id, why) of records that were left out
 
@@ -49,7 +49,7 @@ def score_pairs(
     The models read the same rows, of epoch 0. UserError for ``exact`` on long answers.
     """
     batch = collate(list(pairs), pad_id=noise.mask_token_id, epoch=0, step=0, micro=0, last_micro=True)
-    rows = noise.rows(batch, next(models[0].parameters()).device)
+    rows = noise.draw_rows(batch, next(models[0].parameters()).device)
     f = [score_rows(model, rows, segments=segments) for model in models]
     ratio = fold(f[0] - f[1], rows) if len(f) == 2 else None
     return [fold(f_R, rows) for f_R in f], ratio
@@ -62,7 +62,8 @@ def encoded(
     with their id."""
     for record in records:
         pair = encoder(record)
-        if not isinstance(pair, Drop) and noise.estimator == "exact" and longest(pair) > MAX_EXACT_LENGTH:
+        whole = noise.estimator == "exact" and not noise.block_size  # enumerates the masks of the whole answer
+        if not isinstance(pair, Drop) and whole and longest(pair) > MAX_EXACT_LENGTH:
             pair = Drop("too_long_for_exact", f"({longest(pair)} tokens in an answer, {MAX_EXACT_LENGTH} at most)")
         if isinstance(pair, Drop):
             dropped.append((record.id, pair))

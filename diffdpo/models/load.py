@@ -15,6 +15,12 @@ from data_pipeline.errors import DataError
 from data_pipeline.hub import at_revision
 from data_pipeline.tokenizer import first_id, name_mask, read_tokenizer
 from diffdpo.errors import UserError
+from diffdpo.models.architecture.block_families import (
+    Fast_dLLM_QwenForCausalLM,
+    FastDLLMQwenConfig,
+    SDARConfig,
+    SDARForCausalLM,
+)
 from diffdpo.models.architecture.dream import (
     A2DLlamaConfig,
     A2DLlamaLMHeadModel,
@@ -62,6 +68,10 @@ class Family:
 FAMILIES = {
     "llada": Family(LLaDAConfig, LLaDAModelLM, LLADA_LORA_TARGETS, 0),
     "illada": Family(ILLaDAConfig, ILLaDAForCausalLM, DECODER_LORA_TARGETS, 0, "<[MASK]>", 5),
+    "sdar": Family(SDARConfig, SDARForCausalLM, DECODER_LORA_TARGETS, 0, "<|MASK|>", 151669),
+    "Fast_dLLM_Qwen": Family(
+        FastDLLMQwenConfig, Fast_dLLM_QwenForCausalLM, DECODER_LORA_TARGETS, 1, "|<MASK>|", 151665
+    ),
     "Dream": Family(DreamConfig, DreamModel, DECODER_LORA_TARGETS, 1),
     "qwen2": Family(Qwen2DiffusionConfig, DreamModel, DECODER_LORA_TARGETS, 1),
     "qwen3": Family(Qwen3DiffusionConfig, DreamModel, DECODER_LORA_TARGETS, 1),
@@ -70,6 +80,20 @@ FAMILIES = {
     "a2d-qwen3": Family(A2DQwen3Config, A2DQwen3LMHeadModel, DECODER_LORA_TARGETS, 0),
     "a2d-llama": Family(A2DLlamaConfig, A2DLlamaLMHeadModel, DECODER_LORA_TARGETS, 0),
 }
+
+
+NOT_BUILT = {
+    "llada2_moe": "LLaDA2.x: the experts are not built",
+    "llada2_moe_veomni": "LLaDA2.x with merged experts: the experts are not built",
+    "sdar_moe": "SDAR with experts: the experts are not built",
+    "lladamoe": "LLaDA-MoE: the experts are not built",
+    "nemotron_labs_diffusion": (
+        "Nemotron-Labs-Diffusion: names (encoder.*, diffusion_head) and YaRN with position-dependent query scaling are "
+        "not built, and how its clean tokens attend was not verified"
+    ),
+    "diffusion_gemma": "DiffusionGemma: uniform noise without a mask token is another kind of diffusion",
+}
+"""Families that are known and refused, and why."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +111,12 @@ def load_model(
     dtype: str = "float32",
     device: str = "cpu",
     load_in_4bit: bool = False,
+    block_size: int | None = None,
 ) -> LoadedModel:
     """Load a published checkpoint (NAME or NAME@REVISION of the hub), a directory written by `save_model`, or a peft
     adapter directory with its base.
 
+    `block_size`: for a checkpoint that does not say how many tokens a block has (0: its attention is full).
     `load_in_4bit`: NF4 with double quantisation for the blocks; embedding, norms and head stay in `dtype`.
     Raises UserError for anything a user can mend: an unknown family or dtype, missing keys or tensors, a tokenizer
     that does not fit.
@@ -100,8 +126,9 @@ def load_model(
         raise UserError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
     check_device(device)
     if is_adapter(name_or_path):
-        return load_adapter(name_or_path, dtype=dtype, device=device, load_in_4bit=load_in_4bit)
-    family, config = read_config(name_or_path)
+        options = {"dtype": dtype, "device": device, "load_in_4bit": load_in_4bit, "block_size": block_size}
+        return load_adapter(name_or_path, **options)
+    family, config = read_config(name_or_path, block_size=block_size)
     tokenizer = load_tokenizer(name_or_path)
     spec = make_spec(config, family, tokenizer)
     weights = {"dtype": DTYPES[dtype], "device": device, "nf4": load_in_4bit}
@@ -135,8 +162,8 @@ def load_adapter(folder: str | Path, *, base: str | None = None, **options) -> L
     return LoadedModel(attach_adapter(loaded.model, folder), loaded.tokenizer, loaded.spec)
 
 
-def read_config(name_or_path: str) -> tuple[Family, PreTrainedConfig]:
-    """The family and checked config of a checkpoint; no weights are read."""
+def read_config(name_or_path: str, *, block_size: int | None = None) -> tuple[Family, PreTrainedConfig]:
+    """The family and checked config of a checkpoint; no weights are read. `block_size` as for `load_model`."""
     only_kept(name_or_path)  # in the words of this package when it is nowhere
     name, where = at_revision(name_or_path)
     try:
@@ -146,6 +173,8 @@ def read_config(name_or_path: str) -> tuple[Family, PreTrainedConfig]:
     if not isinstance(raw, dict) or not raw:
         raise UserError(f"no model config at {name_or_path!r}: give a directory with config.json or a hub id")
     kind = raw.get("model_type")
+    if isinstance(kind, str) and kind in NOT_BUILT:
+        raise UserError(f"{name_or_path!r} has model_type {kind!r}, which is refused. {NOT_BUILT[kind]}")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(
             f"{name_or_path!r} has model_type {kind!r}; supported: {', '.join(FAMILIES)} (docs/models.md adds a family)"
@@ -157,7 +186,20 @@ def read_config(name_or_path: str) -> tuple[Family, PreTrainedConfig]:
             f"{name_or_path!r} holds weights quantised by {method}: load the original; load_in_4bit quantises it here"
         )
     family = FAMILIES[kind]
+    if block_size is not None:
+        _set_block_size(raw, family, block_size)
     return family, family.config_class.from_dict(raw).check()
+
+
+def _set_block_size(raw: dict[str, Any], family: Family, block_size: int) -> None:
+    """Put what the user says where config.json says nothing. UserError where it says otherwise, or it cannot be."""
+    config_class = cast(Any, family.config_class)
+    if config_class.least_block is None:
+        raise UserError(f"block_size={block_size}: models of type {raw['model_type']!r} have no blocks; leave it out")
+    key = config_class.attribute_map.get("block_size", "block_size")
+    if raw.get(key) not in (None, block_size):
+        raise UserError(f"block_size={block_size}: config.json has {key}={raw[key]!r}; leave it out, or correct one")
+    raw[key] = block_size
 
 
 def model_context(name_or_path: str) -> int | None:
@@ -167,9 +209,9 @@ def model_context(name_or_path: str) -> int | None:
     return getattr(read_config(name_or_path)[1], "max_position_embeddings", None)
 
 
-def empty_model(name_or_path: str) -> PreTrainedModel:
+def empty_model(name_or_path: str, *, block_size: int | None = None) -> PreTrainedModel:
     """The model on the meta device: its modules and shapes; no weights are read."""
-    family, config = read_config(name_or_path)
+    family, config = read_config(name_or_path, block_size=block_size)
     with torch.device("meta"):
         return family.model_class(config)
 
@@ -182,11 +224,13 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         raise UserError(str(error)) from error
 
 
-def load_tokenizer_and_spec(name_or_path: str) -> tuple[PreTrainedTokenizerBase, FamilySpec]:
+def load_tokenizer_and_spec(
+    name_or_path: str, *, block_size: int | None = None
+) -> tuple[PreTrainedTokenizerBase, FamilySpec]:
     """What `load_model` gives besides the model, without reading weights."""
     if is_adapter(name_or_path):
-        return load_tokenizer_and_spec(base_of_adapter(name_or_path))
-    family, config = read_config(name_or_path)
+        return load_tokenizer_and_spec(base_of_adapter(name_or_path), block_size=block_size)
+    family, config = read_config(name_or_path, block_size=block_size)
     tokenizer = load_tokenizer(name_or_path)
     return tokenizer, make_spec(config, family, tokenizer)
 
@@ -228,6 +272,7 @@ def make_spec(config: PreTrainedConfig, family: Family, tokenizer: PreTrainedTok
         logit_shift=family.logit_shift if shift is None else shift,
         template="chat" if tokenizer.chat_template else "plain",
         stop_token_ids=tuple(stop for stop in stops if stop != terminator),
+        block_size=getattr(config, "block_size", None) or None,
     )
 
 

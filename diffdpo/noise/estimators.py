@@ -22,6 +22,7 @@ from diffdpo.noise.plan import NoiseKey, NoisePlan
 
 EPSILON = 1e-3  # smallest t of the estimators that weigh by 1/t: their variance would be infinite at 0 (LLaDA, VRPO)
 MAX_EXACT_LENGTH = 12  # 4095 masks
+AUTO = "auto"  # resolved by what the model is (``block_score.resolved``) before anything is drawn
 
 
 def draw_plan(
@@ -35,7 +36,18 @@ def draw_plan(
     check_estimator(estimator, num_samples=num_samples, num_diffusion_steps=num_diffusion_steps)
     if length < 1:
         raise ValueError(f"an answer of {length} tokens has nothing to score")
-    rng = (replace(key, side=0) if estimator == "paired" else key).generator()
+    return drawn(estimator, length, num_samples, generator_of(estimator, key), num_diffusion_steps)
+
+
+def generator_of(estimator: str, key: NoiseKey) -> np.random.Generator:
+    """The stream of an answer's noise: ``paired`` has one for both sides."""
+    return (replace(key, side=0) if estimator == "paired" else key).generator()
+
+
+def drawn(
+    estimator: str, length: int, num_samples: int, rng: np.random.Generator, num_diffusion_steps: int | None
+) -> NoisePlan:
+    """The rows of ``length`` tokens, drawn from ``rng``; settings unchecked."""
     if estimator == "trajectory":
         return trajectory(length, num_samples, rng, num_diffusion_steps or num_samples)
     return ESTIMATORS[estimator](length, num_samples, rng)
@@ -43,8 +55,8 @@ def draw_plan(
 
 def check_estimator(estimator: str, *, num_samples: int, num_diffusion_steps: int | None = None) -> None:
     """UserError if these settings contradict; needs no data, so commands call it before a model is loaded."""
-    if estimator not in ESTIMATORS:
-        raise UserError(f"--score_estimator {estimator}: unknown; choose one of {', '.join(ESTIMATORS)}")
+    if estimator not in (AUTO, *ESTIMATORS):
+        raise UserError(f"--score_estimator {estimator}: unknown; choose one of {', '.join((AUTO, *ESTIMATORS))}")
     if num_samples < 1:
         raise UserError(f"--num_mc_samples is {num_samples}; it must be at least 1")
     if num_diffusion_steps is not None and estimator != "trajectory":

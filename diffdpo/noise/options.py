@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from data_pipeline.batch import PairBatch
+from diffdpo.models.architecture.spec import FamilySpec
+from diffdpo.noise.block_score import check_block_estimator, resolved
 from diffdpo.noise.rows import NoisyRows, noisy_rows
 from diffdpo.settings.noise import NoiseSettings
 
@@ -18,19 +20,24 @@ class NoiseOptions:
     seed: int
     mask_token_id: int
     num_diffusion_steps: int | None = None
+    block_size: int | None = None  # of a block-causal family
 
     @classmethod
-    def of(cls, settings: NoiseSettings, *, mask_token_id: int) -> "NoiseOptions":
-        """From the flags."""
+    def of(cls, settings: NoiseSettings, spec: FamilySpec) -> "NoiseOptions":
+        """From the flags and the family. UserError for an estimator that cannot serve it."""
+        estimator, _ = resolved(settings.score_estimator, spec.block_size)
+        if spec.block_size:
+            check_block_estimator(estimator, spec.block_size)
         return cls(
-            settings.score_estimator,
+            estimator,
             settings.num_mc_samples,
             settings.seed,
-            mask_token_id,
+            spec.mask_token_id,
             settings.num_diffusion_steps,
+            spec.block_size,
         )
 
-    def rows(self, batch: PairBatch, device: torch.device, *, draw: int = 0) -> NoisyRows:
+    def draw_rows(self, batch: PairBatch, device: torch.device, *, draw: int = 0) -> NoisyRows:
         """The noisy rows of a micro-batch; another ``draw``: others, independent of them."""
         return noisy_rows(
             batch,
@@ -40,4 +47,5 @@ class NoiseOptions:
             mask_token_id=self.mask_token_id,
             num_diffusion_steps=self.num_diffusion_steps,
             draw=draw,
+            block_size=self.block_size,
         ).to(device)

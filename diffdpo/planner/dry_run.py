@@ -43,7 +43,18 @@ def meta_rows(count: int, job: PlannedRun) -> NoisyRows:
     ids_RT = torch.empty(count, job.length, dtype=torch.long, device="meta")
     index_M, index_R = value_M.long(), row_R.long()
     return NoisyRows(
-        *(ids_RT, index_R, index_R, row_R, row_R, index_M, index_M, index_M, value_M, index_R, index_R, index_R)
+        input_ids_RT=ids_RT,
+        lengths_R=index_R,
+        answer_R=index_R,
+        weight_R=row_R,
+        share_R=row_R,
+        row_M=index_M,
+        position_M=index_M,
+        target_M=index_M,
+        scale_M=value_M,
+        tokens_A=index_R,
+        block_R=index_R,
+        cell_R=index_R,
     )
 
 

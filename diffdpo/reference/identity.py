@@ -45,7 +45,7 @@ def identity_of(
         "num_diffusion_steps": noise.num_diffusion_steps,
         "seed": noise.seed,
         "noise": noise_digest(noise),
-    }
+    } | ({"block_size": spec.block_size} if spec.block_size else {})
 
 
 def fingerprint(identity: dict[str, Any]) -> str:

@@ -87,7 +87,7 @@ class ReferencePass:
     ):
         self.config, self.choice, self.world = config, choice, world
         self.encoder, self.spec, self.cache_dir, self.say = encoder, spec, cache_dir, say
-        self.noise = NoiseOptions.of(config, mask_token_id=spec.mask_token_id)
+        self.noise = NoiseOptions.of(config, spec)
         self.segments = make_segments(config, choice, world.device, world=world)
         self.reference = config.ref_model_name_or_path or model_or_bundled(config.policy)
         self.weights = world.broadcast(weights_digest(self.reference) if world.is_main else None)
@@ -186,7 +186,7 @@ def _score_all(
             pieces = [_nothing(stream.shapes)]
             for step in steps.tolist():
                 for batch in _step(stream.loader, epoch, step):
-                    rows = noise.rows(batch, world.device)
+                    rows = noise.draw_rows(batch, world.device)
                     f_R = score_rows(forward, rows, segments=segments)
                     pieces.append(part_of(batch, rows, f_R, stream.shapes))
                 bar.update(stream.loader.options.global_batch_size)

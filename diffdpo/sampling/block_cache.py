@@ -22,6 +22,10 @@ class RecordingLayout:
         self.positions_N, self.max_length = layout.positions_N, layout.max_length
         self.layers: list[tuple[Tensor, Tensor]] = []
 
+    def at(self, layer: int) -> "RecordingLayout":
+        """Itself."""
+        return self
+
     def attend(self, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
         self.layers.append((k_NGD.clone(), v_NGD.clone()))
         return self.layout.attend(q_NHD, k_NGD, v_NGD)
@@ -44,6 +48,10 @@ class WindowLayout:
         self.offset_R[order_R] = torch.arange(len(order_R), device=order_R.device) * self.width
         self.max_length = layout.max_length
         self._layer = 0
+
+    def at(self, layer: int) -> "WindowLayout":
+        """Itself."""
+        return self
 
     def attend(self, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
         keys, values = self.layers[self._layer]

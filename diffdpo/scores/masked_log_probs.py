@@ -11,17 +11,19 @@ Shapes: R rows, T padded length, N tokens in the stream, M scored positions.
 import importlib.util
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffdpo.errors import UserError
-from diffdpo.models.architecture.backbone import call_block, native
+from diffdpo.models.architecture.backbone import RowLayout, call_block, native
 from diffdpo.models.architecture.compiled import AttentionOutside, call_compiled, check_compiler
 from diffdpo.models.architecture.layout import Layout
 from diffdpo.models.architecture.spec import FamilySpec
 from diffdpo.models.architecture.token_log_probs import check_liger
+from diffdpo.scores.block_log_probs import block_log_probs
 from diffdpo.settings.model import ModelSettings
 
 MAX_WASTE = 0.05
@@ -86,14 +88,24 @@ class MaskedLogProbs(nn.Module):
         )
 
     def forward(
-        self, input_ids_RT: Tensor, lengths_R: Tensor, row_M: Tensor, position_M: Tensor, target_M: Tensor
-    ) -> Tensor:
+        self,
+        input_ids_RT: Tensor,
+        lengths_R: Tensor,
+        row_M: Tensor,
+        position_M: Tensor,
+        target_M: Tensor,
+        *clean: Tensor,
+    ) -> Any:
         """Natural-log probabilities [M], fp32 (fp64 for an fp64 model), of `target_M` at (`row_M`, `position_M`).
 
         Tokens at or beyond a row's length are padding: never computed with, never attended to. With M = 0 the result
         is empty but part of the graph, so that collectives of a sharding engine run on every rank.
+
+        A block-causal family takes the `clean` tokens of the rows' answers as well; see `block_log_probs`.
         """
-        base, device, lengths = native(self.model), input_ids_RT.device, lengths_R.tolist()
+        if self.spec.block_size:
+            return block_log_probs(self, input_ids_RT, lengths_R, row_M, position_M, target_M, *clean)
+        device, lengths = input_ids_RT.device, lengths_R.tolist()
         layout = Layout.packed(lengths, input_ids_RT.shape[1], device=device, max_waste=self._max_waste(device))
         self.counted.computed += len(layout)
         self.counted.padding += len(layout) - sum(lengths)
@@ -101,10 +113,19 @@ class MaskedLogProbs(nn.Module):
         if self.spec.logit_shift and output_M.numel() and int(output_M.min()) < 0:
             raise ValueError(f"{self.spec.name} never predicts position 0: a scored token needs one before it")
         keep_M = layout.offset_R[row_M] + output_M
+        hidden_MK = self.hidden_states(input_ids_RT.flatten()[layout.index_N], layout, keep_M)
+        return self.log_probs(hidden_MK, target_M)
+
+    def hidden_states(self, ids_N: Tensor, layout: RowLayout, keep_M: Tensor) -> Tensor:
+        """Normed hidden states [M, K] of a stream, its blocks run as the options say."""
         run_block = self._checkpointed if self.layer_checkpointing and torch.is_grad_enabled() else self.call_block
         seen = AttentionOutside(layout) if self.call_block is call_compiled else layout
-        hidden_MK = base.hidden_states(input_ids_RT.flatten()[layout.index_N], seen, keep_M=keep_M, run_block=run_block)
-        return base.head(hidden_MK, target_M, logits_budget=self.logits_budget, use_liger=self.use_liger)
+        return native(self.model).hidden_states(ids_N, seen, keep_M=keep_M, run_block=run_block)
+
+    def log_probs(self, hidden_MK: Tensor, target_M: Tensor) -> Tensor:
+        """log p(target) [M] from the hidden states that predict them."""
+        head = native(self.model).head
+        return head(hidden_MK, target_M, logits_budget=self.logits_budget, use_liger=self.use_liger)
 
     def _max_waste(self, device: torch.device) -> float:
         return 0.0 if device.type == "cuda" else self.max_waste  # varlen attention needs exact buckets

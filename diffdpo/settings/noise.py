@@ -19,7 +19,10 @@ class NoiseSettings(Settings):
     title: ClassVar[str] = "scores"
 
     score_estimator: str = setting(
-        "balanced", "how masks and weights are drawn; see docs/theory.md", choices=ESTIMATORS, common=True
+        "auto",
+        "how masks are drawn (docs/theory.md); auto: exact for blocks of up to 4 tokens, else balanced",
+        choices=("auto", *ESTIMATORS),
+        common=True,
     )
     num_mc_samples: int = setting(4, "forwards a score (n)", at_least=1, common=True)
     num_diffusion_steps: int | None = setting(

@@ -22,14 +22,26 @@ class OutputSettings(Settings):
     )
     save_steps: int | float = setting(
         0,
-        "steps between checkpoints, or their share of all; 0: the final model only",
+        "steps between checkpoints, or their share of all; 0: --save_minutes decides",
         at_least=0,
         share=True,
         common=True,
     )
+    save_minutes: float = setting(30.0, "minutes between checkpoints; 0: --save_steps alone decides", at_least=0)
     save_total_limit: int = setting(2, "newest checkpoints to keep", at_least=1)
+    save_on_full_disk: str = setting(
+        "stop", "continue: train on without the checkpoints that find no room", choices=("stop", "continue")
+    )
     resume_from_checkpoint: str | None = setting(
-        None, "a checkpoint folder, or 'latest' of --output_dir; default: a new run", common=True
+        None,
+        "a checkpoint, 'latest' of --output_dir, or 'auto': latest if there is one; default: a new run",
+        common=True,
+    )
+    stop_seconds: float = setting(10.0, "seconds in which a run that is sent SIGTERM ends", at_least=2)
+    hang_timeout: float = setting(
+        120.0,
+        "seconds beyond its usual time after which a step, or a silent rank, is taken to hang; 0: never",
+        at_least=0,
     )
 
     def check(self) -> None:
@@ -44,5 +56,8 @@ class OutputSettings(Settings):
             raise UserError(
                 f"--run_name {self.run_name!r} names a folder; give a name without '/', or use --output_dir"
             )
-        if self.resume_from_checkpoint == "latest" and not self.output_dir:
-            raise UserError("--resume_from_checkpoint latest needs --output_dir, the folder of the run to go on with")
+        if self.resume_from_checkpoint in ("latest", "auto") and not self.output_dir:
+            raise UserError(
+                f"--resume_from_checkpoint {self.resume_from_checkpoint} needs --output_dir, the folder of the run "
+                "to go on with"
+            )

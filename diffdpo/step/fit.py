@@ -4,7 +4,7 @@ import torch
 
 from diffdpo.engine.base import Engine
 from diffdpo.memory.largest_fit import TOO_MUCH, Fit, largest_fit, memory_budget, peak_of
-from diffdpo.noise.rows import NoisyRows
+from diffdpo.noise.rows import CleanAnswers, NoisyRows
 from diffdpo.scores.rows import forward_rows
 from diffdpo.scores.segments import Segments
 from diffdpo.step.retry import StepTooLarge, run_on_all_ranks
@@ -19,7 +19,7 @@ def fit_segments(
     world = engine.world
 
     def measure(rows: int) -> int:
-        probe = longest_rows(rows, shape.max_length).to(world.device)
+        probe = longest_rows(rows, shape.max_length, block_size=shape.block_size).to(world.device)
 
         def run() -> None:
             # weight 0: a backward of the usual size that adds nothing to the gradient
@@ -39,20 +39,31 @@ def fit_segments(
     return fit
 
 
-def longest_rows(rows: int, length: int) -> NoisyRows:
-    """Rows of ``length`` tokens, all but the first masked and scored: as much as a row can ask for."""
+def longest_rows(rows: int, length: int, *, block_size: int | None = None) -> NoisyRows:
+    """Rows of ``length`` tokens, all but the first masked and scored: as much as a row can ask for. Of a block-causal
+    family they look back on one clean answer without a prompt."""
     place_RT = torch.arange(length).expand(rows, length)[:, 1:]
     row_M = torch.arange(rows).repeat_interleave(length - 1)
     ones_R = torch.ones(rows)
+    ids_RT = torch.zeros(rows, length, dtype=torch.long)
+    clean = None
+    if block_size:
+        zero_A = torch.zeros(1, dtype=torch.long)
+        clean = CleanAnswers(ids_RT[:1], zero_A + (length - 1) // block_size * block_size, zero_A, zero_A)
     return NoisyRows(
-        torch.zeros(rows, length, dtype=torch.long),
-        torch.full((rows,), length),
-        torch.zeros(rows, dtype=torch.long),
-        *(ones_R, ones_R),
-        *(row_M, place_RT.reshape(-1), torch.zeros_like(row_M)),
-        torch.ones(len(row_M)),
-        torch.tensor([length - 1]),
-        *(torch.arange(rows), torch.zeros(rows, dtype=torch.long)),
+        input_ids_RT=ids_RT,
+        lengths_R=torch.full((rows,), length),
+        answer_R=torch.zeros(rows, dtype=torch.long),
+        weight_R=ones_R,
+        share_R=ones_R,
+        row_M=row_M,
+        position_M=place_RT.reshape(-1),
+        target_M=torch.zeros_like(row_M),
+        scale_M=torch.ones(len(row_M)),
+        tokens_A=torch.tensor([length - 1]),
+        block_R=torch.arange(rows),
+        cell_R=torch.zeros(rows, dtype=torch.long),
+        clean=clean,
     )
 
 

@@ -94,9 +94,7 @@ class PreferenceStep:
         with self.engine.no_sync() if self._waits() else nullcontext():
             try:
                 if self.loss.couples_pairs:
-                    how = {"total": total, "reference_point": point, "segments": self.segments}
-                    rows = [self._rows(batch) for batch in micro_batches]
-                    scored = coupled_gradients(self.engine, self.reference, self.loss, micro_batches, rows, **how)
+                    scored = self._coupled(micro_batches, total, point)
                 else:
                     scored = run_on_all_ranks(self.engine, lambda: self._independent(micro_batches, total))
                 return point, scored
@@ -104,8 +102,15 @@ class PreferenceStep:
                 self.engine.abort_step()  # or the end of the block would reduce what there is
                 raise
 
+    def _coupled(
+        self, micro_batches: Sequence[PairBatch], total: torch.Tensor, point: torch.Tensor | None
+    ) -> list[MicroScores]:
+        rows = [self._rows(batch) for batch in micro_batches]
+        how = (total, point, self.segments)
+        return coupled_gradients(self.engine, self.reference, self.loss, micro_batches, rows, *how)
+
     def _rows(self, batch: PairBatch) -> NoisyRows:
-        return self.noise.rows(batch, self.engine.world.device)
+        return self.noise.draw_rows(batch, self.engine.world.device)
 
     def _waits(self) -> bool:
         """Whether gradients are reduced at the end of the step: always where that costs nothing, as ranks can then

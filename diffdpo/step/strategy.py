@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from diffdpo.config import TrainConfig
 from diffdpo.errors import UserError
+from diffdpo.noise.block_score import resolved
 from diffdpo.noise.estimators import MAX_EXACT_LENGTH, num_rows
 from diffdpo.scores.segments import Segments
 
@@ -11,12 +12,13 @@ from diffdpo.scores.segments import Segments
 @dataclass(frozen=True)
 class MicroBatchShape:
     """What is known of a micro-batch before any: ``rows_per_answer`` of up to ``max_length`` tokens, two answers each
-    of ``pairs``; ``couples_pairs``: the loss couples the pairs of a global step."""
+    of ``pairs``; ``couples_pairs``: the loss couples the pairs of a global step; ``block_size``: of the family."""
 
     pairs: int
     rows_per_answer: int
     max_length: int
     couples_pairs: bool
+    block_size: int | None = None
 
     @property
     def rows(self) -> int:
@@ -24,10 +26,12 @@ class MicroBatchShape:
         return 2 * self.pairs * self.rows_per_answer
 
 
-def micro_batch_shape(config: TrainConfig, *, couples_pairs: bool) -> MicroBatchShape:
-    """That of the settings, with as many rows as an answer can have."""
-    per_answer = num_rows(config.score_estimator, length=MAX_EXACT_LENGTH, num_samples=config.num_mc_samples)
-    return MicroBatchShape(config.per_device_train_batch_size, per_answer, config.max_length, couples_pairs)
+def micro_batch_shape(config: TrainConfig, *, couples_pairs: bool, block_size: int | None = None) -> MicroBatchShape:
+    """That of the settings and the family, with as many rows as an answer can have."""
+    estimator, _ = resolved(config.score_estimator, block_size)
+    per_answer = num_rows(estimator, length=block_size or MAX_EXACT_LENGTH, num_samples=config.num_mc_samples)
+    pairs = config.per_device_train_batch_size
+    return MicroBatchShape(pairs, per_answer, config.max_length, couples_pairs, block_size)
 
 
 def with_micro_batch(config: TrainConfig, pairs: int) -> TrainConfig:

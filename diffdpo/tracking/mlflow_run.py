@@ -55,8 +55,8 @@ class Shipped:
             raise UserError(f"{output_dir} has no {STATE_FILE}; give the output folder of a run") from None
         except (ValueError, TypeError):
             raise UserError(
-                f"{output_dir / STATE_FILE} is damaged or empty; resume the run, which sends everything to a new MLflow "
-                "run, or remove the file"
+                f"{output_dir / STATE_FILE} is damaged or empty; resume the run, which sends everything to a new "
+                "MLflow run, or remove the file"
             ) from None
 
     def write(self, output_dir: Path) -> None:

@@ -12,12 +12,12 @@ from diffdpo.engine.base import Engine, FrozenModule, count_parameters
 from diffdpo.engine.choice import EngineChoice, choose_engine
 from diffdpo.engine.make import bf16_able, make_engine
 from diffdpo.engine.optimizer import OptimizerOptions
-from diffdpo.engine.world import shutdown_distributed
 from diffdpo.evaluation.heldout import HeldOutPairs, SampledAnswers
 from diffdpo.losses.options import LossOptions
 from diffdpo.models.bundled import model_or_bundled
 from diffdpo.models.encoder import make_encoder
 from diffdpo.models.load import load_tokenizer_and_spec, model_context
+from diffdpo.noise.block_score import resolved
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.reference.modes import choose_mode, make_frozen, make_reference, second_model_share
 from diffdpo.reference.precompute import Precomputed, ReferencePass
@@ -25,7 +25,7 @@ from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.scores.reference import Reference
 from diffdpo.scores.segments import Segments, make_segments
 from diffdpo.setup import data as run_data
-from diffdpo.setup.context import RunContext, open_context
+from diffdpo.setup.context import RunContext
 from diffdpo.setup.model import describe_model, load_policy
 from diffdpo.setup.preflight import check_before_weights, check_settings_meet
 from diffdpo.step.fit import fit_micro_batch, fit_segments
@@ -34,7 +34,8 @@ from diffdpo.step.step import PreferenceStep
 from diffdpo.step.strategy import MicroBatchShape, choose_strategy, micro_batch_shape, with_micro_batch
 from diffdpo.training.callbacks import Callback
 from diffdpo.training.checkpoint import find_checkpoint, read_state
-from diffdpo.training.run import Result, Run, carry_out
+from diffdpo.training.guard import Watch, guarded
+from diffdpo.training.run import Result, Run, carry_out, finished_before
 
 LN2 = float(np.log(2.0))
 LN2_TOLERANCE = {False: 1e-6, True: 1e-2}  # fp32, bf16
@@ -44,19 +45,24 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Result:
     """Run to the end, whatever the number of processes. UserError or DataError for what a user can mend."""
     config = cast(TrainConfig, resolve(config))
     check_settings_meet(config)
-    context = open_context(config, "train")
-    try:
-        device = context.world.device
-        processes, cuda = context.world.size, device.type == "cuda"
-        choice = choose_engine(config, processes=processes, cuda=cuda, bf16_able=bf16_able(device))
-        check_before_weights(config, choice)
-        parts = _Data(config, context, choice)
-        if config.precompute_only:
-            context.print(f"reference  {parts.precompute().text}")
-            return Result.of_precomputation(context.output_dir)
-        return carry_out(_Training(parts).run(callbacks))
-    finally:
-        shutdown_distributed()
+    return guarded(
+        config, "train", lambda context, watch: _train(config, context, watch, callbacks), stopped=Result.of_a_stop
+    )
+
+
+def _train(config: TrainConfig, context: RunContext, watch: Watch, callbacks: Sequence[Callback]) -> Result:
+    device = context.world.device
+    choice = choose_engine(
+        config, processes=context.world.size, cuda=device.type == "cuda", bf16_able=bf16_able(device)
+    )
+    check_before_weights(config, choice)
+    if (finished := finished_before(config, context)) is not None:
+        return finished
+    parts = _Data(config, context, choice)
+    if config.precompute_only:
+        context.print(f"reference  {parts.precompute().text}")
+        return Result.of_precomputation(context.output_dir)
+    return carry_out(_Training(parts).run(callbacks, watch))
 
 
 class _Data:
@@ -73,10 +79,11 @@ class _Data:
         run_data.check_batch_size(config, self.loss, world)
         tokenizer, self.spec = load_tokenizer_and_spec(model_or_bundled(config.policy))
         self.encoder = make_encoder(config, tokenizer, self.spec)
-        longest = model_context(model_or_bundled(config.model_name_or_path))
+        longest = model_context(model_or_bundled(config.policy))
         run_data.warn_of_data(config, context, (self.train_set, self.eval_set), self.loss, longest)
         refuse_unusable(self.train_set, self.encoder)
-        run_data.check_exact(config, self.encoder, (self.train_set, self.eval_set))
+        if not self.spec.block_size:  # of blocks the masks of each block are enumerated
+            run_data.check_exact(config, self.encoder, (self.train_set, self.eval_set))
         self.loader = run_data.train_loader(config, self.train_set, self.encoder, world)
 
     def precompute(self) -> Precomputed:
@@ -114,7 +121,7 @@ class _Training:
         # before another model is in memory
         self.scores = parts.precompute() if self.mode == "precomputed" else None
         self.loaded = load_policy(config, choice, world)
-        self.noise = NoiseOptions.of(config, mask_token_id=self.loaded.spec.mask_token_id)
+        self.noise = NoiseOptions.of(config, self.loaded.spec)
         module = MaskedLogProbs.of(self.loaded.model, self.loaded.spec, config)
         frozen = make_frozen(config, module, bf16=choice.bf16) if self.mode == "copy" else None
         options = OptimizerOptions.of(config)
@@ -149,7 +156,7 @@ class _Training:
         reference, text = make_reference(self.config, self.mode, self.engine, frozen)
         return reference(self.segments), reference(eval_segments), text
 
-    def run(self, callbacks: Sequence[Callback]) -> Run:
+    def run(self, callbacks: Sequence[Callback], watch: Watch) -> Run:
         """What is to be carried out."""
         measured = self._fit() if self.config.max_memory else ""
         config = self.config  # with the micro-batch that was measured
@@ -174,6 +181,7 @@ class _Training:
         return Run(
             config=config,
             context=self.context,
+            watch=watch,
             resume=self.parts.resume,
             data=self.parts.train_set,
             loader=self.loader,
@@ -188,7 +196,8 @@ class _Training:
         )
 
     def _shape(self) -> MicroBatchShape:
-        return micro_batch_shape(self.config, couples_pairs=self.loss.couples_pairs)
+        block_size = self.loaded.spec.block_size
+        return micro_batch_shape(self.config, couples_pairs=self.loss.couples_pairs, block_size=block_size)
 
     def _fit(self) -> str:
         """Segments, and micro-batches of the same step, as large as ``--max_memory`` allows; lines of what was done."""
@@ -227,12 +236,19 @@ class _Training:
             f"{'records' if self.loss.unpaired else 'pairs'}, "
             f"{held_out}\n"
             f"engine     {self.choice.describe()}, {context.world.size} process(es) on {context.world.device.type}\n"
-            f"scores     {config.score_estimator}, n = {config.num_mc_samples}; loss {self.loss.describe()}, "
+            f"scores     {self._scores()}; loss {self.loss.describe()}, "
             f"beta {config.beta}\n"
             f"memory     segmentation '{strategy}' ({why}), {self.segments.describe()}\n"
             f"{measured}"
             f"output     {context.output_dir}"
         )
+
+    def _scores(self) -> str:
+        """The estimator, and why where `auto` chose it."""
+        asked = self.config.score_estimator
+        estimator, why = resolved(asked, self.loaded.spec.block_size)
+        because = f" ({why})" if asked != estimator and self.loaded.spec.block_size else ""
+        return f"{estimator}{because}" + ("" if estimator == "exact" else f", n = {self.config.num_mc_samples}")
 
     def _check_first(self, report: StepReport) -> None:
         """With policy = reference and shared noise every preference logit is 0, so the sigmoid loss is ln 2."""

@@ -18,7 +18,6 @@ from diffdpo.engine.base import count_parameters
 from diffdpo.engine.choice import EngineChoice, choose_engine
 from diffdpo.engine.make import bf16_able, load_device, make_engine
 from diffdpo.engine.optimizer import OptimizerOptions
-from diffdpo.engine.world import shutdown_distributed
 from diffdpo.evaluation.heldout import HeldOutAnswers, SampledAnswers
 from diffdpo.losses.options import LossOptions
 from diffdpo.models.architecture.from_scratch import new_model, train_tokenizer
@@ -29,7 +28,7 @@ from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.scores.reference import no_reference
 from diffdpo.scores.segments import make_segments
 from diffdpo.setup import data as run_data
-from diffdpo.setup.context import RunContext, open_context
+from diffdpo.setup.context import RunContext
 from diffdpo.setup.preflight import check_before_weights, check_settings_meet
 from diffdpo.step.report import StepReport
 from diffdpo.step.step import PreferenceStep
@@ -37,7 +36,8 @@ from diffdpo.step.strategy import MicroBatchShape, choose_strategy
 from diffdpo.training.answer_canvas import fill_canvas
 from diffdpo.training.callbacks import Callback
 from diffdpo.training.checkpoint import find_checkpoint
-from diffdpo.training.run import Result, Run, carry_out
+from diffdpo.training.guard import Watch, guarded
+from diffdpo.training.run import Result, Run, carry_out, finished_before
 
 TOKENIZER_RECORDS = 20_000  # the tokenizer of a new model is trained on the first of the data
 
@@ -46,31 +46,38 @@ def sft(config: SftConfig, *, callbacks: Sequence[Callback] = ()) -> Result:
     """Run to the end, whatever the number of processes. UserError or DataError for what a user can mend."""
     config = cast(SftConfig, resolve(config))
     check_settings_meet(config)
-    context = open_context(config, "sft")
-    try:
-        device = context.world.device
-        processes, cuda = context.world.size, device.type == "cuda"
-        choice = choose_engine(config, processes=processes, cuda=cuda, bf16_able=bf16_able(device))
-        check_before_weights(config, choice)
-        return carry_out(_build(config, context, choice, callbacks))
-    finally:
-        shutdown_distributed()
+    return guarded(
+        config, "sft", lambda context, watch: _sft(config, context, watch, callbacks), stopped=Result.of_a_stop
+    )
 
 
-def _build(config: SftConfig, context: RunContext, choice: EngineChoice, callbacks: Sequence[Callback]) -> Run:
+def _sft(config: SftConfig, context: RunContext, watch: Watch, callbacks: Sequence[Callback]) -> Result:
+    device = context.world.device
+    choice = choose_engine(
+        config, processes=context.world.size, cuda=device.type == "cuda", bf16_able=bf16_able(device)
+    )
+    check_before_weights(config, choice)
+    if (finished := finished_before(config, context)) is not None:
+        return finished
+    return carry_out(_build(config, context, choice, watch, callbacks))
+
+
+def _build(
+    config: SftConfig, context: RunContext, choice: EngineChoice, watch: Watch, callbacks: Sequence[Callback]
+) -> Run:
     world = context.world
     resume = None
     if config.resume_from_checkpoint:
         resume = find_checkpoint(config.resume_from_checkpoint, context.output_dir, world, context.print)
     train_set, eval_set = run_data.open_data(config, context, run_data.generated(config))
-    loaded = _load_or_make(config, context, choice, train_set)
+    loaded = _load_or_make(config, context, choice, train_set, keep=resume is not None)
     encoder = make_encoder(config, loaded.tokenizer, loaded.spec)
     longest = getattr(loaded.model.config, "max_position_embeddings", None)
     run_data.warn_of_data(config, context, (train_set, eval_set), longest=longest)
     refuse_unusable(train_set, encoder)
     loader = run_data.train_loader(config, train_set, encoder, world)
     batches = run_data.eval_batches(config, eval_set, encoder, world)
-    noise = NoiseOptions.of(config, mask_token_id=loaded.spec.mask_token_id)
+    noise = NoiseOptions.of(config, loaded.spec)
     module = MaskedLogProbs.of(loaded.model, loaded.spec, config)
     engine = make_engine(choice, module, world, OptimizerOptions.of(config), say=context.print)
     meets = world if engine.retry_obstacle() is not None else None
@@ -101,6 +108,7 @@ def _build(config: SftConfig, context: RunContext, choice: EngineChoice, callbac
     return Run(
         config=config,
         context=context,
+        watch=watch,
         resume=resume,
         data=train_set,
         loader=loader,
@@ -119,7 +127,7 @@ def _announcement(
     config: SftConfig, context: RunContext, choice: EngineChoice, loaded: LoadedModel, answers: int, strategy: str
 ) -> str:
     return (
-        f"model    {config.model_name_or_path or 'new'}, {count_parameters(loaded.model)[0]:,} parameters\n"
+        f"model    {config.policy or 'new'}, {count_parameters(loaded.model)[0]:,} parameters\n"
         f"data     {config.train_data or 'generated arithmetic-reasoning answers'}: {answers} answers\n"
         f"engine   {choice.describe()}; segmentation {strategy}\n"
         f"output   {context.output_dir}"
@@ -130,15 +138,18 @@ def _nothing_to_check(report: StepReport) -> None:
     """Supervised training has no reference to agree with."""
 
 
-def _load_or_make(config: SftConfig, context: RunContext, choice: EngineChoice, data: ShardedDataset) -> LoadedModel:
-    """The named model, or a new one with a tokenizer trained on the data: the same on every rank."""
+def _load_or_make(
+    config: SftConfig, context: RunContext, choice: EngineChoice, data: ShardedDataset, *, keep: bool
+) -> LoadedModel:
+    """The named model, or a new one with a tokenizer trained on the data: the same on every rank. ``keep``: the one
+    that is there, of the run that is resumed."""
     device = load_device(choice, context.world)
     if config.policy:
         loaded = load_model(config.policy, dtype=dtype_name(choice.bf16), device=device)
         loaded.model.requires_grad_(True)
         return loaded
     folder = context.output_dir / "start"
-    if context.world.is_main and not (config.resume_from_checkpoint and folder.exists()):
+    if context.world.is_main and not (keep and folder.exists()):
         shutil.rmtree(folder, ignore_errors=True)  # of a start that was broken off, perhaps with other settings
         tokenizer = train_tokenizer(_texts(data), vocab_size=config.vocab_size)
         model = new_model(tokenizer, width=config.width, layers=config.layers, heads=config.heads, seed=config.seed)

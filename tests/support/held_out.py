@@ -56,7 +56,7 @@ def held_out_of(config, data: str, world: World, cache: Path):
     engine = PlainEngine(module, world, OptimizerOptions(learning_rate=1e-3))
     encoder = run_data.make_encoder(config, loaded.tokenizer, loaded.spec)
     batches = run_data.eval_batches(config, open_dataset(data, cache_dir=cache), encoder, world)
-    noise = NoiseOptions.of(config, mask_token_id=loaded.spec.mask_token_id)
+    noise = NoiseOptions.of(config, loaded.spec)
     answers, segments = SampledAnswers(config, engine, loaded, batches), Segments(rows=8)
     if isinstance(config, SftConfig):
         return HeldOutAnswers(engine, noise, batches, answers, segments=segments), answers

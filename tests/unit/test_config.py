@@ -74,7 +74,7 @@ def test_flags_of_both_spellings_of_true():
         (["--lora_r", "1.5"], "--lora_r is '1.5'; it must be a whole number"),
         (["--bf16", "perhaps"], "--bf16 is 'perhaps'; it must be true or false"),
         (["--engine", "jax"], "--engine is 'jax'; allowed: auto, deepspeed, plain"),
-        (["--score_estimator", "best"], "--score_estimator is 'best'; allowed: trajectory"),
+        (["--score_estimator", "best"], "--score_estimator is 'best'; allowed: auto, trajectory"),
         (["--loss_type", "sigmoid", "best"], "--loss_type is 'best'; allowed: sigmoid"),
         (["--warmup_steps", "1.5"], "--warmup_steps is 1.5; give a whole number of steps, or a share"),
         (["--logging_steps", "0"], "--logging_steps is 0; it must be above 0"),

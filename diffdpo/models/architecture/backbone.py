@@ -44,6 +44,10 @@ class RowLayout(Protocol):
     @property
     def max_length(self) -> int: ...
 
+    def at(self, layer: int) -> "RowLayout":
+        """As the layer of this number sees it: itself, but where keys and values of each layer are kept."""
+        ...
+
     def attend(self, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor: ...
 
 
@@ -197,16 +201,16 @@ class MaskedLM(PreTrainedModel):
         x_NK = self.embed(ids_N)
         rope = self.rotary(layout.positions_N, layout.max_length, x_NK.dtype)
         *earlier, last = self.blocks
-        for block in earlier:
-            x_NK = run_block(block, x_NK, rope, layout, None)
-        return self.final_norm(run_block(last, x_NK, rope, layout, keep_M))
+        for layer, block in enumerate(earlier):
+            x_NK = run_block(block, x_NK, rope, layout.at(layer), None)
+        return self.final_norm(run_block(last, x_NK, rope, layout.at(len(earlier)), keep_M))
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **unused
     ) -> MaskedLMOutput:
-        """Logits of a right padded batch. `attention_mask` [R, T]: 1 for real tokens, a prefix of each row.
+        """Logits of a right padded batch; of a block-causal family each token sees its own block and those before it.
 
-        Other arguments of transformers' models may be given where they ask for nothing (None, False).
+        `attention_mask` [R, T]: 1 for real tokens, a prefix of each row. Other arguments of transformers' models may be given where they ask for nothing (None, False).
         """
         rows, length = input_ids.shape
         for name, value in unused.items():
@@ -225,7 +229,8 @@ class MaskedLM(PreTrainedModel):
             prefix = torch.arange(length, device=input_ids.device) < attention_mask.sum(-1, keepdim=True)
             if not torch.equal(prefix, attention_mask.bool()):
                 raise ValueError("attention_mask must mark a prefix of every row (right padding)")
-        layout = Layout.padded(lengths, length, device=input_ids.device)
+        block_size = getattr(self.config, "block_size", None) or None  # 0 is how full attention is written
+        layout = Layout.padded(lengths, length, device=input_ids.device, block_size=block_size)
         hidden = self.hidden_states(input_ids.flatten(), layout)
         return MaskedLMOutput(logits=self.head(hidden).unflatten(0, (rows, length)))
 

@@ -23,6 +23,11 @@ class AttentionOutside:
     def __init__(self, layout: RowLayout):
         self.layout, self.positions_N, self.max_length = layout, layout.positions_N, layout.max_length
 
+    def at(self, layer: int) -> "AttentionOutside":
+        """As the layout itself."""
+        own = self.layout.at(layer)
+        return self if own is self.layout else AttentionOutside(own)
+
     @torch.compiler.disable
     def attend(self, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
         return self.layout.attend(q_NHD, k_NGD, v_NGD)

@@ -165,21 +165,36 @@ class LlamaDiffusionConfig(DreamConfig):
 
 
 class A2DQwen2Config(Qwen2DiffusionConfig):
-    """dLLM's conversion of Qwen2, trained without the shift."""
+    """dLLM's conversion of Qwen2, trained without the shift.
+
+    Its global ("mdlm") and its block diffusion ("bd3lm") checkpoints have the same keys: `block_size` must tell.
+    """
 
     model_type = "a2d-qwen2"
+    optional_keys: ClassVar[frozenset[str]] = DreamConfig.optional_keys | {"block_size"}
+    least_block: ClassVar[int | None] = 0
+
+    block_size: int | None = None
 
 
 class A2DQwen3Config(Qwen3DiffusionConfig):
-    """dLLM's conversion of Qwen3 (Tiny-A2D), trained without the shift."""
+    """dLLM's conversion of Qwen3 (Tiny-A2D), as above."""
 
     model_type = "a2d-qwen3"
+    optional_keys: ClassVar[frozenset[str]] = DreamConfig.optional_keys | {"block_size"}
+    least_block: ClassVar[int | None] = 0
+
+    block_size: int | None = None
 
 
 class A2DLlamaConfig(LlamaDiffusionConfig):
-    """dLLM's conversion of Llama, trained without the shift."""
+    """dLLM's conversion of Llama, as above."""
 
     model_type = "a2d-llama"
+    optional_keys: ClassVar[frozenset[str]] = DreamConfig.optional_keys | {"block_size"}
+    least_block: ClassVar[int | None] = 0
+
+    block_size: int | None = None
 
 
 def _positive(value: object) -> bool:

@@ -9,7 +9,7 @@ Shapes: R rows, T padded length, N tokens in the stream, H heads, G key/value he
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import cast
 
@@ -72,8 +72,12 @@ class Layout:
         widths = [bucket.width for bucket in self.buckets for _ in range(bucket.rows)]
         return F.pad(torch.tensor(widths).cumsum(0), (1, 0)).to(self.index_N.device, torch.int32)
 
+    def at(self, layer: int) -> "Layout":
+        """Itself."""
+        return self
+
     def attend(self, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
-        """Full (never causal) attention inside each row; grouped-query when G < H. Returns [N, H*D]."""
+        """Attention inside each row, full unless the layout was made for blocks; grouped-query when G < H. Returns [N, H*D]."""
         if len(self.buckets) > 1 and self.exact and _varlen_usable(q_NHD):
             return self._attend_varlen(q_NHD, k_NGD, v_NGD)
         grouped = k_NGD.shape[1] != q_NHD.shape[1]
@@ -111,10 +115,20 @@ class Layout:
         return cls._build(tuple(buckets), members, padded_length, device)
 
     @classmethod
-    def padded(cls, lengths: Sequence[int], padded_length: int, *, device="cpu") -> "Layout":
-        """The whole [R, T] batch as one bucket, padding computed and hidden by a mask (the shape HF users expect)."""
+    def padded(
+        cls, lengths: Sequence[int], padded_length: int, *, device="cpu", block_size: int | None = None
+    ) -> "Layout":
+        """The whole [R, T] batch as one bucket, padding computed and hidden by a mask (the shape HF users expect).
+
+        `block_size`: tokens see their own block and those before it.
+        """
         bucket = Bucket(0, len(lengths), padded_length, tuple(max(1, length) for length in lengths))
-        return cls._build((bucket,), [list(range(len(lengths)))], padded_length, device)
+        layout = cls._build((bucket,), [list(range(len(lengths)))], padded_length, device)
+        if not block_size:
+            return layout
+        block_T = torch.arange(padded_length, device=device) // block_size
+        mask, seen_TT = layout.mask_per_bucket[0], block_T[:, None] >= block_T[None, :]
+        return replace(layout, mask_per_bucket=(seen_TT if mask is None else mask & seen_TT,))
 
     @classmethod
     def _build(cls, buckets, members, padded_length: int, device) -> "Layout":

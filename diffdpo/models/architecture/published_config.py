@@ -15,6 +15,7 @@ Setting = Any
 RELATIVES: dict[str, tuple] = {
     "num_experts": (0, None),
     "block_size": (None,),
+    "bd_size": (None,),
     "partial_rotary_factor": (1.0, None),
     "clip_qkv": (None,),
     "attn_logit_softcapping": (None,),
@@ -22,6 +23,7 @@ RELATIVES: dict[str, tuple] = {
     "logit_shift": (0, 1, None),
 }
 """Keys of other models under the same `model_type` (LLaDA-MoE, block diffusion, clipping): value allowed here."""
+BLOCK_KEYS = {"block_size", "bd_size"}
 LIKELY_TYPO = 0.9
 """Share of equal letters (difflib's ratio) from which an unknown key is taken for a misspelt one."""
 
@@ -30,10 +32,12 @@ class PublishedConfig(PreTrainedConfig):
     """A config whose fields all start as None, so that nothing is guessed, and which writes back only what is set.
 
     (A null written for a key that was absent overrides the published code's default.) `optional_keys`: those whose
-    absence is no error, so that a misspelt one would go unnoticed.
+    absence is no error, so that a misspelt one would go unnoticed. `least_block`: of a family that can be block-causal,
+    the least `block_size` it may have (0 stands for full attention); None: it cannot.
     """
 
     optional_keys: ClassVar[frozenset[str]] = frozenset()
+    least_block: ClassVar[int | None] = None
 
     def to_diff_dict(self) -> dict:
         return {key: value for key, value in super().to_diff_dict().items() if value is not None}
@@ -56,7 +60,10 @@ class PublishedConfig(PreTrainedConfig):
 
         An int counts as a float; numbers are finite and above 0, ids apart.
         """
-        self.allow_only(RELATIVES)  # first: a relative lacks keys that nobody could add
+        relatives = RELATIVES if self.least_block is None else {k: RELATIVES[k] for k in RELATIVES.keys() - BLOCK_KEYS}
+        self.allow_only(relatives)  # first: a relative lacks keys that nobody could add
+        if self.least_block is not None:
+            self._check_block(self.least_block)
         missing = [key for key in kinds if getattr(self, key, None) is None]
         if missing:
             raise UserError(f"{self.model_type} config lacks {', '.join(missing)}: add the key(s) to config.json")
@@ -72,6 +79,21 @@ class PublishedConfig(PreTrainedConfig):
                     (amount and not 0 < value < math.inf, f"has {key}={value!r}; it must be above 0"),
                 ]
             )
+
+    def _check_block(self, least: int) -> None:
+        """`block_size` is known: the same tensors mean another model under another one."""
+        key, found = self.attribute_map.get("block_size", "block_size"), self.block_size
+        full = " (0 where attention is full)" if least == 0 else ""
+        known = type(found) is int and found >= least
+        self.refuse(
+            [
+                (
+                    found is None,
+                    f"does not say how many tokens a block has{full}, and nothing else tells: add {key} to config.json",
+                ),
+                (found is not None and not known, f"has {key}={found!r}; expected: a whole number from {least}{full}"),
+            ]
+        )
 
     def allow_only(self, supported: Mapping[str, tuple]) -> None:
         """Every key of `supported` that is set has one of its values."""

@@ -15,6 +15,7 @@ class FamilySpec:
     autoregressive ones). `block_class`: the transformer block, for engines that shard per block.
     `template`: "chat" when the tokenizer's chat template is what the model was trained with, else "plain".
     `stop_token_ids` end an answer too when a model writes them (end-of-turn tokens); they are not the scored one.
+    `block_size`: of a block-causal family, whose tokens see their own block and those before it; None: full attention.
     `lora_targets`: regular expression of the linear modules LoRA adapts by default (never the LM head).
     """
 
@@ -27,6 +28,7 @@ class FamilySpec:
     logit_shift: int = 0
     template: str = "plain"
     stop_token_ids: tuple[int, ...] = ()
+    block_size: int | None = None
 
     @property
     def terminators(self) -> frozenset[int]:

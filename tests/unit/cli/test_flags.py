@@ -224,6 +224,7 @@ def test_what_the_answers_name_there_is():
         (["--eval_strategy", "steps", "--eval_steps", "0.1"], {"eval_steps": 0.1}),
         (["--eval_strategy", "epoch", "--num_train_epochs", "4"], {"eval_steps": 0.25}),
         (["--save_strategy", "epoch"], {"save_steps": 0}),
+        (["--save_strategy", "no"], {"save_steps": 0, "save_minutes": 0}),
         (["--activation-checkpointing"], {"gradient_checkpointing": True}),
         (["--gradient_checkpointing_kwargs", '{"use_reentrant": false}'], {"gradient_checkpointing": False}),
         (["--test_split_size", "0.2"], {"eval_fraction": 0.2}),

@@ -74,8 +74,8 @@ class Run:
         config = replace(self.config, **changed)
         loaded = load_model(config.model_name_or_path)
         forward = MaskedLogProbs.of(loaded.model, loaded.spec, config).requires_grad_(False)
-        encoder = make_encoder(config, loaded.tokenizer, loaded.spec)
-        noise = NoiseOptions.of(config, mask_token_id=loaded.spec.mask_token_id)
+        encoder = run_data.make_encoder(config, loaded.tokenizer, loaded.spec)
+        noise = NoiseOptions.of(config, loaded.spec)
         segments = make_segments(config, EngineChoice(), WORLD.device)
         steps = run_data.train_loader(config, self.sets[0], encoder, WORLD).steps()
         batches = [next(steps)[0] for _ in range(config.max_steps)]
@@ -85,7 +85,7 @@ class Run:
             (precomputed.held_out, run_data.eval_batches(config, self.sets[1], encoder, WORLD)),
         ):
             for batch in some:
-                rows = noise.rows(batch, WORLD.device)
+                rows = noise.draw_rows(batch, WORLD.device)
                 live_R = score_rows(forward, rows, segments=segments)
                 assert live_R.abs().max() > 1
                 worst = max(worst, float((reference(rows, batch) - live_R).abs().max()))

@@ -38,7 +38,7 @@ def test_kto_measures_its_reference_point_on_mismatched_answers(tiny_model, batc
     batch = batches[0]
 
     def ratio(of):
-        rows = step.noise.rows(of, WORLD.device)
+        rows = step.noise.draw_rows(of, WORLD.device)
         with torch.no_grad():
             return fold(forward_rows(step.engine, rows) - step.reference(rows, of), rows).score_B2
 
@@ -80,7 +80,7 @@ def test_a_slot_without_a_pair_changes_nothing(tiny_model, batches):
 
 def test_scores_do_not_depend_on_segments(tiny_model, batches):
     step = make_step(tiny_model, "none", 0)
-    rows = step.noise.rows(batches[0], WORLD.device)
+    rows = step.noise.draw_rows(batches[0], WORLD.device)
     whole = score_rows(step.engine, rows, segments=Segments())
     for size in (1, 3, 10):
         assert torch.allclose(score_rows(step.engine, rows, segments=Segments(rows=size)), whole, atol=1e-4)

@@ -28,7 +28,7 @@ def test_points_parameters_files_and_status_arrive(tmp_path, uri):
     for step in range(1, 41):
         journal.write(step, {"loss": float(step), "not finite": float("inf")})
     (tmp_path / "summary.json").write_text("{}")
-    assert run.close("FINISHED")
+    assert run.close("FINISHED", timeout=60)
     client = mlflow.MlflowClient(uri)
     found = client.get_run(run.shipped.run_id)
     assert found.info.status == "FINISHED" and found.data.params["beta"] == "0.1" and found.data.tags["a"] == "b"
@@ -56,7 +56,7 @@ def test_a_dead_server_stops_nothing_and_loses_nothing(tmp_path, uri):
     run = make_run(tmp_path, "http://127.0.0.1:9")  # nobody listens there
     run.start()
     journal.write(1, {"loss": 1.0})
-    assert run.close("FINISHED", patience=0.1) is False and run.error is not None
+    assert run.close("FINISHED", timeout=0.5) is False and run.error is not None
     with pytest.raises(TrainingError, match=r"^http://127.0.0.1:9 does not take the run"):
         ship_later(tmp_path)
     shipped = Shipped.read(tmp_path)

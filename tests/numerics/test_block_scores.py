@@ -1,0 +1,137 @@
+"""Block-causal families against transformers' own models, block by block under an explicit mask, by enumeration."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from tests.wide import widen
+
+from data_pipeline.batch import collate
+from data_pipeline.encode import TokenAnswer, TokenPair
+from diffdpo.models.load import load_model
+from diffdpo.noise.estimators import ESTIMATORS
+from diffdpo.noise.options import NoiseOptions
+from diffdpo.scores.masked_log_probs import MaskedLogProbs
+from tests.support.block_reference import FAMILIES, MASK, block_causal, exact_score, published, token_log_probs
+
+PROMPT = [5, 6, 7, 8, 9, 10]
+
+
+def answers(*texts, prompt=PROMPT):
+    return [TokenAnswer(np.array([*prompt, *text, 1], np.int32), len(prompt)) for text in texts]
+
+
+def batch_of(*pairs):
+    made = [
+        TokenPair(str(i), *answers(*pair[:2], prompt=pair[2] if len(pair) > 2 else PROMPT))
+        for i, pair in enumerate(pairs)
+    ]
+    return collate(made, pad_id=0, epoch=0, step=0, micro=0, last_micro=True)
+
+
+BATCH = batch_of(
+    ([11, 12, 13, 14, 15], [11, 12, 20]),  # a block and more in common
+    ([21], [22, 23, 24, 25, 26, 27, 28], [7, 8, 9, 10]),  # the prompt ends with a block
+    ([31, 32, 33], [31, 32, 33, 34], [4]),  # a prompt within the first block
+)
+
+
+def options(spec, estimator="exact", n=4):
+    return NoiseOptions(estimator, n, 0, spec.mask_token_id, None, spec.block_size)
+
+
+def load(folder, dtype):
+    loaded = load_model(folder, dtype=dtype)
+    return MaskedLogProbs(loaded.model, loaded.spec), loaded
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("block", [2, 4, 5])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-5)])
+def test_exact_scores_equal_the_enumeration_of_every_block(family, block, dtype, tolerance, tmp_path):
+    model, shift = published(tmp_path, family, block)
+    model = widen(model)
+    module, loaded = load(tmp_path, dtype)
+    assert (loaded.spec.block_size, loaded.spec.logit_shift, loaded.spec.mask_token_id) == (block, shift, MASK)
+    rows = options(loaded.spec).rows(BATCH, torch.device("cpu"))
+    with torch.no_grad():
+        logp = module(
+            rows.input_ids_RT, rows.lengths_R, rows.row_M, rows.position_M, rows.target_M,
+            rows.answer_R, rows.answer_R.unique(), *(getattr(rows.clean, f) for f in ("ids_AT", "length_A", "start_A", "shared_A")),
+        )  # fmt: skip
+        weight = (rows.scale_M * rows.weight_R[rows.row_M]).double()
+        ours = torch.zeros(6, dtype=torch.float64).index_add(0, rows.answer_R[rows.row_M], logp.double() * weight)
+        for answer in range(6):
+            length, prompt = int(BATCH.lengths_B2.flatten()[answer]), int(BATCH.prompt_lengths_B2.flatten()[answer])
+            ids = BATCH.input_ids_B2T.flatten(0, 1)[answer, :length].tolist()
+            expected = exact_score(model, ids, prompt, block, shift)
+            # weights are float32: 1/12 is off by 1e-9 of itself
+            assert abs(ours[answer] - expected) <= max(tolerance, 3e-8 if dtype == "float64" else 0) * abs(expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-5)])
+def test_every_token_of_every_row_equals_its_block_by_itself(family, dtype, tolerance, tmp_path):
+    """Log-probabilities themselves, without weights: a row has masks in all blocks, the reference in one at a time."""
+    block = 4
+    model, shift = published(tmp_path, family, block)
+    model = widen(model)
+    module, loaded = load(tmp_path, dtype)
+    rows = options(loaded.spec, "mask_count", n=3).rows(BATCH, torch.device("cpu"))
+    with torch.no_grad():
+        logp_M = module(
+            rows.input_ids_RT, rows.lengths_R, rows.row_M, rows.position_M, rows.target_M,
+            rows.answer_R, rows.answer_R.unique(), *(getattr(rows.clean, f) for f in ("ids_AT", "length_A", "start_A", "shared_A")),
+        )  # fmt: skip
+        for row in range(len(rows)):
+            answer = int(rows.answer_R[row])
+            ids = BATCH.input_ids_B2T.flatten(0, 1)[answer, : int(BATCH.lengths_B2.flatten()[answer])].tolist()
+            place_M = (rows.row_M == row).nonzero()[:, 0].tolist()
+            position = {int(rows.clean.start_A[answer] + rows.position_M[m]): m for m in place_M}
+            for _, masked in itertools.groupby(sorted(position), key=lambda i: i // block):
+                for i, expected in token_log_probs(model, ids, list(masked), block, shift).items():
+                    assert abs(logp_M[position[i]] - expected) <= tolerance * max(1, abs(expected))
+
+
+def test_the_full_forward_is_block_causal_and_transformers_reads_what_is_saved(tmp_path):
+    from diffdpo.models.load import save_model
+
+    model, _ = published(tmp_path / "published", "sdar", 4)
+    loaded = load_model(tmp_path / "published", dtype="float64")
+    save_model(loaded.model, loaded.tokenizer, tmp_path / "back")
+    ids = torch.arange(2, 15)[None]
+    mask = block_causal(13, 4, torch.float64)
+    assert torch.allclose(loaded.model(ids).logits, widen(model)(ids, attention_mask=mask).logits, atol=1e-10)
+    theirs = type(model).from_pretrained(tmp_path / "back", config=model.config, dtype=torch.float64)
+    assert torch.equal(widen(theirs)(ids, attention_mask=mask).logits, widen(model)(ids, attention_mask=mask).logits)
+
+
+@pytest.mark.parametrize("estimator", [name for name in ESTIMATORS if name not in ("exact", "trajectory")])
+def test_estimators_are_unbiased_within_blocks(estimator, tmp_path):
+    """Weights alone decide: the mean over draws of each (block, mask)'s weight is that of ``exact``."""
+    from diffdpo.noise.block_score import draw_block_plan
+    from diffdpo.noise.plan import NoiseKey
+
+    tokens, draws = [1, 3, 2], 3000
+    mean: dict = {}
+    for draw in range(draws):
+        plan = draw_block_plan(estimator, tokens=tokens, num_samples=4, key=NoiseKey(0, 0, "r", 0, draw))
+        first = 0
+        for size in tokens:
+            part = slice(first, first + size)
+            for n in range(len(plan)):
+                for i in np.flatnonzero(plan.scored_NL[n, part]):
+                    key = (first, tuple(plan.masked_NL[n, part]), int(i))
+                    mean[key] = mean.get(key, 0.0) + plan.weight_N[n] * plan.scale_NL[n, part][i] / draws
+            first += size
+    exact = draw_block_plan("exact", tokens=tokens, num_samples=1, key=NoiseKey(0, 0, "r", 0))
+    assert len(exact) == 7
+    first, tolerance = 0, 0.05 if estimator in ("uniform_t", "stratified_t") else 0.0  # their 1/t tail
+    for size in tokens:
+        part = slice(first, first + size)
+        for n in range(len(exact)):
+            for i in np.flatnonzero(exact.scored_NL[n, part]):
+                found = mean.get((first, tuple(exact.masked_NL[n, part]), int(i)), 0.0)
+                assert abs(found - exact.scale_NL[n, part][i]) < 0.03 + tolerance
+        first += size
