@@ -33,8 +33,7 @@ from diffdpo.step.retry import StepTooLarge, halve_segments, run_on_all_ranks
 class PreferenceStep:
     """``step(micro_batches, learning_rate)`` → StepReport.
 
-    ``compared``: whether the reference's scores say anything (they are all 0 where there is none). ``max_length``: of
-    rows joined from two records (kto).
+    ``compared``: whether there is a reference (its scores are 0 otherwise). ``max_length``: of rows joined by kto.
     """
 
     def __init__(
@@ -113,8 +112,7 @@ class PreferenceStep:
         return self.noise.draw_rows(batch, self.engine.world.device)
 
     def _waits(self) -> bool:
-        """Whether gradients are reduced at the end of the step: always where that costs nothing, as ranks can then
-        fail and repeat together."""
+        """Whether gradients are reduced at the end of the step: where that is free, so that ranks can repeat it."""
         return self.strategy == "deferred" or (self.engine.world.size > 1 and self.engine.retry_obstacle() is None)
 
     def _independent(self, micro_batches: Sequence[PairBatch], total: torch.Tensor) -> list[MicroScores]:
@@ -130,8 +128,7 @@ class PreferenceStep:
         return scored
 
     def _backward_of(self, rows: NoisyRows) -> Backward:
-        """The run's strategy; one graph where a single segment holds the micro-batch: no more memory than that segment,
-        and no row computed twice."""
+        """The run's strategy; one graph where a single segment holds the micro-batch, so that no row runs twice."""
         at_once = self.strategy in ("checkpoint", "two_pass") and self.segments.one(rows)
         return STRATEGIES["none" if at_once else self.strategy]
 

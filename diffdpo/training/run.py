@@ -28,6 +28,7 @@ from diffdpo.settings.base import public, without_secrets
 from diffdpo.setup.context import RunContext
 from diffdpo.setup.data import total_steps
 from diffdpo.setup.model import save_final
+from diffdpo.setup.publish import push_final
 from diffdpo.step.report import StepReport
 from diffdpo.tracking.journal import FILE, Journal, read_journal
 from diffdpo.tracking.mlflow_run import Shipped
@@ -140,6 +141,10 @@ def carry_out(run: Run) -> Result:
         else:
             end.stopped(loop.done)
         loop.callbacks.on_end(loop.done)
+    if complete and config.push_to_hub:
+        run.watch.pulse.beat("push to the hub", loop.done)
+        address = push_final(config, context.world, context.output_dir / "final", run_folder=context.output_dir)
+        context.print(f"hub     {address}")
     context.world.barrier()
     return Result(
         output_dir=context.output_dir,
