@@ -75,7 +75,7 @@ def make_plan(
     fit = None
     if config.max_memory:
         fit, config = _sized(config, machine, cuda=cuda)
-    policy = model_or_bundled(config.model_name_or_path)
+    policy = model_or_bundled(config.policy)
     family, shape = read_shape(policy)
     memory = (machine.gpu or max(GPUS.values(), key=lambda gpu: gpu.memory)).memory
 

@@ -18,7 +18,7 @@ from diffdpo.models.load import LoadedModel, dtype_name, load_model
 def load_policy(config: TrainConfig, choice: EngineChoice, world: World) -> LoadedModel:
     """The model to be trained: all of its weights, or an adapter on it."""
     loaded = load_model(
-        model_or_bundled(config.model_name_or_path),
+        model_or_bundled(config.policy),
         dtype=dtype_name(choice.bf16),
         device=load_device(choice, world),
         load_in_4bit=config.load_in_4bit,
@@ -34,6 +34,8 @@ def load_policy(config: TrainConfig, choice: EngineChoice, world: World) -> Load
         r=config.lora_r,
         alpha=config.lora_alpha,
         target_modules=config.lora_target_modules,
+        modules_to_save=config.lora_modules_to_save,
+        revision=config.model_revision,
         use_dora=config.use_dora,
         use_rslora=config.use_rslora,
     )
@@ -42,7 +44,7 @@ def load_policy(config: TrainConfig, choice: EngineChoice, world: World) -> Load
 
 def describe_model(config: RunConfig) -> str:
     """For the user."""
-    return config.model_name_or_path or "the bundled arithmetic model"
+    return config.policy or "the bundled arithmetic model"
 
 
 def save_final(folder: Path, engine: Engine, loaded: LoadedModel) -> None:

@@ -128,7 +128,7 @@ def _build(
         held_out=held_out,
         check_first=_nothing_to_check,
         unit="answers",
-        base=config.model_name_or_path or "random weights",
+        base=config.policy or "random weights",
         callbacks=callbacks,
     )
 
@@ -149,7 +149,7 @@ def _announcement(
     config: SftConfig, context: RunContext, choice: EngineChoice, loaded: LoadedModel, answers: str, strategy: str
 ) -> str:
     return (
-        f"model    {config.model_name_or_path or 'new'}, {count_parameters(loaded.model)[0]:,} parameters\n"
+        f"model    {config.policy or 'new'}, {count_parameters(loaded.model)[0]:,} parameters\n"
         f"data     {config.train_data or 'generated arithmetic-reasoning answers'}: {answers}\n"
         f"engine   {choice.describe()}; segmentation {strategy}\n"
         f"output   {context.output_dir}"
@@ -179,8 +179,8 @@ def _load_or_make(
     """The named model, or a new one with a tokenizer trained on the data: the same on every rank. ``keep``: the one
     that is there, of the run that is resumed."""
     device = load_device(choice, context.world)
-    if config.model_name_or_path:
-        loaded = load_model(config.model_name_or_path, dtype=dtype_name(choice.bf16), device=device)
+    if config.policy:
+        loaded = load_model(config.policy, dtype=dtype_name(choice.bf16), device=device)
         loaded.model.requires_grad_(True)
         return loaded
     folder = context.output_dir / "start"

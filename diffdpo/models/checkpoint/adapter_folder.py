@@ -9,6 +9,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from data_pipeline.hub import pinned
 from data_pipeline.shards import file_sha256
 from diffdpo.errors import UserError
 
@@ -34,7 +35,7 @@ def base_of_adapter(folder: str | Path) -> str:
     kind = settings.get("peft_type", "LORA")
     if kind != "LORA":
         raise UserError(f"{file} has peft_type {kind!r}; supported: 'LORA'")
-    return str(settings["base_model_name_or_path"])
+    return str(pinned(str(settings["base_model_name_or_path"]), settings.get("revision")))
 
 
 def note_base(folder: Path) -> None:
