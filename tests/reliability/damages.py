@@ -116,21 +116,20 @@ def table(outs: dict[str, Path], told: Counter, silent: Counter) -> str:
     count = sum(file.is_file() for out in outs.values() for file in list_checkpoints(out)[-1].rglob("*"))
     lines = ["| damage | told | silent |", "|---|---|---|"]
     lines += [f"| {kind} | {told[kind]} | {silent[kind]} |" for kind in KINDS]
-    lines += [
-        f"| all, over {count} files of {len(outs)} checkpoints ({', '.join(outs)}) | {told.total()} | {silent.total()} |"
-    ]
-    return "\n".join(lines)
+    lines += [f"| all | {told.total()} | {silent.total()} |"]
+    return "\n".join([f"{count} files of {len(outs)} checkpoints ({', '.join(outs)})\n", *lines])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--damages", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--engines", default="plain x1,ZeRO-2 offload,ZeRO-3 x2")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="damages-") as name:
         folder = Path(name)
         preload()
-        outs = make_checkpoints(folder, ["plain x1", "ZeRO-2 offload", "ZeRO-3 x2"])
+        outs = make_checkpoints(folder, given.engines.split(","))
         told, silent, names = campaign(outs, given.damages, folder / "scratch", given.seed)
         print(table(outs, told, silent))
         for text in names:

@@ -1,5 +1,5 @@
-"""Kill -9 at random moments, half of them inside saves; resume by the constant command; compare with the run that nobody
-disturbed: curve, weights and held-out numbers to the bit, and no process left behind.
+"""Kill -9 at random moments, half of them inside saves; resume by the constant command; compare with the run that
+nobody disturbed: curve, weights and held-out numbers to the bit, and no process left behind.
 
     python -m tests.reliability.kills --kills 100 --engines "plain x1,plain x2,ZeRO-2 offload,ZeRO-3 x2"
 """
@@ -110,9 +110,8 @@ def table(tallies: dict[str, Tally]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for engine, t in tallies.items():
-        lines.append(
-            f"| {engine} | {t.kills} | {t.in_saves} | {t.runs} | {len(t.differing)} | {t.orphans} | {t.seconds / 60:.1f} |"
-        )
+        cells = (engine, t.kills, t.in_saves, t.runs, len(t.differing), t.orphans, f"{t.seconds / 60:.1f}")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 

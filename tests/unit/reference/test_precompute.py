@@ -74,7 +74,7 @@ class Run:
         config = replace(self.config, **changed)
         loaded = load_model(config.model_name_or_path)
         forward = MaskedLogProbs.of(loaded.model, loaded.spec, config).requires_grad_(False)
-        encoder = run_data.make_encoder(config, loaded.tokenizer, loaded.spec)
+        encoder = make_encoder(config, loaded.tokenizer, loaded.spec)
         noise = NoiseOptions.of(config, loaded.spec)
         segments = make_segments(config, EngineChoice(), WORLD.device)
         steps = run_data.train_loader(config, self.sets[0], encoder, WORLD).steps()
