@@ -1,6 +1,8 @@
-"""The score of a block-causal family: the sum over blocks of each block's any-order ELBO given the clean blocks before it.
+"""The score of a block-causal family: the sum over blocks of each block's any-order ELBO given the clean blocks before
+it.
 
-    B(y|x) = Σ_b E_{k~U{1..L_b}} E_{|m|=k} [ (L_b / k) f_b(m) ],    f_b(m) = Σ_{i∈m} log p(y_i | block b without m, blocks < b)
+    B(y|x) = Σ_b E_{k~U{1..L_b}} E_{|m|=k} [ (L_b / k) f_b(m) ],    f_b(m) = Σ_{i∈m} log p(y_i | block b without m,
+    blocks < b)
 
 Given the clean tokens before it, a block does not depend on what is masked in any other. So the score is estimated by
 each block's own estimator, and one row serves all of them at once: it has a mask of each block. Which of a block's
@@ -46,8 +48,8 @@ def check_block_estimator(estimator: str, block_size: int) -> None:
     """UserError for ``exact`` where a block has too many masks to be enumerated."""
     if estimator == "exact" and block_size > MAX_EXACT_LENGTH:
         raise UserError(
-            f"--score_estimator exact enumerates the masks of each block, of at most {MAX_EXACT_LENGTH} tokens; those of "
-            f"this model have {block_size}: use balanced"
+            f"--score_estimator exact enumerates the masks of each block, of at most {MAX_EXACT_LENGTH} tokens; those "
+            f"of this model have {block_size}: use balanced"
         )
 
 

@@ -21,7 +21,7 @@ from diffdpo.setup.context import RunContext, open_context
 from diffdpo.setup.model import save_final
 from diffdpo.training.guard import Watch
 from diffdpo.training.heartbeat import Pulse
-from diffdpo.training.run import finish
+from diffdpo.training.finish import finish
 
 
 def engine_of(config: TrainConfig):
