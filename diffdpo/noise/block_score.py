@@ -12,7 +12,7 @@ masks in some blocks and large ones in others, and rows are alike in work and in
 Shape suffixes: N rows, L tokens of the answer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -72,20 +72,15 @@ def draw_block_plan(
     plans = [drawn(estimator, length, num_samples, rng, num_diffusion_steps) for length in tokens]
     rows = max(len(plan) for plan in plans)
 
-    def laid_out(of_plan: Callable[[NoisePlan], np.ndarray]) -> list[np.ndarray]:
-        """[N, ...] of each block, its rows shifted by one a block; rows of a block with fewer masks are 0."""
-        padded = [
-            np.pad(value, [(0, rows - len(value))] + [(0, 0)] * (value.ndim - 1)) for value in map(of_plan, plans)
-        ]
-        return [np.roll(value, index, axis=0) for index, value in enumerate(padded)]
-
-    return NoisePlan(
-        masked_NL=np.concatenate(laid_out(lambda plan: plan.masked_NL), axis=1),
-        scored_NL=np.concatenate(laid_out(lambda plan: plan.scored_NL), axis=1),
-        weight_N=np.ones(rows),
-        share_N=np.sum(laid_out(lambda plan: plan.share_N), axis=0),
-        scale_NL=np.concatenate(laid_out(lambda plan: plan.weight_N[:, None] * _scale(plan)), axis=1),
-    )
+    masked_NL, scored_NL = (np.zeros((rows, sum(tokens)), dtype=bool) for _ in range(2))
+    scale_NL, share_N, stop = np.zeros((rows, sum(tokens))), np.zeros(rows), 0
+    for index, plan in enumerate(plans):
+        start, stop = stop, stop + plan.masked_NL.shape[1]
+        place_N = (np.arange(len(plan)) + index) % rows  # shifted by one row a block
+        masked_NL[place_N, start:stop], scored_NL[place_N, start:stop] = plan.masked_NL, plan.scored_NL
+        scale_NL[place_N, start:stop] = plan.weight_N[:, None] * _scale(plan)
+        share_N[place_N] += plan.share_N
+    return NoisePlan(masked_NL, scored_NL, np.ones(rows), share_N, scale_NL)
 
 
 def _scale(plan: NoisePlan) -> np.ndarray:

@@ -10,6 +10,7 @@ from diffdpo.models.load import load_model
 from diffdpo.noise.estimators import ESTIMATORS
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
+from diffdpo.scores.shared_clean import clean_inputs
 from tests.support.block_reference import BATCH, FAMILIES, MASK, block_causal, exact_score, published, token_log_probs
 from tests.support.wide import widen
 
