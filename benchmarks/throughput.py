@@ -164,7 +164,7 @@ class PlainStep:
         self.optimizer.zero_grad()
 
     def gradients(self, batch: PairBatch) -> None:
-        rows = self.noise.rows(batch, self.device)
+        rows = self.noise.draw_rows(batch, self.device)
         with torch.no_grad(), self.reference.disable_adapter():
             reference_R = plain_row_scores(self.reference, rows)
         ratio_R = (plain_row_scores(self.policy, rows) - reference_R) * rows.weight_R
@@ -216,7 +216,7 @@ def our_step(
 
 def score_difference(policy: nn.Module, spec: FamilySpec, batch: PairBatch, noise: NoiseOptions, device) -> float:
     """Largest relative difference of the two ways' row scores, same rows: they must be the same computation."""
-    rows = noise.rows(batch, device)
+    rows = noise.draw_rows(batch, device)
     ours_R = score_rows(MaskedLogProbs(policy, spec), rows, segments=Segments())
     with torch.no_grad():
         plain_R = plain_row_scores(policy, rows)
@@ -228,7 +228,7 @@ def score_difference(policy: nn.Module, spec: FamilySpec, batch: PairBatch, nois
 
 def model_flops(shape: Shape, noise: NoiseOptions, batch: PairBatch, *, reference: bool) -> float:
     """FLOPs of a step that a perfect implementation cannot avoid: see the module's docstring."""
-    rows = noise.rows(batch, torch.device("cpu"))
+    rows = noise.draw_rows(batch, torch.device("cpu"))
     tokens, squares = float(rows.lengths_R.sum()), float((rows.lengths_R.double() ** 2).sum())
     weights = shape.layers * (4 * shape.width**2 + 3 * shape.width * shape.mlp)
     one = (

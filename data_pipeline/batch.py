@@ -3,7 +3,7 @@
 Shape suffixes: B pairs of the micro-batch, 2 sides (0 chosen, 1 rejected), T longest row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,8 @@ class PairBatch:
     ``prompt_lengths_B2`` the prompt's share, so tokens prompt_length .. length are scored. ``weight_B2`` is (1, 1) for
     a pair, (1, 0) / (0, 1) for an unpaired desirable / undesirable answer, (0, 0) for an empty slot, a fault or a
     record dropped by the truncation policy. ``ids`` are record ids, '' where the weight is (0, 0); ``records`` their
-    numbers in the data set (-1: an empty slot), where the batch comes from one.
+    numbers in the data set (-1: an empty slot), where the batch comes from one; ``meta`` their meta ({}: none), where a
+    task finds the right result.
     """
 
     input_ids_B2T: torch.Tensor
@@ -47,13 +48,14 @@ class PairBatch:
     dropped: tuple[Fault, ...] = ()  # by policy (over-long, ...): counted apart, no fault of the data
     truncated: int = 0  # pairs of which something was cut
     records: tuple[int, ...] = ()
+    meta: tuple[Mapping[str, Any], ...] = ()
 
     def __reduce__(self):
         """Pickled as numpy arrays, ids in 32 bits: as tensors they would travel from worker to trainer by one file
         descriptor each, which costs more than their 20 kB; and several batches fit into the pipe between the two."""
         small = (self.input_ids_B2T, self.lengths_B2, self.prompt_lengths_B2)
         arrays = (*(tensor.to(torch.int32).numpy() for tensor in small), self.weight_B2.numpy())
-        names = ("ids", "epoch", "step", "micro", "last_micro", "faults", "dropped", "truncated", "records")
+        names = ("ids", "epoch", "step", "micro", "last_micro", "faults", "dropped", "truncated", "records", "meta")
         return _from_arrays, (*arrays, {name: getattr(self, name) for name in names})
 
     @property
@@ -112,4 +114,5 @@ def collate(
         dropped=dropped,
         truncated=sum(pair.truncated for pair in pairs if pair),
         records=records,
+        meta=tuple(pair.meta if pair else {} for pair in pairs),
     )

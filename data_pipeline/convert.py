@@ -80,7 +80,7 @@ class Dropped:
 def told_in_a_line(told: Mapping[str, int]) -> str:
     """What rows that were kept held besides: columns that nobody read, prompts that were guessed; '' for nothing."""
     unread = {name.removeprefix("column "): n for name, n in told.items() if name.startswith("column ")}
-    columns = ", ".join(f"{name} ({n})" for name, n in unread.items())
+    columns = ", ".join(f"{name} ({n})" for name, n in sorted(unread.items()))
     rest = [f"{name} ({n})" for name, n in told.items() if not name.startswith("column ")]
     return "; ".join([f"columns not read: {columns}"] * bool(columns) + rest)
 

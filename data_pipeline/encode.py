@@ -49,13 +49,15 @@ class TokenAnswer:
 @dataclass(frozen=True)
 class TokenPair:
     """A record in tokens. An unpaired record has None on one side: an undesirable answer stands under ``rejected``.
-    ``ended``: the text of an answer closed with an end token of its own, which was taken off."""
+    ``ended``: the text of an answer closed with an end token of its own, which was taken off. ``meta``: the record's,
+    for tasks: a right result, say, is read there and not from tokens."""
 
     id: str
     chosen: TokenAnswer | None
     rejected: TokenAnswer | None
     truncated: bool = False
     ended: bool = False
+    meta: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -209,10 +211,10 @@ class Encoder:
         ended = any(self._unended(text) != text for text in (answer_text(a, spaced=False) for a in answers_of(record)))
         if isinstance(record, AnswerRecord):
             chosen, rejected = (tokens[0], None) if record.label else (None, tokens[0])
-            return TokenPair(record.id, chosen, rejected, truncated, ended)
+            return TokenPair(record.id, chosen, rejected, truncated, ended, record.meta)
         if np.array_equal(tokens[0].ids, tokens[1].ids):
             return Drop("equal_after_cut", "both answers are the same in tokens after cutting")
-        return TokenPair(record.id, tokens[0], tokens[1], truncated, ended)
+        return TokenPair(record.id, tokens[0], tokens[1], truncated, ended, record.meta)
 
     def prompt_text(self, prompt: Text, chat: bool, kwargs: Mapping[str, Any] | None = None) -> str:
         """The prompt as the model meets it, up to where the answer begins. ``kwargs``: what the template is given."""

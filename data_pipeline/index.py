@@ -109,7 +109,8 @@ def load_index(folder: str | Path, *, base: str | None = None) -> Index:
 
 def _load_manifest(path: Path) -> dict:
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
+        raw = (path / MANIFEST).read_bytes()
+        manifest = json.loads(raw)
     except FileNotFoundError as error:
         raise DataError(f"{path} holds no {MANIFEST}: not a folder made by `python -m data_pipeline build`") from error
     except ValueError as error:
@@ -119,7 +120,8 @@ def _load_manifest(path: Path) -> dict:
         raise DataError(f"{path / MANIFEST} has schema {found!r}, this version reads {SCHEMA}; build the folder again")
     if missing := MANIFEST_FIELDS - manifest.keys():
         raise DataError(f"{path / MANIFEST} lacks {', '.join(sorted(missing))}; build the folder again")
-    if (DIGEST in manifest or "checksums" in manifest) and manifest.get(DIGEST) != manifest_digest(manifest):
+    signed = DIGEST in manifest or "checksums" in manifest  # those of earlier versions are not
+    if signed and (manifest.get(DIGEST) != manifest_digest(manifest) or raw != to_json(manifest)):
         raise DataError(
             f"{path / MANIFEST}: the index is damaged (it is not as it was written); build the folder again"
         )

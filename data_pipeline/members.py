@@ -50,8 +50,8 @@ class _Bounded:
             raise tarfile.HeaderError("a header claims a size below nothing")
         return self.file.read(min(count, max(0, self.size - self.file.tell())))
 
-    def seek(self, *place: int) -> int:
-        return self.file.seek(*place)
+    def seek(self, place: int) -> int:
+        return self.file.seek(min(place, self.size))
 
     def tell(self) -> int:
         return self.file.tell()

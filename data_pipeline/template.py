@@ -96,7 +96,9 @@ def render_answer(
     text = whole.removeprefix(prompt)
     if text == whole or not all(part in text for part in _said(answer)):
         raise TemplateError(f"it does not write {_names(answer)} of an answer")
-    return text
+    # what closes every turn is no part of this answer: the encoder puts the terminator there
+    plain = _apply(tokenizer, [*turns, {"role": "assistant", "content": PROBE}], kwargs)
+    return text.removesuffix(plain.rpartition(PROBE)[2])
 
 
 def _names(turn: Message) -> str:

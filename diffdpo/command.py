@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import NoReturn
@@ -24,7 +25,7 @@ class Parser(data_pipeline.cli.Parser):
 
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Run a command's ``main(argv)`` and exit: 0, 2 with one line for a user's mistake, 1 with one line where a run
-    could not go on, 130 after Ctrl-C."""
+    could not go on, 3 where it was told to stop and can go on, 4 where it hung, 130 after Ctrl-C."""
 
     for stream in (sys.stdout, sys.stderr):  # texts of any language on a terminal of any encoding
         if isinstance(stream, io.TextIOWrapper):
@@ -41,7 +42,18 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
             print(f"error: {error}", file=sys.stderr)
             return 1
 
-    sys.exit(data_pipeline.cli.exit_code(speak_in_turn, sys.argv[1:], (UserError, DataError)))
+    code = data_pipeline.cli.exit_code(speak_in_turn, sys.argv[1:], (UserError, DataError))
+    _leave_behind_those_who_wait(code)
+    sys.exit(code)
+
+
+def _leave_behind_those_who_wait(code: int) -> None:
+    """End here and now where a thread would hold the interpreter's own end: MLflow's, in a request to a server that
+    does not answer. Whatever it would send is in the run's folder."""
+    if any(thread.name.startswith("mlflow") for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _let_rank_0_speak() -> None:

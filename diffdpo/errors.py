@@ -1,4 +1,7 @@
-"""The errors a user can act on."""
+"""The errors a user can act on, and the exit codes of a run that ends otherwise."""
+
+RESUMABLE = 3  # told to stop; it can go on
+HUNG = 4  # a process waited in vain for another
 
 
 class UserError(ValueError):

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -76,6 +77,14 @@ def run_command(command: list[str], *, timeout: float = 300, cwd: Path = ROOT, *
 def command() -> Callable[..., subprocess.CompletedProcess]:
     """``run_command``."""
     return run_command
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port that nobody listens on: launchers' own default may be another test's."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import argparse
 import os
 import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,13 @@ from data_pipeline.commands.common import check_writable
 from data_pipeline.dataset import open_dataset
 from data_pipeline.errors import DataError
 from data_pipeline.index import MANIFEST, Index
+from data_pipeline.records import Record, RecordError
 from data_pipeline.remote import without_scheme
-from data_pipeline.shards import TAR, file_sha256, scan_shard, to_json
+from data_pipeline.shards import TAR, describe, file_sha256, scan_shard, to_json
+from data_pipeline.sources.formats import reader_of
 
 LOST_SHOWN = 10
+DESCRIBED = ("id", "content", "prompt", "prompt_bytes", "chosen_bytes", "rejected_bytes")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -22,11 +26,7 @@ def run(args: argparse.Namespace) -> int:
     check_writable(args.json)
     reports = []
     for source in _sources(without_scheme(args.source)):
-        dataset = open_dataset(source, cache_dir=args.cache_dir, allow_damaged=True)
-        index = dataset.parts[0].index
-        if index.fresh and index.manifest["gone"] is None:
-            print(f"{source}: no earlier index to compare with; one was made of what these shards hold now")
-        reports += [verify_shard(index, shard, args.cache_dir) for shard in range(len(index.starts) - 1)]
+        reports += _reports(source, args.cache_dir)
     for report in reports:
         print(_line(report))
     lost = sum(len(report["lost"]) for report in reports)
@@ -36,6 +36,42 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         args.json.write_bytes(to_json(reports))
     return 1 if lost or bad else 0
+
+
+def _reports(source: str, cache_dir: Path | None) -> list[dict]:
+    """One report a shard; one more of what is not there, and one alone of an index that cannot be used."""
+    try:
+        index = open_dataset(source, cache_dir=cache_dir, allow_damaged=True).parts[0].index
+    except DataError as error:
+        if not (Path(source) / MANIFEST).exists():
+            raise
+        return [_report(source, bad=[_bad("damaged_index", str(error))])]
+    if index.fresh and index.manifest["gone"] is None:
+        print(f"{source}: no earlier index to compare with; one was made of what these shards hold now")
+    if "checksums" not in index.manifest:
+        print(f"{source}: the index has no checksums; build the folder again to have it checked as well")
+    there = [verify_shard(index, shard, cache_dir) for shard in range(len(index.starts) - 1)]
+    return there + _missing(index)
+
+
+def _missing(index: Index) -> list[dict]:
+    """Reports of shards that an earlier index knew, or that the numbers leave out, and that are not there."""
+    gone, there = index.manifest.get("gone") or {}, {index.url(shard) for shard in range(len(index.starts) - 1)}
+    known = {url: keys for url, keys in gone.items() if url not in there}
+    reports = [
+        _report(url, records=len(keys), lost=keys, bad=[_bad("missing_shard", "an earlier index knew it")])
+        for url, keys in known.items()
+    ]
+    gaps = [name for name in index.manifest.get("gaps", []) if name not in known]
+    return reports + [_report(name, bad=[_bad("missing_shard", "its number is left out")]) for name in gaps]
+
+
+def _report(shard: str, *, records: int = 0, lost: Sequence[str] = (), bad: Sequence[dict] = ()) -> dict:
+    return {"shard": shard, "records": records, "lost": list(lost), "bad": list(bad)}
+
+
+def _bad(kind: str, detail: str) -> dict:
+    return {"kind": kind, "key": "", "detail": detail}
 
 
 def _sources(source: str) -> list[str]:
@@ -54,30 +90,39 @@ def verify_shard(index: Index, shard: int, cache_dir: Path | None) -> dict:
     bad = [item for item in index.manifest["bad"] if item["shard"] == known["name"]]
     gone = (index.manifest.get("gone") or {}).get(index.url(shard), [])
     if gone and not bad:
-        bad = [{"kind": "changed_shard", "key": "", "detail": "records that an earlier index knew are gone"}]
-    report: dict = {"shard": index.url(shard), "records": len(rows) + len(gone), "lost": list(gone), "bad": bad}
+        bad = [_bad("changed_shard", "records that an earlier index knew are gone or changed")]
+    report = _report(index.url(shard), records=len(rows) + len(gone), lost=gone, bad=bad)
+    decode = reader_of(index.manifest)
     try:
         path = index.local_shard(shard, cache_dir)
-        if file_sha256(path) == known["sha256"]:
-            return report
-        report["bad"] = [{"kind": bad.kind, "key": bad.key, "detail": bad.detail} for bad in scan_shard(path).bad]
+        same = file_sha256(path) == known["sha256"]
+        if not same:
+            found = scan_shard(path, lambda raw, told: decode(raw)).bad
+            report["bad"] = [{"kind": bad.kind, "key": bad.key, "detail": bad.detail} for bad in found]
     except (OSError, DataError) as error:
-        report["bad"] = [{"kind": "missing_shard", "key": "", "detail": str(error)}]
+        report["bad"] = [_bad("missing_shard", str(error))]
         report["lost"] += [index.key(row) for row in rows]
         return report
-    report["lost"] += [index.key(row) for row in rows if not _intact(path, index.entries[row])]
-    if not report["bad"]:
-        report["bad"] = [{"kind": "changed_shard", "key": "", "detail": "sha256 is not that of the index"}]
+    with path.open("rb") as file:
+        lost = [row for row in rows if not _intact(file.fileno(), index.entries[row], decode)]
+    report["lost"] += [index.key(row) for row in lost]
+    if same and lost:
+        report["bad"].append(_bad("damaged_index", "it is not an index of this shard, which is as it was"))
+    if not same and not report["bad"]:
+        report["bad"] = [_bad("changed_shard", "sha256 is not that of the index")]
     return report
 
 
-def _intact(path: Path, entry: np.void) -> bool:
-    descriptor = os.open(path, os.O_RDONLY)
+def _intact(descriptor: int, entry: np.void, decode: Callable[[bytes], Record]) -> bool:
+    """Whether the loader would read what the index knows: the bytes, and what it says of the record in them."""
+    raw = os.pread(descriptor, int(entry["size"]), int(entry["offset"]))
+    if len(raw) != entry["size"] or zlib.crc32(raw) != entry["crc"]:
+        return False
     try:
-        raw = os.pread(descriptor, int(entry["size"]), int(entry["offset"]))
-    finally:
-        os.close(descriptor)
-    return len(raw) == entry["size"] and zlib.crc32(raw) == entry["crc"]
+        told = describe(decode(raw), [])[:-1]  # all but the number of the source
+    except RecordError:
+        return False
+    return told == tuple(entry[name].item() for name in DESCRIBED)
 
 
 def _line(report: dict) -> str:

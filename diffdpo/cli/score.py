@@ -3,8 +3,8 @@
     python launch/score.py --model_name_or_path DIR --pairs pairs.jsonl --num_mc_samples 64 > scores.jsonl
 
 A line is {"id", "chosen": {"score", "stderr", "tokens"}, "rejected": {...}}: the ELBO's estimate in nats, summed over
-the answer's tokens and its terminator, its standard error (null with one sample; too large for estimators whose rows
-are coupled, see docs/theory.md), and how many tokens were scored.
+the answer's tokens and its terminator, its standard error (null with one sample; with less than 32 of ``balanced`` too
+large, see docs/theory.md, section 4), and how many tokens were scored.
 With --output a broken-off run goes on where it stopped. A record whose id was met before is left out.
 """
 

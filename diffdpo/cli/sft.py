@@ -5,6 +5,7 @@ Without options: the bundled arithmetic model's recipe is `--config recipes/sft_
 
 from diffdpo.cli.flags import parse_config
 from diffdpo.config import SftConfig
+from diffdpo.errors import RESUMABLE
 
 
 def main(argv: list[str]) -> int:
@@ -12,5 +13,4 @@ def main(argv: list[str]) -> int:
     config = parse_config(SftConfig, argv, __doc__ or "")
     from diffdpo.training.supervised import sft
 
-    sft(config)
-    return 0
+    return 0 if sft(config).complete else RESUMABLE

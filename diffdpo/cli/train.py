@@ -5,6 +5,7 @@ Run it with `deepspeed launch/train.py --ds_config ds_configs/4080_offload.json`
 
 from diffdpo.cli.flags import parse_config
 from diffdpo.config import TrainConfig
+from diffdpo.errors import RESUMABLE
 
 
 def main(argv: list[str]) -> int:
@@ -12,5 +13,4 @@ def main(argv: list[str]) -> int:
     config = parse_config(TrainConfig, argv, __doc__ or "")
     from diffdpo.training.preference import train
 
-    train(config)
-    return 0
+    return 0 if train(config).complete else RESUMABLE

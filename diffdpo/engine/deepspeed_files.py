@@ -42,7 +42,7 @@ class CheckpointFiles:
         with torch.serialization.safe_globals(_kinds()):
             state = torch.load(path, map_location=map_location, weights_only=True)
         if "module" in state:
-            shapes = {name: tuple(weight.shape) for name, weight in state["module"].items()}
+            shapes: dict[str, Sequence[int]] = {name: tuple(weight.shape) for name, weight in state["module"].items()}
             for group in state.get("param_shapes") or ():  # of ZeRO; stage 3's module is empty
                 shapes.update({name: tuple(shape) for name, shape in group.items()})
             self.saved_shapes = shapes

@@ -10,8 +10,10 @@ PAUSE_SECONDS = 1.0
 
 
 def watch_launcher(on_death: Callable[[str], None]) -> None:
-    """Call ``on_death(name)`` once, from a thread, when a launcher above this process has died. Nothing is watched where
-    there is none: ``nohup python launch/train.py &`` is meant to outlive its shell."""
+    """Call ``on_death(name)`` once, from a thread, when a launcher above this process has died.
+
+    Nothing is watched where there is none: ``nohup python launch/train.py &`` is meant to outlive its shell.
+    """
     if watched := launchers():
         threading.Thread(target=_watch, args=(watched, on_death), name="launcher", daemon=True).start()
 

@@ -1,4 +1,4 @@
-"""What of a module goes into a checkpoint: its trained weights, by name. What is frozen comes from the base model again."""
+"""What of a module goes into a checkpoint: its trained weights, by name. What is frozen comes from the base model."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -49,7 +49,7 @@ def score_pairs(
     The models read the same rows, of epoch 0. UserError for ``exact`` on long answers.
     """
     batch = collate(list(pairs), pad_id=noise.mask_token_id, epoch=0, step=0, micro=0, last_micro=True)
-    rows = noise.rows(batch, next(models[0].parameters()).device)
+    rows = noise.draw_rows(batch, next(models[0].parameters()).device)
     f = [score_rows(model, rows, segments=segments) for model in models]
     ratio = fold(f[0] - f[1], rows) if len(f) == 2 else None
     return [fold(f_R, rows) for f_R in f], ratio

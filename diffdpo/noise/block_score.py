@@ -71,16 +71,27 @@ def draw_block_plan(
     rng = generator_of(estimator, key)
     plans = [drawn(estimator, length, num_samples, rng, num_diffusion_steps) for length in tokens]
     rows = max(len(plan) for plan in plans)
+    # the blocks of a NoisePlan, rows drawn together, are the same for all lengths, as they depend on n alone; its cells
+    # of single rows mean another row in each block of tokens
+    block_N, cell_N = (None, None) if plans[0].block_N is None else (plans[0].block_N, plans[0].cell_N)
+    together_N = np.zeros(rows, np.int64) if block_N is None else block_N
 
     masked_NL, scored_NL = (np.zeros((rows, sum(tokens)), dtype=bool) for _ in range(2))
     scale_NL, share_N, stop = np.zeros((rows, sum(tokens))), np.zeros(rows), 0
     for index, plan in enumerate(plans):
         start, stop = stop, stop + plan.masked_NL.shape[1]
-        place_N = (np.arange(len(plan)) + index) % rows  # shifted by one row a block
-        masked_NL[place_N, start:stop], scored_NL[place_N, start:stop] = plan.masked_NL, plan.scored_NL
-        scale_NL[place_N, start:stop] = plan.weight_N[:, None] * _scale(plan)
-        share_N[place_N] += plan.share_N
-    return NoisePlan(masked_NL, scored_NL, np.ones(rows), share_N, scale_NL)
+        own_N = _shifted(together_N, index)  # by one row a block of tokens
+        place_N = np.flatnonzero(own_N < len(plan))  # a block with fewer masks is whole in the other rows
+        own_N = own_N[place_N]
+        masked_NL[place_N, start:stop], scored_NL[place_N, start:stop] = plan.masked_NL[own_N], plan.scored_NL[own_N]
+        scale_NL[place_N, start:stop] = plan.weight_N[own_N, None] * _scale(plan)[own_N]
+        share_N[place_N] += plan.share_N[own_N]
+    return NoisePlan(masked_NL, scored_NL, np.ones(rows), share_N, scale_NL, block_N, cell_N)
+
+
+def _shifted(block_N: np.ndarray, by: int) -> np.ndarray:
+    """Indices of the rows, shifted by so many within each set of rows that were drawn together: sets stay apart."""
+    return np.concatenate([np.roll(np.flatnonzero(block_N == block), by) for block in np.unique(block_N)])
 
 
 def _scale(plan: NoisePlan) -> np.ndarray:

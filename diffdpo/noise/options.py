@@ -37,7 +37,7 @@ class NoiseOptions:
             spec.block_size,
         )
 
-    def rows(self, batch: PairBatch, device: torch.device, *, draw: int = 0) -> NoisyRows:
+    def draw_rows(self, batch: PairBatch, device: torch.device, *, draw: int = 0) -> NoisyRows:
         """The noisy rows of a micro-batch; another ``draw``: others, independent of them."""
         return noisy_rows(
             batch,

@@ -18,9 +18,29 @@ class OutputSettings(Settings):
     max_steps: int = setting(-1, "optimizer steps; -1: --num_train_epochs decides", common=True)
     num_train_epochs: float = setting(1.0, "passes over the training data", common=True)
     logging_steps: int = setting(1, "steps between lines of metrics.jsonl", at_least=1)
-    save_steps: int = setting(0, "steps between checkpoints; 0: none but the final model", at_least=0, common=True)
+    save_steps: int = setting(0, "steps between checkpoints; 0: --save_minutes decides", at_least=0, common=True)
+    save_minutes: float = setting(30.0, "minutes between checkpoints; 0: --save_steps alone decides", at_least=0)
     save_total_limit: int = setting(2, "newest checkpoints to keep", at_least=1)
-    resume_from_checkpoint: str | None = setting(None, "a checkpoint folder, or 'latest' of --output_dir", common=True)
+    save_on_full_disk: str = setting(
+        "stop", "continue: train on without the checkpoints that find no room", choices=("stop", "continue")
+    )
+    resume_from_checkpoint: str | None = setting(
+        None,
+        "a checkpoint folder, 'latest' of --output_dir, or 'auto': latest where there is one, else start",
+        common=True,
+    )
+    on_nonfinite: str = setting(
+        "stop",
+        "at a loss or gradient that is not finite; skip: leave the step out, at most --nonfinite_limit in all",
+        choices=("stop", "skip"),
+    )
+    nonfinite_limit: int = setting(10, "steps that --on_nonfinite skip may leave out", at_least=1)
+    stop_seconds: float = setting(10.0, "seconds in which a run that is sent SIGTERM ends", at_least=2)
+    hang_timeout: float = setting(
+        120.0,
+        "seconds beyond its usual time after which a step, or a silent rank, is taken to hang; 0: never",
+        at_least=0,
+    )
 
     def check(self) -> None:
         """A run has a length, a name that is no folder, and a place to be resumed from."""
@@ -34,5 +54,8 @@ class OutputSettings(Settings):
             raise UserError(
                 f"--run_name {self.run_name!r} names a folder; give a name without '/', or use --output_dir"
             )
-        if self.resume_from_checkpoint == "latest" and not self.output_dir:
-            raise UserError("--resume_from_checkpoint latest needs --output_dir, the folder of the run to go on with")
+        if self.resume_from_checkpoint in ("latest", "auto") and not self.output_dir:
+            raise UserError(
+                f"--resume_from_checkpoint {self.resume_from_checkpoint} needs --output_dir, the folder of the run "
+                "to go on with"
+            )

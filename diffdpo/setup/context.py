@@ -53,7 +53,7 @@ def _check_output_dir(output_dir: Path, resume: str | None) -> None:
                 f"--output_dir {output_dir} holds a run already; give another, or "
                 "--resume_from_checkpoint latest to go on"
             )
-        if resume != "latest" and output_dir not in Path(resume).resolve().parents:
+        if resume not in ("latest", "auto") and output_dir not in Path(resume).resolve().parents:
             raise UserError(
                 f"--output_dir {output_dir} holds a run already and --resume_from_checkpoint {resume} is of another; "
                 "give a new --output_dir, or that run's"

@@ -92,7 +92,7 @@ def gradient_of(loss_of: LossOf, f_R: torch.Tensor) -> torch.Tensor:
 
 
 def replay(engine: Engine, rows: NoisyRows, gradient_R: torch.Tensor, *, segments: Segments, last: bool) -> None:
-    """Second pass: add Σ_R dL/df · ∇f, a forward and backward a segment, and one of clean tokens that segments share."""
+    """Second pass: add Σ_R dL/df · ∇f; a forward and backward a segment, and one of the clean tokens they share."""
     groups = segments.by_stream(rows)
     for index, group in enumerate(groups):
         ends = last and index == len(groups) - 1

@@ -28,7 +28,6 @@ def coupled_gradients(
     loss: LossOptions,
     micro_batches: Sequence[PairBatch],
     rows: Sequence[NoisyRows],
-    *,
     total: torch.Tensor,
     reference_point: torch.Tensor | None,
     segments: Segments,

@@ -33,8 +33,7 @@ from diffdpo.step.retry import StepTooLarge, halve_segments, run_on_all_ranks
 class PreferenceStep:
     """``step(micro_batches, learning_rate)`` → StepReport.
 
-    ``compared``: whether the reference's scores say anything (they are all 0 where there is none). ``max_length``: of
-    rows joined from two records (kto).
+    ``compared``: whether there is a reference (its scores are 0 otherwise). ``max_length``: of rows joined by kto.
     """
 
     def __init__(
@@ -56,16 +55,16 @@ class PreferenceStep:
     def __call__(self, micro_batches: Sequence[PairBatch], learning_rate: float) -> StepReport:
         world = self.engine.world
         count = sum(loss_count(self.loss.names, batch.weight_B2) for batch in micro_batches)
-        # a step without a pair has a loss of 0 / 1, not 0 / 0
-        total = world.all_reduce_sum(torch.as_tensor(count, device=world.device).double()).clamp(min=1).float()
+        whole = world.all_reduce_sum(torch.as_tensor(count, device=world.device).double())
+        # a step without a pair has a gradient of 0 / 1, not 0 / 0
+        total = whole.clamp(min=1).float()
         notes: list[str] = []
         while True:
             try:
                 point, scored = self._gradients(micro_batches, total)
                 break
             except StepTooLarge as failure:
-                # the whole step again: with accumulation, what a broken backward left cannot be told from the rest
-                self.engine.abort_step()
+                self.engine.abort_step()  # all of it: what a broken backward left cannot be told from the rest
                 notes.append(halve_segments(self.engine, self.segments, failure))
                 self.strategy = "two_pass" if self.strategy == "none" else self.strategy
         norm = self.engine.step(learning_rate)
@@ -75,7 +74,7 @@ class PreferenceStep:
             loss=self.loss,
             compared=self.compared,
             grad_norm=norm,
-            records=int(total),
+            records=int(whole),
             reference_point=point,
         )
         return replace(
@@ -94,9 +93,7 @@ class PreferenceStep:
         with self.engine.no_sync() if self._waits() else nullcontext():
             try:
                 if self.loss.couples_pairs:
-                    how = {"total": total, "reference_point": point, "segments": self.segments}
-                    rows = [self._rows(batch) for batch in micro_batches]
-                    scored = coupled_gradients(self.engine, self.reference, self.loss, micro_batches, rows, **how)
+                    scored = self._coupled(micro_batches, total, point)
                 else:
                     scored = run_on_all_ranks(self.engine, lambda: self._independent(micro_batches, total))
                 return point, scored
@@ -104,12 +101,18 @@ class PreferenceStep:
                 self.engine.abort_step()  # or the end of the block would reduce what there is
                 raise
 
+    def _coupled(
+        self, micro_batches: Sequence[PairBatch], total: torch.Tensor, point: torch.Tensor | None
+    ) -> list[MicroScores]:
+        rows = [self._rows(batch) for batch in micro_batches]
+        how = (total, point, self.segments)
+        return coupled_gradients(self.engine, self.reference, self.loss, micro_batches, rows, *how)
+
     def _rows(self, batch: PairBatch) -> NoisyRows:
-        return self.noise.rows(batch, self.engine.world.device)
+        return self.noise.draw_rows(batch, self.engine.world.device)
 
     def _waits(self) -> bool:
-        """Whether gradients are reduced at the end of the step: always where that costs nothing, as ranks can then
-        fail and repeat together."""
+        """Whether gradients are reduced at the end of the step: where that is free, so that ranks can repeat it."""
         return self.strategy == "deferred" or (self.engine.world.size > 1 and self.engine.retry_obstacle() is None)
 
     def _independent(self, micro_batches: Sequence[PairBatch], total: torch.Tensor) -> list[MicroScores]:
@@ -125,8 +128,7 @@ class PreferenceStep:
         return scored
 
     def _backward_of(self, rows: NoisyRows) -> Backward:
-        """The run's strategy; one graph where a single segment holds the micro-batch: no more memory than that segment,
-        and no row computed twice."""
+        """The run's strategy; one graph where a single segment holds the micro-batch, so that no row runs twice."""
         at_once = self.strategy in ("checkpoint", "two_pass") and self.segments.one(rows)
         return STRATEGIES["none" if at_once else self.strategy]
 

@@ -51,7 +51,7 @@ def _take(output_dir: Path) -> int:
                         "in one folder would spoil each other; give a folder on another filesystem"
                     ) from None
                 raise UserError(
-                    f"--output_dir {output_dir} is in use by a run that lives ({holder}); stop it, or give another folder"
+                    f"--output_dir {output_dir} is in use by a living run ({holder}); stop it, or give another folder"
                 ) from None
             if path.exists() and os.fstat(file).st_ino == path.stat().st_ino:
                 os.ftruncate(file, 0)

@@ -1,12 +1,14 @@
 """The record of a run on rank 0: the journal, and MLflow unless it is switched off."""
 
 import logging
+import shlex
 import subprocess
 from pathlib import Path
 
 from diffdpo import __version__
+from diffdpo.errors import UserError
 from diffdpo.tracking.journal import Journal
-from diffdpo.tracking.mlflow_run import STATE_FILE, MlflowRun, Shipped, check_tracking_uri
+from diffdpo.tracking.mlflow_run import STATE_FILE, MlflowRun, Shipped, check_tracking_uri, sqlite_uri
 from diffdpo.tracking.plots import plot_curves
 
 log = logging.getLogger(__name__)
@@ -15,9 +17,8 @@ log = logging.getLogger(__name__)
 class Tracking:
     """``journal`` is written by the loop; MLflow is fed from it in the background."""
 
-    def __init__(self, output_dir: Path, *, resume_step: int | None = None):
-        self.output_dir = output_dir
-        self.journal = Journal(output_dir, resume_step=resume_step)
+    def __init__(self, output_dir: Path, journal: Journal):
+        self.output_dir, self.journal = output_dir, journal
         self.mlflow: MlflowRun | None = None
 
     def start_mlflow(self, shipped: Shipped, *, elsewhere: bool = False) -> None:
@@ -26,24 +27,31 @@ class Tracking:
         ``elsewhere``: the user named a store; if the folder's run is in another, a new run there gets everything.
         """
         if (self.output_dir / STATE_FILE).exists():
-            known = Shipped.read(self.output_dir)
-            if not elsewhere or known.tracking_uri == shipped.tracking_uri:
-                shipped = known
+            try:
+                known = Shipped.read(self.output_dir)
+                if not elsewhere or known.tracking_uri == shipped.tracking_uri:
+                    shipped = known
+            except UserError:
+                log.warning("%s is damaged; a new MLflow run gets all of the journal", self.output_dir / STATE_FILE)
         self.mlflow = MlflowRun(self.output_dir, shipped)
         self.mlflow.start()
 
-    def close(self, status: str) -> bool:
-        """Draw the curves, ship what is left and the run's files, set the final status. True when all arrived."""
-        self.journal.close()
-        plot_curves(self.output_dir)
-        return self.mlflow is None or self.mlflow.close(status)
+    def close(self, status: str, *, timeout: float, curves: bool) -> bool:
+        """Draw the curves, ship what is left and the run's files, set the final status, in about ``timeout`` seconds
+        however long the server takes. True when all arrived."""
+        for work in (self.journal.close, *((lambda: plot_curves(self.output_dir),) if curves else ())):
+            try:
+                work()
+            except OSError as error:  # a full disk must not hide what has ended the run
+                log.warning("the record of the run in %s is not whole: %s", self.output_dir, error)
+        return self.mlflow is None or self.mlflow.close(status, timeout=timeout)
 
 
 def tracking_uri(given: str | None, output_dir: Path) -> str | None:
     """``--tracking_uri``, by default an sqlite file in the folder above the run's; None for ``none``."""
     if given == "none":
         return None
-    uri = given or f"sqlite:///{output_dir.parent / 'mlflow.db'}"
+    uri = given or sqlite_uri(output_dir.parent / "mlflow.db")
     check_tracking_uri(uri)
     return uri
 
@@ -62,5 +70,5 @@ def run_tags() -> dict[str, str]:
 
 
 def open_command(uri: str) -> str:
-    """What shows the runs in a browser."""
-    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+    """What shows the runs in a browser, to be pasted into a shell."""
+    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"

@@ -1,9 +1,9 @@
 """Checkpoints: everything a run needs to go on as if it had not stopped.
 
-``checkpoints/step-N/`` holds the engine's state, ``run.json`` (step, position in data and journal) and a manifest of all
-of it. It is written beside and renamed when it is on the disk, so a folder of that name has always been whole; whether
-it still is, the manifest tells before anything is opened. Noise, data order and learning rate are functions of the seed
-and the step, so there is no generator state to keep.
+``checkpoints/step-N/`` holds the engine's state, ``run.json`` (step, position in data and journal) and a manifest of
+all of it. It is written beside and renamed when it is on the disk, so a folder of that name has always been whole;
+whether it still is, the manifest tells before anything is opened. Noise, data order and learning rate are functions of
+the seed and the step, so there is no generator state to keep.
 """
 
 import errno

@@ -1,9 +1,9 @@
 """Signs of life outside the collectives, so that a run that hangs says who, where and in what.
 
 Each rank's watcher thread notes in ``heartbeats/rank-N.json`` where its main thread is. The thread of a frozen process
-is frozen too: its file grows old. One that waits in a collective for another writes on, and says how long it has waited.
-A stage that takes far longer than it has so far (``--hang_timeout`` beyond three times the longest) is a hang: stacks go
-to ``hang-rank-N.txt``, one rank says what it sees, and all processes end with exit code 4.
+is frozen too: its file grows old. One that waits in a collective for another writes on, and says how long it waits.
+A hang is a rank without a sign for ``--hang_timeout``, or a stage that takes that much longer than three times its
+longest of late: stacks go to ``hang-rank-N.txt``, one rank says what it sees, and all processes end with exit code 4.
 """
 
 import faulthandler
@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -23,12 +24,11 @@ from pathlib import Path
 import psutil
 
 from diffdpo.engine.world import World
-from diffdpo.errors import TrainingError, UserError
+from diffdpo.errors import HUNG, TrainingError, UserError
 
-FOLDER = "heartbeats"
-HUNG = 4  # the exit code of a run that hung
+FOLDER, SETUP = "heartbeats", "setup"
 PAUSE_SECONDS, STALE_SECONDS = 1.0, 10.0
-FIRST = 10  # times --hang_timeout for a stage that has not been gone through yet: it may compile
+LATELY = 20  # times of a stage that are remembered: the first step may compile for minutes
 STAGES = (  # a file's place and function to what is being done there, the innermost first
     ("engine/", "backward", "backward"),
     ("engine/", "step", "optimizer step"),
@@ -64,24 +64,28 @@ class Pulse:
     world: World
     output_dir: Path
     timeout: float  # 0: nothing is ever a hang
-    stage: str = "setup"
+    stage: str = SETUP
     step: int = 0
     since: float = field(default_factory=time.monotonic)
-    longest: dict[str, float] = field(default_factory=dict)  # seconds of each stage so far
+    times: dict[str, deque[float]] = field(default_factory=dict)  # seconds of each stage
     ended: threading.Event = field(default_factory=threading.Event)
     main_thread: int = field(default_factory=threading.get_ident)
 
     def beat(self, stage: str, step: int) -> None:
         """A stage has begun; the one before has taken its time."""
         now = time.monotonic()
-        self.longest[self.stage] = max(self.longest.get(self.stage, 0.0), now - self.since)
+        self.times.setdefault(self.stage, deque(maxlen=LATELY)).append(now - self.since)
         self.stage, self.step, self.since = stage, step, now
 
     def limit(self) -> float:
-        """Seconds this stage may take."""
-        if self.stage not in self.longest:
-            return FIRST * self.timeout
-        return self.timeout + 3 * self.longest[self.stage]
+        """Seconds this stage may take: infinite while its usual time is not known."""
+        return self.timeout + 3 * max(self.times[self.stage]) if self.stage in self.times else float("inf")
+
+    def hangs(self) -> bool:
+        """Whether this rank has been in its stage for too long, or another has given no sign for too long."""
+        if time.monotonic() - self.since > self.limit():
+            return True
+        return self.world.size > 1 and any(sign.age > self.timeout for sign in read_signs(self.output_dir))
 
     def sign(self) -> Sign:
         """Of this rank, now."""
@@ -92,13 +96,13 @@ class Pulse:
 
     def watch(self) -> None:
         """Until ended, in a thread of its own."""
-        while True:
+        while not self.ended.wait(PAUSE_SECONDS):
+            if self.stage == SETUP:  # a mistake met there leaves nothing behind
+                continue
             if self.world.size > 1:
                 with suppress(OSError):  # a full disk is another's matter
                     self._write(self.sign())
-            if self.ended.wait(PAUSE_SECONDS):
-                return
-            if self.timeout and time.monotonic() - self.since > self.limit():
+            if self.timeout and self.hangs():
                 self.end_hung()
 
     def _write(self, sign: Sign) -> None:
@@ -127,10 +131,16 @@ class Pulse:
 @contextmanager
 def beating(pulse: Pulse) -> Iterator[Pulse]:
     """The pulse is watched inside, and where a rank has died its name is told instead of a backend's traceback."""
+    folder = pulse.output_dir / FOLDER
+    if pulse.world.is_main:
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
     thread = threading.Thread(target=pulse.watch, name="heartbeat", daemon=True)
     thread.start()
     try:
         yield pulse
+        with suppress(OSError):  # where a run breaks off its signs stay, for the others to read
+            (folder / f"rank-{pulse.world.rank}.json").unlink()
+            folder.rmdir()
     except (UserError, TrainingError):
         raise
     except RuntimeError as error:  # what torch.distributed raises when another process has gone
@@ -143,8 +153,6 @@ def beating(pulse: Pulse) -> Iterator[Pulse]:
     finally:
         pulse.ended.set()
         thread.join()
-        if pulse.world.is_main:
-            shutil.rmtree(pulse.output_dir / FOLDER, ignore_errors=True)
 
 
 def read_signs(output_dir: Path) -> list[Sign]:

@@ -4,17 +4,14 @@ The same loop runs preference training and supervised training; they differ in t
 evaluated.
 """
 
+import json
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from data_pipeline.batch import PairBatch
@@ -27,10 +24,13 @@ from diffdpo.memory.peak import peak_memory_gib
 from diffdpo.step.report import StepReport
 from diffdpo.tracking.journal import Journal
 from diffdpo.training.callbacks import Callbacks
-from diffdpo.training.checkpoint import list_checkpoints, save_checkpoint
+from diffdpo.training.checkpoint import NotSaved, list_checkpoints, save_checkpoint, told_if_unwritable
+from diffdpo.training.guard import Watch
+from diffdpo.training.norms import NormHistory
 from diffdpo.training.schedule import learning_rate
 
 StepFunction = Callable[[Sequence[PairBatch], float], StepReport]
+EVALUATION = "evaluation"  # of everything, before and after: a stage of the pulse
 ON_THE_BAR = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
 
 
@@ -47,44 +47,88 @@ class Loop:
     journal: Journal | None  # on rank 0 only
     evaluate: Callable[[], Mapping[str, float]]
     check_first: Callable[[StepReport], None]
+    watch: Watch
     callbacks: Callbacks = field(default_factory=Callbacks)
     unit: str = "pairs"  # what a record is called
     state: dict[str, Any] = field(default_factory=dict)
     done: int = 0  # steps taken, also by the run that is resumed
+    skipped: int = 0  # of them, by this run, as they were not finite
+    norms: NormHistory = field(default_factory=NormHistory)
 
     def run(self) -> bool:
         """Train to the end. False when a signal asked to stop before it; a checkpoint was then written."""
-        world, config = self.engine.world, self.config
-        window = _Window()
-        steps = self.loader.steps()
-        with _asked_to_stop() as asked, self._bar() as bar:
-            while self.done < self.total_steps:
-                started = time.perf_counter()
-                micro_batches = next(steps)
-                waited = time.perf_counter() - started
-                rate = self._learning_rate(self.done + 1)
-                report = self.step(micro_batches, rate)
-                self.done += 1
-                window.add(report, time.perf_counter() - started, waited)
-                self._tell(report)
-                if self.done == 1:
-                    self.check_first(report)
-                finite = math.isfinite(report.loss) and math.isfinite(report.grad_norm)
-                wanted = self.callbacks.on_step(self.done, report) or asked.is_set()
-                # ranks hear of a signal at different steps and must leave the loop at the same one
-                stop = bool(world.all_reduce_sum(torch.tensor(float(wanted), device=world.device)))
-                save = stop or bool(config.save_steps and self.done % config.save_steps == 0)
-                # before a checkpoint too: what a resumed run goes on with is an empty window
-                if self.done % config.logging_steps == 0 or self.done == self.total_steps or save or not finite:
-                    self._log(window, rate, bar)
-                    window = _Window()
-                bar.update()
-                if not finite:
-                    raise self._diverged(report)
-                self._evaluate_and_save(save)
-                if stop and self.done < self.total_steps:
-                    return False
+        with self.watch.stop.set_deferred(True), self._bar() as bar:
+            return self._run(bar)
+
+    def _run(self, bar: tqdm) -> bool:
+        config, pulse = self.config, self.watch.pulse
+        window, steps, saved = _Window(), self.loader.steps(), time.monotonic()
+        while self.done < self.total_steps:
+            started = time.perf_counter()
+            pulse.beat("step", self.done + 1)
+            micro_batches = next(steps)
+            waited = time.perf_counter() - started
+            rate = self._learning_rate(self.done + 1)
+            report = self.step(micro_batches, rate)
+            self.done += 1
+            window.add(report, time.perf_counter() - started, waited)
+            self._tell(report)
+            if self.done == 1:
+                self.check_first(report)
+            finite = self._is_finite(report, micro_batches)
+            stop, due = self._agreed(self.callbacks.on_step(self.done, report), time.monotonic() - saved)
+            save = stop or due or bool(config.save_steps and self.done % config.save_steps == 0)
+            # before a checkpoint too: what a resumed run goes on with is an empty window
+            if self.done % config.logging_steps == 0 or self.done == self.total_steps or save or not finite:
+                self._log(window, rate, bar)
+                window = _Window()
+            bar.update()
+            if not finite and (self.config.on_nonfinite == "stop" or self.skipped > self.config.nonfinite_limit):
+                raise self._diverged(report)
+            self._evaluate_and_save(save, stop)
+            saved = time.monotonic() if save else saved
+            if stop and self.done < self.total_steps:
+                return False
         return True
+
+    def _is_finite(self, report: StepReport, micro_batches: Sequence[PairBatch]) -> bool:
+        """Whether a step's loss and gradient are finite. Where they are not, or the norm is far from those before, the
+        records of the step are told; all ranks see the same numbers and do the same."""
+        # a step without records has no loss, and is no sign of a run that diverges
+        finite = math.isfinite(report.grad_norm) and (math.isfinite(report.loss) or not report.records)
+        times = self.norms.add(report.grad_norm) if finite else None
+        if finite and times is None:
+            return True
+        ids = self.engine.world.all_gather_object([[name for name in b.ids if name] for b in micro_batches])
+        if finite:
+            what = f"the gradient's norm {report.grad_norm:.3g} is {times:.0f} times its median of late"
+        else:
+            self.skipped += 1
+            what = f"loss {report.loss}, gradient norm {report.grad_norm}"
+        flat = [name for rank in ids for micro_batch in rank for name in micro_batch]
+        self._note(f"{what}; records {', '.join(flat[:16])}{' ...' if len(flat) > 16 else ''}")
+        if not finite and self.engine.world.is_main:
+            culprit = {"step": self.done, "loss": report.loss, "grad_norm": report.grad_norm, "records": ids}
+            with told_if_unwritable(self.output_dir):
+                (self.output_dir / f"culprit-step-{self.done}.json").write_text(json.dumps(culprit, indent=1))
+        return finite
+
+    def _note(self, text: str) -> None:
+        """Words for the screen and the journal, at the current step."""
+        if self.engine.world.is_main:
+            tqdm.write(f"step {self.done}: {text}")
+        if self.journal is not None:
+            self.journal.note(self.done, text)
+
+    def _agreed(self, wanted: bool, since_saved: float) -> tuple[bool, bool]:
+        """Whether to stop, and whether a checkpoint is due by the clock: for all ranks the same.
+
+        They hear of a signal at different steps and must leave the loop at the same one; the clock is rank 0's.
+        """
+        world, minutes = self.engine.world, self.config.save_minutes
+        due = world.is_main and minutes > 0 and since_saved >= 60 * minutes
+        stops, dues = world.all_reduce_sums([wanted or self.watch.stop.asked.is_set(), due])
+        return bool(stops), bool(dues)
 
     def _learning_rate(self, step: int) -> float:
         config = self.config
@@ -99,6 +143,8 @@ class Loop:
 
     def _tell(self, report: StepReport) -> None:
         """Adjustments of the step: on the screen and in the journal, at the step they were made in."""
+        if not report.records and self.engine.world.is_main:
+            tqdm.write(f"step {self.done}: none of its {self.unit} could be used, so nothing was learned in it")
         if report.notes and self.engine.world.is_main:
             for note in report.notes:
                 tqdm.write(f"step {self.done}: {note}")
@@ -133,18 +179,32 @@ class Loop:
         shown = {short: f"{metrics[key]:.3f}" for key, short in ON_THE_BAR.items() if key in metrics}
         bar.set_postfix(shown | {f"{self.unit}/s": f"{metrics[f'{self.unit}_per_second']:.1f}"}, refresh=False)
 
-    def _evaluate_and_save(self, save: bool) -> None:
+    def _evaluate_and_save(self, save: bool, stop: bool) -> None:
         config, step = self.config, self.done
         at_end = step == self.total_steps
         if config.eval_steps and step % config.eval_steps == 0 and not at_end:
-            self.record_evaluation(self.evaluate())
-        if save and not at_end:
-            if self.journal is not None:
-                self.journal.sync()
-            loader = self.loader.state_dict(self.engine.world.all_reduce_sums)
-            state = self.state | {"step": step, "loader": loader}
-            folder = save_checkpoint(self.output_dir, step, self.engine, state, keep=config.save_total_limit)
-            self.callbacks.on_save(step, folder)
+            self.watch.pulse.beat("evaluation in between", step)
+            with self.watch.stop.set_deferred(False):  # it may take long; the newest checkpoint stays
+                self.record_evaluation(self.evaluate())
+        if save and (stop or not at_end):  # at the end the final model follows, unless told to stop
+            self._save(step)
+
+    def _save(self, step: int) -> None:
+        self.watch.pulse.beat("save", step)
+        loader = self.loader.state_dict(self.engine.world.all_reduce_sums)
+        state = self.state | {"step": step, "loader": loader}
+        if self.journal is not None:
+            self.journal.sync()
+            state["journal"] = self.journal.position()
+        try:
+            folder = save_checkpoint(self.output_dir, step, self.engine, state, keep=self.config.save_total_limit)
+        except NotSaved as error:  # on every rank
+            if not error.full or self.config.save_on_full_disk == "stop":
+                raise
+            if self.engine.world.is_main:
+                tqdm.write(f"step {step}: trains on without this checkpoint: {error}")
+            return
+        self.callbacks.on_save(step, folder)
 
     def record_evaluation(self, metrics: Mapping[str, float]) -> None:
         """Write held-out metrics at the current step."""
@@ -155,8 +215,9 @@ class Loop:
     def _diverged(self, report: StepReport) -> TrainingError:
         saved = list_checkpoints(self.output_dir)
         return TrainingError(
-            f"step {self.done}: loss {report.loss}, gradient norm {report.grad_norm}; a smaller --learning_rate or "
-            f"--max_grad_norm may help; newest checkpoint: {saved[-1] if saved else 'none (see --save_steps)'}"
+            f"step {self.done}: loss {report.loss}, gradient norm {report.grad_norm} (its records: "
+            f"culprit-step-{self.done}.json); a smaller --learning_rate or --max_grad_norm may help; newest "
+            f"checkpoint: {saved[-1] if saved else 'none (see --save_steps)'}"
         )
 
 
@@ -177,9 +238,10 @@ class _Window:
         count, last = len(self.reports), self.reports[-1]
         sums = {name: sum(report.sums[name] for report in self.reports) for name in last.sums}
         records = sum(report.records for report in self.reports)
+        losses = [report.loss for report in self.reports if report.records]  # a step without records has none
         return {
-            "loss": sum(report.loss for report in self.reports) / count,
-            **({"loss/sft": last.sft_loss} if last.sft_loss is not None else {}),
+            **({"loss": sum(losses) / len(losses)} if losses else {}),
+            **({"loss/sft": last.sft_loss} if last.sft_loss is not None and last.records else {}),
             **({"kl/reference_point": last.reference_point} if last.reference_point is not None else {}),
             **means(sums),
             "noise/num_samples": sum(report.num_samples for report in self.reports) / count,
@@ -189,27 +251,7 @@ class _Window:
             "step_seconds": self.seconds / count,
             "data/padding_share": sum(r.padding_tokens for r in self.reports)
             / max(1, sum(r.computed_tokens for r in self.reports)),
+            "data/empty_steps": count - len(losses),
             "memory/step_retries": sum(len(report.notes) for report in self.reports),
             "data_wait_share": self.waited / self.seconds,
         }
-
-
-@contextmanager
-def _asked_to_stop() -> Iterator[threading.Event]:
-    """An event set by SIGTERM or Ctrl-C: the step in progress is finished and saved. A second Ctrl-C ends at once."""
-    asked = threading.Event()
-
-    def on_signal(number: int, frame: object) -> None:
-        if asked.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -126,6 +126,12 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def sync_tree(folder: Path) -> None:
+    """Have a folder and all in it survive a power cut."""
+    for path in [*folder.rglob("*"), folder]:
+        sync_folder(path)
+
+
 def publish(partial: Path, final: Path) -> None:
     """One rename makes a finished folder appear whole; what stood there before goes."""
     old = final.with_name(final.name + ".old")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-RESUMABLE = 3  # the exit code of a run that was stopped and can go on
+from diffdpo.errors import RESUMABLE
 
 
 class Stopped(BaseException):

@@ -6,9 +6,10 @@ response tokens only, the terminator among them, the prompt never masked (Nie et
 
 import shutil
 from collections.abc import Iterator, Sequence
-from typing import cast
+from dataclasses import replace
+from typing import Any, cast
 
-from data_pipeline.batch import Fault, PairBatch
+from data_pipeline.batch import Fault
 from data_pipeline.dataset import ShardedDataset
 from data_pipeline.facts import refuse_unusable
 from data_pipeline.records import AnswerRecord
@@ -18,7 +19,6 @@ from diffdpo.engine.base import count_parameters
 from diffdpo.engine.choice import EngineChoice, choose_engine
 from diffdpo.engine.make import bf16_able, load_device, make_engine
 from diffdpo.engine.optimizer import OptimizerOptions
-from diffdpo.engine.world import shutdown_distributed
 from diffdpo.evaluation.heldout import HeldOutAnswers, SampledAnswers
 from diffdpo.losses.options import LossOptions
 from diffdpo.models.architecture.from_scratch import new_model, train_tokenizer
@@ -29,7 +29,8 @@ from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.scores.reference import no_reference
 from diffdpo.scores.segments import make_segments
 from diffdpo.setup import data as run_data
-from diffdpo.setup.context import RunContext, open_context
+from diffdpo.setup.chosen import chosen_settings
+from diffdpo.setup.context import RunContext
 from diffdpo.setup.preflight import check_before_weights, check_settings_meet
 from diffdpo.step.report import StepReport
 from diffdpo.step.step import PreferenceStep
@@ -37,33 +38,47 @@ from diffdpo.step.strategy import choose_strategy, micro_batch_shape
 from diffdpo.training.answer_canvas import fill_canvas
 from diffdpo.training.callbacks import Callback
 from diffdpo.training.checkpoint import find_checkpoint
-from diffdpo.training.run import Result, Run, carry_out
+from diffdpo.training.guard import Watch, guarded
+from diffdpo.training.loop import StepFunction
+from diffdpo.training.run import Result, Run, carry_out, finished_before
 
 TOKENIZER_RECORDS = 20_000  # the tokenizer of a new model is trained on the first of the data
 
 
 def sft(config: SftConfig, *, callbacks: Sequence[Callback] = ()) -> Result:
     """Run to the end, whatever the number of processes. UserError or DataError for what a user can mend."""
-    config = cast(SftConfig, resolve(config))
+    asked, config = config, cast(SftConfig, resolve(config))
     check_settings_meet(config)
-    context = open_context(config, "sft")
-    try:
-        device = context.world.device
-        processes, cuda = context.world.size, device.type == "cuda"
-        choice = choose_engine(config, processes=processes, cuda=cuda, bf16_able=bf16_able(device))
-        check_before_weights(config, choice)
-        return carry_out(_build(config, context, choice, callbacks))
-    finally:
-        shutdown_distributed()
+    return guarded(
+        config,
+        "sft",
+        lambda context, watch: _sft(config, asked, context, watch, callbacks),
+        stopped=Result.of_a_stop,
+    )
 
 
-def _build(config: SftConfig, context: RunContext, choice: EngineChoice, callbacks: Sequence[Callback]) -> Run:
+def _sft(
+    config: SftConfig, asked: SftConfig, context: RunContext, watch: Watch, callbacks: Sequence[Callback]
+) -> Result:
+    device = context.world.device
+    choice = choose_engine(
+        config, processes=context.world.size, cuda=device.type == "cuda", bf16_able=bf16_able(device)
+    )
+    check_before_weights(config, choice)
+    if (finished := finished_before(config, context)) is not None:
+        return finished
+    return carry_out(replace(_build(config, context, choice, watch, callbacks), asked=asked))
+
+
+def _build(
+    config: SftConfig, context: RunContext, choice: EngineChoice, watch: Watch, callbacks: Sequence[Callback]
+) -> Run:
     world = context.world
     resume = None
     if config.resume_from_checkpoint:
         resume = find_checkpoint(config.resume_from_checkpoint, context.output_dir, world, context.print)
     train_set, eval_set = run_data.open_data(config, context, run_data.generated(config))
-    loaded = _load_or_make(config, context, choice, train_set)
+    loaded = _load_or_make(config, context, choice, train_set, keep=resume is not None)
     encoder = make_encoder(config, loaded.tokenizer, loaded.spec)
     longest = getattr(loaded.model.config, "max_position_embeddings", None)
     run_data.warn_of_data(config, context, (train_set, eval_set), longest=longest)
@@ -91,28 +106,38 @@ def _build(config: SftConfig, context: RunContext, choice: EngineChoice, callbac
     )
     context.print(_announcement(config, context, choice, loaded, len(train_set), f"'{strategy}' ({why})"))
     loss = LossOptions(("sft",), (1.0,), beta=1.0)
-    score_step = PreferenceStep(engine, no_reference, noise, loss, strategy=strategy, segments=segments, compared=False)
-
-    def step(micro_batches: Sequence[PairBatch], rate: float) -> StepReport:
-        canvas = {"canvas": config.answer_canvas, "terminator_id": loaded.spec.terminator_id, "seed": config.seed}
-        filled = [fill_canvas(b, **canvas) for b in micro_batches] if config.answer_canvas else micro_batches
-        return score_step(filled, rate)
-
+    step = PreferenceStep(engine, no_reference, noise, loss, strategy=strategy, segments=segments, compared=False)
+    chosen = chosen_settings(config, context, choice, encoder) | {"model_name_or_path": config.model_name_or_path}
     return Run(
-        config=config,
+        config=replace(config, **chosen, segmentation=strategy, eval_task=held_out.answers.task),
+        asked=config,
+        facts=_facts(loaded, choice, answers=len(train_set), why=why),
         context=context,
+        watch=watch,
         resume=resume,
         data=train_set,
         loader=loader,
         loaded=loaded,
         engine=engine,
-        step=step,
+        step=_with_canvas(step, config, loaded) if config.answer_canvas else step,
         held_out=held_out,
         check_first=_nothing_to_check,
         unit="answers",
         base=config.model_name_or_path or "random weights",
         callbacks=callbacks,
     )
+
+
+def _with_canvas(step: PreferenceStep, config: SftConfig, loaded: LoadedModel) -> StepFunction:
+    """The step on micro-batches whose answers are filled up with terminators (``answer_canvas``)."""
+    canvas = {"canvas": config.answer_canvas, "terminator_id": loaded.spec.terminator_id, "seed": config.seed}
+    return lambda micro_batches, rate: step([fill_canvas(batch, **canvas) for batch in micro_batches], rate)
+
+
+def _facts(loaded: LoadedModel, choice: EngineChoice, *, answers: int, why: str) -> dict[str, Any]:
+    total, trained = count_parameters(loaded.model)
+    facts = {"parameters": total, "trained_parameters": trained, "answers": answers}
+    return facts | {"dtype": dtype_name(choice.bf16), "why_segmentation": why}
 
 
 def _announcement(
@@ -130,15 +155,18 @@ def _nothing_to_check(report: StepReport) -> None:
     """Supervised training has no reference to agree with."""
 
 
-def _load_or_make(config: SftConfig, context: RunContext, choice: EngineChoice, data: ShardedDataset) -> LoadedModel:
-    """The named model, or a new one with a tokenizer trained on the data: the same on every rank."""
+def _load_or_make(
+    config: SftConfig, context: RunContext, choice: EngineChoice, data: ShardedDataset, *, keep: bool
+) -> LoadedModel:
+    """The named model, or a new one with a tokenizer trained on the data: the same on every rank. ``keep``: the one
+    that is there, of the run that is resumed."""
     device = load_device(choice, context.world)
     if config.model_name_or_path:
         loaded = load_model(config.model_name_or_path, dtype=dtype_name(choice.bf16), device=device)
         loaded.model.requires_grad_(True)
         return loaded
     folder = context.output_dir / "start"
-    if context.world.is_main and not (config.resume_from_checkpoint and folder.exists()):
+    if context.world.is_main and not (keep and folder.exists()):
         shutil.rmtree(folder, ignore_errors=True)  # of a start that was broken off, perhaps with other settings
         tokenizer = train_tokenizer(_texts(data), vocab_size=config.vocab_size)
         model = new_model(

@@ -6,6 +6,7 @@ import os
 import tarfile
 from io import BytesIO
 
+import numpy as np
 import pytest
 
 from data_pipeline.__main__ import main
@@ -17,6 +18,7 @@ from data_pipeline.shard_builder import BuildOptions, build
 from data_pipeline.shards import scan_shard, write_shard
 
 PER_SHARD, SHARDS = 10, 3
+REST = ("checksums", "digest")  # what an index of an earlier version lacks
 
 
 @pytest.fixture
@@ -277,6 +279,44 @@ def test_a_damaged_index_is_refused(built, cache):
     (built / "manifest.json").write_text("{")
     with pytest.raises(DataError, match="not valid JSON"):
         open_dataset(str(built), cache_dir=cache)
+
+
+@pytest.mark.parametrize("name", ["entries.npy", "keys.npy", "manifest.json"])
+@pytest.mark.parametrize("kind", ["bit", "zeros", "cut"])
+def test_no_damage_of_an_index_is_silent(built, cache, capsys, name, kind):
+    """Wherever it is: the loader refuses the index, and verify says so."""
+    path = built / name
+    whole, random = path.read_bytes(), np.random.default_rng(0)
+    for place in sorted({0, len(whole) - 1, *random.integers(0, len(whole), 12).tolist()}):
+        data = bytearray(whole)
+        if kind == "bit":
+            data[place] ^= 1 << int(random.integers(8))
+        elif kind == "zeros":
+            data[place : place + 64] = bytes(len(data[place : place + 64]))
+        else:
+            del data[place:]
+        path.write_bytes(data)
+        if data == whole:
+            continue
+        with pytest.raises(DataError):
+            open_dataset(str(built), cache_dir=cache)
+        assert main(["verify", str(built), "--cache_dir", str(cache)]) == 1
+        assert "damaged_index" in capsys.readouterr().out
+    path.write_bytes(whole)
+    assert main(["verify", str(built), "--cache_dir", str(cache)]) == 0
+
+
+@pytest.mark.parametrize("field", ["offset", "size", "crc", "id", "content", "prompt", "chosen_bytes"])
+def test_verify_reads_what_the_loader_would_of_an_index_without_checksums(built, cache, capsys, field):
+    manifest = json.loads((built / "manifest.json").read_text())
+    (built / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if k not in REST}))
+    assert main(["verify", str(built), "--cache_dir", str(cache)]) == 0
+    assert "the index has no checksums" in capsys.readouterr().out
+    entries = np.load(built / "entries.npy")
+    entries[field][12] += 1
+    np.save(built / "entries.npy", entries)
+    assert main(["verify", str(built), "--cache_dir", str(cache)]) == 1
+    assert "damaged_index" in (printed := capsys.readouterr().out) and "1 of 10 records lost: 000000012" in printed
 
 
 def test_a_run_that_drops_nearly_everything_stops(built, cache, tokenizer):

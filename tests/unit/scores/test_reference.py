@@ -31,7 +31,7 @@ def test_asked_once_for_each_batch(counted):
     noise, segments = NoiseOptions("mask_count", 2, 0, 4), Segments(rows=4)
     reference = remembered(counted, segments)
     batches = [batch_of("a", step=0), batch_of("b", step=1), batch_of("a/mismatched", step=0)]
-    rows = [noise.rows(batch, torch.device("cpu")) for batch in batches]
+    rows = [noise.draw_rows(batch, torch.device("cpu")) for batch in batches]
     first = [reference(*each) for each in zip(rows, batches, strict=True)]
     again = [reference(*each) for each in zip(rows, batches, strict=True)]
     assert counted.calls == 3 and all(map(torch.equal, first, again))
@@ -41,7 +41,7 @@ def test_asked_once_for_each_batch(counted):
 def test_made_anew_in_smaller_segments(counted):
     noise, segments = NoiseOptions("mask_count", 2, 0, 4), Segments(rows=4)
     reference, batch = remembered(counted, segments), batch_of("a", step=0)
-    rows = noise.rows(batch, torch.device("cpu"))
+    rows = noise.draw_rows(batch, torch.device("cpu"))
     reference(rows, batch)
     assert segments.halve(Size(4, 28))
     reference(rows, batch)

@@ -19,6 +19,8 @@ from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.setup import data as run_data
 from diffdpo.setup.context import RunContext, open_context
 from diffdpo.setup.model import save_final
+from diffdpo.training.guard import Watch
+from diffdpo.training.heartbeat import Pulse
 from diffdpo.training.run import finish
 
 
@@ -130,8 +132,10 @@ def test_an_interruption_says_where_the_run_was_and_what_there_is(tmp_path, caps
     if saved:
         (tmp_path / "checkpoints" / "step-4").mkdir(parents=True)
         (tmp_path / "checkpoints" / "step-4" / "run.json").write_text("{}")
+    config = TrainConfig()
+    watch = Watch(Pulse(WORLD, tmp_path, 0.0))
     place = RunContext(World(0, 0, 1, torch.device("cpu")), tmp_path, tmp_path / "cache", "run")
-    with pytest.raises(KeyboardInterrupt), finish(place, None) as end:
+    with pytest.raises(KeyboardInterrupt), finish(place, None, watch, config) as end:
         end.phase = "in the evaluation"
         raise KeyboardInterrupt
     said = capsys.readouterr().out
