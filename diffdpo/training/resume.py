@@ -67,7 +67,7 @@ def resume_parts(
 
 
 def finished_summary(config: RunConfig, context: RunContext) -> dict[str, Any] | None:
-    """The ``summary.json`` of a run that ``--resume_from_checkpoint auto`` finds finished; None where there is more to do.
+    """The ``summary.json`` of a run that ``auto`` finds finished; None where there is more to do.
 
     UserError where more steps are asked of a finished run that has left no checkpoint to go on from.
     """

@@ -39,6 +39,7 @@ from diffdpo.training.answer_canvas import fill_canvas
 from diffdpo.training.callbacks import Callback
 from diffdpo.training.checkpoint import find_checkpoint
 from diffdpo.training.guard import Watch, guarded
+from diffdpo.training.loop import StepFunction
 from diffdpo.training.run import Result, Run, carry_out, finished_before
 
 TOKENIZER_RECORDS = 20_000  # the tokenizer of a new model is trained on the first of the data
@@ -106,12 +107,6 @@ def _build(
     context.print(_announcement(config, context, choice, loaded, len(train_set), f"'{strategy}' ({why})"))
     loss = LossOptions(("sft",), (1.0,), beta=1.0)
     score_step = PreferenceStep(engine, no_reference, noise, loss, strategy=strategy, segments=segments, compared=False)
-
-    def step(micro_batches: Sequence[PairBatch], rate: float) -> StepReport:
-        canvas = {"canvas": config.answer_canvas, "terminator_id": loaded.spec.terminator_id, "seed": config.seed}
-        filled = [fill_canvas(b, **canvas) for b in micro_batches] if config.answer_canvas else micro_batches
-        return score_step(filled, rate)
-
     chosen = chosen_settings(config, context, choice, encoder) | {"model_name_or_path": config.model_name_or_path}
     total, trained = count_parameters(loaded.model)
     return Run(
@@ -131,13 +126,24 @@ def _build(
         loader=loader,
         loaded=loaded,
         engine=engine,
-        step=step,
+        step=_with_canvas(score_step, config, loaded),
         held_out=held_out,
         check_first=_nothing_to_check,
         unit="answers",
         base=config.model_name_or_path or "random weights",
         callbacks=callbacks,
     )
+
+
+def _with_canvas(score_step: PreferenceStep, config: SftConfig, loaded: LoadedModel) -> StepFunction:
+    """The step on answers that have been filled up to ``--answer_canvas``."""
+
+    def step(micro_batches: Sequence[PairBatch], rate: float) -> StepReport:
+        canvas = {"canvas": config.answer_canvas, "terminator_id": loaded.spec.terminator_id, "seed": config.seed}
+        filled = [fill_canvas(b, **canvas) for b in micro_batches] if config.answer_canvas else micro_batches
+        return score_step(filled, rate)
+
+    return step
 
 
 def _announcement(
