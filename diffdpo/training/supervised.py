@@ -7,7 +7,7 @@ response tokens only, the terminator among them, the prompt never masked (Nie et
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 from data_pipeline.batch import Fault, PairBatch
 from data_pipeline.dataset import ShardedDataset
@@ -108,17 +108,10 @@ def _build(
     loss = LossOptions(("sft",), (1.0,), beta=1.0)
     score_step = PreferenceStep(engine, no_reference, noise, loss, strategy=strategy, segments=segments, compared=False)
     chosen = chosen_settings(config, context, choice, encoder) | {"model_name_or_path": config.model_name_or_path}
-    total, trained = count_parameters(loaded.model)
     return Run(
         config=replace(config, **chosen, segmentation=strategy, eval_task=held_out.answers.task),
         asked=config,
-        facts={
-            "parameters": total,
-            "trained_parameters": trained,
-            "answers": len(train_set),
-            "dtype": dtype_name(choice.bf16),
-            "why_segmentation": why,
-        },
+        facts=_facts(loaded, choice, answers=len(train_set), why_segmentation=why),
         context=context,
         watch=watch,
         resume=resume,
@@ -133,6 +126,12 @@ def _build(
         base=config.model_name_or_path or "random weights",
         callbacks=callbacks,
     )
+
+
+def _facts(loaded: LoadedModel, choice: EngineChoice, **more: Any) -> dict[str, Any]:
+    """What the record says of the model, and more."""
+    total, trained = count_parameters(loaded.model)
+    return {"parameters": total, "trained_parameters": trained, "dtype": dtype_name(choice.bf16), **more}
 
 
 def _with_canvas(score_step: PreferenceStep, config: SftConfig, loaded: LoadedModel) -> StepFunction:
