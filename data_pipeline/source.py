@@ -8,7 +8,7 @@ from pathlib import Path
 from braceexpand import braceexpand
 
 from data_pipeline.errors import DataError
-from data_pipeline.index import ENTRIES, KEYS, MANIFEST
+from data_pipeline.index import MANIFEST
 from data_pipeline.remote import expand_remote, is_glob, is_remote, without_scheme
 from data_pipeline.shards import TAR
 from data_pipeline.sources.files import READERS, SourceOptions, named_split, suffix_of
@@ -62,9 +62,8 @@ def _of_files(name: str, files: list[str], otherwise: list[str]) -> Source:
     shards = [file for file in files if file.endswith(TAR)]
     if not shards:
         return Source(name, Kind.ROWS, tuple(otherwise))
-    index = (MANIFEST, ENTRIES, KEYS)
-    rest = [file for file in files if file not in shards and Path(file).name not in index]
-    if data := [file for file in rest if suffix_of(Path(file)) in READERS]:
+    rows = READERS.keys() - {*TAR, ".json"}  # a .json beside shards is an index, or somebody's note
+    if data := [file for file in files if suffix_of(Path(file)) in rows]:
         raise DataError(f"{name} stands for shards and for other data ({data[0]}); name one of the two kinds")
     return Source(name, Kind.SHARDS, tuple(shards))
 

@@ -90,6 +90,7 @@ def skeleton(family: Family, shape: PreTrainedConfig, config: TrainConfig, *, bf
                 r=config.lora_r,
                 alpha=config.lora_alpha,
                 target_modules=config.lora_target_modules,
+                modules_to_save=config.lora_modules_to_save,
                 use_dora=config.use_dora,
             )
     else:

@@ -14,19 +14,16 @@ Shapes: R rows, T padded length, A answers, C clean tokens, M scored positions, 
 size.
 """
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffdpo.models.architecture.block_layout import BlockLayout, block_layout
 
-if TYPE_CHECKING:
-    from diffdpo.scores.masked_log_probs import MaskedLogProbs
-
 
 def block_log_probs(
-    module: "MaskedLogProbs",
+    module: Any,
     input_ids_RT: Tensor,
     lengths_R: Tensor,
     row_M: Tensor,
@@ -69,13 +66,13 @@ def block_log_probs(
     return module.log_probs(hidden_MK, target_M)
 
 
-def block_of(module: "MaskedLogProbs") -> int:
+def block_of(module: Any) -> int:
     """Tokens of a block."""
     assert module.spec.block_size, "asked for families that have blocks"
     return module.spec.block_size
 
 
-def _run_clean(module: "MaskedLogProbs", ids_N: Tensor, layout: BlockLayout) -> tuple[Tensor, Tensor]:
+def _run_clean(module: Any, ids_N: Tensor, layout: BlockLayout) -> tuple[Tensor, Tensor]:
     """Keys and values, and hidden states at the ends of blocks where logits are shifted (else none of them)."""
     block = block_of(module)
     blocks = len(layout) // block if module.spec.logit_shift else 0
@@ -86,7 +83,7 @@ def _run_clean(module: "MaskedLogProbs", ids_N: Tensor, layout: BlockLayout) -> 
 
 
 def _where(
-    module: "MaskedLogProbs", layout: BlockLayout, answer_M: Tensor, row_M: Tensor, position_M: Tensor, start_A: Tensor
+    module: Any, layout: BlockLayout, answer_M: Tensor, row_M: Tensor, position_M: Tensor, start_A: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Where the output that predicts each scored token is: in the clean part, or -1, and else in the rows' part.
 

@@ -64,8 +64,7 @@ class PreferenceStep:
                 point, scored = self._gradients(micro_batches, total)
                 break
             except StepTooLarge as failure:
-                # the whole step again: with accumulation, what a broken backward left cannot be told from the rest
-                self.engine.abort_step()
+                self.engine.abort_step()  # all of it: what a broken backward left cannot be told from the rest
                 notes.append(halve_segments(self.engine, self.segments, failure))
                 self.strategy = "two_pass" if self.strategy == "none" else self.strategy
         norm = self.engine.step(learning_rate)

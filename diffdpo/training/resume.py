@@ -1,7 +1,6 @@
 """Going on from a checkpoint: what must be the same, what may change, and what is done already."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from data_pipeline.reader import PairLoader
 from diffdpo.config import RunConfig
 from diffdpo.engine.base import Engine, count_parameters
 from diffdpo.errors import UserError
+from diffdpo.settings.base import public
 from diffdpo.setup.context import RunContext
 from diffdpo.setup.data import total_steps
 from diffdpo.training.checkpoint import list_checkpoints, read_state, told_if_unreadable
@@ -16,7 +16,7 @@ from diffdpo.training.checkpoint import list_checkpoints, read_state, told_if_un
 WITHOUT_EFFECT = {"output_dir", "resume_from_checkpoint", "data_cache_dir", "tracking_uri", "tracking_timeout"}
 FREE_TO_CHANGE = WITHOUT_EFFECT | {
     *("run_name", "dataset_num_workers", "save_minutes", "save_on_full_disk", "stop_seconds", "hang_timeout"),
-    *("on_nonfinite", "nonfinite_limit"),
+    *("on_nonfinite", "nonfinite_limit", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_token"),
     *("logging_steps", "eval_steps", "save_steps", "save_total_limit", "segmentation", "segment_rows", "max_memory"),
     *("reference", "reference_cache", "precompute_only", "strict"),
     # their product cannot change: the reader refuses another number of records a step
@@ -57,7 +57,7 @@ def resume_parts(
         engine.load(checkpoint)
     context.print(f"resumed from {checkpoint} after step {state['step']}")
     changes = []
-    for name, value in asdict(config).items():
+    for name, value in public(config).items():
         was = state["config"].get(name)
         if name not in WITHOUT_EFFECT and was != value:
             changes.append(f"--{name} was {was} and is {value}")
@@ -67,7 +67,7 @@ def resume_parts(
 
 
 def finished_summary(config: RunConfig, context: RunContext) -> dict[str, Any] | None:
-    """The ``summary.json`` of a run that ``auto`` finds finished; None where there is more to do.
+    """The ``summary.json`` of a run that ``--resume_from_checkpoint auto`` finds finished; None where more is to do.
 
     UserError where more steps are asked of a finished run that has left no checkpoint to go on from.
     """
