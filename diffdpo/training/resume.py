@@ -13,9 +13,16 @@ from diffdpo.setup.context import RunContext
 from diffdpo.setup.data import total_steps
 from diffdpo.training.checkpoint import list_checkpoints, read_state, told_if_unreadable
 
-WITHOUT_EFFECT = {"output_dir", "resume_from_checkpoint", "data_cache_dir", "tracking_uri", "tracking_timeout"}
+WITHOUT_EFFECT = {
+    "output_dir",
+    "run_name",
+    "resume_from_checkpoint",
+    "data_cache_dir",
+    "tracking_uri",
+    "tracking_timeout",
+}
 FREE_TO_CHANGE = WITHOUT_EFFECT | {
-    *("run_name", "dataset_num_workers", "save_minutes", "save_on_full_disk", "stop_seconds", "hang_timeout"),
+    *("dataset_num_workers", "save_minutes", "save_on_full_disk", "stop_seconds", "hang_timeout"),
     *("on_nonfinite", "nonfinite_limit", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_token"),
     *("logging_steps", "eval_steps", "save_steps", "save_total_limit", "segmentation", "segment_rows", "max_memory"),
     *("reference", "reference_cache", "precompute_only", "strict"),
