@@ -19,4 +19,7 @@ class NoiseSettings(Settings):
     )
     num_mc_samples: int = setting(4, "forwards a score (n)", at_least=1, common=True)
     num_diffusion_steps: int | None = setting(None, "T of the `trajectory` estimator", at_least=1)
+    fill_last_block: bool = setting(
+        False, "block-causal models: fill an answer's last block with scored terminators, as some training code does"
+    )
     seed: int = setting(0, "same seed, same data order, same noise, same numbers", at_least=0, common=True)
