@@ -28,4 +28,7 @@ class NoiseSettings(Settings):
     num_diffusion_steps: int | None = setting(
         None, "T of the `trajectory` estimator; default: --num_mc_samples", at_least=1
     )
+    fill_last_block: bool = setting(
+        False, "block-causal models: fill an answer's last block with scored terminators, as some training code does"
+    )
     seed: int = setting(0, "same seed, same data order, same noise, same numbers", at_least=0, common=True)
