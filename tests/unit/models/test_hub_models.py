@@ -36,7 +36,9 @@ def test_a_model_of_the_hub_is_kept_for_when_it_does_not_answer(tiny_model, conn
         connect(address)
         first = load_model("org/model")
         pinned = load_model(f"org/model@{REVISION}")
-        with pytest.raises(UserError, match="no revision 'v9' of 'org/model' on the hub; give a branch, a tag or a commit"):
+        with pytest.raises(
+            UserError, match="no revision 'v9' of 'org/model' on the hub; give a branch, a tag or a commit"
+        ):
             load_model("org/model@v9")
         with pytest.raises(UserError, match="'org/other': it is no folder here, and the hub has no such model"):
             load_model("org/other")

@@ -338,7 +338,9 @@ def _with_plain_peft(base, folder):
 @pytest.mark.parametrize("names", ["q_proj", "lm_head", "blocks", "wte,nothing"])
 def test_modules_that_cannot_be_trained_whole_are_named(base, names):
     loaded = load_model(base)
-    with pytest.raises(UserError, match=f"'{names.split(',')[-1]}' is no module that can be trained whole; there is .*ff_out"):
+    with pytest.raises(
+        UserError, match=f"'{names.split(',')[-1]}' is no module that can be trained whole; there is .*ff_out"
+    ):
         add_lora(loaded.model, loaded.spec, r=2, modules_to_save=names)
 
 
