@@ -133,8 +133,8 @@ def generate(
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; it must be at least 1")
     length = settings.get("gen_length", Decoding.gen_length)
-    settings = {"steps": length, "block_length": min(Decoding.block_length, max(1, length)), **settings}
-    Decoding(**settings)  # what is wrong with them is told before a model is loaded
+    settings = {"steps": length, **settings}
+    Decoding(**{"block_length": length} | settings)  # what is wrong with them is told before a model is loaded
     loaded = _loaded(model, device=device, dtype=dtype)
     each_prompt = [prompts] if isinstance(prompts, str) else list(prompts)
     encoded = [encode_prompt(prompt, loaded, template) for prompt in each_prompt]

@@ -101,11 +101,31 @@ class SftConfig(RunConfig):
     width: int = setting(128, "of a new model", at_least=1)
     layers: int = setting(4, "of a new model", at_least=1)
     heads: int = setting(4, "of a new model", at_least=1)
-    vocab_size: int = setting(512, "most tokens of a new model's tokenizer, at least 259")
+    vocab_size: int = setting(512, "most tokens of a new model's tokenizer: 256 bytes and 3 signs first", at_least=259)
+    block_size: int = setting(
+        0, "of a new model: block diffusion in blocks of so many tokens (SDAR's layout); 0: full attention", at_least=0
+    )
     num_generated_answers: int = setting(
         200_000, "training answers generated when --train_data is not given", at_least=1
     )
     answer_mix: str | None = setting(None, "their qualities, such as clear=0.6,vague=0.4; default: as data_pipeline's")
+
+    def check(self) -> None:
+        """A new model has heads of one even size and blocks of its own, and answers on a canvas fit in a row."""
+        if self.block_size and self.model_name_or_path:
+            raise UserError("--block_size is of a new model; config.json says what blocks --model_name_or_path has")
+        size, rest = divmod(self.width, self.heads)
+        if not self.model_name_or_path and (rest or size % 2):
+            raise UserError(
+                f"--width {self.width} and --heads {self.heads}: the width must be an even number for each head, such "
+                f"as --width {self.heads * max(2, size + size % 2)}"
+            )
+        room = self.max_length - self.max_prompt_length
+        if self.answer_canvas > room:
+            raise UserError(
+                f"--answer_canvas {self.answer_canvas}: a prompt of --max_prompt_length {self.max_prompt_length} leaves"
+                f" {room} tokens of --max_length {self.max_length}; make it smaller, or raise --max_length"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

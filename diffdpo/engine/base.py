@@ -64,7 +64,10 @@ class Engine(Protocol):
         ...
 
     def step(self, learning_rate: float) -> float:
-        """Clip, update, zero. Returns the gradient's norm before clipping."""
+        """Clip, update, zero. Returns the gradient's norm before clipping.
+
+        The plain engine takes no step where that is not finite; ``choice.skips_nonfinite`` says so.
+        """
         ...
 
     def freeze(self, module: nn.Module) -> FrozenModule:

@@ -34,7 +34,12 @@ class LossSettings(LossParameters):
 
     def check(self) -> None:
         """Names, weights and parameters that contradict one another, or that no loss reads."""
-        self.loss()
+        loss = self.loss()
+        if loss.unpaired and self.desirable_weight == self.undesirable_weight == 0:
+            raise UserError(
+                "--desirable_weight and --undesirable_weight are both 0: the loss would be 0 whatever is answered; "
+                "make one of them larger"
+            )
 
     def loss(self) -> LossOptions:
         """All of it as one sum of losses. UserError where settings contradict."""

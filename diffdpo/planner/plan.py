@@ -37,6 +37,7 @@ class Plan:
     run: DryRun
     machine: Machine
     fit: Fit | None = None  # of ``--max_memory``
+    context: int | None = None  # tokens the model was made for
 
     @cached_property
     def parts(self) -> list[Part]:
@@ -52,6 +53,12 @@ class Plan:
         gpu, host = gpu or self.machine.gpu, self.machine.host
         missing = max(0, self.need(DEVICE) - gpu.memory) if gpu else 0
         return missing + (max(0, self.need(HOST) - host.memory) if host else 0)
+
+    def lacks(self, gpu: Gpu) -> str:
+        """Where a run with such GPUs does not fit: ``GPU``, ``host`` (of the machine, where it is given), or ''."""
+        if self.need(DEVICE) > gpu.memory:
+            return "GPU"
+        return "host" if self.short(gpu) else ""
 
     def time(self, gpu: Gpu) -> StepTime:
         """Of a step on such a GPU."""
@@ -81,7 +88,8 @@ def make_plan(
     module = skeleton(family, shape, config, bf16=choice.bf16, cast=choice.bf16)
     job = plan_run(config, module, choice, cuda=cuda, second_model=second_model, scored=scored)
     numbers = count(module)
-    return Plan(job, numbers, dry_run(module, numbers, job, timed=timed), machine, fit)
+    context = getattr(shape, "max_position_embeddings", None)
+    return Plan(job, numbers, dry_run(module, numbers, job, timed=timed), machine, fit, context)
 
 
 def _sized(config: TrainConfig, machine: Machine, *, cuda: bool) -> tuple[Fit, TrainConfig]:

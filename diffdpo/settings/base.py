@@ -88,9 +88,10 @@ def check_field(item: dataclasses.Field, value: Any) -> None:
 
 
 def changed(settings: Settings) -> dict[str, Any]:
-    """The fields that are not at their default."""
+    """The fields that are not at their default, as they may be shown."""
+    shown = public(settings)
     return {
-        item.name: getattr(settings, item.name)
+        item.name: shown[item.name]
         for item in dataclasses.fields(settings)
         if getattr(settings, item.name) != item.default
     }

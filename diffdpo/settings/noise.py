@@ -20,7 +20,7 @@ class NoiseSettings(Settings):
 
     score_estimator: str = setting(
         "auto",
-        "how masks are drawn (docs/theory.md); auto: exact for blocks of up to 4 tokens, else balanced",
+        "how masks are drawn (docs/theory.md); auto: balanced, or exact for small blocks",
         choices=("auto", *ESTIMATORS),
         common=True,
     )

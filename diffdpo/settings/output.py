@@ -37,6 +37,12 @@ class OutputSettings(Settings):
         "a checkpoint, 'latest' of --output_dir, or 'auto': latest if there is one; default: a new run",
         common=True,
     )
+    on_nonfinite: str = setting(
+        "stop",
+        "at a loss or gradient that is not finite; skip: leave the step out, at most --nonfinite_limit in all",
+        choices=("stop", "skip"),
+    )
+    nonfinite_limit: int = setting(10, "steps that --on_nonfinite skip may leave out", at_least=1)
     stop_seconds: float = setting(10.0, "seconds in which a run that is sent SIGTERM ends", at_least=2)
     hang_timeout: float = setting(
         120.0,

@@ -11,6 +11,7 @@ from diffdpo.engine.choice import EngineChoice
 from diffdpo.engine.make import load_device
 from diffdpo.engine.world import World
 from diffdpo.models.bundled import model_or_bundled
+from diffdpo.models.checkpoint.adapter_folder import is_adapter, note_base
 from diffdpo.models.load import LoadedModel, dtype_name, load_model
 
 
@@ -55,3 +56,5 @@ def save_final(folder: Path, engine: Engine, loaded: LoadedModel) -> None:
     state = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
     loaded.model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
     loaded.tokenizer.save_pretrained(folder)
+    if is_adapter(folder):
+        note_base(folder)

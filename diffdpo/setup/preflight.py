@@ -14,6 +14,8 @@ from diffdpo.noise.estimators import check_estimator
 from diffdpo.reference.modes import check_reference
 from diffdpo.step.strategy import check_deferred, check_segmentation
 
+LARGEST_BETA = 100.0  # of published recipes, 10 (SimPO) is the largest
+
 
 def check_settings_meet(config: RunConfig) -> None:
     """UserError for settings of different rooms that cannot serve one another; nothing is opened."""
@@ -32,6 +34,24 @@ def check_before_weights(config: RunConfig, choice: EngineChoice) -> None:
     if isinstance(config, TrainConfig):
         check_deferred(config.segmentation, choice.no_sync_obstacle(few=config.use_peft))
     check_named(config)
+
+
+def doubts(config: RunConfig, *, steps: int) -> list[str]:
+    """What is allowed and likely a mistake, a line each, for a run of ``steps`` optimizer steps."""
+    found = []
+    if config.learning_rate == 0:
+        found.append("--learning_rate is 0: nothing is learned")
+    if config.warmup_steps > steps:
+        found.append(
+            f"--warmup_steps {config.warmup_steps} is longer than the run of {steps} steps: the learning rate "
+            f"{config.learning_rate:g} is never reached"
+        )
+    if isinstance(config, TrainConfig) and config.beta > LARGEST_BETA:
+        found.append(
+            f"--beta {config.beta:g} multiplies log-ratios, which are nats: a loss is saturated as soon as they are "
+            "not 0; 0.01 to 10 are usual"
+        )
+    return found
 
 
 def check_named(config: RunConfig) -> None:

@@ -1,14 +1,16 @@
-"""Block-causal attention with a clean stream that noisy rows share: what `[noisy | clean]` means, without its 2 L a row.
+"""Block-causal attention with a clean stream that noisy rows share: what `[noisy | clean]` means, without its 2 L.
 
-A noisy token sees the noisy tokens of its own block and the clean tokens of earlier blocks; a clean token sees the clean
-tokens of its own block and of earlier ones. So clean tokens depend on nothing noisy, and all rows of an answer share one
-stream of them; both answers of a pair share the blocks that they have in common (the prompt's, as a rule).
+A noisy token sees the noisy tokens of its own block and the clean tokens of earlier blocks; a clean token sees the
+clean tokens of its own block and of earlier ones. So clean tokens depend on nothing noisy, and all rows of an answer
+share one stream of them; both answers of a pair share the blocks that they have in common (the prompt's, as a rule).
 
-The stream is [clean | rows]: *nodes* of clean tokens (what a pair shares, then what is each answer's own), then the rows,
-answer by answer. Either part may be run without the other: the clean one alone, whose keys and values are kept, and later
-rows alone against them (`past`). Masks are [queries, keys] of one node or answer, shared by its rows, layers and heads.
+The stream is [clean | rows]: *nodes* of clean tokens (what a pair shares, then what is each answer's own), then the
+rows, answer by answer. Either part may be run without the other: the clean one alone, whose keys and values are kept,
+and later rows alone against them (`past`). Masks are [queries, keys] of one node or answer, shared by its rows, layers
+and heads.
 
-Shapes: A answers, N tokens of the stream, C clean tokens, R rows, S tokens of an answer's rows, H heads, G key/value heads.
+Shapes: A answers, N tokens of the stream, C clean tokens, R rows, S tokens of an answer's rows, H heads, G key/value
+heads.
 """
 
 from collections.abc import Sequence
@@ -95,8 +97,8 @@ class BlockLayout:
     """[clean | rows], or with `past` the rows alone against each layer's keys and values of a clean stream run before.
 
     `index_N`: where the stream's tokens are in the flattened [A, T] clean ids (the first `clean_tokens` of the stream)
-    and in the flattened [R, T] rows. `offset_R`: of each row in the rows' part. `kept`: filled with each layer's keys and
-    values of the clean tokens, where it is given.
+    and in the flattened [R, T] rows. `offset_R`: of each row in the rows' part. `kept`: filled with each layer's keys
+    and values of the clean tokens, where it is given.
     """
 
     stream: CleanStream
