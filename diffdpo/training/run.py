@@ -311,7 +311,7 @@ def resume_parts(
             "or --num_train_epochs"
         )
     for name, value in state["held_by"].items():
-        if value != ours[name]:
+        if not (engine.choice.reads(value) if name == "engine" else value == ours[name]):
             raise UserError(
                 f"--resume_from_checkpoint {checkpoint}: {name} was {value} and is {ours[name]}; resume with the "
                 "launcher, --ds_config and adapter settings of the run that wrote it"
