@@ -141,7 +141,9 @@ def make_config(config_class: type[Config], values: Mapping[str, Any]) -> Config
     config = config_class(**values)
     check_settings(config)
     if isinstance(config, RunConfig) and shards_parameters(config) and config.torch_compile:
-        raise UserError("--torch_compile has not been seen to work under ZeRO-3 and FSDP2; leave it out, or use stage 2")
+        raise UserError(
+            "--torch_compile has not been seen to work under ZeRO-3 and FSDP2; leave it out, or use stage 2"
+        )
     return config
 
 

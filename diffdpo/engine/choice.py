@@ -135,9 +135,14 @@ def check_shard_size(size: int, processes: int) -> None:
 
 
 def fsdp2_choice(
-    *, processes: int, bf16: bool = False, offload: bool = False, shard_size: int = 0, reshard_after_forward: bool = True
+    *,
+    processes: int,
+    bf16: bool = False,
+    offload: bool = False,
+    shard_size: int = 0,
+    reshard_after_forward: bool = True,
 ) -> EngineChoice:
-    """FSDP2: weights, gradients and AdamW's state in shards. UserError for a size that does not divide the processes."""
+    """Weights, gradients and AdamW's state in shards. UserError for a size that does not divide the processes."""
     check_shard_size(shard_size, processes)
     where = "cpu" if offload else "device"
     sharding = Sharding(True, True, True, where, where, over=shard_size or processes)

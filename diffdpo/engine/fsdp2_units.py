@@ -27,6 +27,7 @@ def cut_units(
     model: MaskedLM, choice: EngineChoice, world: World, *, whole: Collection[nn.Parameter] = ()
 ) -> list[nn.Module]:
     """Cut the weights of a native model into shards, in place; the units. ``whole``: weights that stay as they are."""
+    model.computes_on = world.device
     tied = model.head.weight is model.embed.weight
     units = [model.embed, *model.blocks, model.final_norm, *([] if tied else [model.head])]
     if tied:

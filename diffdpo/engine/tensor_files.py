@@ -1,7 +1,7 @@
-"""Training state in safetensors files: numbers only, each process its shards, read again by any number of processes.
+"""Training state in safetensors files: numbers only, each process its shards, read by any number of processes.
 
-Written and read by torch.distributed.checkpoint, whose safetensors storage holds no pickle. A weight is called NAME, its
-AdamW state NAME.exp_avg, NAME.exp_avg_sq and NAME.step, whichever engine wrote it; so each reads the others' files.
+Written and read by torch.distributed.checkpoint, whose safetensors storage holds no pickle. A weight is called NAME,
+its AdamW state NAME.exp_avg, NAME.exp_avg_sq and NAME.step, whichever engine wrote it; so each reads the others' files.
 """
 
 from collections.abc import Iterator, Mapping

@@ -82,9 +82,7 @@ def share_of_memory(choice: EngineChoice, size: int, *, memory: int) -> float:
     return size / memory / (choice.processes if choice.shards_parameters else 1)
 
 
-def load_reference(
-    config: TrainConfig, choice: EngineChoice, world: World, *, mask_token_id: int
-) -> MaskedLogProbs:
+def load_reference(config: TrainConfig, choice: EngineChoice, world: World, *, mask_token_id: int) -> MaskedLogProbs:
     """``--ref_model_name_or_path``, or the policy as it is before training: on the CPU, or in shards where the engine
     has weights read so."""
     named = config.ref_model_name_or_path

@@ -6,7 +6,6 @@ from typing import ClassVar
 from diffdpo.errors import UserError
 from diffdpo.settings.base import Settings, setting
 
-
 FSDP_FLAGS = {"fsdp_cpu_offload": False, "fsdp_reshard_after_forward": True, "fsdp_shard_size": 0}
 
 
