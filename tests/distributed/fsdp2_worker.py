@@ -164,10 +164,9 @@ def resume_elsewhere(folders, scratch, world):
         return None
     engine, whole = sharded(folders[0], world)[0], plain(folders[0], world)[0]
     engine.load(folder), whole.load(folder)
-    moments = [
-        float((gathered(engine.optimizer.state[p]["exp_avg"], world.device) - whole.optimizer.state[q]["exp_avg"]).abs().max())
-        for p, q in zip(engine.parameters, whole.parameters, strict=True)
-    ]  # fmt: skip
+    pairs = zip(engine.parameters, whole.parameters, strict=True)
+    states = [(engine.optimizer.state[p]["exp_avg"], whole.optimizer.state[q]["exp_avg"]) for p, q in pairs]
+    moments = [float((gathered(own, world.device) - other).abs().max()) for own, other in states]
     try:
         sharded(folders[1], world)[0].load(folder)
     except UserError as error:

@@ -3,7 +3,7 @@
 import pytest
 
 from diffdpo.config import TrainConfig, make_config
-from diffdpo.engine.choice import EngineChoice, choose_engine, deepspeed_choice, fsdp2_choice
+from diffdpo.engine.choice import EngineChoice, choose_engine, deepspeed_choice
 from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.errors import UserError
 
