@@ -114,7 +114,7 @@ def folded(plans: list[NoisePlan], models: list[TokenModel]) -> np.ndarray:
     answer = TokenAnswer(np.zeros(1 + plans[0].masked_NL.shape[1], dtype=np.int32), 1)
     pairs = [TokenPair(str(d), answer, None) for d in range(len(plans))]
     batch = collate(pairs, pad_id=0, epoch=0, step=0, micro=0, last_micro=True)
-    rows = rows_of_plans(batch, lambda length, record, side: plans[int(record)], empty_rows=1, mask_token_id=1)
+    rows = rows_of_plans(batch, lambda prompt, length, record, side: plans[int(record)], empty_rows=1, mask_token_id=1)
     masked_NL, scored_NL = (np.concatenate([getattr(p, name) for p in plans]) for name in ("masked_NL", "scored_NL"))
     scores = [fold(row_scores(torch.from_numpy(model(masked_NL)[scored_NL]), rows), rows) for model in models]
     both = [(one.score_B2[:, 0].double().numpy(), one.stderr_B2[:, 0].double().numpy()) for one in scores]
@@ -197,18 +197,18 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    found = []
+    command = {name: value for name, value in vars(args).items() if name != "output"}
+    found: list[dict] = []
     for line in lines(args):
         found.append(line)
+        if args.output:  # at once: a run that is broken off keeps what it has measured
+            args.output.write_text(json.dumps({"settings": command, "lines": found}, indent=1) + "\n")
         shown = " ".join(f"{value:.2f}" for value in line["ratio_each"])
         print(
             f"L={line['length']:<3d} {line['estimator']:18s} n={line['n']:<5d} {line['quantity']:18s} "
             f"spread {line['spread']:9.3g}  reported {line['reported']:9.3g}  each {shown}",
             flush=True,
         )
-    if args.output:
-        command = {name: value for name, value in vars(args).items() if name != "output"}
-        args.output.write_text(json.dumps({"settings": command, "lines": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

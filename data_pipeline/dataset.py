@@ -8,6 +8,7 @@ lock file lets one of them work while the others wait for its result, which appe
 import hashlib
 import json
 import logging
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,8 +20,9 @@ from data_pipeline.errors import DataError
 from data_pipeline.index import GZIP, Index
 from data_pipeline.locate import open_index, open_side
 from data_pipeline.order import PlanOptions, mixed_records, shuffled_records
-from data_pipeline.remote import default_cache_dir, is_remote, without_scheme
+from data_pipeline.remote import default_cache_dir, is_remote
 from data_pipeline.shard_builder import BuildOptions
+from data_pipeline.source import parse_source
 from data_pipeline.sources.columns import parse_columns
 from data_pipeline.split import eval_mask
 
@@ -169,34 +171,38 @@ def open_dataset(
     ``eval_fraction`` of the prompts are held out for ``split="eval"``; ``seed`` chooses which (keep it when the
     training seed changes, or prompts trained on become prompts evaluated on). A folder built with its own train/eval
     split is used as it is, and its prompts stay on their sides in other sources too. ``weights``: shares of the sources
-    in an epoch. ``max_records``: the first of each source. ``columns`` says which columns of rows are what
+    in an epoch (0: none). ``max_records``: the first of each source. ``columns`` says which columns of rows are what
     (``sources.columns``); a folder made by ``build`` holds records, which it does not concern.
     ``allow_damaged``: go on although local shards are not as long as the index says; what they lack become faults.
     ``workers``: processes that build or index (None: one a core for large files, this one for small).
     """
-    sources = [without_scheme(name) for name in ([source] if isinstance(source, str) else source)]
-    _check(sources, split, weights, eval_fraction, max_records)
+    names = [source] if isinstance(source, str) else list(source)
+    _check(names, split, weights, eval_fraction, max_records)
+    sources = [parse_source(name) for name in names]
     cache = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
     options = build_options or BuildOptions()
     if columns:
         options = replace(options, convert=replace(options.convert, columns=parse_columns(columns)))
     options = replace(options, eval_fraction=0.0, source=replace(options.source, cache_dir=cache))
     opened = []
-    for name in sources:
-        index, already_split = open_index(name, cache, options, split, workers, progress)
+    for one in sources:
+        index, already_split = open_index(one, cache, options, split, workers, progress)
         _check_shards(index, allow_damaged)
         other = None
         if already_split and len(sources) > 1:
-            other = open_side(name, cache, "eval" if split == "train" else "train")
-        opened.append(Opened(name, index, already_split, other))
+            other = open_side(one, cache, "eval" if split == "train" else "train")
+        opened.append(Opened(one.name, index, already_split, other))
     parts = []
-    for one, chosen in zip(opened, _sides(opened, eval_fraction, split, seed), strict=True):
+    for found, chosen in zip(opened, _sides(opened, eval_fraction, split, seed), strict=True):
         if max_records:
-            chosen = np.arange(len(one.index))[:max_records] if chosen is None else chosen[:max_records]
-        parts.append(Part(one.name, one.index, chosen))
+            chosen = np.arange(len(found.index))[:max_records] if chosen is None else chosen[:max_records]
+        parts.append(Part(found.name, found.index, chosen))
     for part, weight in zip(parts, weights or [1.0] * len(parts), strict=True):
         if not len(part) and (weight > 0 if weights else not any(map(len, parts))):
             raise DataError(f"{part.name}: no record is left on the {split} side; change eval_fraction or the weights")
+    if weights is not None:  # a source of weight 0 has had its say on which prompts are held out, and is not read
+        parts = [part for part, weight in zip(parts, weights, strict=True) if weight > 0]
+        weights = [weight for weight in weights if weight > 0]
     return ShardedDataset(tuple(parts), cache, None if weights is None else tuple(map(float, weights)))
 
 
@@ -261,5 +267,5 @@ def _check_shards(index: Index, allow_damaged: bool) -> None:
             what = "is missing" if found is None else f"has {found} bytes, the index says {known['bytes']}"
             raise DataError(
                 f"shard {url} {what}; restore it, build again, see what is lost with `python -m data_pipeline verify "
-                f"{path.parent}`, or go on without it (--allow_damaged)"
+                f"{shlex.quote(str(path.parent))}`, or go on without it (--allow_damaged)"
             )

@@ -8,11 +8,9 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from glob import glob
 from pathlib import Path
 
 import numpy as np
-from braceexpand import braceexpand
 from filelock import FileLock
 
 from data_pipeline.convert import CONVERSION, ConvertOptions, told_in_a_line
@@ -33,11 +31,12 @@ from data_pipeline.index import (
 )
 from data_pipeline.members import Bad
 from data_pipeline.parallel import ordered_map
-from data_pipeline.remote import AbsentError, cached_file, expand_remote, is_glob, is_remote
+from data_pipeline.remote import AbsentError, cached_file, is_remote
 from data_pipeline.shard_builder import BuildOptions, build, check_first_rows, job_signature
-from data_pipeline.shards import TAR, ShardScan, scan_shard
+from data_pipeline.shards import ShardScan, scan_shard
+from data_pipeline.source import Kind, Source, parse_source
 from data_pipeline.sources.columns import parse_columns
-from data_pipeline.sources.files import SourceOptions, named_split, refuse_split
+from data_pipeline.sources.files import refuse_split
 from data_pipeline.sources.formats import TO_BE_BUILT, RowOptions, RowReader
 
 log = logging.getLogger(__name__)
@@ -48,80 +47,45 @@ LARGE = 32 << 20  # bytes of input from which several processes pay
 
 
 def open_index(
-    source: str, cache: Path, options: BuildOptions, split: str, workers: int | None, progress: bool
+    source: Source, cache: Path, options: BuildOptions, split: str, workers: int | None, progress: bool
 ) -> tuple[Index, bool]:
     """(index, whether the source itself holds a train/eval split)."""
-    ready = _ready(source, cache, options, split, workers)
-    if ready is None:
-        return _build_cached(expand(source), cache, options, workers, progress), False
-    refuse_split(source, options.source)
+    places = list(source.places)
+    if source.kind is Kind.ROWS:
+        return _build_cached(places, cache, options, workers, progress), False
+    if source.kind is Kind.SHARDS:
+        index = _built_index(places) or _index_shards(places, source.key, cache, options, workers)
+        if index is None:
+            return _build_cached(places, cache, options, workers, progress), False
+        ready = index, False
+    elif source.kind is Kind.REMOTE:
+        ready = _remote_folder(places[0], cache, split)
+    else:
+        own_split = source.kind is Kind.SPLIT
+        ready = load_index(Path(places[0], split) if own_split else places[0]), own_split
+    refuse_split(source.name, options.source)
     return ready
 
 
-def _ready(
-    source: str, cache: Path, options: BuildOptions, split: str, workers: int | None
-) -> tuple[Index, bool] | None:
-    """The same of a folder made by ``build`` and of shards; None for what has to be built first."""
-    if is_remote(source) and not source.endswith(TAR):
-        is_file = Path(source).suffix and not source.endswith("/")
-        return None if is_file else _remote_folder(source.rstrip("/"), cache, split)
-    path = Path(source).expanduser()
-    if path.is_dir():
-        if (path / MANIFEST).exists():
-            return load_index(path.resolve()), False
-        if (path / split / MANIFEST).exists():
-            return load_index((path / split).resolve()), True
-        shards = sorted(str(p.resolve()) for p in path.iterdir() if p.name.endswith(TAR))
-        source = str(path.resolve())
-    else:
-        shards = [name for name in expand(source) if name.endswith(TAR)]
-    index = (_built_index(shards) or _index_shards(shards, source, cache, options, workers)) if shards else None
-    return None if index is None else (index, False)
-
-
-def open_side(source: str, cache: Path, split: str) -> Index | None:
+def open_side(source: Source, cache: Path, split: str) -> Index | None:
     """One side of a folder built with a split; None where it has been taken away."""
-    if is_remote(source):
-        url = source.rstrip("/")
+    (folder,) = source.places
+    if source.kind is Kind.REMOTE:
         try:
-            cached_file(f"{url}/{split}/{MANIFEST}", cache, fresh=True)
+            cached_file(f"{folder}/{split}/{MANIFEST}", cache, fresh=True)
         except AbsentError:
             return None
-        return _remote_folder(url, cache, split)[0]
-    side = Path(source).expanduser() / split
-    return load_index(side.resolve()) if (side / MANIFEST).exists() else None
+        return _remote_folder(folder, cache, split)[0]
+    return load_index(Path(folder, split)) if Path(folder, split, MANIFEST).exists() else None
 
 
-def check_rows(source: str, columns: str | None = None) -> None:
+def check_rows(name: str, columns: str | None = None) -> None:
     """DataError for what is wrong in the first rows of local files, so that it shows before anything slow is begun.
     Shards, folders and what has to be fetched are looked at when they are opened."""
-    files = [] if is_remote(source) else expand(source)
-    if files and all(Path(name).is_file() and not name.endswith(TAR) for name in files):
-        check_first_rows(files, BuildOptions(convert=ConvertOptions(columns=parse_columns(columns))))
-
-
-def expand(pattern: str) -> list[str]:
-    """What a brace list with globs stands for: URLs and absolute paths, sorted. A plain name stands for itself."""
-    path = Path(pattern).expanduser()
-    if not is_remote(pattern) and path.exists():
-        return [str(path.resolve())]
-    folder = Path(named_split(pattern, SourceOptions())[0]).expanduser()
-    if folder.exists() or not (is_glob(pattern) or "{" in pattern or pattern.endswith(TAR)):
-        return [pattern]
-    found: list[str] = []
-    for name in braceexpand(pattern):
-        if is_remote(name):
-            found += expand_remote(name) if is_glob(name) else [name]
-        else:
-            found += _glob(name)
-    return sorted(set(found))
-
-
-def _glob(name: str) -> list[str]:
-    paths = [str(Path(path).resolve()) for path in glob(str(Path(name).expanduser()))]
-    if not paths:
-        raise DataError(f"{name} matches no file" if is_glob(name) else f"{name} does not exist")
-    return paths
+    if is_remote(name) or (source := parse_source(name)).kind is not Kind.ROWS:
+        return
+    if all(Path(file).is_file() for file in source.places):
+        check_first_rows(source.places, BuildOptions(convert=ConvertOptions(columns=parse_columns(columns))))
 
 
 def _built_index(shards: list[str]) -> Index | None:
@@ -163,9 +127,7 @@ def _workers(files: list[str], asked: int | None) -> int:
     return len(os.sched_getaffinity(0)) if size > LARGE else 0
 
 
-def _index_shards(
-    urls: list[str], source: str, cache: Path, options: BuildOptions, workers: int | None
-) -> Index | None:
+def _index_shards(urls: list[str], key: str, cache: Path, options: BuildOptions, workers: int | None) -> Index | None:
     """The index of shards that have none of their own, made once and kept in the cache; None where their rows have to
     be gathered by question, or make several records each, so that they must be built.
 
@@ -174,7 +136,7 @@ def _index_shards(
     """
     reading = {"format": options.convert.format, "columns": options.convert.columns}
     stamps = [[url, None if is_remote(url) else content_digest(Path(url), cache)] for url in urls]
-    digest, kept = (_digest([of, reading, CONVERSION]) for of in (stamps, source))
+    digest, kept = (_digest([of, reading, CONVERSION]) for of in (stamps, key))
     folder = cache / "index" / digest
     folder.parent.mkdir(parents=True, exist_ok=True)
     last = folder.with_name(f"{kept}.last")  # the digest of the last index of this source in which nothing was gone

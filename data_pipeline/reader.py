@@ -47,8 +47,9 @@ class PairLoader:
     handed out, ``step`` is t + 1, which is what a checkpoint written after that step must hold.
 
     ``tail``, ``shuffle_shards``, ``bucket_steps`` and ``limit`` are those of ``order.PlanOptions``; ``shuffle_shards``
-    None is what a loaded state says, else 8 for remote shards and the whole corpus for local ones. ``batching="balanced"``
-    evens out the tokens of the micro-batches of a step (their sizes differ, alike on all ranks; their number does not).
+    None is what a loaded state says, else 8 for remote shards and the whole corpus for local ones.
+    ``batching="balanced"`` evens out the tokens of the micro-batches of a step (their sizes differ, alike on all ranks;
+    their number does not).
     A record that cannot be read is an empty slot and a fault, counted and logged; ``strict`` raises instead, and so
     does a share of faults above ``max_fault_fraction``.
     """

@@ -35,7 +35,7 @@ WRITTEN_ASIDE = ("reasoning_content", "reasoning", "thinking", "tool_calls", "fu
 """What a turn says beside its content: a template that leaves it out shows the model another conversation."""
 KEPT_OF_A_TURN = (*WRITTEN_ASIDE, "tool_call_id", "name")
 GRADES = ("is_correct", "correct")  # fields that say whether an answer is right
-LABELS = ("label", *GRADES)
+LABELS = ("label", "kto_tag", *GRADES)
 
 
 @dataclass(frozen=True)

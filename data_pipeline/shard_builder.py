@@ -33,7 +33,15 @@ from data_pipeline.remote import is_remote
 from data_pipeline.shards import ShardScan, scan_shard, write_shard
 from data_pipeline.sources.candidates import add_long_row, is_long
 from data_pipeline.sources.columns import Columns, Fields
-from data_pipeline.sources.files import Row, SourceOptions, expand_folder, local_path, open_rows, source_files
+from data_pipeline.sources.files import (
+    Row,
+    RowSource,
+    SourceOptions,
+    parts_of_folder,
+    read_rows,
+    row_source,
+    source_files,
+)
 from data_pipeline.split import eval_mask
 
 log = logging.getLogger(__name__)
@@ -133,7 +141,7 @@ def job_signature(sources: Sequence[str], options: BuildOptions) -> str:
     """What a build is made from, as JSON: equal signatures give equal shards. Files count by their content."""
     files = []
     for source in sources:
-        path = local_path(source, options.source)
+        path = row_source(source, options.source).path
         for file in source_files(path) if path else []:
             files.append([str(file.resolve()), content_digest(file, options.source.cache_dir)])
     chosen = asdict(options)
@@ -210,8 +218,9 @@ def _convert_jobs(
     sources: Sequence[str], folder: Path, options: BuildOptions, dropped: Dropped, first: int | None = None
 ) -> Iterator[ConvertJob]:
     number = 0
-    for source in (part for whole in sources for part in expand_folder(whole, options.source)):
-        name = source if is_remote(source) else Path(source).name.split(".")[0]
+    whole = [row_source(name, options.source) for name in sources]
+    for source in (part for one in whole for part in parts_of_folder(one)):
+        name = source.name if is_remote(source.name) else Path(source.name).name.split(".")[0]
         rows = _until_torn(_rows(source, options, first), options.on_error, dropped)
         for chunk in chunks(rows, ROWS_PER_CHUNK):
             yield ConvertJob(number, chunk, name, folder, options.convert)
@@ -228,19 +237,19 @@ def _until_torn(rows: Iterator[Row], on_error: str, dropped: Dropped) -> Iterato
         dropped.add(error, "source")
 
 
-def _rows(source: str, options: BuildOptions, first: int | None) -> Iterator[Row]:
+def _rows(source: RowSource, options: BuildOptions, first: int | None) -> Iterator[Row]:
     """The rows of a source, of its ``first`` rows if given; answers given one a row with their correctness are gathered
     by question."""
-    rows: Iterator[Row] = islice(_readable(open_rows(source, options.source), source), first)
+    rows: Iterator[Row] = islice(_readable(read_rows(source), source.name), first)
     number = 0
     if options.convert.format in ("auto", "candidates"):
-        rows = _gathered(rows, source, options.convert.columns)
+        rows = _gathered(rows, source.name, options.convert.columns)
     for number, row in enumerate(rows, 1):
         if options.limit and number > options.limit:
             return
         yield row
     if not number:
-        raise DataError(f"{source} has no rows")
+        raise DataError(f"{source.name} has no rows")
 
 
 def _readable(rows: Iterator[Row], source: str) -> Iterator[Row]:

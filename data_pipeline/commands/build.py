@@ -11,9 +11,9 @@ from data_pipeline.convert import told_in_a_line
 from data_pipeline.encode import Encoder
 from data_pipeline.errors import DataError
 from data_pipeline.index import MANIFEST, save_manifest
-from data_pipeline.locate import expand
 from data_pipeline.remote import without_scheme
 from data_pipeline.shard_builder import build
+from data_pipeline.source import expand
 
 
 def run(args: argparse.Namespace) -> int:

@@ -88,7 +88,7 @@ def has_candidates(row: dict) -> bool:
 
 def is_long(row: dict) -> bool:
     """True for the long layout: one answer and whether it is right. (A row with a label of its own is a KTO row.)"""
-    other = has_candidates(row) or not {"chosen", "rejected", "label"}.isdisjoint(row)
+    other = has_candidates(row) or not {"chosen", "rejected", "label", "kto_tag"}.isdisjoint(row)
     return not other and _first(row, GRADES) is not None and _first(row, TEXTS) is not None
 
 

@@ -15,7 +15,7 @@ from data_pipeline.records import GRADES, Message, RecordError, Text, assistant_
 from data_pipeline.sources.messages import parse_written, read_text, without_nulls
 
 PAIR = ("chosen", "rejected")
-ASKED = ("prompt", "question", "query", "instruction", "input")  # texts, or turns; the first that is there
+ASKED = ("prompt", "question", "query", "instruction", "input", "problem")  # texts, or turns; the first that is there
 TURNS = ("messages", "conversations", "conversation")  # turns: a whole conversation, or those before an answer
 SYSTEM = ("system", "system_prompt")
 AROUND = ("context",)  # part of a prompt for some, a note for others: never guessed
@@ -26,7 +26,7 @@ FLAGS = (*GRADES, "labels")
 TEXTS = ("text", "solution", "answer", "completion", "content")
 REFERENCES = ("ground_truth", "reference", "reference_answer")
 META_COLUMNS = ("source", "score_chosen", "score_rejected", "prompt_id", *REFERENCES, "final_answer")
-FOR_TEMPLATE = ("tools", "chat_template_kwargs", "template_kwargs")
+FOR_TEMPLATE = ("tools", "functions", "chat_template_kwargs", "template_kwargs")
 MEDIA_COLUMNS = ("image", "images", "audio", "audios", "video", "videos")
 WRITTEN = (*LISTS, *FLAGS, *TURNS, *FOR_TEMPLATE, *MEDIA_COLUMNS, "history", "meta")  # a table holds them as JSON
 OTHER_PAIRS = (("preferred_output", "non_preferred_output"), ("chosen_response", "rejected_response"))
@@ -99,6 +99,8 @@ class Fields(dict):
             if set(theirs) <= set(self) and not set(PAIR) & set(self):
                 for ours, name in zip(PAIR, theirs, strict=True):
                     self[ours] = self.pop(name)
+        if {"messages", "rejected_messages"} <= set(self) and not set(PAIR) & set(self):
+            self["chosen"], self["rejected"] = self.pop("messages"), self.pop("rejected_messages")
         if "rejected_response" not in self or set(PAIR) & set(self):
             return
         if "response" in self:
@@ -111,19 +113,32 @@ class Fields(dict):
             if isinstance(text := read_text(self["rejected_response"], "rejected_response"), str):
                 self["rejected_response"] = assistant_turn(text)
         else:
-            raise missing_field("response", self)
+            raise absent("response", self)
         self["rejected"] = self.pop("rejected_response")
 
     def text(self, name: str) -> Text:
         """The text or the turns of a column, which counts as read. Raises RecordError; an absent one is missing."""
         if name not in self:
-            raise missing_field(name, self)
+            raise absent(name, self)
         self.read.add(name)
         return read_text(self[name], name, self.unread)
 
+    def left(self) -> list[str]:
+        """The columns that nobody has read, and that say something."""
+        known = self.read | {"id", "meta", *META_COLUMNS}
+        return [name for name, value in self.items() if name not in known and value not in ("", [], {}, ())]
+
     def finish(self) -> None:
         """Count the columns that nobody has read."""
-        self.unread.update(set(self) - self.read - {"id", "meta", *META_COLUMNS})
+        self.unread.update(self.left())
+
+
+def absent(name: str, row: Mapping[str, Any]) -> RecordError:
+    """The error for a column that is not there, naming what is and how to say that another one holds it."""
+    error = missing_field(name, dict(row))
+    if not row:
+        return error
+    return RecordError(error.kind, f"{error}; if another column holds it, --columns {name}=COLUMN", malformed=True)
 
 
 def _is_absent(value: Any) -> bool:
@@ -178,7 +193,23 @@ def _asked(fields: Fields) -> Text | None:
     text = fields.text(name)
     if name == "instruction" and fields.get("input"):  # Alpaca's layout
         return _both(text, fields.text("input"))
-    return text
+    return text if name in ASKED else _without_answer(text, fields)
+
+
+def _without_answer(turns: Text, fields: Fields) -> Text:
+    """A conversation that stands beside its answers, without the answer that it may end with."""
+    if isinstance(turns, str) or not turns or turns[-1]["role"] != "assistant" or not turns[-1]["content"]:
+        return turns
+    answers = [fields[name] for name in (*PAIR, *ANSWERS) if isinstance(fields.get(name), str | list | tuple | dict)]
+    said = [parts_of(read_text(answer, "chosen"))[-1:] for answer in answers]
+    if [turns[-1]["content"]] in said:
+        return turns[:-1]
+    raise RecordError(
+        "ambiguous_prompt",
+        "the turns end with an answer that is none of the row's answers: leave it out, or, if the answers go on with "
+        "it, name the column with --columns prompt=COLUMN",
+        malformed=True,
+    )
 
 
 def _both(instruction: Text, given: Text) -> Text:
@@ -202,8 +233,8 @@ def refuse_rivals(fields: Fields, known: Iterable[Text]) -> None:
             used = next((column for column in (*ASKED, *TURNS) if column in fields.read), "chosen")
             raise RecordError(
                 "ambiguous_prompt",
-                f"{used!r} and {name!r} can both hold (a part of) the prompt: say which with --columns prompt={name}, "
-                f"or join texts with --columns prompt={name}+OTHER",
+                f"{used!r} and {name!r} can both hold (a part of) the prompt: say which with --columns prompt=COLUMN, "
+                "or join texts with --columns prompt=COLUMN+COLUMN",
                 malformed=True,
             )
         fields.read.add(name)
@@ -271,10 +302,13 @@ def read_template_kwargs(fields: Fields) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise RecordError("wrong_type", f"field {name!r} is not an object", malformed=True)
         given |= without_nulls(value)
-    if tools := fields.get("tools"):
+    for name in ("functions", "tools"):  # the first are tools as OpenAI wrote them before
+        if not (tools := fields.get(name)):
+            continue
         if not isinstance(tools, list):
-            raise RecordError("wrong_type", "field 'tools' is not a list", malformed=True)
-        given["tools"] = without_nulls([_tool(tool) for tool in tools])
+            raise RecordError("wrong_type", f"field {name!r} is not a list", malformed=True)
+        tools = without_nulls([_tool(tool) for tool in tools])
+        given["tools"] = [{"type": "function", "function": tool} for tool in tools] if name == "functions" else tools
     return given
 
 

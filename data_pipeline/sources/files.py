@@ -20,7 +20,7 @@ from data_pipeline.members import Bad, read_members
 from data_pipeline.records import RecordError, parse_json
 from data_pipeline.remote import cached_file, is_remote
 from data_pipeline.shards import TAR, unpack_gzip
-from data_pipeline.sources.columns import ANSWERS, ASKED, LISTS, PAIR, TEXTS
+from data_pipeline.sources.columns import ANSWERS, ASKED, LISTS, PAIR, TEXTS, TURNS
 from data_pipeline.sources.folders import folder_splits
 from data_pipeline.sources.hub import hub_items
 
@@ -55,37 +55,59 @@ class SourceOptions:
     cache_dir: Path | None = None
 
 
-def open_rows(source: str, options: SourceOptions) -> Iterator[Row]:
+@dataclass(frozen=True)
+class RowSource:
+    """What rows are read from: a file that lies here (fetched if it is remote), a folder, or a data set on the hub (no
+    ``path``), with the split and configuration that were named."""
+
+    name: str
+    path: Path | None
+    options: SourceOptions
+
+
+def open_rows(name: str, options: SourceOptions) -> Iterator[Row]:
     """The rows of a file, a saved ``datasets`` folder or a hub name, in order. Raises DataError."""
-    path = local_path(source, options)
-    source, options = named_split(source, options)
+    return read_rows(row_source(name, options))
+
+
+def row_source(name: str, options: SourceOptions) -> RowSource:
+    """What a name stands for; what is remote is fetched. Raises DataError."""
+    path = _local_path(name, options)
+    name, options = named_split(name, options)
+    return RowSource(name, path, options)
+
+
+def read_rows(source: RowSource) -> Iterator[Row]:
+    """The rows of a source that is no folder of files, in order. Raises DataError."""
+    path = source.path
     if path is None:
-        return _hub_rows(source, options)
+        return _hub_rows(source.name, source.options)
     if path.is_dir():
-        return _saved_dataset_rows(path, options)
-    return _reader_of(path)(path, source if is_remote(source) else path.name)
+        return _saved_dataset_rows(path, source.options)
+    return _reader_of(path)(path, source.name if is_remote(source.name) else path.name)
 
 
-def expand_folder(source: str, options: SourceOptions) -> list[str]:
+def parts_of_folder(source: RowSource) -> list[RowSource]:
     """The data files of a folder (of its split, if it has several), each a source of its own; any other source stands
     for itself. DataError where a split is named and there is none to choose, or none is named and there are several."""
-    path = local_path(source, options)
-    options = named_split(source, options)[1]
+    path, options = source.path, source.options
     if path is not None and path.is_file():
-        refuse_split(source, options)
+        refuse_split(source.name, options)
     if path is None or not path.is_dir() or is_saved_dataset(path):
         return [source]
     if all((path / side / "manifest.json").exists() for side in ("train", "eval")):
         raise DataError(
             f"{path} holds a train/eval split, which a build would mix; name {path}/train, {path}/eval or both"
         )
-    files = [str(p) for p in source_files(path) if _suffix(p) in READERS]
+    files = [str(p) for p in source_files(path) if suffix_of(p) in READERS]
     if not files:
         raise DataError(f"{path}: the folder has no data file; allowed: {', '.join(sorted(READERS))}, or shards (.tar)")
     if shards := [name for name in files if name.endswith(TAR)]:  # beside shards lies their index
-        refuse_split(source, options)
-        return shards
-    return _files_of_split(path, files, options)
+        refuse_split(source.name, options)
+        files = shards
+    else:
+        files = _files_of_split(path, files, options)
+    return [RowSource(file, Path(file), SourceOptions(cache_dir=options.cache_dir)) for file in files]
 
 
 def is_saved_dataset(folder: Path) -> bool:
@@ -126,7 +148,7 @@ def named_split(source: str, options: SourceOptions) -> tuple[str, SourceOptions
     return name, replace(options, split=split)
 
 
-def local_path(source: str, options: SourceOptions) -> Path | None:
+def _local_path(source: str, options: SourceOptions) -> Path | None:
     """Where the source lies here (fetched if it is remote); None for the name of a data set on the hub."""
     if not source.strip():
         raise DataError("no data source is named; give a file, a folder, a URL or the name of a data set on the hub")
@@ -137,7 +159,7 @@ def local_path(source: str, options: SourceOptions) -> Path | None:
     path = Path(named_split(source, options)[0]).expanduser()
     if path.exists():
         return path
-    if _suffix(path) in READERS or source.count("/") > 1 or source.startswith((".", "/", "~")):
+    if suffix_of(path) in READERS or source.count("/") > 1 or source.startswith((".", "/", "~")):
         raise DataError(f"{source!r} does not exist; give a file, a folder, a URL or the name of a data set on the hub")
     return None
 
@@ -151,15 +173,16 @@ def source_files(path: Path) -> list[Path]:
     return sorted(p for p in files if p.name not in described)
 
 
-def _suffix(path: Path) -> str:
+def suffix_of(path: Path) -> str:
+    """The ending that tells how a file is read: the last one, with the one before ``.gz``."""
     return "".join(path.suffixes[-2:]).lower() if path.suffix == ".gz" else path.suffix.lower()
 
 
 def _reader_of(path: Path) -> Callable[[Path, str], Iterator[Row]]:
-    reader = READERS.get(_suffix(path))
+    reader = READERS.get(suffix_of(path))
     if reader is None:
         raise DataError(
-            f"{path}: files ending in {_suffix(path)!r} are not read; allowed: {', '.join(sorted(READERS))}"
+            f"{path}: files ending in {suffix_of(path)!r} are not read; allowed: {', '.join(sorted(READERS))}"
         )
     return reader
 
@@ -192,9 +215,10 @@ def _json_rows(path: Path, name: str) -> Iterator[Row]:
             yield from _json_line_rows(path, name)
             return
         raise DataError(f"{name}: invalid JSON: {error}") from error
-    if isinstance(data, dict):
+    if isinstance(data, dict) and not data.keys() & {*PAIR, *ASKED, *TURNS}:  # else it is a row itself
         lists = [value for value in data.values() if isinstance(value, list)]
         data = lists[0] if len(lists) == 1 else [data]
+    data = [data] if isinstance(data, dict) else data
     if not isinstance(data, list):
         raise DataError(f"{name}: a list of objects is needed, found {type(data).__name__}")
     for number, item in enumerate(data, 1):

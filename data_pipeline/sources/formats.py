@@ -35,7 +35,6 @@ from data_pipeline.records import (
     aside_of,
     assistant_turn,
     decode_record,
-    missing_field,
     parse_json,
     user_turn,
     with_id,
@@ -51,6 +50,7 @@ from data_pipeline.sources.columns import (
     TURNS,
     Columns,
     Fields,
+    absent,
     is_graded,
     read_prompt,
     read_template_kwargs,
@@ -61,6 +61,8 @@ from data_pipeline.sources.columns import (
 FORMATS = ("auto", "preference", "implicit", "hh", "unpaired", "answer", "candidates")
 HH_TURN = re.compile(r"(?:\n\n|\A\s*)(Human|Assistant):")  # at the beginning the empty line may have been stripped
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
+OTHER_SIDE = re.compile("reject|chosen|prefer|worse|loser|lose|negative", re.IGNORECASE)
+OTHER_LABEL = re.compile("label|tag|good|desirab|thumb|accept|prefer|correct|right|wrong|bad", re.IGNORECASE)
 SENTENCE_ENDS = "。！？：；…"  # where text without blanks may be split
 TO_BE_BUILT = "to_be_built"  # kind of a row that does not make one record of its own
 SPLIT = "prompt split from the answers' common beginning"
@@ -82,7 +84,7 @@ def detect_format(row: dict) -> str:
     _refuse_steps(row)
     if has_candidates(row):
         return "candidates"
-    if "label" in row or is_long(row):
+    if "label" in row or "kto_tag" in row or is_long(row):
         return "unpaired"
     if any(name in row for name in TURNS) or (
         any(name in row for name in ASKED) and any(name in row for name in ANSWERS)
@@ -90,7 +92,7 @@ def detect_format(row: dict) -> str:
         return "answer"
     if "prompt" in row:
         return "preference"
-    raise missing_field("answer" if any(name in row for name in ASKED) else "prompt", row)
+    raise absent("answer" if any(name in row for name in ASKED) else "prompt", row)
 
 
 def _detect_pair(row: dict) -> str:
@@ -202,7 +204,7 @@ def _prompt_of(fields: Fields, said: tuple[Text, ...] = ()) -> Text:
     """The prompt with all that stands before it."""
     prompt = read_prompt(fields, said)
     if prompt is None:
-        raise missing_field("prompt", fields)
+        raise absent("prompt", fields)
     return with_turns_before(prompt, fields)
 
 
@@ -211,7 +213,7 @@ def _preference(fields: Fields) -> Record:
     chosen, rejected = (fields.text(name) for name in ("chosen", "rejected"))
     prompt = read_prompt(fields, (chosen, rejected))
     if prompt is None:
-        raise missing_field("prompt", fields)
+        raise absent("prompt", fields)
     if isinstance(chosen, tuple) != isinstance(rejected, tuple):
         raise RecordError("wrong_type", "one of chosen and rejected is text, the other messages", malformed=True)
     if isinstance(chosen, tuple) and isinstance(rejected, tuple):
@@ -358,7 +360,7 @@ def _hh(fields: Fields) -> Record:
 def _unpaired(fields: Fields) -> Record:
     label = answer_label(fields, LABELS)
     if label is None:
-        raise missing_field("label", fields)
+        raise absent("label", fields)
     return _single(fields, label)
 
 
@@ -370,8 +372,21 @@ def _answer(fields: Fields) -> Record:
 def _single(fields: Fields, label: bool) -> Record:
     fields.read.update(LABELS)
     prompt, answer = _prompt_and_answer(fields)
+    _refuse_other_sides(fields)
     record = AnswerRecord("", prompt, answer, label, _meta(fields), read_template_kwargs(fields))
     return with_id(record, fields.get("id"))
+
+
+def _refuse_other_sides(fields: Fields) -> None:
+    """Single answers are taken for good ones: what may say otherwise, or be the other answer, is not passed over."""
+    for name in fields.left():
+        if OTHER_SIDE.search(name) and isinstance(fields[name], str | list | dict):
+            what = "may be another answer of a pair: name both with --columns chosen=COLUMN,rejected=COLUMN"
+        elif OTHER_LABEL.search(name) and isinstance(fields[name], bool):
+            what = "may say whether the answer is good: name it with --columns label=COLUMN"
+        else:
+            continue
+        raise RecordError("unknown_column", f"{name!r} {what}, or take it out of the data", malformed=True)
 
 
 def _prompt_and_answer(fields: Fields) -> tuple[Text, Text]:

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int | None:
         raise UserError(
             f"diffdpo {argv[0]}: no such command{f'; {near[0]} is meant?' if near else ''} (see diffdpo --help)"
         )
-    sys.argv[0] = f"diffdpo {name}"  # what parsers call themselves
+    sys.argv = [f"diffdpo {name}", *argv[1:]]  # what parsers call themselves, and what a run notes as its command
     module = "data_pipeline.__main__" if name == "data" else f"diffdpo.cli.{name}"
     return importlib.import_module(module).main([*argv[1:], *(ranks if name in ("train", "sft") else ())])
 

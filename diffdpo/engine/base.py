@@ -64,7 +64,10 @@ class Engine(Protocol):
         ...
 
     def step(self, learning_rate: float) -> float:
-        """Clip, update, zero. Returns the gradient's norm before clipping."""
+        """Clip, update, zero. Returns the gradient's norm before clipping.
+
+        No step is taken where that is not finite, but under DeepSpeed; ``choice.skips_nonfinite`` says which.
+        """
         ...
 
     def freeze(self, module: nn.Module) -> FrozenModule:

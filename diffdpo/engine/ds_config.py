@@ -3,7 +3,7 @@
 import copy
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +14,39 @@ from diffdpo.shipped import find_shipped
 
 KNOWN = (
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
-    *("zero_optimization", "optimizer", "scheduler", "bf16", "fp16", "amp", "data_types", "torch_autocast"),
+    *("zero_optimization", "optimizer", "scheduler", "bf16", "fp16", "data_types"),
     *("checkpoint", "activation_checkpointing", "aio", "comms_logger", "communication_data_type"),
-    *("compression_training", "elasticity", "flops_profiler", "autotuning", "csv_monitor", "tensorboard"),
-    *("wandb", "comet", "data_efficiency", "dump_state", "curriculum_learning", "progressive_layer_drop"),
-    *("eigenvalue", "sparse_attention", "sparse_gradients", "compile", "disable_allgather"),
-    *("gradient_allreduce_op", "gradient_predivide_factor", "prescale_gradients", "hybrid_engine"),
+    *("flops_profiler", "csv_monitor", "tensorboard", "wandb", "comet", "dump_state", "disable_allgather"),
+    *("gradient_allreduce_op", "gradient_predivide_factor", "prescale_gradients"),
     *("managed_gradient_accumulation", "memory_breakdown", "steps_per_print", "wall_clock_breakdown", "seed"),
-    *("seq_parallel_communication_data_type", "nebula", "pipeline", "weight_quantization", "tensor_parallel"),
-    *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "use_data_before_expert_parallelism"),
+    *("seq_parallel_communication_data_type", "nebula"),
+    *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
     *("dataloader_drop_last", "disable_python_gc", "graph_harvesting", "timers"),
 )
-"""Names at the top of DeepSpeed's JSON, which itself passes over any other without a word."""
+"""Names at the top of DeepSpeed's JSON that are understood. DeepSpeed itself passes over any other without a word."""
+
+OTHER_TRAINING = (
+    *("amp", "torch_autocast", "compression_training", "elasticity", "autotuning", "curriculum_learning"),
+    *("data_efficiency", "progressive_layer_drop", "eigenvalue", "sparse_attention", "sparse_gradients", "compile"),
+    *("hybrid_engine", "pipeline", "weight_quantization", "tensor_parallel", "use_data_before_expert_parallelism"),
+)
+"""Sections that would change what is trained or how the loop must call the engine."""
+
+ACCELERATE = (
+    *("zero_stage", "offload_optimizer_device", "offload_param_device", "offload_optimizer_nvme_path"),
+    *("offload_param_nvme_path", "zero3_init_flag", "zero3_save_16bit_model", "deepspeed_config_file"),
+    *("deepspeed_multinode_launcher", "deepspeed_hostfile", "deepspeed_config", "distributed_type", "mixed_precision"),
+)
+"""Names of accelerate's configuration, which is another file."""
+
+OBJECTS = (
+    *(("zero_optimization",), ("optimizer",), ("bf16",), ("fp16",), ("optimizer", "params")),
+    *(("zero_optimization", "offload_optimizer"), ("zero_optimization", "offload_param")),
+)
 
 
 def read_ds_config(path: Path) -> dict[str, Any]:
-    """The DeepSpeed JSON of ``--ds_config``: a file, or the name of a shipped one."""
+    """The DeepSpeed JSON of ``--ds_config``: a file, or a shipped one's name. UserError for what cannot be meant."""
     path = find_shipped("ds_configs", str(path), flag="--ds_config")
     try:
         content = json.loads(path.read_text())
@@ -37,28 +54,56 @@ def read_ds_config(path: Path) -> dict[str, Any]:
         raise UserError(f"--ds_config {path} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"--ds_config {path} must hold a JSON object, found {type(content).__name__}")
-    zero, optimizer = "zero_optimization", "optimizer"
-    for keys in (
-        *((zero,), (optimizer,), ("bf16",), ("fp16",), (optimizer, "params")),
-        *((zero, "offload_optimizer"), (zero, "offload_param")),
-    ):
+    fault = next(filter(None, (*_faults_of_names(content), *_faults_of_values(content))), None)
+    if fault:
+        raise UserError(f"--ds_config {path}{fault}")
+    return content
+
+
+def _faults_of_names(content: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in content.items():
+        if key in OTHER_TRAINING and value not in ({}, None, False) and _enabled(value):
+            yield f" sets {key}, which would change what is trained or how; leave it out of the JSON"
+        if key in ACCELERATE:
+            yield (
+                f" sets {key!r}, a name of accelerate's configuration; a DeepSpeed JSON says "
+                '{"zero_optimization": {"stage": 2, ...}} (see ds_configs/)'
+            )
+        if key not in (*KNOWN, *OTHER_TRAINING):
+            meant = difflib.get_close_matches(key, KNOWN, n=1, cutoff=0.8)
+            yield f" sets {key!r}, which DeepSpeed does not know; " + (
+                f"{meant[0]!r} is meant?" if meant else "remove it"
+            )
+    if content.get("scheduler"):
+        yield " sets a scheduler; --lr_scheduler_type and --warmup_steps set the rate, so leave it out of the JSON"
+
+
+def _enabled(section: Any) -> bool:
+    return not isinstance(section, Mapping) or section.get("enabled", True) is not False
+
+
+def _faults_of_values(content: Mapping[str, Any]) -> Iterator[str]:
+    for keys in OBJECTS:
         found: Any = content
         for key in keys:
-            found = found.get(key, {})
-        if not isinstance(found, dict):
-            raise UserError(f"--ds_config {path}: {'.'.join(keys)} must be an object, found {found!r}")
-    if content.get("scheduler"):
-        raise UserError(
-            f"--ds_config {path} sets a scheduler; the rate is set by --lr_scheduler_type and --warmup_steps, so leave "
-            "it out of the JSON"
+            found = found.get(key, {}) if isinstance(found, Mapping) else {}
+        if not isinstance(found, Mapping):
+            yield f": {'.'.join(keys)} must be an object, found {found!r}"
+    for section in ("bf16", "fp16"):
+        enabled = (content.get(section) or {}).get("enabled", "auto")
+        if enabled != "auto" and not isinstance(enabled, bool):  # DeepSpeed takes any text for true, "false" too
+            yield f': {section}.enabled is {enabled!r}; write true, false or "auto"'
+    if (content.get("zero_optimization") or {}).get("compute_grad_norm", True) is not True:
+        yield ": compute_grad_norm is off, and a run records and checks the gradient's norm; leave it out"
+    stage = (content.get("zero_optimization") or {}).get("stage", 0)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        yield f": zero_optimization.stage is {stage!r}; allowed: 1, 2, 3"
+    elif stage == 0:
+        # DeepSpeed's stage 0 keeps no norm of the gradient and, in bf16, takes a wrong first step
+        yield (
+            ": zero_optimization.stage is 0 (or not there), which shards nothing; give 1, 2 or 3, or leave "
+            "--ds_config out for the plain engine, which is the same without DeepSpeed"
         )
-    for key in content:
-        if key not in KNOWN and (meant := difflib.get_close_matches(key, KNOWN, n=1, cutoff=0.8)):
-            raise UserError(f"--ds_config {path} sets {key!r}, which DeepSpeed does not know; {meant[0]!r} is meant?")
-    stage = content.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2, 3):
-        raise UserError(f"--ds_config {path}: zero_optimization.stage is {stage!r}; allowed: 0, 1, 2, 3")
-    return content
 
 
 def complete_ds_config(

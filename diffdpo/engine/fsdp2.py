@@ -5,6 +5,7 @@ in fp32. Frozen weights are held in bf16. What is trained beside frozen weights 
 and fp32 on every process; its gradients are summed once a step, as by the plain engine.
 """
 
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -70,6 +71,9 @@ class Fsdp2Engine:
         if self.adapter:
             sum_gradients(self.world, self.adapter)
         norm = self._clip()
+        if not math.isfinite(norm):  # the same on every rank
+            self.abort_step()
+            return norm
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()

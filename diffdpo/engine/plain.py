@@ -1,5 +1,6 @@
 """One process, or several with one flat sum of the gradients: no library, every number can be followed."""
 
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -70,6 +71,9 @@ class PlainEngine:
         sum_gradients(self.world, self.parameters)
         limit = self.options.max_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        if not math.isfinite(norm):  # such a step would spoil every weight and both moments
+            self.abort_step()
+            return float(norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()

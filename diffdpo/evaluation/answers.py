@@ -1,15 +1,14 @@
 """Exact match: sample an answer to each held-out problem and let a verifier compare it with the right one."""
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from torch import nn
 from tqdm import tqdm
 
-from data_pipeline.arithmetic import read_answer
 from data_pipeline.batch import PairBatch
+from data_pipeline.verifiers import VERIFIERS
 from diffdpo.engine.world import World
 from diffdpo.models.architecture.spec import FamilySpec
 from diffdpo.sampling.decode import sample
@@ -27,32 +26,16 @@ class Problem:
     truth: str
 
 
-def read_arithmetic(text: str) -> str | None:
-    """The number after the last ``The answer is``."""
-    number = read_answer(text)
-    return None if number is None else str(number)
-
-
-def read_gsm8k(text: str) -> str | None:
-    """The number after the last ``####``, without commas, currency and idle zeros: 1,800.00 is 1800."""
-    found = re.findall(r"####\s*(-?)\s*\$?\s*(-?[\d,]*\.?\d+)", text)
-    try:
-        return f"{float(''.join(found[-1]).replace(',', '')):.12g}"
-    except (IndexError, ValueError):  # no number, or one with two signs
-        return None
-
-
-VERIFIERS: dict[str, Callable[[str], str | None]] = {"arithmetic": read_arithmetic, "gsm8k": read_gsm8k}
-
-
 def problems_of(batches: Sequence[PairBatch], tokenizer, task: str) -> list[Problem]:
-    """The distinct prompts of held-out pairs whose chosen answer holds an answer the verifier can read."""
+    """The distinct prompts of held-out pairs whose right result is known: stated in a record's meta as ``answer``, or
+    read by the verifier from the chosen answer."""
     problems = []
     for batch in batches:
         for b, record in enumerate(batch.records):
             start, stop = int(batch.prompt_lengths_B2[b, 0]), int(batch.lengths_B2[b, 0])
             ids = batch.input_ids_B2T[b, 0, :stop].tolist()
-            truth = VERIFIERS[task](tokenizer.decode(ids[start:], skip_special_tokens=True))
+            answer = tokenizer.decode(ids[start:], skip_special_tokens=True)
+            truth = VERIFIERS[task].truth(batch.meta[b].get("answer") if batch.meta else None, answer)
             if truth is not None:
                 problems.append(Problem(tuple(ids[:start]), record, truth))
     return distinct(problems)
@@ -102,7 +85,7 @@ def exact_match(
                 [problems[i].prompt for i in part],
                 gen_length=gen_length,
                 steps=gen_length,
-                block_length=BLOCK_LENGTH,
+                block_length=spec.block_size or BLOCK_LENGTH,
                 temperature=temperature,
                 seed=[seed * 1_000_003 + i for i in part],
             )
@@ -112,5 +95,5 @@ def exact_match(
     for part in world.all_gather_object(texts):
         everyone.update(part)
     ordered = [everyone[i] for i in range(len(problems))]
-    right = [VERIFIERS[task](text) == problem.truth for text, problem in zip(ordered, problems, strict=True)]
+    right = [VERIFIERS[task].read(text) == problem.truth for text, problem in zip(ordered, problems, strict=True)]
     return np.array(right, dtype=np.float64), ordered

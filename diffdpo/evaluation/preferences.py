@@ -21,6 +21,7 @@ from diffdpo.noise.options import NoiseOptions
 from diffdpo.noise.rows import NoisyRows
 from diffdpo.scores.fold import PairScores, fold
 from diffdpo.scores.reference import Reference
+from diffdpo.scores.rounding import preferred, size_of
 from diffdpo.scores.rows import score_rows
 from diffdpo.scores.segments import Segments
 from diffdpo.step.kto import reference_point
@@ -46,11 +47,12 @@ class ScoreTable:
         per_token_P2 = self.policy_P2 / self.tokens_P2.clamp(min=1)
         pair_P = self.weight_P2.prod(1) > 0
         margin_P, gap_P = (side_P2[pair_P, 0] - side_P2[pair_P, 1] for side_P2 in (reward_P2, per_token_P2))
+        size_P = size_of(self.policy_P2, self.tokens_P2)[pair_P]
         found = {"loss": self.losses(loss)}
         if pair_P.any():
             found |= {
-                # 1/2 where the margin is 0: policy and reference agree
-                "rewards/accuracies": (margin_P.sign() / 2 + 0.5).tolist(),
+                # 1/2 where policy and reference agree
+                "rewards/accuracies": preferred(margin_P / loss.beta, size_P).tolist(),
                 "rewards/margins": margin_P.tolist(),
                 "scores/accuracies": (gap_P.sign() / 2 + 0.5).tolist(),
             }

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from diffdpo.scores.rounding import preferred, size_of
+
 
 def pair_sums(
     policy_B2: Tensor,
@@ -54,7 +56,7 @@ def pair_sums(
         "reward_chosen": side(reward_B2, 0),
         "reward_rejected": side(reward_B2, 1),
         "margin": (pair_B * margin_B).sum(),
-        "correct": (pair_B * (margin_B > 0)).sum(),
+        "correct": (pair_B * preferred(margin_B / beta, size_of(policy_B2, tokens_B2))).sum(),
         "policy_chosen": side(policy_B2, 0),
         "policy_rejected": side(policy_B2, 1),
         "reference_chosen": side(reference_B2, 0),

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from data_pipeline.errors import DataError
+from data_pipeline.hub import at_revision
 from data_pipeline.tokenizer import first_id, name_mask, read_tokenizer
 from diffdpo.errors import UserError
 from diffdpo.models.architecture.block_families import (
@@ -113,7 +114,8 @@ def load_model(
     block_size: int | None = None,
     shards: Shards | None = None,
 ) -> LoadedModel:
-    """Load a published checkpoint, a directory written by `save_model`, or a peft adapter directory with its base.
+    """Load a published checkpoint (NAME or NAME@REVISION of the hub), a directory written by `save_model`, or a peft
+    adapter directory with its base.
 
     `block_size`: for a checkpoint that does not say how many tokens a block has (0: its attention is full).
     `shards`: an engine's, where each process reads its part of the weights only; `device` is then for the adapter.
@@ -164,9 +166,10 @@ def load_adapter(folder: str | Path, *, base: str | None = None, **options) -> L
 
 def read_config(name_or_path: str, *, block_size: int | None = None) -> tuple[Family, PreTrainedConfig]:
     """The family and checked config of a checkpoint; no weights are read. `block_size` as for `load_model`."""
-    kept = only_kept(name_or_path)
+    only_kept(name_or_path)  # in the words of this package when it is nowhere
+    name, where = at_revision(name_or_path)
     try:
-        raw, _ = PreTrainedConfig.get_config_dict(name_or_path, local_files_only=kept)
+        raw, _ = PreTrainedConfig.get_config_dict(name, **where)
     except (OSError, ValueError, TypeError, AttributeError) as error:  # the last two: JSON that is no object
         raise UserError(f"no model config at {name_or_path!r}: {_first_line(error)}") from error
     if not isinstance(raw, dict) or not raw:

@@ -1,6 +1,8 @@
-"""The score of a block-causal family: the sum over blocks of each block's any-order ELBO given the clean blocks before it.
+"""The score of a block-causal family: the sum over blocks of each block's any-order ELBO given the clean blocks before
+it.
 
-    B(y|x) = Σ_b E_{k~U{1..L_b}} E_{|m|=k} [ (L_b / k) f_b(m) ],    f_b(m) = Σ_{i∈m} log p(y_i | block b without m, blocks < b)
+    B(y|x) = Σ_b E_{k~U{1..L_b}} E_{|m|=k} [ (L_b / k) f_b(m) ],    f_b(m) = Σ_{i∈m} log p(y_i | block b without m,
+    blocks < b)
 
 Given the clean tokens before it, a block does not depend on what is masked in any other. So the score is estimated by
 each block's own estimator, and one row serves all of them at once: it has a mask of each block. Which of a block's
@@ -10,7 +12,7 @@ masks in some blocks and large ones in others, and rows are alike in work and in
 Shape suffixes: N rows, L tokens of the answer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -46,8 +48,8 @@ def check_block_estimator(estimator: str, block_size: int) -> None:
     """UserError for ``exact`` where a block has too many masks to be enumerated."""
     if estimator == "exact" and block_size > MAX_EXACT_LENGTH:
         raise UserError(
-            f"--score_estimator exact enumerates the masks of each block, of at most {MAX_EXACT_LENGTH} tokens; those of "
-            f"this model have {block_size}: use balanced"
+            f"--score_estimator exact enumerates the masks of each block, of at most {MAX_EXACT_LENGTH} tokens; those "
+            f"of this model have {block_size}: use balanced"
         )
 
 
@@ -69,21 +71,27 @@ def draw_block_plan(
     rng = generator_of(estimator, key)
     plans = [drawn(estimator, length, num_samples, rng, num_diffusion_steps) for length in tokens]
     rows = max(len(plan) for plan in plans)
+    # the blocks of a NoisePlan, rows drawn together, are the same for all lengths, as they depend on n alone; its cells
+    # of single rows mean another row in each block of tokens
+    block_N, cell_N = (None, None) if plans[0].block_N is None else (plans[0].block_N, plans[0].cell_N)
+    together_N = np.zeros(rows, np.int64) if block_N is None else block_N
 
-    def laid_out(of_plan: Callable[[NoisePlan], np.ndarray]) -> list[np.ndarray]:
-        """[N, ...] of each block, its rows shifted by one a block; rows of a block with fewer masks are 0."""
-        padded = [
-            np.pad(value, [(0, rows - len(value))] + [(0, 0)] * (value.ndim - 1)) for value in map(of_plan, plans)
-        ]
-        return [np.roll(value, index, axis=0) for index, value in enumerate(padded)]
+    masked_NL, scored_NL = (np.zeros((rows, sum(tokens)), dtype=bool) for _ in range(2))
+    scale_NL, share_N, stop = np.zeros((rows, sum(tokens))), np.zeros(rows), 0
+    for index, plan in enumerate(plans):
+        start, stop = stop, stop + plan.masked_NL.shape[1]
+        own_N = _shifted(together_N, index)  # by one row a block of tokens
+        place_N = np.flatnonzero(own_N < len(plan))  # a block with fewer masks is whole in the other rows
+        own_N = own_N[place_N]
+        masked_NL[place_N, start:stop], scored_NL[place_N, start:stop] = plan.masked_NL[own_N], plan.scored_NL[own_N]
+        scale_NL[place_N, start:stop] = plan.weight_N[own_N, None] * _scale(plan)[own_N]
+        share_N[place_N] += plan.share_N[own_N]
+    return NoisePlan(masked_NL, scored_NL, np.ones(rows), share_N, scale_NL, block_N, cell_N)
 
-    return NoisePlan(
-        masked_NL=np.concatenate(laid_out(lambda plan: plan.masked_NL), axis=1),
-        scored_NL=np.concatenate(laid_out(lambda plan: plan.scored_NL), axis=1),
-        weight_N=np.ones(rows),
-        share_N=np.sum(laid_out(lambda plan: plan.share_N), axis=0),
-        scale_NL=np.concatenate(laid_out(lambda plan: plan.weight_N[:, None] * _scale(plan)), axis=1),
-    )
+
+def _shifted(block_N: np.ndarray, by: int) -> np.ndarray:
+    """Indices of the rows, shifted by so many within each set of rows that were drawn together: sets stay apart."""
+    return np.concatenate([np.roll(np.flatnonzero(block_N == block), by) for block in np.unique(block_N)])
 
 
 def _scale(plan: NoisePlan) -> np.ndarray:

@@ -125,7 +125,8 @@ def balanced(length: int, num_samples: int, rng: np.random.Generator) -> NoisePl
         # a single block says nothing of its error; what is known of it is the spread of its rows, less their trend in k
         return replace(plan, cell_N=_neighbours(np.arange(num_samples))) if num_samples > PLAIN else plan
     # streams of their own: what a block draws must not depend on how many tokens the one before it had (``paired``)
-    streams = [np.random.Generator(rng.bit_generator.jumped(g)) for g in range(len(size_G))]
+    keys = rng.integers(0, 2**64, (len(size_G), 2), dtype=np.uint64)
+    streams = [np.random.Generator(np.random.Philox(key=key)) for key in keys]
     plans = [_block(length, size, stream) for size, stream in zip(size_G, streams, strict=True)]
     weight_N = np.repeat(size_G / num_samples, size_G)
     masked_NL = np.concatenate([plan.masked_NL for plan in plans])

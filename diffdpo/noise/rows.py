@@ -30,7 +30,8 @@ class CleanAnswers:
     ``ids_AT``    long, right padded: prompt and answer.
     ``length_A``  long, how many of them are looked at: the whole blocks before the last; 0 where there is no answer.
     ``start_A``   long, position of the first token of the answer's rows, that of the block the answer begins in.
-    ``shared_A``  long, leading tokens, in whole blocks, that both answers of a pair have in common; 0 for a lone answer.
+    ``shared_A``  long, leading tokens, in whole blocks, that both answers of a pair have in common; 0 for a
+                  lone answer.
     """
 
     ids_AT: torch.Tensor

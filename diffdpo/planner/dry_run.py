@@ -78,6 +78,10 @@ class MetaSegments:
         count = len(rows) // self.segments
         return [self._piece(count) for _ in range(self.segments)]
 
+    def by_stream(self, rows: NoisyRows) -> list[list[Segment]]:
+        """Each by itself: attention is full."""
+        return [[piece] for piece in self(rows)]
+
     def whole(self, rows: Any) -> Any:
         return rows
 

@@ -43,7 +43,8 @@ def read_shape(name_or_path: str) -> tuple[Family, PreTrainedConfig]:
             raise UserError(
                 f"--model_name_or_path {path} has no config.json; give a checkpoint folder or a config.json"
             )
-        return read_config(name_or_path)
+        family, shape = read_config(name_or_path)
+        return family, planned(shape)
     try:
         raw = json.loads(path.read_text())
     except FileNotFoundError:
@@ -53,7 +54,17 @@ def read_shape(name_or_path: str) -> tuple[Family, PreTrainedConfig]:
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     if kind not in FAMILIES:
         raise UserError(f"--model_name_or_path {path} has model_type {kind!r}; supported: {', '.join(FAMILIES)}")
-    return FAMILIES[kind], FAMILIES[kind].config_class.from_dict(raw).check()
+    return FAMILIES[kind], planned(FAMILIES[kind].config_class.from_dict(raw).check())
+
+
+def planned(shape: PreTrainedConfig) -> PreTrainedConfig:
+    """The config itself. UserError for a block-causal one: rows over a clean stream are not planned yet."""
+    if getattr(shape, "block_size", None):
+        raise UserError(
+            f"{shape.model_type} has blocks of {shape.block_size}: block-causal models are not planned yet; "
+            "train with --max_memory, which measures"
+        )
+    return shape
 
 
 def weight_elements(family: Family, shape: PreTrainedConfig) -> int:
@@ -80,6 +91,7 @@ def skeleton(family: Family, shape: PreTrainedConfig, config: TrainConfig, *, bf
                 r=config.lora_r,
                 alpha=config.lora_alpha,
                 target_modules=config.lora_target_modules,
+                modules_to_save=config.lora_modules_to_save,
                 use_dora=config.use_dora,
             )
     else:

@@ -67,7 +67,7 @@ def _not_precomputable(loss: LossOptions) -> str:
 
 def second_model_share(config: TrainConfig, choice: EngineChoice, world: World) -> float:
     """Bytes of the reference's weight files over the memory this process computes in; ZeRO-3 shares a copy out."""
-    name = config.ref_model_name_or_path or model_or_bundled(config.model_name_or_path)
+    name = config.ref_model_name_or_path or model_or_bundled(config.policy)
     folder = checkpoint_folder(base_of_adapter(name) if is_adapter(name) else name)
     size = sum(path.stat().st_size for path in shard_files(folder))
     if world.device.type == "cuda":
@@ -87,7 +87,7 @@ def load_reference(config: TrainConfig, choice: EngineChoice, world: World, *, m
     has weights read so."""
     named = config.ref_model_name_or_path
     loaded = load_model(
-        named or model_or_bundled(config.model_name_or_path),
+        named or model_or_bundled(config.policy),
         dtype=dtype_name(choice.bf16),
         load_in_4bit=config.load_in_4bit and not named,
         shards=weight_shards(choice, world),

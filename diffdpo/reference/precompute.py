@@ -1,8 +1,8 @@
 """Reference mode ``precomputed``: all rows of the run scored once, before training, by a model that then leaves memory.
 
 The rows are those of training: the same readers, micro-batches, noise and segments, so the numbers are those that mode
-``copy`` would have computed. What is scored already is found in the cache and skipped, by the step; so a pass that was
-killed goes on, and a longer run adds to a shorter one's scores.
+``copy`` would have computed, to the bit on one machine. What is scored already is found in the cache and skipped, by
+the step; so a pass that was killed goes on, and a longer run adds to a shorter one's scores.
 """
 
 import gc
@@ -65,7 +65,6 @@ class Precomputed:
     train: Reference
     held_out: Reference
     text: str
-    same_shapes: bool  # whether all scores were made in this run's shapes, and so are those of ``copy`` to the bit
 
 
 class ReferencePass:
@@ -89,7 +88,7 @@ class ReferencePass:
         self.encoder, self.spec, self.cache_dir, self.say = encoder, spec, cache_dir, say
         self.noise = NoiseOptions.of(config, spec)
         self.segments = make_segments(config, choice, world.device, world=world)
-        self.reference = config.ref_model_name_or_path or model_or_bundled(config.model_name_or_path)
+        self.reference = config.ref_model_name_or_path or model_or_bundled(config.policy)
         self.weights = world.broadcast(weights_digest(self.reference) if world.is_main else None)
 
     def training(self, loader: PairLoader, *, last: int) -> Stream:
@@ -247,4 +246,4 @@ def _result(streams: Sequence[Stream], say: Callable[[str], None]) -> Precompute
         )
     references = [stored_reference(stream.store) for stream in streams]
     text = f"precomputed scores in {train.store.folder}"
-    return Precomputed(references[0], references[-1], text, not others)
+    return Precomputed(references[0], references[-1], text)

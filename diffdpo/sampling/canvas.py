@@ -13,7 +13,10 @@ from diffdpo.models.architecture.spec import FamilySpec
 
 
 class Canvas:
-    """Row r is its prompt followed by `gen_length` tokens, all masks at first, then padding."""
+    """Row r is its prompt followed by `gen_length` tokens, all masks at first, then padding.
+
+    Of a block-causal family the masks go on to the end of a block; the answer is of at most `gen_length` tokens.
+    """
 
     def __init__(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[tuple[int, ...]], *, spec: FamilySpec, gen_length: int
@@ -23,7 +26,8 @@ class Canvas:
         self.generators = [_generator(seed) for seed in seeds]
         self.gen_length = gen_length
         self.prompt_length_R = torch.tensor([len(prompt) for prompt in prompts])
-        self.lengths = [len(prompt) + gen_length for prompt in prompts]
+        block = spec.block_size or 1
+        self.lengths = [-(-(len(prompt) + gen_length) // block) * block for prompt in prompts]
         self.ids_RT = torch.full((len(prompts), max(self.lengths)), spec.pad_token_id)
         for row, prompt in enumerate(prompts):
             self.ids_RT[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.long)
@@ -70,7 +74,7 @@ class Canvas:
 
     def answer(self, row: int) -> list[int]:
         """The tokens before the first terminator."""
-        region = torch.tensor(self.region(row))
+        region = torch.tensor(self.region(row)[: self.gen_length])
         ends = torch.isin(region, self.terminators).nonzero()
         return region[: int(ends[0]) if len(ends) else None].tolist()
 

@@ -11,7 +11,7 @@ Shapes: R rows, T padded length, B block length, M masked positions, V vocabular
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -22,9 +22,11 @@ from diffdpo.models.architecture.backbone import MaskedLM, native
 from diffdpo.models.architecture.spec import FamilySpec
 from diffdpo.models.architecture.token_log_probs import DEFAULT_LOGITS_BUDGET
 from diffdpo.sampling.canvas import Canvas
+from diffdpo.sampling.causal_blocks import CausalBlockPredictor, causal_blocks
 from diffdpo.sampling.confidence import ORDERS, choose
 from diffdpo.sampling.predict import BlockPredictor
 
+DEFAULT_BLOCK = 32
 ON_EOS = ("allow", "last", "forbid")
 BYTES_A_LOGIT = 32
 """Of the logit and of what choosing a token makes of it: in fp64 its tempered copy, noise, softmax, entropy."""
@@ -34,6 +36,7 @@ BYTES_A_LOGIT = 32
 class Decoding:
     """How to sample. `steps` are over the whole answer and divide evenly over its blocks.
 
+    `block_length`: 0 stands for 32, or for the model's own where it has blocks.
     `remasking`: low_confidence (LLaDA's) | maskgit_plus | top_margin | entropy (Dream's) | random. `threshold`: reveal
     every token of the block whose confidence (its probability) exceeds it, at least one a step; `steps` is then only an
     upper bound.
@@ -44,7 +47,7 @@ class Decoding:
 
     gen_length: int = 128
     steps: int = 128
-    block_length: int = 32
+    block_length: int = 0
     temperature: float = 0.0
     cfg_scale: float = 0.0
     remasking: str = "low_confidence"
@@ -54,6 +57,8 @@ class Decoding:
     logits_budget: int = DEFAULT_LOGITS_BUDGET
 
     def __post_init__(self):
+        if self.block_length == 0:
+            object.__setattr__(self, "block_length", min(DEFAULT_BLOCK, max(1, self.gen_length)))
         orders = (*ORDERS, "random")
         rules = [
             (self.gen_length < 1, f"gen_length is {self.gen_length}; it must be at least 1"),
@@ -94,6 +99,23 @@ class Decoding:
 
 
 OnTokens = Callable[[int, list[int]], None]
+Predictor = BlockPredictor | CausalBlockPredictor
+
+
+def own_blocks(decoding: Decoding, size: int, name: str, *, asked: int) -> Decoding:
+    """For a block-causal family: its own blocks of `size`, with as many tokens a step as asked for.
+
+    UserError for options that have no meaning there; `asked`: the block length that was asked for, 0 if none.
+    """
+    if asked not in (0, size):
+        raise UserError(f"{name} writes blocks of {size} tokens, not of {asked}: leave block_length out")
+    if decoding.block_cache:
+        raise UserError(f"{name} keeps its finished blocks as it is, exactly: leave block_cache out")
+    if decoding.cfg_scale:
+        raise UserError(f"classifier-free guidance is not built for {name}: leave cfg_scale out")
+    steps = max(1, round(size * decoding.steps / decoding.gen_length))
+    blocks = -(-decoding.gen_length // size)
+    return replace(decoding, block_length=size, gen_length=blocks * size, steps=min(size, steps) * blocks)
 
 
 def sample(
@@ -101,7 +123,7 @@ def sample(
     spec: FamilySpec,
     prompts: Sequence[Sequence[int]],
     *,
-    seed: int | Sequence[int] = 0,
+    seed: int | Sequence[int | tuple[int, int]] = 0,
     batch_size: int | None = None,
     on_step: OnTokens | None = None,
     on_answer: OnTokens | None = None,
@@ -110,16 +132,24 @@ def sample(
     """Answers, one per prompt, up to and excluding the terminator. `options` are the fields of `Decoding`.
 
     Prompts differ in length; each answer follows its own prompt. Noise is a function of (`seed`, index of the
-    prompt), or of `seed[i]` when one is given per prompt, so `batch_size` changes speed and memory only.
+    prompt), or of `seed[i]` when one is given per prompt (a number, or such a pair), so `batch_size` changes speed and
+    memory only.
     `on_step(i, tokens)` is called after each step with the answer region of prompt i, masks included; `on_answer(i,
     answer)` when its batch is done, in the order of the prompts. UserError for an impossible option and for a prompt
     the context cannot hold.
     """
-    decoding = Decoding(**options)
-    if spec.logit_shift and not all(prompts):
-        raise UserError(f"{spec.name} cannot answer an empty prompt: its first token is never predicted; add one")
-    _check_context(native(model), prompts, decoding.gen_length)
-    seeds = [(seed, i) for i in range(len(prompts))] if isinstance(seed, int) else [(s,) for s in seed]
+    block_length = options.pop("block_length", 0)
+    asked = decoding = Decoding(**options, block_length=0 if spec.block_size else block_length)
+    if spec.block_size:
+        decoding = own_blocks(asked, spec.block_size, spec.name, asked=block_length)
+    for i, prompt in enumerate(prompts):
+        if obstacle := prompt_obstacle(model, spec, prompt, decoding.gen_length):
+            raise UserError(f"prompt {i}: {obstacle}")
+    seeds: list[tuple[int, ...]] = (
+        [(seed, i) for i in range(len(prompts))]
+        if isinstance(seed, int)
+        else [each if isinstance(each, tuple) else (each,) for each in seed]
+    )
     if len(seeds) != len(prompts):
         raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one seed, or one per prompt")
     size, answers = batch_size or max(1, len(prompts)), []
@@ -128,7 +158,7 @@ def sample(
     try:
         for start in range(0, len(prompts), size):
             part = slice(start, start + size)
-            canvas = Canvas(prompts[part], seeds[part], spec=spec, gen_length=decoding.gen_length)
+            canvas = Canvas(prompts[part], seeds[part], spec=spec, gen_length=asked.gen_length)
             for _ in fill(native(model), spec, canvas, decoding):
                 if on_step:
                     for row in range(len(canvas)):
@@ -142,31 +172,45 @@ def sample(
     return answers
 
 
-def _check_context(model: MaskedLM, prompts: Sequence[Sequence[int]], gen_length: int) -> None:
-    context = getattr(model.config, "max_position_embeddings", None)
-    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]), default=None)
-    if context and longest is not None and len(prompts[longest]) + gen_length > context:
-        raise UserError(
-            f"prompt {longest} has {len(prompts[longest])} tokens and gen_length is {gen_length}: together more than "
-            f"the model's context of {context}; shorten one of them"
+def prompt_obstacle(model: nn.Module, spec: FamilySpec, prompt: Sequence[int], gen_length: int) -> str:
+    """Why a prompt cannot be answered (empty where a model cannot begin, too long for its context); '' if it can."""
+    context = getattr(native(model).config, "max_position_embeddings", None)
+    if spec.logit_shift and not prompt:
+        return f"{spec.name} cannot answer an empty prompt: its first token is never predicted; add one"
+    if context and len(prompt) + gen_length > context:
+        return (
+            f"it has {len(prompt)} tokens and gen_length is {gen_length}: together more than the model's context of "
+            f"{context}; shorten one of them"
         )
+    return ""
 
 
 @torch.no_grad()
 def fill(model: MaskedLM, spec: FamilySpec, canvas: Canvas, decoding: Decoding) -> Iterator[None]:
     """Reveal the whole canvas in place, block by block; yields after every step."""
+    if spec.block_size:
+        for predictor, window_RB, rows in causal_blocks(model, spec, canvas):
+            yield from _reveal(predictor, canvas, window_RB, rows, decoding)
+        return
     for block in range(decoding.num_blocks):
         window_RB = canvas.window(block * decoding.block_length, decoding.block_length)
         rows = [row for row in range(len(canvas)) if not canvas.ended(row)]
         predictor = BlockPredictor(
             model, spec, canvas, window_RB, cfg_scale=decoding.cfg_scale, cached=decoding.block_cache
         )
-        for count in decoding.reveal_counts():
-            rows = [row for row in rows if canvas.masked(window_RB)[row].any() and not canvas.ended(row)]
-            if not rows:
-                break
-            _step(predictor, canvas, window_RB, rows, count, decoding)
-            yield
+        yield from _reveal(predictor, canvas, window_RB, rows, decoding)
+
+
+def _reveal(
+    predictor: Predictor, canvas: Canvas, window_RB: Tensor, rows: list[int], decoding: Decoding
+) -> Iterator[None]:
+    """Reveal the window in each of `rows`, step by step."""
+    for count in decoding.reveal_counts():
+        rows = [row for row in rows if canvas.masked(window_RB)[row].any() and not canvas.ended(row)]
+        if not rows:
+            return
+        _step(predictor, canvas, window_RB, rows, count, decoding)
+        yield
 
 
 def _step(predictor, canvas: Canvas, window_RB: Tensor, rows: list[int], count: int, decoding: Decoding) -> None:
@@ -187,7 +231,7 @@ def _step(predictor, canvas: Canvas, window_RB: Tensor, rows: list[int], count: 
 
 
 def _choices(
-    predictor: BlockPredictor, canvas: Canvas, row_M: Tensor, column_M: Tensor, decoding: Decoding
+    predictor: Predictor, canvas: Canvas, row_M: Tensor, column_M: Tensor, decoding: Decoding
 ) -> tuple[Tensor, Tensor]:
     """Tokens and confidences [M], on the CPU: one forward, then as many positions at a time as the budget allows."""
     hidden_GMK, chosen = predictor.hidden_states(row_M, column_M), []

@@ -2,28 +2,28 @@
 
     block_log_probs(module, ids, lengths, row, position, target, *clean)              both parts, one graph: logp [M]
     block_log_probs(module, no rows ..., *clean)                                      the clean part: what it keeps
-    block_log_probs(module, ids, lengths, row, position, target, *clean, *kept)       rows against what was kept: logp [M]
+    block_log_probs(module, ids, lengths, row, position, target, *clean, *kept)       rows against what was kept: logp
+    [M]
 
-`clean` is (answer_R, stream_A, ids_AT, length_A, start_A, shared_A): whose each row is, which answers' clean tokens are in
-the stream, and the fields of `CleanAnswers`. What is kept are the keys and values of every layer [layers, 2, C, G, D] and,
-for shifted logits, the hidden states at the blocks' ends [C / block, K], which predict the first tokens of the next blocks.
+`clean` is (answer_R, stream_A, ids_AT, length_A, start_A, shared_A): whose each row is, which answers' clean tokens are
+in the stream, and the fields of `CleanAnswers`. What is kept are the keys and values of every layer [layers, 2, C, G,
+D] and, for shifted logits, the hidden states at the blocks' ends [C / block, K], which predict the first tokens of the
+next blocks.
 
-Shapes: R rows, T padded length, A answers, C clean tokens, M scored positions, K hidden size, G key/value heads, D head size.
+Shapes: R rows, T padded length, A answers, C clean tokens, M scored positions, K hidden size, G key/value heads, D head
+size.
 """
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffdpo.models.architecture.block_layout import BlockLayout, block_layout
 
-if TYPE_CHECKING:
-    from diffdpo.scores.masked_log_probs import MaskedLogProbs
-
 
 def block_log_probs(
-    module: "MaskedLogProbs",
+    module: Any,
     input_ids_RT: Tensor,
     lengths_R: Tensor,
     row_M: Tensor,
@@ -66,28 +66,29 @@ def block_log_probs(
     return module.log_probs(hidden_MK, target_M)
 
 
-def block_of(module: "MaskedLogProbs") -> int:
+def block_of(module: Any) -> int:
     """Tokens of a block."""
     assert module.spec.block_size, "asked for families that have blocks"
     return module.spec.block_size
 
 
-def _run_clean(module: "MaskedLogProbs", ids_N: Tensor, layout: BlockLayout) -> tuple[Tensor, Tensor]:
+def _run_clean(module: Any, ids_N: Tensor, layout: BlockLayout) -> tuple[Tensor, Tensor]:
     """Keys and values, and hidden states at the ends of blocks where logits are shifted (else none of them)."""
     block = block_of(module)
-    ends = torch.arange(block - 1, len(layout) if module.spec.logit_shift else 0, block, device=ids_N.device)
+    blocks = len(layout) // block if module.spec.logit_shift else 0
+    ends = block * torch.arange(1, blocks + 1, device=ids_N.device) - 1
     hidden = module.hidden_states(ids_N, layout, ends)
     assert layout.kept is not None
     return torch.stack([torch.stack(layout.kept[layer]) for layer in range(len(layout.kept))]), hidden
 
 
 def _where(
-    module: "MaskedLogProbs", layout: BlockLayout, answer_M: Tensor, row_M: Tensor, position_M: Tensor, start_A: Tensor
+    module: Any, layout: BlockLayout, answer_M: Tensor, row_M: Tensor, position_M: Tensor, start_A: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Where the output that predicts each scored token is: in the clean part, or -1, and else in the rows' part.
 
-    With shifted logits the first token of a block is predicted by the clean token before it: the noisy one is of another
-    block, whose mask has nothing to do with it.
+    With shifted logits the first token of a block is predicted by the clean token before it: the noisy one is of
+    another block, whose mask has nothing to do with it.
     """
     shift, block = module.spec.logit_shift, block_of(module)
     row_place_M = layout.offset_R[row_M] + position_M - shift

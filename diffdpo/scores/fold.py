@@ -47,7 +47,7 @@ def _standard_error(f_R: torch.Tensor, rows: NoisyRows) -> torch.Tensor:
     """sqrt(Σ_C share_C² s_C²) over cells C; s_C² is the variance of what the blocks of a cell say of a token.
 
     A block says u = Σ weight f / Σ share of its rows. The textbook formula for a stratified sample (Cochran, Sampling
-    Techniques, 1977, section 5.4) with units of unequal size; with one cell of rows of equal shares it is the standard
+    Techniques, 1977, chapter 5) with units of unequal size; with one cell of rows of equal shares it is the standard
     error of a mean of independent rows.
     """
     share_R, total_R = rows.share_R.double(), f_R * rows.weight_R

@@ -76,12 +76,44 @@ class Segments:
         answers[-1] += [Segment(rows, order_R[:0])] * self._missing(sum(map(len, answers)))
         return answers
 
+    def by_stream(self, rows: NoisyRows) -> list[list[Segment]]:
+        """The segments of a micro-batch, those together that share a clean stream (``scores.shared_clean``).
+
+        Of a block-causal family: as many pairs as fit in one segment with their clean tokens, or one pair in several.
+        Of others, and where processes must cut alike, every segment is by itself.
+        """
+        if rows.clean is None or self.world is not None:
+            return [[segment] for segment in self(rows)]
+        self.most = Size(0, 0)
+        order_R, lengths = _spread(rows), rows.lengths_R.tolist()
+        own_P = order_R.split(torch.bincount(rows.answer_R // 2, minlength=rows.num_answers // 2).tolist())
+        clean_P = (rows.clean.length_A.view(-1, 2).sum(1) - rows.clean.shared_A[::2]).tolist()
+        groups: list[list[Segment]] = []
+        open_rows, held = order_R[:0], Size(0, 0)
+        for own_R, clean in zip(own_P, clean_P, strict=True):
+            cost = Size(len(own_R), clean + sum(lengths[row] for row in own_R.tolist()))
+            if len(open_rows) and self._full(Size(held.rows + cost.rows, held.tokens + cost.tokens)):
+                groups.append([Segment(rows, open_rows)])
+                open_rows, held = order_R[:0], Size(0, 0)
+            if self._full(cost):
+                groups.append(self._cut(rows, own_R))
+                continue
+            open_rows, held = torch.cat([open_rows, own_R]), Size(held.rows + cost.rows, held.tokens + cost.tokens)
+            self.most = Size(max(self.most.rows, held.rows), max(self.most.tokens, held.tokens))
+        return groups + ([[Segment(rows, open_rows)]] if len(open_rows) else [])
+
+    def _full(self, size: Size) -> bool:
+        return size.rows > self.rows if self.rows else bool(self.tokens) and size.tokens > self.tokens
+
     def fit(self, lengths: Sequence[int]) -> int:
         """Segments that rows of these lengths take."""
         return len(self._cuts(sorted(lengths, reverse=True)))
 
     def one(self, rows: NoisyRows) -> bool:
         """Whether one segment holds all rows, on every process that must cut into as many."""
+        if rows.clean is not None and self.world is None:
+            groups = self.by_stream(rows)
+            return len(groups) == 1 and len(groups[0]) == 1
         count = self.fit(rows.lengths_R.tolist())
         return count + self._missing(count) == 1
 

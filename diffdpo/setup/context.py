@@ -12,6 +12,7 @@ from diffdpo.engine.choice import PLAIN, engine_kind
 from diffdpo.engine.world import World, init_distributed
 from diffdpo.errors import UserError
 from diffdpo.memory.allocator import keep_freed_memory
+from diffdpo.setup.publish import check_hub
 from diffdpo.tracking.run import tracking_uri
 
 
@@ -40,6 +41,7 @@ def open_context(config: RunConfig, command: str) -> RunContext:
     output_dir = Path(config.output_dir or Path("outputs") / name).resolve()
     _check_output_dir(output_dir, config.resume_from_checkpoint)
     tracking_uri(config.tracking_uri, output_dir)  # a wrong one is refused here, before a model is loaded
+    check_hub(config, world)
     world.barrier()  # no rank may write there before all have looked
     cache_dir = Path(config.data_cache_dir) if config.data_cache_dir else output_dir.parent / "data_cache"
     return RunContext(world, output_dir, cache_dir, name)

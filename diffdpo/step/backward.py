@@ -31,6 +31,7 @@ from diffdpo.engine.base import Engine
 from diffdpo.noise.rows import NoisyRows
 from diffdpo.scores.rows import forward_rows, score_rows
 from diffdpo.scores.segments import Segment, Segments, in_order
+from diffdpo.scores.shared_clean import CleanGradient, KeptClean, run_clean
 
 LossOf = Callable[[torch.Tensor], torch.Tensor]
 """Row scores f_R of the policy → the micro-batch's share of the loss, a scalar."""
@@ -54,18 +55,21 @@ def none(engine: Engine, rows: NoisyRows, loss_of: LossOf, *, segments: Segments
 def checkpoint(engine: Engine, rows: NoisyRows, loss_of: LossOf, *, segments: Segments, last: bool) -> torch.Tensor:
     """Each segment recomputed in the backward of one graph: every gradient is reduced (and offloaded) once."""
 
-    def run(piece: Segment) -> torch.Tensor:
+    def run(piece: Segment, kept: KeptClean | None) -> torch.Tensor:
         # no randomness inside (dropout is off), hence no generator state to restore; and no check of recomputed
         # tensors, which ZeRO-3's release of frozen weights would trip
         return recompute(
-            lambda: forward_rows(engine, piece.rows),
+            lambda: forward_rows(engine, piece.rows, kept),
             use_reentrant=False,
             preserve_rng_state=False,
             determinism_check="none",
         )
 
-    pieces = segments(rows)
-    values = [run(piece) for piece in pieces]
+    pieces, values = [], []
+    for group in segments.by_stream(rows):
+        kept = run_clean(engine, group)
+        pieces += group
+        values += [run(piece, kept) for piece in group]
     f_R = in_order(pieces, values)
     # segments that fill up take part in the backward, where every rank must recompute as many
     fill = sum(value_S.sum() for piece, value_S in zip(pieces, values, strict=True) if not len(piece.index_S))
@@ -88,37 +92,57 @@ def gradient_of(loss_of: LossOf, f_R: torch.Tensor) -> torch.Tensor:
 
 
 def replay(engine: Engine, rows: NoisyRows, gradient_R: torch.Tensor, *, segments: Segments, last: bool) -> None:
-    """Second pass: add Σ_R dL/df · ∇f, one forward and one backward a segment."""
-    pieces = segments(rows)
-    for index, piece in enumerate(pieces):
-        loss = (forward_rows(engine, piece.rows) * piece.of(gradient_R)).sum()
-        engine.backward(loss, last=last and index == len(pieces) - 1)
+    """Second pass: add Σ_R dL/df · ∇f; a forward and backward a segment, and one of the clean tokens they share."""
+    groups = segments.by_stream(rows)
+    for index, group in enumerate(groups):
+        ends = last and index == len(groups) - 1
+        clean = shared(engine, group)
+        for number, piece in enumerate(group, start=1):
+            f_S = forward_rows(engine, piece.rows, clean and clean.leaves)
+            closes = ends and number == len(group) and not (clean and clean.trained)
+            engine.backward((f_S * piece.of(gradient_R)).sum(), last=closes)
+            if clean:
+                clean.collect()
+        if clean and clean.trained:
+            engine.backward(clean.loss(), last=ends)
+
+
+def shared(engine: Engine, group: Sequence[Segment]) -> CleanGradient | None:
+    """The clean stream that the segments of a group have in common, with its graph; None where there is none."""
+    kept = run_clean(engine, group)
+    return CleanGradient(kept) if kept else None
 
 
 def deferred(engine: Engine, rows: NoisyRows, loss_of: LossOf, *, segments: Segments, last: bool) -> torch.Tensor:
     """∇S of each answer, whatever the loss; then add dL/dS · ∇S of both answers once the pair is complete.
 
     Inside ``engine.no_sync()``: ``.grad`` is this rank's own. The loss must be a sum over pairs, as a pair's dL/dS is
-    asked for while later pairs are unknown. Three gradients are held: of all before, of one answer, of the other.
+    asked for while later pairs are unknown. Three gradients are held: of all before, of one answer, of the other. Clean
+    tokens that the pair shares take dL/dS of both answers at once, when it is complete.
     """
     parameters, f_R = engine.parameters, torch.zeros(len(rows), device=rows.lengths_R.device)
     answers = iter(segments.by_answer(rows))
 
-    def gradient_of_score(pieces: list[Segment]) -> torch.Tensor:
+    def gradient_of_score(pieces: list[Segment], clean: CleanGradient | None) -> torch.Tensor:
         for piece in pieces:
-            f_S = forward_rows(engine, piece.rows)
+            f_S = forward_rows(engine, piece.rows, clean and clean.leaves)
             engine.backward((f_S * piece.of(rows.weight_R)).sum(), last=last)
             f_R[piece.index_S] = f_S.detach()
+            if clean:
+                clean.collect()
         return torch.cat([piece.index_S for piece in pieces])
 
     for pair in zip(answers, answers, strict=True):
+        clean = shared(engine, pair[0] + pair[1]) if rows.clean is not None and segments.world is None else None
         before = _taken(parameters)
-        chosen_S = gradient_of_score(pair[0])
-        unit = _taken(parameters)
-        rejected_S = gradient_of_score(pair[1])
+        chosen_S = gradient_of_score(pair[0], clean)
+        unit, kept_unit = _taken(parameters), clean.taken() if clean else None
+        rejected_S = gradient_of_score(pair[1], clean)
         gradient_R = gradient_of(loss_of, f_R)
         slope = [_slope(gradient_R[index_S], rows.weight_R[index_S]) for index_S in (chosen_S, rejected_S)]
         _combine(parameters, slope[1], unit, slope[0], before)
+        if clean and clean.trained and kept_unit is not None:
+            engine.backward(clean.loss((slope[0], kept_unit), (slope[1], clean.taken())), last=last)
     return f_R
 
 

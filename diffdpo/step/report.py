@@ -3,6 +3,7 @@
 Shape suffixes: B pairs, 2 sides, R rows.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -17,6 +18,7 @@ from diffdpo.losses.options import LossOptions
 from diffdpo.noise.rows import NoisyRows
 from diffdpo.scores.fold import fold
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
+from diffdpo.scores.rounding import size_of
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,14 @@ class MicroScores:
 class StepReport:
     """What a step says of itself, over all ranks. ``sums`` add up over steps; see ``losses.metrics``."""
 
-    loss: float  # without the sft term: what is ln 2 at the start and comparable between runs
+    loss: float  # without the sft term: what is ln 2 at the start and comparable between runs; NaN without records
     sft_loss: float | None  # the sft term with its weight, where it stands beside another loss
     grad_norm: float
     sums: Mapping[str, float]
     tokens: int  # run through the policy, padding not counted
-    records: int  # pairs (or single answers, for losses of those) the loss is the mean over
-    largest_logit: float  # max |h| / β over pairs
+    records: int  # pairs (or single answers, for losses of those) the loss is the mean over; 0: nothing was learned
+    largest_logit: float  # max |h| / β over pairs, nats
+    relative_logit: float  # the same, of each pair's ``scores.rounding.size_of``
     num_samples: int = 0  # n of this step
     reference_point: float | None = None  # z of kto, nats
     computed_tokens: int = 0  # through the policy in all forwards of the step, padding included ...
@@ -62,18 +65,14 @@ def report_of(
 ) -> StepReport:
     """The report of a step from its scores; every rank calls, once a step."""
     own: dict[str, float] = {}
-    largest = 0.0
     for micro in scored:
         _add(own, _sums_of(micro, loss, compared=compared, records=records))
-        logit_B2 = fold(micro.policy_R - micro.reference_R, micro.rows).score_B2
-        largest = max(largest, float((logit_B2[:, 0] - logit_B2[:, 1]).abs().max()))
     computed, padding = _tokens_computed(engine)
     whole = _summed(own | {"computed": computed, "padding": padding}, engine.world)
-    world = engine.world
-    largest = float(world.all_gather(torch.tensor([largest], device=world.device)).max())
+    largest, relative = _largest_logits(scored, engine.world)
     total, supervised = whole.pop("loss"), whole.pop("supervised")
     return StepReport(
-        loss=total - supervised,
+        loss=total - supervised if records else math.nan,
         sft_loss=supervised if loss.sft_weight else None,
         grad_norm=grad_norm,
         tokens=int(whole.pop("tokens")),
@@ -82,8 +81,23 @@ def report_of(
         sums=whole,
         records=records,
         largest_logit=largest,
+        relative_logit=relative,
         reference_point=None if reference_point is None else float(reference_point),
     )
+
+
+def _largest_logits(scored: Sequence[MicroScores], world: World) -> tuple[float, float]:
+    """(max |h| / β, max of it over the pair's size), over the pairs of all ranks; NaN where one is."""
+    logits = [torch.zeros(2, 1, device=world.device)]
+    for micro in scored:
+        policy = fold(micro.policy_R, micro.rows)
+        ratio_B2 = fold(micro.policy_R - micro.reference_R, micro.rows).score_B2
+        logit_B = (ratio_B2[:, 0] - ratio_B2[:, 1]).abs()[micro.batch.pair_weight_B.to(ratio_B2.device) > 0]
+        size_B = size_of(policy.score_B2, policy.tokens_B2)[micro.batch.pair_weight_B.to(ratio_B2.device) > 0]
+        logits.append(torch.stack([logit_B, logit_B / size_B]))
+    own = torch.cat(logits, 1).amax(1)  # not Python's max, which passes over NaN
+    largest, relative = world.all_gather(own[None]).amax(0).tolist()
+    return largest, relative
 
 
 def _sums_of(micro: MicroScores, loss: LossOptions, *, compared: bool, records: int) -> dict[str, float]:

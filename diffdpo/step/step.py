@@ -55,16 +55,16 @@ class PreferenceStep:
     def __call__(self, micro_batches: Sequence[PairBatch], learning_rate: float) -> StepReport:
         world = self.engine.world
         count = sum(loss_count(self.loss.names, batch.weight_B2) for batch in micro_batches)
-        # a step without a pair has a loss of 0 / 1, not 0 / 0
-        total = world.all_reduce_sum(torch.as_tensor(count, device=world.device).double()).clamp(min=1).float()
+        whole = world.all_reduce_sum(torch.as_tensor(count, device=world.device).double())
+        # a step without a pair has a gradient of 0 / 1, not 0 / 0
+        total = whole.clamp(min=1).float()
         notes: list[str] = []
         while True:
             try:
                 point, scored = self._gradients(micro_batches, total)
                 break
             except StepTooLarge as failure:
-                # the whole step again: with accumulation, what a broken backward left cannot be told from the rest
-                self.engine.abort_step()
+                self.engine.abort_step()  # all of it: what a broken backward left cannot be told from the rest
                 notes.append(halve_segments(self.engine, self.segments, failure))
                 self.strategy = "two_pass" if self.strategy == "none" else self.strategy
         norm = self.engine.step(learning_rate)
@@ -74,7 +74,7 @@ class PreferenceStep:
             loss=self.loss,
             compared=self.compared,
             grad_norm=norm,
-            records=int(total),
+            records=int(whole),
             reference_point=point,
         )
         return replace(

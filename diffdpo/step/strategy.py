@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from diffdpo.config import TrainConfig
+from diffdpo.config import RunConfig, TrainConfig
 from diffdpo.errors import UserError
 from diffdpo.noise.block_score import resolved
 from diffdpo.noise.estimators import MAX_EXACT_LENGTH, num_rows
@@ -26,7 +26,7 @@ class MicroBatchShape:
         return 2 * self.pairs * self.rows_per_answer
 
 
-def micro_batch_shape(config: TrainConfig, *, couples_pairs: bool, block_size: int | None = None) -> MicroBatchShape:
+def micro_batch_shape(config: RunConfig, *, couples_pairs: bool, block_size: int | None = None) -> MicroBatchShape:
     """That of the settings and the family, with as many rows as an answer can have."""
     estimator, _ = resolved(config.score_estimator, block_size)
     per_answer = num_rows(estimator, length=block_size or MAX_EXACT_LENGTH, num_samples=config.num_mc_samples)

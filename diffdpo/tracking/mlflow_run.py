@@ -8,12 +8,14 @@ with growing pauses; what is left at the end stays in the journal, and ``python 
 import json
 import logging
 import os
+import re
 import threading
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 from diffdpo.errors import TrainingError, UserError
 from diffdpo.tracking.journal import FILE, NOTE, parsed, read_journal
@@ -63,6 +65,11 @@ class Shipped:
         partial = output_dir / (STATE_FILE + ".partial")
         partial.write_text(json.dumps(asdict(self), indent=1))
         partial.replace(output_dir / STATE_FILE)
+
+
+def sqlite_uri(path: Path) -> str:
+    """The store in a file. In a URI ? begins a query and # a fragment: those of a folder's name are written as %3F."""
+    return "sqlite:///" + re.sub("[%?#]", lambda found: quote(found[0]), str(path))
 
 
 def check_tracking_uri(uri: str) -> None:
@@ -197,7 +204,8 @@ class MlflowRun:
         uri = self.shipped.tracking_uri
         if not uri.startswith("sqlite:///"):
             return None
-        return (Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts").as_uri()
+        file = unquote(uri.removeprefix("sqlite:///").partition("?")[0])
+        return (Path(file).resolve().parent / "mlartifacts").as_uri()
 
     def _describe(self) -> None:
         if self.shipped.described:

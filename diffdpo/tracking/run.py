@@ -1,13 +1,14 @@
 """The record of a run on rank 0: the journal, and MLflow unless it is switched off."""
 
 import logging
+import shlex
 import subprocess
 from pathlib import Path
 
 from diffdpo import __version__
 from diffdpo.errors import UserError
 from diffdpo.tracking.journal import Journal
-from diffdpo.tracking.mlflow_run import STATE_FILE, MlflowRun, Shipped, check_tracking_uri
+from diffdpo.tracking.mlflow_run import STATE_FILE, MlflowRun, Shipped, check_tracking_uri, sqlite_uri
 from diffdpo.tracking.plots import plot_curves
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def tracking_uri(given: str | None, output_dir: Path) -> str | None:
     """``--tracking_uri``, by default an sqlite file in the folder above the run's; None for ``none``."""
     if given == "none":
         return None
-    uri = given or f"sqlite:///{output_dir.parent / 'mlflow.db'}"
+    uri = given or sqlite_uri(output_dir.parent / "mlflow.db")
     check_tracking_uri(uri)
     return uri
 
@@ -69,5 +70,5 @@ def run_tags() -> dict[str, str]:
 
 
 def open_command(uri: str) -> str:
-    """What shows the runs in a browser."""
-    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+    """What shows the runs in a browser, to be pasted into a shell."""
+    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"

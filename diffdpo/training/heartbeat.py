@@ -1,7 +1,7 @@
 """Signs of life outside the collectives, so that a run that hangs says who, where and in what.
 
 Each rank's watcher thread notes in ``heartbeats/rank-N.json`` where its main thread is. The thread of a frozen process
-is frozen too: its file grows old. One that waits in a collective for another writes on, and says how long it has waited.
+is frozen too: its file grows old. One that waits in a collective for another writes on, and says how long it waits.
 A hang is a rank without a sign for ``--hang_timeout``, or a stage that takes that much longer than three times its
 longest of late: stacks go to ``hang-rank-N.txt``, one rank says what it sees, and all processes end with exit code 4.
 """
@@ -119,7 +119,8 @@ class Pulse:
         signs = read_signs(self.output_dir) or [self.sign()]
         living = [sign for sign in signs if sign.age < STALE_SECONDS] or signs
         if living[0].rank == self.world.rank:
-            print(f"error: {diagnosis(signs)}; stacks: {self.output_dir}/hang-rank-*.txt", file=sys.stderr, flush=True)
+            line = f"error: {diagnosis(signs)}; stacks: {self.output_dir}/hang-rank-*.txt"
+            print(f"\n{line}", file=sys.stderr, flush=True)  # not behind the progress bar
         else:
             time.sleep(3 * PAUSE_SECONDS)  # the launcher ends all of them when the first has ended
         for sign in signs:

@@ -4,6 +4,7 @@ The same loop runs preference training and supervised training; they differ in t
 evaluated.
 """
 
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,8 +24,9 @@ from diffdpo.memory.peak import peak_memory_gib
 from diffdpo.step.report import StepReport
 from diffdpo.tracking.journal import Journal
 from diffdpo.training.callbacks import Callbacks
-from diffdpo.training.checkpoint import NotSaved, list_checkpoints, save_checkpoint
+from diffdpo.training.checkpoint import NotSaved, list_checkpoints, save_checkpoint, told_if_unwritable
 from diffdpo.training.guard import Watch
+from diffdpo.training.norms import NormHistory
 from diffdpo.training.schedule import learning_rate
 
 StepFunction = Callable[[Sequence[PairBatch], float], StepReport]
@@ -34,7 +36,8 @@ ON_THE_BAR = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies":
 
 @dataclass
 class Loop:
-    """What a run is made of once it is built. ``state`` goes into every checkpoint as it is."""
+    """What a run is made of once it is built. ``state`` goes into every checkpoint as it is. No step of ``config`` is a
+    share any more (``schedule.in_steps``)."""
 
     config: RunConfig
     output_dir: Path
@@ -50,6 +53,8 @@ class Loop:
     unit: str = "pairs"  # what a record is called
     state: dict[str, Any] = field(default_factory=dict)
     done: int = 0  # steps taken, also by the run that is resumed
+    skipped: int = 0  # of them, by this run, as they were not finite
+    norms: NormHistory = field(default_factory=NormHistory)
 
     def run(self) -> bool:
         """Train to the end. False when a signal asked to stop before it; a checkpoint was then written."""
@@ -71,7 +76,7 @@ class Loop:
             self._tell(report)
             if self.done == 1:
                 self.check_first(report)
-            finite = math.isfinite(report.loss) and math.isfinite(report.grad_norm)
+            finite = self._is_finite(report, micro_batches)
             stop, due = self._agreed(self.callbacks.on_step(self.done, report), time.monotonic() - saved)
             save = stop or due or bool(config.save_steps and self.done % config.save_steps == 0)
             # before a checkpoint too: what a resumed run goes on with is an empty window
@@ -79,13 +84,42 @@ class Loop:
                 self._log(window, rate, bar)
                 window = _Window()
             bar.update()
-            if not finite:
+            if not finite and (self.config.on_nonfinite == "stop" or self.skipped > self.config.nonfinite_limit):
                 raise self._diverged(report)
             self._evaluate_and_save(save, stop)
             saved = time.monotonic() if save else saved
             if stop and self.done < self.total_steps:
                 return False
         return True
+
+    def _is_finite(self, report: StepReport, micro_batches: Sequence[PairBatch]) -> bool:
+        """Whether a step's loss and gradient are finite. Where they are not, or the norm is far from those before, the
+        records of the step are told; all ranks see the same numbers and do the same."""
+        # a step without records has no loss, and is no sign of a run that diverges
+        finite = math.isfinite(report.grad_norm) and (math.isfinite(report.loss) or not report.records)
+        times = self.norms.add(report.grad_norm) if finite and report.records else None
+        if finite and times is None:
+            return True
+        ids = self.engine.world.all_gather_object([[name for name in b.ids if name] for b in micro_batches])
+        if finite:
+            what = f"the gradient's norm {report.grad_norm:.3g} is {times:.0f} times its median of late"
+        else:
+            self.skipped += 1
+            what = f"loss {report.loss}, gradient norm {report.grad_norm}"
+        flat = [name for rank in ids for micro_batch in rank for name in micro_batch]
+        self._note(f"{what}; records {', '.join(flat[:16])}{' ...' if len(flat) > 16 else ''}")
+        if not finite and self.engine.world.is_main:
+            culprit = {"step": self.done, "loss": report.loss, "grad_norm": report.grad_norm, "records": ids}
+            with told_if_unwritable(self.output_dir):
+                (self.output_dir / f"culprit-step-{self.done}.json").write_text(json.dumps(culprit, indent=1))
+        return finite
+
+    def _note(self, text: str) -> None:
+        """Words for the screen and the journal, at the current step."""
+        if self.engine.world.is_main:
+            tqdm.write(f"step {self.done}: {text}")
+        if self.journal is not None:
+            self.journal.note(self.done, text)
 
     def _agreed(self, wanted: bool, since_saved: float) -> tuple[bool, bool]:
         """Whether to stop, and whether a checkpoint is due by the clock: for all ranks the same.
@@ -104,12 +138,15 @@ class Loop:
             step,
             peak=config.learning_rate,
             total=self.total_steps,
-            warmup=config.warmup_steps,
+            warmup=int(config.warmup_steps),
             kind=config.lr_scheduler_type,
+            arguments=config.scheduler_arguments(),
         )
 
     def _tell(self, report: StepReport) -> None:
         """Adjustments of the step: on the screen and in the journal, at the step they were made in."""
+        if not report.records and self.engine.world.is_main:
+            tqdm.write(f"step {self.done}: none of its {self.unit} could be used, so nothing was learned in it")
         if report.notes and self.engine.world.is_main:
             for note in report.notes:
                 tqdm.write(f"step {self.done}: {note}")
@@ -180,8 +217,9 @@ class Loop:
     def _diverged(self, report: StepReport) -> TrainingError:
         saved = list_checkpoints(self.output_dir)
         return TrainingError(
-            f"step {self.done}: loss {report.loss}, gradient norm {report.grad_norm}; a smaller --learning_rate or "
-            f"--max_grad_norm may help; newest checkpoint: {saved[-1] if saved else 'none (see --save_steps)'}"
+            f"step {self.done}: loss {report.loss}, gradient norm {report.grad_norm} (its records: "
+            f"culprit-step-{self.done}.json); a smaller --learning_rate or --max_grad_norm may help; newest "
+            f"checkpoint: {saved[-1] if saved else 'none (see --save_steps)'}"
         )
 
 
@@ -202,9 +240,10 @@ class _Window:
         count, last = len(self.reports), self.reports[-1]
         sums = {name: sum(report.sums[name] for report in self.reports) for name in last.sums}
         records = sum(report.records for report in self.reports)
+        losses = [report.loss for report in self.reports if report.records]  # a step without records has none
         return {
-            "loss": sum(report.loss for report in self.reports) / count,
-            **({"loss/sft": last.sft_loss} if last.sft_loss is not None else {}),
+            **({"loss": sum(losses) / len(losses)} if losses else {}),
+            **({"loss/sft": last.sft_loss} if last.sft_loss is not None and last.records else {}),
             **({"kl/reference_point": last.reference_point} if last.reference_point is not None else {}),
             **means(sums),
             "noise/num_samples": sum(report.num_samples for report in self.reports) / count,
@@ -214,6 +253,7 @@ class _Window:
             "step_seconds": self.seconds / count,
             "data/padding_share": sum(r.padding_tokens for r in self.reports)
             / max(1, sum(r.computed_tokens for r in self.reports)),
+            "data/empty_steps": count - len(losses),
             "memory/step_retries": sum(len(report.notes) for report in self.reports),
             "data_wait_share": self.waited / self.seconds,
         }

@@ -1,7 +1,9 @@
 """Preference training from settings to final model: what ``launch/train.py`` runs."""
 
+import math
 from collections.abc import Sequence
-from typing import cast
+from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 from torch import nn
@@ -16,18 +18,20 @@ from diffdpo.evaluation.heldout import HeldOutPairs, SampledAnswers
 from diffdpo.losses.options import LossOptions
 from diffdpo.models.bundled import model_or_bundled
 from diffdpo.models.encoder import make_encoder
-from diffdpo.models.load import load_tokenizer_and_spec, model_context
+from diffdpo.models.load import dtype_name, load_tokenizer_and_spec, model_context
 from diffdpo.noise.block_score import resolved
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.reference.modes import choose_mode, make_frozen, make_reference, second_model_share
 from diffdpo.reference.precompute import Precomputed, ReferencePass
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.scores.reference import Reference
+from diffdpo.scores.rounding import RELATIVE
 from diffdpo.scores.segments import Segments, make_segments
 from diffdpo.setup import data as run_data
+from diffdpo.setup.chosen import chosen_settings
 from diffdpo.setup.context import RunContext
 from diffdpo.setup.model import describe_model, load_policy
-from diffdpo.setup.preflight import check_before_weights, check_settings_meet
+from diffdpo.setup.preflight import check_before_weights, check_settings_meet, doubts
 from diffdpo.step.fit import fit_micro_batch, fit_segments
 from diffdpo.step.report import StepReport
 from diffdpo.step.step import PreferenceStep
@@ -38,19 +42,23 @@ from diffdpo.training.guard import Watch, guarded
 from diffdpo.training.run import Result, Run, carry_out, finished_before
 
 LN2 = float(np.log(2.0))
-LN2_TOLERANCE = {False: 1e-6, True: 1e-2}  # fp32, bf16
 
 
 def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Result:
     """Run to the end, whatever the number of processes. UserError or DataError for what a user can mend."""
-    config = cast(TrainConfig, resolve(config))
+    asked, config = config, cast(TrainConfig, resolve(config))
     check_settings_meet(config)
     return guarded(
-        config, "train", lambda context, watch: _train(config, context, watch, callbacks), stopped=Result.of_a_stop
+        config,
+        "train",
+        lambda context, watch: _train(config, asked, context, watch, callbacks),
+        stopped=Result.of_a_stop,
     )
 
 
-def _train(config: TrainConfig, context: RunContext, watch: Watch, callbacks: Sequence[Callback]) -> Result:
+def _train(
+    config: TrainConfig, asked: TrainConfig, context: RunContext, watch: Watch, callbacks: Sequence[Callback]
+) -> Result:
     device = context.world.device
     choice = choose_engine(
         config, processes=context.world.size, cuda=device.type == "cuda", bf16_able=bf16_able(device)
@@ -62,7 +70,7 @@ def _train(config: TrainConfig, context: RunContext, watch: Watch, callbacks: Se
     if config.precompute_only:
         context.print(f"reference  {parts.precompute().text}")
         return Result.of_precomputation(context.output_dir)
-    return carry_out(_Training(parts).run(callbacks, watch))
+    return carry_out(_Training(parts).run(asked, callbacks, watch))
 
 
 class _Data:
@@ -77,14 +85,16 @@ class _Data:
         self.train_set, self.eval_set = run_data.open_data(config, context, run_data.generated(config))
         run_data.check_kind_of_records(self.train_set, self.loss)
         run_data.check_batch_size(config, self.loss, world)
-        tokenizer, self.spec = load_tokenizer_and_spec(model_or_bundled(config.model_name_or_path))
+        tokenizer, self.spec = load_tokenizer_and_spec(model_or_bundled(config.policy))
         self.encoder = make_encoder(config, tokenizer, self.spec)
-        longest = model_context(model_or_bundled(config.model_name_or_path))
+        longest = model_context(model_or_bundled(config.policy))
         run_data.warn_of_data(config, context, (self.train_set, self.eval_set), self.loss, longest)
         refuse_unusable(self.train_set, self.encoder)
         if not self.spec.block_size:  # of blocks the masks of each block are enumerated
             run_data.check_exact(config, self.encoder, (self.train_set, self.eval_set))
         self.loader = run_data.train_loader(config, self.train_set, self.encoder, world)
+        for doubt in doubts(config, steps=run_data.total_steps(config, self.loader)):
+            context.print(f"warning    {doubt}")
 
     def precompute(self) -> Precomputed:
         """All reference scores that the run still needs."""
@@ -156,7 +166,7 @@ class _Training:
         reference, text = make_reference(self.config, self.mode, self.engine, frozen)
         return reference(self.segments), reference(eval_segments), text
 
-    def run(self, callbacks: Sequence[Callback], watch: Watch) -> Run:
+    def run(self, asked: TrainConfig, callbacks: Sequence[Callback], watch: Watch) -> Run:
         """What is to be carried out."""
         measured = self._fit() if self.config.max_memory else ""
         config = self.config  # with the micro-batch that was measured
@@ -179,7 +189,9 @@ class _Training:
             max_length=config.max_length,
         )
         return Run(
-            config=config,
+            config=self._resolved(strategy),
+            asked=asked,
+            facts=self._facts(why),
             context=self.context,
             watch=watch,
             resume=self.parts.resume,
@@ -191,9 +203,34 @@ class _Training:
             held_out=self.held_out,
             check_first=self._check_first,
             unit="answers" if self.loss.unpaired else "pairs",
-            base=config.model_name_or_path or "diffdpo's bundled arithmetic model",
+            base=config.policy or "diffdpo's bundled arithmetic model",
             callbacks=callbacks,
         )
+
+    def _resolved(self, strategy: str) -> TrainConfig:
+        """The settings with all that was chosen, so that they repeat the run."""
+        chosen = chosen_settings(self.config, self.context, self.choice, self.parts.encoder)
+        return replace(
+            self.config,
+            **chosen,
+            reference=self.mode,
+            segmentation=strategy,
+            score_estimator=self.noise.estimator,
+            eval_task=self.held_out.answers.task,
+        )
+
+    def _facts(self, why: str) -> dict[str, Any]:
+        total, trained = count_parameters(self.loaded.model)
+        return {
+            "parameters": total,
+            "trained_parameters": trained,
+            "pairs": len(self.parts.train_set),
+            "held_out_pairs": len(self.parts.eval_set) if self.parts.eval_set is not None else 0,
+            "dtype": dtype_name(self.choice.bf16),
+            "reference_model": self.reference_text,
+            "why_reference": self.why_mode,
+            "why_segmentation": why,
+        }
 
     def _shape(self) -> MicroBatchShape:
         block_size = self.loaded.spec.block_size
@@ -255,13 +292,13 @@ class _Training:
         config, loss = self.config, self.loss
         if config.ref_model_name_or_path or self.mode == "none" or "sigmoid" not in loss.names:
             return
-        off = abs(config.beta * report.largest_logit) / 2  # |loss - ln 2| of the worst pair, to first order
-        # segments that --max_memory has sized are not those that the scores were made in
-        same = self.scores is None or (self.scores.same_shapes and not config.max_memory)
-        if not off <= LN2_TOLERANCE[self.choice.bf16] * (1 if same else 10):
+        if not report.records or not math.isfinite(report.loss):
+            return  # told of by the loop: there is no loss to compare
+        if not report.relative_logit <= RELATIVE[self.choice.bf16]:
             self.context.print(
-                f"WARNING: the first step's loss should be ln 2 = {LN2:.6f} (policy = reference, shared noise) but a "
-                f"pair is off by {off:.2e}: policy and reference do not compute the same numbers"
+                f"WARNING: the first step's loss should be ln 2 = {LN2:.6f} (policy = reference, shared noise) but the "
+                f"log-ratios of a pair differ by {report.largest_logit:.2e} nats, {report.relative_logit:.1e} of its "
+                "scores, more than rounding makes: policy and reference do not compute the same numbers"
             )
         elif _is_plain_sigmoid(loss):
             self.context.print(f"step 1: loss {report.loss:.6f}, ln 2 as it must be while policy = reference")

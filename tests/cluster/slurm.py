@@ -7,12 +7,15 @@ with the largest of their codes, as SLURM's does; otherwise it ends with ``SRUN_
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.conftest import ROOT
+import pytest
+
+from tests.support.paths import ROOT
 
 DIRECTIVES = {
     *("job-name", "output", "open-mode", "requeue", "signal", "nodes", "ntasks-per-node", "gpus-per-node"),
@@ -119,7 +122,12 @@ def start(
     )
 
     def finished(timeout: float = 60) -> Job:
-        said, _ = process.communicate(timeout=timeout)
+        try:
+            said, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            said, _ = process.communicate()
+            pytest.fail(f"{script} ran longer than {timeout} s\n{said[-3000:]}")
         return Job(process.returncode, said, [json.loads(line) for line in (folder / "log").read_text().splitlines()])
 
     return process, finished

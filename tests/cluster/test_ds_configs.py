@@ -11,7 +11,7 @@ from diffdpo.engine import preflight
 from diffdpo.engine.ds_config import complete_ds_config, read_ds_config
 from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.errors import UserError
-from tests.conftest import ROOT
+from tests.support.paths import ROOT
 
 FOLDER = ROOT / "ds_configs"
 FILES = sorted(FOLDER.glob("*.json"))

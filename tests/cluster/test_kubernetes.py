@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from tests.cluster.lines import train_config
-from tests.conftest import ROOT
+from tests.support.paths import ROOT
 
 FOLDER = ROOT / "launch/kubernetes"
 KUBERNETES = "1.34"

@@ -59,7 +59,7 @@ def curve(out: Path) -> list[tuple[float, float, float]]:
 
 
 def here(model: Path, data: Path, out: Path, micro: int, accumulation: int) -> list[tuple[float, float, float]]:
-    assert train(parse_config(TrainConfig, flags(model, data, out, micro, accumulation), "")) == 0
+    assert train(parse_config(TrainConfig, flags(model, data, out, micro, accumulation), "")).complete
     return curve(out)
 
 

@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from tests.cluster.lines import train_config
-from tests.conftest import ROOT
 from tests.docker.compose import VARIABLE, read_compose, read_env
 from tests.docker.image import exec_form, read_dockerfile
+from tests.support.paths import ROOT
 
 COMPOSE = ROOT / "docker/compose.yaml"
 SECRETS = dict.fromkeys(read_env(ROOT / "docker/.env.example"), "filled in")
@@ -71,6 +71,13 @@ def test_volumes_images_and_services_are_there(compose):
 
 def test_the_trainer_s_flags_exist(compose, monkeypatch):
     monkeypatch.chdir(ROOT)
-    line = compose["services"]["trainer"]["command"]
-    assert line == compose["services"]["trainer-cpu"]["command"] and line[:2] == ["deepspeed", "launch/train.py"]
-    assert train_config(line).tracking_uri == "http://mlflow:5000"
+    for name in ("trainer", "trainer-cpu"):
+        line = compose["services"][name]["command"]
+        config = train_config(line)
+        assert config.tracking_uri == "http://mlflow:5000" and config.resume_from_checkpoint == "auto"
+        assert compose["services"][name]["stop_grace_period"] == "2m" and config.stop_seconds < 120
+        image = next(
+            i for i in read_dockerfile(ROOT / compose["services"][name]["build"]["dockerfile"]) if i.name == "CMD"
+        )
+        start = exec_form(image.value)
+        assert line[: line.index("launch/train.py")] == start[: start.index("launch/train.py")]

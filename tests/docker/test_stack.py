@@ -21,8 +21,8 @@ from urllib.request import HTTPBasicAuthHandler, HTTPPasswordMgrWithDefaultRealm
 
 import pytest
 
-from tests.conftest import ROOT
 from tests.docker.compose import read_compose
+from tests.support.paths import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 PASSWORD = "made for this test only"

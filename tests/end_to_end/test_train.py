@@ -12,6 +12,7 @@ import mlflow
 import pytest
 import torch
 
+from diffdpo.errors import RESUMABLE
 from diffdpo.models.load import load_model
 
 BIN = Path(sys.executable).parent
@@ -44,7 +45,7 @@ def test_it_leaves_every_file(readme_run):
         assert (out / name).stat().st_size > 0
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     step = next(line for line in lines if line["step"] == 1 and "loss" in line)
-    assert step["loss"] == pytest.approx(0.69314718, abs=1e-6)
+    assert step["loss"] == pytest.approx(0.69314718, abs=1e-5)
     named = "rewards/chosen rewards/rejected rewards/margins rewards/accuracies noise/score_variance grad_norm"
     for key in [*named.split(), "learning_rate", "pairs_per_second", "tokens_per_second", "peak_memory_gib"]:
         assert key in step, key
@@ -130,7 +131,7 @@ def test_an_adapter_is_trained_against_the_policy_without_it(command, tiny_model
     assert done.returncode == 0, done.stderr[-3000:]
     assert "the policy with its adapter off" in done.stdout and "cut to fit max_length 70" in done.stdout
     curve = [loss for _, loss in losses(out)]
-    assert curve[0] == pytest.approx(0.69314718, abs=1e-6) and curve[-1] < curve[0]
+    assert curve[0] == pytest.approx(0.69314718, abs=1e-5) and curve[-1] < curve[0]
     assert (out / "final" / "adapter_config.json").exists() and not (out / "final" / "model.safetensors").exists()
     ids = torch.tensor([[5, 6, 7]])
     adapted, base = load_model(str(out / "final")).model, load_model(str(tiny_model)).model
@@ -193,7 +194,7 @@ def test_an_interrupted_run_goes_on_to_the_bit(command, tiny_model, pairs_file, 
     out = tmp_path / "run"
     arguments = flags_of(tiny_model, pairs_file, out)
     code = interrupt(arguments, out, after=5, how=how)
-    assert code == (-signal.SIGKILL if how == signal.SIGKILL else 0)
+    assert code == (-signal.SIGKILL if how == signal.SIGKILL else RESUMABLE)
     assert len(losses(out)) < 8, "the run must have been stopped before its end for this test to mean anything"
     done = command([*TRAIN, *arguments, "--resume_from_checkpoint", "latest"])
     assert done.returncode == 0, done.stderr[-3000:]
@@ -206,7 +207,7 @@ def test_a_stopped_run_is_recorded_as_killed_and_goes_on_with_two_processes(
     """Another world size: the same samples with the same noise, hence the same curve up to rounding."""
     out, uri = tmp_path / "run", f"sqlite:///{tmp_path}/mlflow.db"
     arguments = flags_of(tiny_model, pairs_file, out, "--tracking_uri", uri)
-    assert interrupt(arguments, out, after=3, how=signal.SIGTERM) == 0
+    assert interrupt(arguments, out, after=3, how=signal.SIGTERM) == RESUMABLE
     run_id = json.loads((out / "mlflow.json").read_text())["run_id"]
     assert mlflow.MlflowClient(uri).get_run(run_id).info.status == "KILLED"
     halves = ["--per_device_train_batch_size", "2", "--resume_from_checkpoint", "latest"]

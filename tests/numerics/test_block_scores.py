@@ -5,40 +5,23 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from tests.wide import widen
 
-from data_pipeline.batch import collate
-from data_pipeline.encode import TokenAnswer, TokenPair
 from diffdpo.models.load import load_model
 from diffdpo.noise.estimators import ESTIMATORS
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
-from tests.support.block_reference import FAMILIES, MASK, block_causal, exact_score, published, token_log_probs
-
-PROMPT = [5, 6, 7, 8, 9, 10]
-
-
-def answers(*texts, prompt=PROMPT):
-    return [TokenAnswer(np.array([*prompt, *text, 1], np.int32), len(prompt)) for text in texts]
-
-
-def batch_of(*pairs):
-    made = [
-        TokenPair(str(i), *answers(*pair[:2], prompt=pair[2] if len(pair) > 2 else PROMPT))
-        for i, pair in enumerate(pairs)
-    ]
-    return collate(made, pad_id=0, epoch=0, step=0, micro=0, last_micro=True)
-
-
-BATCH = batch_of(
-    ([11, 12, 13, 14, 15], [11, 12, 20]),  # a block and more in common
-    ([21], [22, 23, 24, 25, 26, 27, 28], [7, 8, 9, 10]),  # the prompt ends with a block
-    ([31, 32, 33], [31, 32, 33, 34], [4]),  # a prompt within the first block
-)
+from diffdpo.scores.shared_clean import clean_inputs
+from tests.support.block_reference import BATCH, FAMILIES, MASK, block_causal, exact_score, published, token_log_probs
+from tests.support.wide import widen
 
 
 def options(spec, estimator="exact", n=4):
     return NoiseOptions(estimator, n, 0, spec.mask_token_id, None, spec.block_size)
+
+
+def log_probs(module, rows):
+    inputs = (rows.input_ids_RT, rows.lengths_R, rows.row_M, rows.position_M, rows.target_M)
+    return module(*inputs, *clean_inputs(rows))
 
 
 def load(folder, dtype):
@@ -56,10 +39,7 @@ def test_exact_scores_equal_the_enumeration_of_every_block(family, block, dtype,
     assert (loaded.spec.block_size, loaded.spec.logit_shift, loaded.spec.mask_token_id) == (block, shift, MASK)
     rows = options(loaded.spec).rows(BATCH, torch.device("cpu"))
     with torch.no_grad():
-        logp = module(
-            rows.input_ids_RT, rows.lengths_R, rows.row_M, rows.position_M, rows.target_M,
-            rows.answer_R, rows.answer_R.unique(), *(getattr(rows.clean, f) for f in ("ids_AT", "length_A", "start_A", "shared_A")),
-        )  # fmt: skip
+        logp = log_probs(module, rows)
         weight = (rows.scale_M * rows.weight_R[rows.row_M]).double()
         ours = torch.zeros(6, dtype=torch.float64).index_add(0, rows.answer_R[rows.row_M], logp.double() * weight)
         for answer in range(6):
@@ -80,10 +60,7 @@ def test_every_token_of_every_row_equals_its_block_by_itself(family, dtype, tole
     module, loaded = load(tmp_path, dtype)
     rows = options(loaded.spec, "mask_count", n=3).rows(BATCH, torch.device("cpu"))
     with torch.no_grad():
-        logp_M = module(
-            rows.input_ids_RT, rows.lengths_R, rows.row_M, rows.position_M, rows.target_M,
-            rows.answer_R, rows.answer_R.unique(), *(getattr(rows.clean, f) for f in ("ids_AT", "length_A", "start_A", "shared_A")),
-        )  # fmt: skip
+        logp_M = log_probs(module, rows)
         for row in range(len(rows)):
             answer = int(rows.answer_R[row])
             ids = BATCH.input_ids_B2T.flatten(0, 1)[answer, : int(BATCH.lengths_B2.flatten()[answer])].tolist()

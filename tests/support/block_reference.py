@@ -1,12 +1,16 @@
-"""Block-causal scores the plain way: transformers' own models under an explicit 4-D mask, one block and one mask at a time."""
+"""Block-causal scores the plain way: transformers' models under an explicit 4-D mask, one block and mask at a time."""
 
 import itertools
 import json
 from math import comb
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from data_pipeline.batch import collate
+from data_pipeline.encode import TokenAnswer, TokenPair
 
 WORDS, MASK, EOS = 40, 39, 1
 SHAPE = {
@@ -32,6 +36,9 @@ def published(folder, family, block, **changes):
         parameter.data.normal_(std=0.35) if parameter.dim() > 1 else parameter.data.add_(
             torch.randn_like(parameter) / 9
         )
+    model.model.embed_tokens.padding_idx = (
+        None  # transformers would leave the pad token, here the end, without gradient
+    )
     model.save_pretrained(folder)
     settings = json.loads((folder / "config.json").read_text())
     theta = settings.pop("rope_parameters")["rope_theta"]
@@ -78,3 +85,25 @@ def exact_score(model, ids, prompt, block, shift):
                 values = token_log_probs(model, ids, masked, block, shift).values()
                 total = total + sum(values) / (k * comb(len(own), k))
     return total
+
+
+PROMPT = [5, 6, 7, 8, 9, 10]
+
+
+def answers(*texts, prompt=PROMPT):
+    return [TokenAnswer(np.array([*prompt, *text, 1], np.int32), len(prompt)) for text in texts]
+
+
+def batch_of(*pairs):
+    made = [
+        TokenPair(str(i), *answers(*pair[:2], prompt=pair[2] if len(pair) > 2 else PROMPT))
+        for i, pair in enumerate(pairs)
+    ]
+    return collate(made, pad_id=0, epoch=0, step=0, micro=0, last_micro=True)
+
+
+BATCH = batch_of(
+    ([11, 12, 13, 14, 15], [11, 12, 20]),  # a block and more in common
+    ([21], [22, 23, 24, 25, 26, 27, 28], [7, 8, 9, 10]),  # the prompt ends with a block
+    ([31, 32, 33], [31, 32, 33, 34], [4]),  # a prompt within the first block
+)

@@ -16,6 +16,7 @@ from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.plain import PlainEngine
 from diffdpo.engine.world import World, init_distributed, shutdown_distributed
 from diffdpo.evaluation.heldout import HeldOutAnswers, HeldOutPairs, SampledAnswers
+from diffdpo.models.encoder import make_encoder
 from diffdpo.models.load import load_model
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
@@ -54,7 +55,7 @@ def held_out_of(config, data: str, world: World, cache: Path):
         for parameter in module.parameters():
             parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4))
     engine = PlainEngine(module, world, OptimizerOptions(learning_rate=1e-3))
-    encoder = run_data.make_encoder(config, loaded.tokenizer, loaded.spec)
+    encoder = make_encoder(config, loaded.tokenizer, loaded.spec)
     batches = run_data.eval_batches(config, open_dataset(data, cache_dir=cache), encoder, world)
     noise = NoiseOptions.of(config, loaded.spec)
     answers, segments = SampledAnswers(config, engine, loaded, batches), Segments(rows=8)

@@ -212,7 +212,8 @@ class MaskedLM(PreTrainedModel):
     ) -> MaskedLMOutput:
         """Logits of a right padded batch; of a block-causal family each token sees its own block and those before it.
 
-        `attention_mask` [R, T]: 1 for real tokens, a prefix of each row. Other arguments of transformers' models may be given where they ask for nothing (None, False).
+        `attention_mask` [R, T]: 1 for real tokens, a prefix of each row. Other arguments of transformers' models may be
+        given where they ask for nothing (None, False).
         """
         rows, length = input_ids.shape
         for name, value in unused.items():

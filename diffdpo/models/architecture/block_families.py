@@ -1,4 +1,5 @@
-"""Block diffusion models made from autoregressive ones: SDAR (and TraDo, DiRL) with Qwen3's names, Fast-dLLM v2 with Qwen2.5's.
+"""Block diffusion models made from autoregressive ones: SDAR (and TraDo, DiRL) with Qwen3's names, Fast-dLLM v2 with
+Qwen2.5's.
 
 Attention is block-causal: a token sees its own block and the blocks before it, counted from the start of the sequence.
 SDAR's logits are unshifted. Fast-dLLM's are shifted by one: the first token of a block is predicted by the last of the

@@ -1,15 +1,19 @@
-"""A small new model of LLaDA's layout with its own tokenizer: what ``launch/sft.py`` starts from without a checkpoint.
+"""A small new model of LLaDA's layout (or, with blocks, of SDAR's) with its own tokenizer: what ``launch/sft.py``
+starts from without a checkpoint.
 
 The tokenizer is byte-level, so it can write any text; digits are single tokens (a number is never one opaque piece),
 each with or without the space before it.
 """
 
+import math
 from collections.abc import Iterable
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from diffdpo.models.architecture.backbone import MaskedLM
+from diffdpo.models.architecture.block_families import SDARConfig, SDARForCausalLM
 from diffdpo.models.architecture.llada import LLaDAConfig, LLaDAModelLM
 
 BOS, EOS, MASK = "<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>"  # LLaDA's names; EOS is the padding too, as there
@@ -36,20 +40,58 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedToken
 
 
 def new_model(
-    tokenizer: PreTrainedTokenizerFast, *, width: int, layers: int, heads: int, seed: int, max_length: int = 1024
-) -> LLaDAModelLM:
-    """A model with random weights, a function of ``seed`` alone (the global generator is left as it was)."""
-    config = LLaDAConfig.create(
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    width: int,
+    layers: int,
+    heads: int,
+    seed: int,
+    max_length: int = 1024,
+    block_size: int = 0,
+) -> MaskedLM:
+    """A model with random weights, a function of ``seed`` alone (the global generator is left as it was).
+
+    LLaDA's layout; with a ``block_size`` SDAR's, block-causal.
+    """
+    ids = {
+        "mask_token_id": tokenizer.mask_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if block_size:
+            return SDARForCausalLM(_sdar(len(tokenizer), width, layers, heads, max_length, block_size, ids))
+        return LLaDAModelLM(_llada(len(tokenizer), width, layers, heads, max_length, ids))
+
+
+def _sdar(
+    vocabulary: int, width: int, layers: int, heads: int, max_length: int, block_size: int, ids: dict[str, int]
+) -> SDARConfig:
+    return SDARConfig(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        intermediate_size=32 * math.ceil(width / 12),
+        vocab_size=vocabulary,
+        rms_norm_eps=1e-6,
+        rope_theta=10000.0,
+        max_position_embeddings=max_length,
+        tie_word_embeddings=True,
+        block_size=block_size,
+        architectures=["SDARForCausalLM"],
+        **ids,
+    )
+
+
+def _llada(vocabulary: int, width: int, layers: int, heads: int, max_length: int, ids: dict[str, int]) -> LLaDAConfig:
+    return LLaDAConfig.create(
         d_model=width,
         n_layers=layers,
         n_heads=heads,
-        vocab_size=len(tokenizer),
-        mask_token_id=tokenizer.mask_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        vocab_size=vocabulary,
         max_sequence_length=max_length,
         weight_tying=True,
+        **ids,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return LLaDAModelLM(config)

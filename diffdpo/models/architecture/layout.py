@@ -77,7 +77,7 @@ class Layout:
         return self
 
     def attend(self, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
-        """Attention inside each row, full unless the layout was made for blocks; grouped-query when G < H. Returns [N, H*D]."""
+        """Attention inside each row, full unless made for blocks; grouped-query when G < H. Returns [N, H*D]."""
         if len(self.buckets) > 1 and self.exact and _varlen_usable(q_NHD):
             return self._attend_varlen(q_NHD, k_NGD, v_NGD)
         grouped = k_NGD.shape[1] != q_NHD.shape[1]

@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 import data_pipeline.hub
 from data_pipeline.errors import DataError
+from data_pipeline.hub import split_revision
 from diffdpo.errors import UserError
 from diffdpo.models.checkpoint.nf4 import expect_nf4, is_nf4, quantised
 
@@ -57,9 +58,10 @@ def checkpoint_folder(name_or_path: str) -> Path:
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
     kept = only_kept(name_or_path)
+    name, revision = split_revision(name_or_path)
     try:
         files = ["*.safetensors", "*.json"]
-        return Path(snapshot_download(name_or_path, allow_patterns=files, local_files_only=kept))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files, local_files_only=kept))
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"cannot load the weights of {name_or_path!r}: {reason}") from error
@@ -135,7 +137,8 @@ def read_model(
     if shards is not None:
         shards.cut(model.to(dtype))
     stream_weights(model, folder, dtype=dtype, device=device, shards=shards)
-    model.name_or_path = config.name_or_path = name_or_path
+    # what is saved names the repository: neither peft nor transformers reads NAME@REVISION
+    model.name_or_path = config.name_or_path = split_revision(name_or_path)[0]
     return model.eval()
 
 

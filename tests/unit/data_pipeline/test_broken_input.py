@@ -3,6 +3,8 @@
 import gzip
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import zlib
@@ -77,9 +79,11 @@ def test_a_broken_manifest_is_one_line(tmp_path, jsonl, make_rows, content, caps
     assert exit_code(main, command) == 0
     (out / "manifest.json").write_text(content)
     capsys.readouterr()
-    for argv in (command, ["inspect", str(out)], ["verify", str(out)]):
+    for argv in (command, ["inspect", str(out)]):
         assert exit_code(main, argv) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
+    assert exit_code(main, ["verify", str(out)]) == 1
+    assert "damaged_index" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("side", ["train", "eval"])
@@ -131,3 +135,21 @@ def test_records_are_shown_on_a_terminal_of_any_encoding(tmp_path, jsonl):
         command, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, timeout=120
     )
     assert shown.returncode == 0 and r"\u65e5" in shown.stdout
+
+
+@pytest.mark.parametrize("name", ["what? now", "a [b]", "a{b,c}", "it's $HOME", "50% *"])
+def test_folders_with_odd_names_are_themselves(tmp_path, jsonl, make_rows, cache, name):
+    """Never patterns; and the command that a message names can be pasted into a shell."""
+    folder = tmp_path / name
+    folder.mkdir()
+    source = jsonl(folder / "p 8.jsonl", make_rows(6))
+    for named in (source, folder, folder / "*.jsonl", folder / "{p 8,p 8}.jsonl"):
+        assert len(open_dataset(str(named), cache_dir=cache)) == 6
+    build([str(source)], folder / "out", BuildOptions(shard_size=3))
+    for named in (folder / "out", folder / "out" / "*.tar", folder / "out" / "shard-0000{0..1}.tar"):
+        assert len(open_dataset(str(named), cache_dir=cache)) == 6
+    (folder / "out" / "shard-00001.tar").unlink()
+    with pytest.raises(DataError) as error:
+        open_dataset(str(folder / "out"), cache_dir=cache)
+    (command,) = re.findall("`(.*)`", str(error.value))
+    assert shlex.split(command)[-1] == str(folder / "out")

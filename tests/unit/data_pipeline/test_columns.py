@@ -161,11 +161,38 @@ def test_pairs_of_other_programs():
     for row in (swift, openai, sharegpt):
         record = one(row)
         assert (record.prompt, record.chosen, record.rejected) == expected
+    both = one({"messages": TURNS["chosen"], "rejected_messages": TURNS["rejected"]})
+    assert (both.prompt, both.chosen, both.rejected) == expected
     old = one({"query": "2+3?", "response": "5", "rejected_response": "6"})
     assert (old.prompt, old.chosen, old.rejected) == ("2+3?", "5", "6")
     assert refused({"messages": TURNS["chosen"][:1], "rejected_response": "6"}).kind == "not_one_answer"
     alpaca = one({"instruction": "Add.", "input": "2 and 3", "output": "5"})
     assert (alpaca.prompt, alpaca.answer, alpaca.label) == ("Add.\n\n2 and 3", "5", True)
+
+
+def test_an_answer_within_the_turns_is_no_part_of_the_prompt():
+    row = {"messages": TURNS["chosen"], "chosen": "5", "rejected": "6"}
+    assert one(row).prompt == user_turn("2+3?")
+    assert one(row | {"chosen": [*assistant_turn("5")], "rejected": [*assistant_turn("6")]}).prompt == user_turn("2+3?")
+    assert refused(row | {"chosen": "7"}).kind == "ambiguous_prompt"
+    goes_on = one(row | {"chosen": "7"}, columns=parse_columns("prompt=messages"))
+    assert goes_on.prompt == (*user_turn("2+3?"), *assistant_turn("5"))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"rejected_answer": "6"}, {"Preferred": ["6"]}, {"is_good": False}, {"thumbs_up": True}, {"my_label": True}],
+)
+def test_what_may_be_the_other_side_of_a_single_answer_is_not_passed_over(other):
+    error = refused({"prompt": "2+3?", "completion": "5", **other})
+    assert error.kind == "unknown_column" and repr(next(iter(other))) in str(error) and "--columns" in str(error)
+    assert one({"prompt": "2+3?", "completion": "5", **dict.fromkeys(other)}).label is True
+    assert one({"prompt": "2+3?", "completion": "5", "kto_tag": False}).label is False
+
+
+def test_functions_are_tools_as_they_were_written_before():
+    record = one({"prompt": [*user_turn("q")], "functions": [TOOL["function"]], **PAIR})
+    assert record.template_kwargs == {"tools": [TOOL]}
 
 
 def test_mapping_any_layout():

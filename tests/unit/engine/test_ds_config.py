@@ -1,8 +1,10 @@
 """What is filled into a DeepSpeed configuration, and what is refused."""
 
+import json
+
 import pytest
 
-from diffdpo.engine.ds_config import complete_ds_config
+from diffdpo.engine.ds_config import complete_ds_config, read_ds_config
 from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.errors import UserError
 
@@ -45,3 +47,40 @@ def test_page_locked_memory_is_for_gpus():
 def test_contradictions_are_refused(given, place, said):
     with pytest.raises(UserError, match=said):
         complete_ds_config(given, OPTIONS, **PLACE | place)
+
+
+ZERO2 = {"zero_optimization": {"stage": 2}}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({}, "stage is 0"),
+        ({"zero_optimization": {"stage": 0}}, "leave --ds_config out for the plain engine"),
+        ({"zero_optimization": {"stage": True}}, "stage is True; allowed: 1, 2, 3"),
+        ({"zero_optimization": {"stage": "2"}}, "stage is '2'"),
+        ({"zero_optimization": None}, "must be an object"),
+        ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}, "compute_grad_norm"),
+        (ZERO2 | {"fp16": {"enabled": "true"}}, "fp16.enabled is 'true'"),
+        (ZERO2 | {"bf16": {"enabled": 1}}, "bf16.enabled is 1"),
+        (ZERO2 | {"progressive_layer_drop": {"enabled": True}}, "progressive_layer_drop, which would change"),
+        (ZERO2 | {"compression_training": {"weight_quantization": {}}}, "compression_training"),
+        ({"zero_stage": 2, "offload_optimizer_device": "cpu"}, "'zero_stage', a name of accelerate's"),
+        (ZERO2 | {"gradient_cliping": 1.0}, "'gradient_clipping' is meant?"),
+        (ZERO2 | {"colour": "blue"}, "'colour', which DeepSpeed does not know; remove it"),
+        (ZERO2 | {"scheduler": {"type": "WarmupLR"}}, "sets a scheduler"),
+        ([], "must hold a JSON object"),
+    ],
+)
+def test_a_json_that_cannot_be_meant_is_one_line(content, said, tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError) as caught:
+        read_ds_config(path)
+    assert said in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_is_switched_off_may_stand(tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(ZERO2 | {"amp": {"enabled": False}, "fp16": {"enabled": "auto"}}))
+    assert read_ds_config(path)["zero_optimization"]["stage"] == 2

@@ -1,5 +1,6 @@
 """Verifiers, the problems in held-out pairs, and sampled answers judged."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,10 +9,11 @@ import torch
 
 from data_pipeline.encode import Encoder
 from data_pipeline.reader import PairLoader, open_dataset
+from data_pipeline.verifiers import VERIFIERS, read_arithmetic, read_gsm8k
 from diffdpo.config import TrainConfig
 from diffdpo.engine.world import World
 from diffdpo.errors import UserError
-from diffdpo.evaluation.answers import answer_length, exact_match, problems_of, read_arithmetic, read_gsm8k
+from diffdpo.evaluation.answers import answer_length, exact_match, problems_of
 from diffdpo.evaluation.estimate import Estimate, paired_difference
 from diffdpo.evaluation.heldout import SampledAnswers
 from diffdpo.models.load import load_model
@@ -39,8 +41,12 @@ def test_arithmetic_answers():
 
 
 def test_a_task_that_finds_nothing_to_judge_is_refused(tiny_model, pairs_file, tmp_path):
+    """No result is stated with these records, and none stands in their answers as GSM8K writes it."""
     loaded = load_model(str(tiny_model))
-    dataset = open_dataset(str(pairs_file), cache_dir=tmp_path)
+    rows = [json.loads(line) for line in pairs_file.read_text().splitlines()]
+    bare = tmp_path / "bare.jsonl"
+    bare.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "meta"}) + "\n" for row in rows))
+    dataset = open_dataset(str(bare), cache_dir=tmp_path)
     encoder = Encoder(loaded.tokenizer, max_length=128, max_prompt_length=64)
     batches = list(PairLoader(dataset, encoder, seed=0, global_batch_size=8, micro_batch_size=8))
     engine = SimpleNamespace(world=WORLD)
@@ -72,3 +78,17 @@ def test_error_bars_by_hand():
     assert (estimate.mean, estimate.count) == (0.75, 4) and estimate.stderr == pytest.approx(0.25)
     change = paired_difference([0, 0, 1, 1], [1, 0, 1, 1])
     assert change.mean == 0.25 and change.stderr == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+    ("task", "stated", "truth"),
+    [
+        ("arithmetic", "33", "33"),
+        ("arithmetic", "about 33", "6"),
+        ("arithmetic", None, "6"),
+        ("gsm8k", "1,800.00", "1800"),
+        ("gsm8k", "so #### 7", "7"),
+    ],
+)
+def test_a_stated_result_comes_before_the_answer_s_own(task, stated, truth):
+    assert VERIFIERS[task].truth(stated, "The answer is 6.") == truth

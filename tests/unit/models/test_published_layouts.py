@@ -51,8 +51,8 @@ A2D = {
     "bos_token_id": 0, "eos_token_id": [1, 5], "head_dim": 16, "hidden_act": "silu", "hidden_size": 32,
     "initializer_range": 0.02, "intermediate_size": 48, "layer_types": ["full_attention", "full_attention"],
     "max_position_embeddings": 40960, "max_window_layers": 28, "model_type": "a2d-qwen3", "num_attention_heads": 4,
-    "num_hidden_layers": 2, "num_key_value_heads": 2, "pad_token_id": 1, "mask_token_id": 2, "rms_norm_eps": 1e-06, "block_size": 0,
-    "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": True,
+    "num_hidden_layers": 2, "num_key_value_heads": 2, "pad_token_id": 1, "mask_token_id": 2, "rms_norm_eps": 1e-06,
+    "block_size": 0, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": True,
     "transformers_version": "4.57.0", "use_cache": True, "use_sliding_window": False, "vocab_size": ROWS,
 }  # fmt: skip
 RAMP = {

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from diffdpo.noise.balanced import BLOCK, PLAIN, antithetic_signs, balanced_rows, blocks, layout, strata
+from diffdpo.noise.block_score import draw_block_plan
 from diffdpo.noise.estimators import draw_plan
 from diffdpo.noise.plan import NoiseKey
 
@@ -86,9 +87,11 @@ def found_place(length: int, masked_NL: np.ndarray) -> tuple[float, np.ndarray, 
 def test_a_block_draws_the_same_whatever_the_length_of_the_answer():
     """``paired``: the i-th tokens of answers of different lengths draw the same number in every block."""
     short, long = (draw_plan("paired", length=n, num_samples=64, key=NoiseKey(0, 0, "x", 0)) for n in (200, 204))
+    other = draw_plan("paired", length=200, num_samples=64, key=NoiseKey(0, 0, "y", 0))
     for g in range(4):
         rows = short.block_N == g
-        assert (short.masked_NL[rows] == long.masked_NL[rows, :200]).mean() > 0.9
+        alike, by_chance = ((short.masked_NL == one.masked_NL[:, :200])[rows].mean() for one in (long, other))
+        assert alike > 0.8 > by_chance + 0.1
 
 
 @pytest.mark.parametrize("sizes", [[9.0, 1.0], [1.0, 9.0, 25.0, 49.0], [(2 * j + 1.0) ** 2 for j in range(8)]])
@@ -147,3 +150,15 @@ def test_the_mean_over_all_places_and_permutations_is_the_score(length, num_rows
     size_m = masked_mL.sum(1)
     each_m = (masked_mL * logp_mL[masks]).sum(1) / (size_m * np.array([math.comb(length, k) for k in size_m]))
     assert found == pytest.approx(each_m.sum(), abs=1e-9)
+
+
+def test_blocks_of_rows_stay_apart_in_every_block_of_tokens():
+    """Of a block-causal family: rows are shifted within what was drawn together, or their spread were not the error."""
+    plan = draw_block_plan("balanced", tokens=[5, 5, 3], num_samples=40, key=NoiseKey(0, 0, "x", 0))
+    assert np.bincount(plan.block_N).tolist() == blocks(40).tolist()
+    for columns in (slice(0, 5), slice(5, 10), slice(10, 13)):
+        total_B = np.bincount(plan.block_N, plan.scale_NL[:, columns].sum(1))
+        np.testing.assert_allclose(total_B, blocks(40) / 40 * (columns.stop - columns.start))
+    assert (plan.masked_NL[:, :5].sum(0) != plan.masked_NL[:, 5:10].sum(0)).any()  # noise of its own
+    few = draw_block_plan("balanced", tokens=[5, 5, 3], num_samples=8, key=NoiseKey(0, 0, "x", 0))
+    assert few.block_N is None and few.cell_N is None

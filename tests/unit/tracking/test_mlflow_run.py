@@ -1,5 +1,8 @@
 """MLflow fed from the journal: every point once, whatever the server does."""
 
+import socket
+import time
+
 import mlflow
 import pytest
 
@@ -67,6 +70,78 @@ def test_a_dead_server_stops_nothing_and_loses_nothing(tmp_path, uri):
     found = mlflow.MlflowClient(uri).get_run(run_id)
     assert history(uri, run_id) == [(1, 1.0)] and found.data.params["beta"] == "0.1"
     assert found.info.status == "FINISHED" and found.data.tags["a"] == "b"
+
+
+@pytest.fixture
+def silent_server():
+    """Accepts, and never answers."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(50)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_a_server_that_never_answers_holds_nobody(tmp_path, silent_server, uri):
+    journal, run = Journal(tmp_path), make_run(tmp_path, silent_server)
+    run.start()
+    journal.write(1, {"loss": 1.0})
+    time.sleep(0.5)
+    began = time.monotonic()
+    assert run.close("FINISHED", timeout=2.0) is False
+    assert time.monotonic() - began < 3.0 and run.error is not None
+    shipped = Shipped.read(tmp_path)
+    assert shipped.status == "FINISHED" and not shipped.delivered
+    shipped.tracking_uri = uri
+    shipped.write(tmp_path)
+    ship_later(tmp_path)
+    assert mlflow.MlflowClient(uri).get_run(Shipped.read(tmp_path).run_id).info.status == "FINISHED"
+
+
+def test_the_next_run_sends_what_the_one_before_could_not(tmp_path, uri):
+    earlier, later = tmp_path / "earlier", tmp_path / "later"
+    for folder in (earlier, later):
+        folder.mkdir()
+        Journal(folder).write(1, {"loss": 1.0})
+    left = Shipped(uri, "experiment", "earlier", status="FINISHED")
+    left.write(earlier)
+    run = make_run(later, uri)
+    run.start()
+    until = time.monotonic() + 60
+    while not Shipped.read(earlier).delivered and time.monotonic() < until:
+        time.sleep(0.1)
+    assert run.close("FINISHED", timeout=60)
+    shipped = Shipped.read(earlier)
+    assert shipped.delivered and history(uri, shipped.run_id) == [(1, 1.0)]
+    assert mlflow.MlflowClient(uri).get_run(shipped.run_id).info.status == "FINISHED"
+
+
+def test_a_run_that_was_killed_is_told_as_killed(tmp_path, uri):
+    Journal(tmp_path).write(1, {"loss": 1.0})
+    Shipped(uri, "experiment", "name").write(tmp_path)
+    ship_later(tmp_path)
+    assert mlflow.MlflowClient(uri).get_run(Shipped.read(tmp_path).run_id).info.status == "KILLED"
+
+
+def test_damaged_lines_and_words_do_not_hold_the_rest(tmp_path, uri):
+    journal = Journal(tmp_path)
+    journal.write(1, {"loss": 1.0})
+    journal.note(1, "--beta was 0.1 and is 0.2")
+    with journal.path.open("ab") as file:
+        file.write(bytes(20) + b"\n")
+    journal.write(2, {"loss": 2.0})
+    Shipped(uri, "experiment", "name").write(tmp_path)
+    ship_later(tmp_path)
+    run_id = Shipped.read(tmp_path).run_id
+    assert history(uri, run_id) == [(1, 1.0), (2, 2.0)]
+    assert mlflow.MlflowClient(uri).get_run(run_id).data.tags["note.step-1"] == "--beta was 0.1 and is 0.2"
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"tracking_uri": 1, "x": 2}'])
+def test_a_damaged_state_is_one_line(tmp_path, content):
+    (tmp_path / "mlflow.json").write_text(content)
+    with pytest.raises(UserError, match="damaged or empty") as caught:
+        ship_later(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("uri", ["file:///x", "./mlruns", "ftp://x"])

@@ -1,0 +1,100 @@
+"""What a run was made of, on disk: settings as they were resolved and as they were asked for, and what they met.
+
+``config.yaml`` repeats the run (``--config config.yaml --output_dir elsewhere``): nothing in it is left to be chosen.
+``asked.yaml`` holds what was not at its default. ``environment.json`` holds versions, commit, command and the facts of
+this run (pairs, parameters, why a choice was made).
+"""
+
+import json
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from diffdpo import __version__
+from diffdpo.config import RunConfig, to_yaml
+from diffdpo.engine.world import World
+from diffdpo.settings.base import changed
+
+
+def write_record(
+    output_dir: Path,
+    *,
+    resolved: RunConfig,
+    asked: RunConfig,
+    ds_config: Mapping[str, Any],
+    environment: Mapping[str, Any],
+) -> None:
+    """Write the files; rank 0 only."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "config.yaml").write_text(to_yaml(resolved))
+    (output_dir / "asked.yaml").write_text(settings_text(asked))
+    (output_dir / "ds_config.json").write_text(json.dumps(dict(ds_config), indent=1))
+    (output_dir / "environment.json").write_text(json.dumps(dict(environment), indent=1))
+
+
+def settings_text(asked: RunConfig) -> str:
+    """What was asked for, as YAML: the settings that are not at their default."""
+    return yaml.safe_dump(changed(asked), sort_keys=False)
+
+
+def environment_of(world: World, command: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Versions, device and commit of this run, its ``command`` (without what is secret) and its ``facts``."""
+    return {
+        "diffdpo": __version__,
+        "python": platform.python_version(),
+        "device": _device_name(world.device),
+        "processes": world.size,
+        "command": " ".join(command),
+        "git": git_state(),
+        **facts,
+        "packages": packages(),
+    }
+
+
+def packages() -> dict[str, str]:
+    """Version of every direct dependency that is installed, extras included."""
+    try:
+        named = {_name(line) for line in metadata.requires("diffdpo") or ()}
+    except metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        named = {"torch", "deepspeed", "transformers", "datasets", "accelerate", "webdataset", "mlflow", "peft"}
+    found = {}
+    for name in sorted(named):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _name(requirement: str) -> str:
+    """``torch`` of ``torch<2.15,>=2.11 ; extra == "x"``."""
+    for stop in " <>=!~[;":
+        requirement = requirement.split(stop)[0]
+    return requirement
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit of the code and whether the tree had changes; None outside a git checkout."""
+    root = Path(__file__).parents[2]
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) != root:
+            return None  # installed into somebody else's checkout
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
