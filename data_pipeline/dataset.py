@@ -171,7 +171,7 @@ def open_dataset(
     ``eval_fraction`` of the prompts are held out for ``split="eval"``; ``seed`` chooses which (keep it when the
     training seed changes, or prompts trained on become prompts evaluated on). A folder built with its own train/eval
     split is used as it is, and its prompts stay on their sides in other sources too. ``weights``: shares of the sources
-    in an epoch. ``max_records``: the first of each source. ``columns`` says which columns of rows are what
+    in an epoch (0: none). ``max_records``: the first of each source. ``columns`` says which columns of rows are what
     (``sources.columns``); a folder made by ``build`` holds records, which it does not concern.
     ``allow_damaged``: go on although local shards are not as long as the index says; what they lack become faults.
     ``workers``: processes that build or index (None: one a core for large files, this one for small).
@@ -200,6 +200,9 @@ def open_dataset(
     for part, weight in zip(parts, weights or [1.0] * len(parts), strict=True):
         if not len(part) and (weight > 0 if weights else not any(map(len, parts))):
             raise DataError(f"{part.name}: no record is left on the {split} side; change eval_fraction or the weights")
+    if weights is not None:  # a source of weight 0 has had its say on which prompts are held out, and is not read
+        parts = [part for part, weight in zip(parts, weights, strict=True) if weight > 0]
+        weights = [weight for weight in weights if weight > 0]
     return ShardedDataset(tuple(parts), cache, None if weights is None else tuple(map(float, weights)))
 
 

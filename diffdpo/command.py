@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import sys
 import threading
 import time
@@ -17,6 +18,11 @@ SECONDS_BEHIND = 3.0
 
 class Parser(data_pipeline.cli.Parser):
     """``argparse`` without abbreviations, whose errors are one line, also under a launcher."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        # "-5GiB" is a value, which its flag refuses by name; argparse sees values in plain negative numbers alone
+        self._negative_number_matcher = re.compile(r"-[.\d]")
 
     def error(self, message: str) -> NoReturn:
         _let_rank_0_speak()

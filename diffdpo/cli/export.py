@@ -17,7 +17,7 @@ from pathlib import Path
 
 from diffdpo.command import Parser
 from diffdpo.errors import UserError
-from diffdpo.models.checkpoint.adapter_folder import ADAPTER_CONFIG, base_of_adapter, is_adapter
+from diffdpo.models.checkpoint.adapter_folder import ADAPTER_CONFIG, base_of_adapter, check_base, is_adapter
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -44,6 +44,8 @@ def main(argv: list[str]) -> None:
     from diffdpo.models.lora.adapters import merge
 
     base = args.model_name_or_path or base_of_adapter(args.adapter)
+    if args.adapter and (unknown := check_base(args.adapter, base)):
+        print(f"warning: {unknown}", file=sys.stderr)
     dtype = stored_dtype(base) if args.dtype == "auto" else args.dtype
     loaded = load_adapter(args.adapter, base=base, dtype=dtype) if args.adapter else load_model(base, dtype=dtype)
     model = merge(loaded.model) if args.adapter else loaded.model

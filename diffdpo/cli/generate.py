@@ -4,11 +4,14 @@
     python launch/generate.py --model_name_or_path GSAI-ML/LLaDA-8B-Instruct --prompts in.jsonl --output out.jsonl
 
 --prompts is a text file with a prompt a line, or JSON lines with "prompt" (text or chat messages) and perhaps "id".
---output gets JSON lines {"id", "prompt", "answer", "tokens"}; without it the answers are printed.
+--output gets JSON lines {"id", "prompt", "answer", "tokens"}; without it the answers are printed. The file is written
+beside, as FILE.partial, and takes its name when it is whole. A prompt that cannot be answered is told of and left out.
 """
 
 import json
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,26 +61,24 @@ def main(argv: list[str]) -> None:
     for name in ("num_samples", "batch_size"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1")
-    if args.output and not Path(args.output).absolute().parent.is_dir():
-        raise UserError(f"--output {args.output}: its folder does not exist; create it first")
-    if args.output and Path(args.output).is_dir():
-        raise UserError(f"--output {args.output} is a folder; name a file")
+    check_output(args)
     prompts = read_prompts(args)
     options = sampler_options(args)
+    if args.num_samples > 1 and not args.temperature and args.remasking != "random":
+        print(f"--num_samples {args.num_samples}: at --temperature 0 they are all the same", file=sys.stderr)
     loaded = load(args)
-    from diffdpo.sampling.prompt import encode_prompt
-
-    encoded = [encode_prompt(prompt, loaded, args.template) for _, prompt in prompts for _ in range(args.num_samples)]
+    found = encoded(prompts, args, loaded)
+    asked = [Asked(i, *named, ids) for number, named, ids in found for i in samples_of(number, args)]
     from diffdpo.sampling.decode import sample
 
-    show = Display(loaded, len(encoded)) if args.stream else None
-    with Answers(args, prompts, loaded.tokenizer) as out:
+    show = Display(loaded, len(asked)) if args.stream else None
+    with Answers(args, asked, loaded.tokenizer) as out:
         try:
             sample(
                 loaded.model,
                 loaded.spec,
-                encoded,
-                seed=args.seed,
+                [one.ids for one in asked],
+                seed=[(args.seed, one.number) for one in asked],
                 batch_size=args.batch_size,
                 on_step=show,
                 on_answer=out.add,
@@ -86,6 +87,58 @@ def main(argv: list[str]) -> None:
         finally:
             if show:
                 show.close()
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An answer to be made. ``number``: among all asked for, which its noise follows from."""
+
+    number: int
+    key: str
+    prompt: Any
+    ids: list[int]
+
+
+def check_output(args) -> None:
+    """UserError for an --output that cannot be made, or that is what is read."""
+    if not args.output:
+        return
+    output = Path(args.output)
+    if not output.absolute().parent.is_dir():
+        raise UserError(f"--output {output}: its folder does not exist; create it first")
+    if output.is_dir():
+        raise UserError(f"--output {output} is a folder; name a file")
+    if args.prompts and output.exists() and Path(args.prompts).exists() and output.samefile(args.prompts):
+        raise UserError(f"--output {output} is the file of --prompts; name another")
+
+
+def encoded(prompts: list[tuple[str, Any]], args, loaded) -> Iterator[tuple[int, tuple[str, Any], list[int]]]:
+    """(number, (id, prompt), tokens) of the prompts that can be answered; the others are told of on stderr. UserError,
+    with the first one's reason, where none can."""
+    from diffdpo.sampling.decode import prompt_obstacle
+    from diffdpo.sampling.prompt import encode_prompt
+
+    found, left_out = [], list[str]()
+    for number, (key, prompt) in enumerate(prompts):
+        try:
+            ids = encode_prompt(prompt, loaded, args.template)
+            obstacle = prompt_obstacle(loaded.model, loaded.spec, ids, args.gen_length)
+        except UserError as error:
+            obstacle = str(error)
+        if obstacle:
+            left_out.append(f"prompt {key!r}: {obstacle}")
+        else:
+            found.append((number, (key, prompt), ids))
+    if not found:
+        raise UserError(f"{left_out[0]} (and so for all {len(left_out)} prompts)" if left_out[1:] else left_out[0])
+    for line in left_out:
+        print(f"left out {line}", file=sys.stderr)
+    yield from found
+
+
+def samples_of(number: int, args) -> range:
+    """The numbers of a prompt's answers: the same ones whatever other prompts are left out."""
+    return range(number * args.num_samples, (number + 1) * args.num_samples)
 
 
 def read_prompts(args) -> list[tuple[str, Any]]:
@@ -121,7 +174,8 @@ def json_prompt(path: Path, number: int, line: str) -> tuple[str, Any]:
         raise UserError(f'--prompts {path} line {number}: not a JSON object with "prompt"') from error
     if not isinstance(prompt, str) and not is_turns(prompt):
         raise UserError(f"--prompts {path} line {number}: prompt must be text or a list of role and content, both text")
-    return str(record.get("id", number)), prompt
+    key = record.get("id")
+    return str(number if key is None else key), prompt
 
 
 def is_turns(prompt: object) -> bool:
@@ -199,30 +253,41 @@ class Display:
 
 
 class Answers:
-    """Where answers go: a line of --output as soon as a batch is done, or printed at the end."""
+    """Where answers go: a line of --output as soon as a batch is done, or printed at the end.
 
-    def __init__(self, args, prompts: list[tuple[str, Any]], tokenizer):
-        self.tokenizer, self.path = tokenizer, args.output
-        self.prompts = [named for named in prompts for _ in range(args.num_samples)]
+    Lines are written to FILE.partial, so a file that is there is replaced by a finished one only.
+    """
+
+    def __init__(self, args, asked: list[Asked], tokenizer):
+        self.tokenizer, self.asked = tokenizer, asked
+        self.path = Path(args.output) if args.output else None
         self.texts: list[str] = []
 
     def __enter__(self) -> "Answers":
-        self.file = open(self.path, "w", encoding="utf-8") if self.path else None
+        self.file = None
+        if self.path:
+            # a device or a pipe is written to as it is
+            beside = self.path.is_file() or not self.path.exists()
+            self.partial = self.path.with_name(self.path.name + ".partial") if beside else self.path
+            self.file = self.partial.open("w", encoding="utf-8")
         return self
 
     def add(self, index: int, tokens: list[int]) -> None:
-        key, prompt = self.prompts[index]
+        one = self.asked[index]
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         self.texts.append(text)
         if self.file:
-            line = {"id": key, "prompt": prompt, "answer": text, "tokens": len(tokens)}
+            line = {"id": one.key, "prompt": one.prompt, "answer": text, "tokens": len(tokens)}
             self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
             self.file.flush()
 
     def __exit__(self, *failure) -> None:
-        if self.file:
+        if self.file and self.path:
             self.file.close()
-            print(f"{len(self.texts)} answers in {self.path}", file=sys.stderr)
+            whole = failure == (None, None, None)
+            if whole and self.partial != self.path:
+                self.partial.replace(self.path)
+            print(f"{len(self.texts)} answers in {self.path if whole else self.partial}", file=sys.stderr)
             return
-        for (key, _), text in zip(self.prompts, self.texts, strict=False):
-            print(f"[{key}] {text}" if len(self.prompts) > 1 else text)
+        for one, text in zip(self.asked, self.texts, strict=False):
+            print(f"[{one.key}] {text}" if len(self.asked) > 1 else text)

@@ -121,7 +121,7 @@ def score_all(scorer: "Scorer", records: Iterator, file: "ScoreFile | None") -> 
         if file:
             file.write(line, digests.pop(key))
         else:
-            print(json.dumps(line, ensure_ascii=False))
+            print(json.dumps(line, ensure_ascii=False, allow_nan=False))
         (file or sys.stdout).flush()
         count += 1
     return count, len(repeated)

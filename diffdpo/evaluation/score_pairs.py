@@ -12,6 +12,7 @@ from data_pipeline.batch import collate
 from data_pipeline.encode import Drop, Encoder, TokenPair
 from data_pipeline.records import Record
 from diffdpo.config import ScoreConfig
+from diffdpo.errors import UserError
 from diffdpo.models.encoder import make_encoder
 from diffdpo.models.load import LoadedModel
 from diffdpo.noise.estimators import MAX_EXACT_LENGTH
@@ -34,9 +35,11 @@ class Scorer:
         self.dropped: list[tuple[str, Drop]] = []  # (id, why) of records that were left out
 
     def __call__(self, records: Iterable[Record]) -> Iterator[tuple[str, dict]]:
-        """(id, line) of every record that can be scored, in order; batch by batch."""
+        """(id, line) of every record that can be scored, in order; batch by batch. UserError for a score that is no
+        finite number."""
         for pairs in batches(encoded(records, self.encoder, self.dropped, self.noise), self.batch_size):
             scores, ratio = score_pairs(pairs, self.models, self.noise, segments=self.segments)
+            check_finite(pairs, scores)
             for index, pair in enumerate(pairs):
                 yield pair.id, as_line(pair, index, scores, ratio)
 
@@ -53,6 +56,18 @@ def score_pairs(
     f = [score_rows(model, rows, segments=segments) for model in models]
     ratio = fold(f[0] - f[1], rows) if len(f) == 2 else None
     return [fold(f_R, rows) for f_R in f], ratio
+
+
+def check_finite(pairs: Sequence[TokenPair], scores: Sequence[PairScores]) -> None:
+    """UserError that names the first record without a finite score: JSON has no NaN, and no reader expects one."""
+    for number, model in enumerate(scores):
+        for pair, score_2 in zip(pairs, model.score_B2, strict=True):
+            if not score_2.isfinite().all():
+                raise UserError(
+                    f"record {pair.id!r}: the {'reference' if number else 'model'} gives it no finite score "
+                    f"({', '.join(f'{score:g}' for score in score_2.tolist())}); its weights are damaged or diverged, "
+                    "or overflow in 16 bits (--dtype float32)"
+                )
 
 
 def encoded(

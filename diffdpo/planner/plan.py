@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from diffdpo.config import TrainConfig
+from diffdpo.engine.choice import DEEPSPEED
 from diffdpo.errors import UserError
 from diffdpo.memory.largest_fit import Fit, largest_fit
 from diffdpo.models.bundled import model_or_bundled
@@ -37,6 +38,7 @@ class Plan:
     run: DryRun
     machine: Machine
     fit: Fit | None = None  # of ``--max_memory``
+    context: int | None = None  # tokens the model was made for
 
     @cached_property
     def parts(self) -> list[Part]:
@@ -53,6 +55,12 @@ class Plan:
         missing = max(0, self.need(DEVICE) - gpu.memory) if gpu else 0
         return missing + (max(0, self.need(HOST) - host.memory) if host else 0)
 
+    def lacks(self, gpu: Gpu) -> str:
+        """Where a run with such GPUs does not fit: ``GPU``, ``host`` (of the machine, where it is given), or ''."""
+        if self.need(DEVICE) > gpu.memory:
+            return "GPU"
+        return "host" if self.short(gpu) else ""
+
     def time(self, gpu: Gpu) -> StepTime:
         """Of a step on such a GPU."""
         return step_time(self.job, self.numbers, self.run, gpu, self.machine.host or Host(0))
@@ -68,7 +76,7 @@ def make_plan(
     fit = None
     if config.max_memory:
         fit, config = _sized(config, machine, cuda=cuda)
-    policy = model_or_bundled(config.model_name_or_path)
+    policy = model_or_bundled(config.policy)
     family, shape = read_shape(policy)
     memory = (machine.gpu or max(GPUS.values(), key=lambda gpu: gpu.memory)).memory
 
@@ -78,10 +86,11 @@ def make_plan(
         return share_of_memory(choice, size, memory=memory)
 
     choice = planned_engine(config, cuda=cuda, processes=machine.gpus)
-    module = skeleton(family, shape, config, bf16=choice.bf16, cast=choice.bf16)
+    module = skeleton(family, shape, config, bf16=choice.bf16, cast=choice.bf16 and choice.kind == DEEPSPEED)
     job = plan_run(config, module, choice, cuda=cuda, second_model=second_model, scored=scored)
     numbers = count(module)
-    return Plan(job, numbers, dry_run(module, numbers, job, timed=timed), machine, fit)
+    context = getattr(shape, "max_position_embeddings", None)
+    return Plan(job, numbers, dry_run(module, numbers, job, timed=timed), machine, fit, context)
 
 
 def _sized(config: TrainConfig, machine: Machine, *, cuda: bool) -> tuple[Fit, TrainConfig]:

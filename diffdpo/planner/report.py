@@ -37,6 +37,8 @@ def _header(plan: Plan) -> Iterator[str]:
     yield f"trained    {n.trained / 1e6:.1f}M parameters ({what})"
     yield f"engine     {job.choice.describe()}; {plan.machine.gpus} process(es)"
     yield f"rows       {job.rows} of {job.length} tokens a micro-batch, {job.rows_at_once} in a forward"
+    if plan.context is not None and job.length > plan.context:
+        yield f"warning    --max_length {job.length}: the model was made for {plan.context} tokens at most"
     if plan.fit is not None:
         peak, budget = gib(dict(plan.fit.tried)[plan.fit.rows]), gib(plan.fit.budget)
         sizes = f"{config.per_device_train_batch_size} x {config.gradient_accumulation_steps} pairs a step"
@@ -83,7 +85,7 @@ def _times(plan: Plan) -> Iterator[str]:
     yield f"{'GPU':24} {'GiB':>6} {'fits':>5} {'s/step':>8} {'pairs/s':>8} {'use':>5}   of which, s"
     for gpu in _gpus(plan):
         time = plan.time(gpu)
-        fits = "yes" if plan.need(DEVICE) <= gpu.memory else "no"
+        fits = {"": "yes", "GPU": "no", "host": "host"}[plan.lacks(gpu)]
         detail = ", ".join(
             f"{name} {getattr(time, name):.2f}"
             for name in ("policy", "reference", "link", "optimizer", "disk")
@@ -94,6 +96,8 @@ def _times(plan: Plan) -> Iterator[str]:
             f"{gpu.name:24} {gib(gpu.memory):6.0f} {fits:>5} {time.seconds:8.2f} {rate:8.3f} {time.utilisation:5.0%}"
             f"   {detail}"
         )
+    if any(plan.lacks(gpu) == "host" for gpu in _gpus(plan)):
+        yield "fits 'host': on the GPU, but not in the host's memory"
     yield ""
     yield from (f"assumed: {line}" for line in _assumptions(plan))
 
@@ -127,7 +131,11 @@ def as_json(plan: Plan, advice: Advice | None) -> dict[str, Any]:
         "moments": list(MOMENTS),
         "machine": asdict(plan.machine),
         "fits": not plan.short(),
-        "time": {gpu.name: asdict(plan.time(gpu)) | {"seconds": plan.time(gpu).seconds} for gpu in _gpus(plan)},
+        "context": plan.context,
+        "time": {
+            gpu.name: asdict(plan.time(gpu)) | {"seconds": plan.time(gpu).seconds, "lacks": plan.lacks(gpu)}
+            for gpu in _gpus(plan)
+        },
         "advice": None
         if advice is None
         else {

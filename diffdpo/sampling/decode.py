@@ -123,7 +123,7 @@ def sample(
     spec: FamilySpec,
     prompts: Sequence[Sequence[int]],
     *,
-    seed: int | Sequence[int] = 0,
+    seed: int | Sequence[int | tuple[int, int]] = 0,
     batch_size: int | None = None,
     on_step: OnTokens | None = None,
     on_answer: OnTokens | None = None,
@@ -132,7 +132,8 @@ def sample(
     """Answers, one per prompt, up to and excluding the terminator. `options` are the fields of `Decoding`.
 
     Prompts differ in length; each answer follows its own prompt. Noise is a function of (`seed`, index of the
-    prompt), or of `seed[i]` when one is given per prompt, so `batch_size` changes speed and memory only.
+    prompt), or of `seed[i]` when one is given per prompt (a number, or such a pair), so `batch_size` changes speed and
+    memory only.
     `on_step(i, tokens)` is called after each step with the answer region of prompt i, masks included; `on_answer(i,
     answer)` when its batch is done, in the order of the prompts. UserError for an impossible option and for a prompt
     the context cannot hold.
@@ -141,10 +142,14 @@ def sample(
     asked = decoding = Decoding(**options, block_length=0 if spec.block_size else block_length)
     if spec.block_size:
         decoding = own_blocks(asked, spec.block_size, spec.name, asked=block_length)
-    if spec.logit_shift and not all(prompts):
-        raise UserError(f"{spec.name} cannot answer an empty prompt: its first token is never predicted; add one")
-    _check_context(native(model), prompts, decoding.gen_length)
-    seeds = [(seed, i) for i in range(len(prompts))] if isinstance(seed, int) else [(s,) for s in seed]
+    for i, prompt in enumerate(prompts):
+        if obstacle := prompt_obstacle(model, spec, prompt, decoding.gen_length):
+            raise UserError(f"prompt {i}: {obstacle}")
+    seeds: list[tuple[int, ...]] = (
+        [(seed, i) for i in range(len(prompts))]
+        if isinstance(seed, int)
+        else [each if isinstance(each, tuple) else (each,) for each in seed]
+    )
     if len(seeds) != len(prompts):
         raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one seed, or one per prompt")
     size, answers = batch_size or max(1, len(prompts)), []
@@ -167,14 +172,17 @@ def sample(
     return answers
 
 
-def _check_context(model: MaskedLM, prompts: Sequence[Sequence[int]], gen_length: int) -> None:
-    context = getattr(model.config, "max_position_embeddings", None)
-    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]), default=None)
-    if context and longest is not None and len(prompts[longest]) + gen_length > context:
-        raise UserError(
-            f"prompt {longest} has {len(prompts[longest])} tokens and gen_length is {gen_length}: together more than "
-            f"the model's context of {context}; shorten one of them"
+def prompt_obstacle(model: nn.Module, spec: FamilySpec, prompt: Sequence[int], gen_length: int) -> str:
+    """Why a prompt cannot be answered (empty where a model cannot begin, too long for its context); '' if it can."""
+    context = getattr(native(model).config, "max_position_embeddings", None)
+    if spec.logit_shift and not prompt:
+        return f"{spec.name} cannot answer an empty prompt: its first token is never predicted; add one"
+    if context and len(prompt) + gen_length > context:
+        return (
+            f"it has {len(prompt)} tokens and gen_length is {gen_length}: together more than the model's context of "
+            f"{context}; shorten one of them"
         )
+    return ""
 
 
 @torch.no_grad()

@@ -11,9 +11,9 @@ Shape suffixes: B pairs, 2 sides (0 chosen, 1 rejected).
 import torch
 from torch import Tensor
 
-RELATIVE = {False: 2.0**-18, True: 2.0**-11}
-"""Of :func:`size_of`, with weights in fp32 and in bf16. In fp32 up to 5e-7 was measured, over segments of all sizes,
-with and without a graph, one and two threads and three sets of instructions (docs/LOG.md, 2026-11-28)."""
+RELATIVE = {False: 2.0**-20, True: 2.0**-13}
+"""Of :func:`size_of`, with weights in fp32 and in bf16: about ten times what was measured over segments of all sizes,
+with and without a graph, and three sets of instructions (docs/LOG.md, 2026-11-28)."""
 
 
 def size_of(score_B2: Tensor, tokens_B2: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ class TrackingSettings(Settings):
         None, "MLflow store; default: sqlite in the folder above --output_dir; 'none': off", common=True
     )
     tracking_timeout: float = setting(
-        8.0,
+        5.0,
         "seconds the end of a run waits for a server; the rest is sent later by `python -m diffdpo.tracking`",
         at_least=0,
     )

@@ -9,10 +9,12 @@ from diffdpo.engine.make import check_host
 from diffdpo.errors import UserError
 from diffdpo.models.bundled import model_or_bundled
 from diffdpo.models.load import empty_model, load_tokenizer_and_spec
-from diffdpo.models.lora.targets import target_pattern
+from diffdpo.models.lora.targets import target_pattern, whole_modules
 from diffdpo.noise.estimators import check_estimator
 from diffdpo.reference.modes import check_reference
 from diffdpo.step.strategy import check_deferred, check_segmentation
+
+LARGEST_BETA = 100.0  # of published recipes, 10 (SimPO) is the largest
 
 
 def check_settings_meet(config: RunConfig) -> None:
@@ -34,22 +36,41 @@ def check_before_weights(config: RunConfig, choice: EngineChoice) -> None:
     check_named(config)
 
 
+def doubts(config: RunConfig, *, steps: int) -> list[str]:
+    """What is allowed and likely a mistake, a line each, for a run of ``steps`` optimizer steps."""
+    found = []
+    if config.learning_rate == 0:
+        found.append("--learning_rate is 0: nothing is learned")
+    if config.warmup_steps > steps:
+        found.append(
+            f"--warmup_steps {config.warmup_steps} is longer than the run of {steps} steps: the learning rate "
+            f"{config.learning_rate:g} is never reached"
+        )
+    if isinstance(config, TrainConfig) and config.beta > LARGEST_BETA:
+        found.append(
+            f"--beta {config.beta:g} multiplies log-ratios, which are nats: a loss is saturated as soon as they are "
+            "not 0; 0.01 to 10 are usual"
+        )
+    return found
+
+
 def check_named(config: RunConfig) -> None:
     """What is wrong with named data at first sight (DataError), and a named model without a config or tokenizer to read
     or without the modules that LoRA is to adapt (UserError), before all the data are prepared."""
     for text in (config.train_data, config.eval_data):
         for source in source_names(text) if text else ():
             check_rows(source, config.columns)
-    names = [config.model_name_or_path]
+    names = [config.policy]
     if isinstance(config, TrainConfig):
         names.append(config.ref_model_name_or_path)
     for name in filter(None, names):
         load_tokenizer_and_spec(name)
     if isinstance(config, TrainConfig) and config.ref_model_name_or_path:
-        _check_read_alike(model_or_bundled(config.model_name_or_path), config.ref_model_name_or_path)
-    if isinstance(config, TrainConfig) and config.lora_target_modules:
-        policy = model_or_bundled(config.model_name_or_path)
-        target_pattern(empty_model(policy), load_tokenizer_and_spec(policy)[1], config.lora_target_modules)
+        _check_read_alike(model_or_bundled(config.policy), config.ref_model_name_or_path)
+    if isinstance(config, TrainConfig) and (config.lora_target_modules or config.lora_modules_to_save):
+        policy = model_or_bundled(config.policy)
+        model, spec = empty_model(policy), load_tokenizer_and_spec(policy)[1]
+        whole_modules(model, target_pattern(model, spec, config.lora_target_modules), config.lora_modules_to_save)
 
 
 def _check_read_alike(policy: str, reference: str) -> None:

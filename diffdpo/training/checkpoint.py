@@ -28,6 +28,9 @@ FOLDER, STATE = "checkpoints", "run.json"
 NEEDED = ("step", "loader", "before", "config", "held_by")
 NAME = re.compile(r"step-(\d+)")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+SAYS_WRITING = re.compile(
+    r"streamwriter|inline_container|unexpected pos|iostream|failed writing|no space left", re.IGNORECASE
+)
 SAYS_FULL = re.compile(r"no space left|quota exceeded|file too large|failed writing file|unexpected pos", re.IGNORECASE)
 
 
@@ -81,6 +84,8 @@ def _on_every_rank(work: Callable[[], Any], partial: Path, engine: Engine) -> li
     try:
         result = work()
     except (OSError, RuntimeError, SafetensorError) as error:
+        if not is_of_writing(error):
+            raise
         told = (_in_a_line(error), is_full(error))
     for fault, _ in (outcomes := world.all_gather_object((told, result))):
         if fault is not None:
@@ -188,7 +193,15 @@ def told_if_unwritable(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
+        if not is_of_writing(error):
+            raise
         raise TrainingError(_cannot_be_written(folder, _in_a_line(error), None)) from error
+
+
+def is_of_writing(error: BaseException) -> bool:
+    """Whether a file could not be written. A RuntimeError may be any fault, which free space would not mend; in those
+    of files torch names its writer."""
+    return not isinstance(error, RuntimeError) or bool(SAYS_WRITING.search(str(error)))
 
 
 def _cannot_be_written(folder: Path, reason: str, needed: int | None) -> str:

@@ -36,7 +36,8 @@ ON_THE_BAR = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies":
 
 @dataclass
 class Loop:
-    """What a run is made of once it is built. ``state`` goes into every checkpoint as it is."""
+    """What a run is made of once it is built. ``state`` goes into every checkpoint as it is. No step of ``config`` is a
+    share any more (``schedule.in_steps``)."""
 
     config: RunConfig
     output_dir: Path
@@ -96,7 +97,7 @@ class Loop:
         records of the step are told; all ranks see the same numbers and do the same."""
         # a step without records has no loss, and is no sign of a run that diverges
         finite = math.isfinite(report.grad_norm) and (math.isfinite(report.loss) or not report.records)
-        times = self.norms.add(report.grad_norm) if finite else None
+        times = self.norms.add(report.grad_norm) if finite and report.records else None
         if finite and times is None:
             return True
         ids = self.engine.world.all_gather_object([[name for name in b.ids if name] for b in micro_batches])
@@ -137,8 +138,9 @@ class Loop:
             step,
             peak=config.learning_rate,
             total=self.total_steps,
-            warmup=config.warmup_steps,
+            warmup=int(config.warmup_steps),
             kind=config.lr_scheduler_type,
+            arguments=config.scheduler_arguments(),
         )
 
     def _tell(self, report: StepReport) -> None:

@@ -31,7 +31,7 @@ from diffdpo.setup import data as run_data
 from diffdpo.setup.chosen import chosen_settings
 from diffdpo.setup.context import RunContext
 from diffdpo.setup.model import describe_model, load_policy
-from diffdpo.setup.preflight import check_before_weights, check_settings_meet
+from diffdpo.setup.preflight import check_before_weights, check_settings_meet, doubts
 from diffdpo.step.fit import fit_micro_batch, fit_segments
 from diffdpo.step.report import StepReport
 from diffdpo.step.step import PreferenceStep
@@ -85,14 +85,16 @@ class _Data:
         self.train_set, self.eval_set = run_data.open_data(config, context, run_data.generated(config))
         run_data.check_kind_of_records(self.train_set, self.loss)
         run_data.check_batch_size(config, self.loss, world)
-        tokenizer, self.spec = load_tokenizer_and_spec(model_or_bundled(config.model_name_or_path))
+        tokenizer, self.spec = load_tokenizer_and_spec(model_or_bundled(config.policy))
         self.encoder = make_encoder(config, tokenizer, self.spec)
-        longest = model_context(model_or_bundled(config.model_name_or_path))
+        longest = model_context(model_or_bundled(config.policy))
         run_data.warn_of_data(config, context, (self.train_set, self.eval_set), self.loss, longest)
         refuse_unusable(self.train_set, self.encoder)
         if not self.spec.block_size:  # of blocks the masks of each block are enumerated
             run_data.check_exact(config, self.encoder, (self.train_set, self.eval_set))
         self.loader = run_data.train_loader(config, self.train_set, self.encoder, world)
+        for doubt in doubts(config, steps=run_data.total_steps(config, self.loader)):
+            context.print(f"warning    {doubt}")
 
     def precompute(self) -> Precomputed:
         """All reference scores that the run still needs."""
@@ -131,7 +133,7 @@ class _Training:
         self.loaded = load_policy(config, choice, world)
         self.noise = NoiseOptions.of(config, self.loaded.spec)
         module = MaskedLogProbs.of(self.loaded.model, self.loaded.spec, config)
-        frozen = make_frozen(config, module, bf16=choice.bf16) if self.mode == "copy" else None
+        frozen = make_frozen(config, module, choice, world) if self.mode == "copy" else None
         options = OptimizerOptions.of(config)
         self.engine: Engine = make_engine(choice, module, world, options, say=self.context.print)
         meets = world if self.engine.retry_obstacle() is not None else None
@@ -201,7 +203,7 @@ class _Training:
             held_out=self.held_out,
             check_first=self._check_first,
             unit="answers" if self.loss.unpaired else "pairs",
-            base=config.model_name_or_path or "diffdpo's bundled arithmetic model",
+            base=config.policy or "diffdpo's bundled arithmetic model",
             callbacks=callbacks,
         )
 

@@ -11,14 +11,15 @@ from typing import Any, cast
 
 from data_pipeline.batch import Fault
 from data_pipeline.dataset import ShardedDataset
-from data_pipeline.facts import refuse_unusable
+from data_pipeline.facts import count_kinds, refuse_unusable
 from data_pipeline.records import AnswerRecord
 from data_pipeline.stages import RecordReader
 from diffdpo.config import SftConfig, resolve
 from diffdpo.engine.base import count_parameters
 from diffdpo.engine.choice import EngineChoice, choose_engine
-from diffdpo.engine.make import bf16_able, load_device, make_engine
+from diffdpo.engine.make import bf16_able, load_device, make_engine, weight_shards
 from diffdpo.engine.optimizer import OptimizerOptions
+from diffdpo.errors import UserError
 from diffdpo.evaluation.heldout import HeldOutAnswers, SampledAnswers
 from diffdpo.losses.options import LossOptions
 from diffdpo.models.architecture.from_scratch import new_model, train_tokenizer
@@ -31,7 +32,7 @@ from diffdpo.scores.segments import make_segments
 from diffdpo.setup import data as run_data
 from diffdpo.setup.chosen import chosen_settings
 from diffdpo.setup.context import RunContext
-from diffdpo.setup.preflight import check_before_weights, check_settings_meet
+from diffdpo.setup.preflight import check_before_weights, check_settings_meet, doubts
 from diffdpo.step.report import StepReport
 from diffdpo.step.step import PreferenceStep
 from diffdpo.step.strategy import choose_strategy, micro_batch_shape
@@ -42,6 +43,7 @@ from diffdpo.training.guard import Watch, guarded
 from diffdpo.training.loop import StepFunction
 from diffdpo.training.run import Result, Run, carry_out, finished_before
 
+CONTEXT = 1024  # of a new model, unless its rows are longer
 TOKENIZER_RECORDS = 20_000  # the tokenizer of a new model is trained on the first of the data
 
 
@@ -78,12 +80,15 @@ def _build(
     if config.resume_from_checkpoint:
         resume = find_checkpoint(config.resume_from_checkpoint, context.output_dir, world, context.print)
     train_set, eval_set = run_data.open_data(config, context, run_data.generated(config))
+    answers = _answers_of(train_set)
     loaded = _load_or_make(config, context, choice, train_set, keep=resume is not None)
     encoder = make_encoder(config, loaded.tokenizer, loaded.spec)
     longest = getattr(loaded.model.config, "max_position_embeddings", None)
     run_data.warn_of_data(config, context, (train_set, eval_set), longest=longest)
     refuse_unusable(train_set, encoder)
     loader = run_data.train_loader(config, train_set, encoder, world)
+    for doubt in doubts(config, steps=run_data.total_steps(config, loader)):
+        context.print(f"warning  {doubt}")
     batches = run_data.eval_batches(config, eval_set, encoder, world)
     noise = NoiseOptions.of(config, loaded.spec)
     module = MaskedLogProbs.of(loaded.model, loaded.spec, config)
@@ -104,7 +109,7 @@ def _build(
         SampledAnswers(config, engine, loaded, batches),
         segments=make_segments(config, choice, world.device, world=world),
     )
-    context.print(_announcement(config, context, choice, loaded, len(train_set), f"'{strategy}' ({why})"))
+    context.print(_announcement(config, context, choice, loaded, answers, f"'{strategy}' ({why})"))
     loss = LossOptions(("sft",), (1.0,), beta=1.0)
     step = PreferenceStep(engine, no_reference, noise, loss, strategy=strategy, segments=segments, compared=False)
     chosen = chosen_settings(config, context, choice, encoder) | {"model_name_or_path": config.model_name_or_path}
@@ -123,7 +128,7 @@ def _build(
         held_out=held_out,
         check_first=_nothing_to_check,
         unit="answers",
-        base=config.model_name_or_path or "random weights",
+        base=config.policy or "random weights",
         callbacks=callbacks,
     )
 
@@ -141,14 +146,27 @@ def _facts(loaded: LoadedModel, choice: EngineChoice, *, answers: int, why: str)
 
 
 def _announcement(
-    config: SftConfig, context: RunContext, choice: EngineChoice, loaded: LoadedModel, answers: int, strategy: str
+    config: SftConfig, context: RunContext, choice: EngineChoice, loaded: LoadedModel, answers: str, strategy: str
 ) -> str:
     return (
-        f"model    {config.model_name_or_path or 'new'}, {count_parameters(loaded.model)[0]:,} parameters\n"
-        f"data     {config.train_data or 'generated arithmetic-reasoning answers'}: {answers} answers\n"
+        f"model    {config.policy or 'new'}, {count_parameters(loaded.model)[0]:,} parameters\n"
+        f"data     {config.train_data or 'generated arithmetic-reasoning answers'}: {answers}\n"
         f"engine   {choice.describe()}; segmentation {strategy}\n"
         f"output   {context.output_dir}"
     )
+
+
+def _answers_of(data: ShardedDataset) -> str:
+    """What of the data is trained on, in words. UserError where there is nothing."""
+    kinds = count_kinds(data)
+    if not kinds.pairs + kinds.desirable:
+        raise UserError(
+            f"--train_data: all {kinds.undesirable} answers are undesirable (label false), and supervised training "
+            "learns from right ones; give others, or launch/train.py --loss_type kto"
+        )
+    chosen = f"{kinds.pairs} of them the chosen ones of pairs" if kinds.pairs else ""
+    left_out = f"{kinds.undesirable} undesirable ones (label false) are not trained on" if kinds.undesirable else ""
+    return f"{kinds.pairs + kinds.desirable} answers" + "".join(f", {part}" for part in (chosen, left_out) if part)
 
 
 def _nothing_to_check(report: StepReport) -> None:
@@ -160,29 +178,25 @@ def _load_or_make(
 ) -> LoadedModel:
     """The named model, or a new one with a tokenizer trained on the data: the same on every rank. ``keep``: the one
     that is there, of the run that is resumed."""
-    device = load_device(choice, context.world)
-    if config.model_name_or_path:
-        loaded = load_model(config.model_name_or_path, dtype=dtype_name(choice.bf16), device=device)
+    device, shards = load_device(choice, context.world), weight_shards(choice, context.world)
+    if config.policy:
+        dtype = dtype_name(choice.reads_bf16(trained=True))
+        loaded = load_model(config.policy, dtype=dtype, device=device, shards=shards)
         loaded.model.requires_grad_(True)
         return loaded
     folder = context.output_dir / "start"
     if context.world.is_main and not (keep and folder.exists()):
         shutil.rmtree(folder, ignore_errors=True)  # of a start that was broken off, perhaps with other settings
         tokenizer = train_tokenizer(_texts(data), vocab_size=config.vocab_size)
-        model = new_model(
-            tokenizer,
-            width=config.width,
-            layers=config.layers,
-            heads=config.heads,
-            seed=config.seed,
-            block_size=config.block_size,
-        )
+        sizes = {"width": config.width, "layers": config.layers, "heads": config.heads}
+        context_length = max(CONTEXT, config.max_length)
+        model = new_model(tokenizer, **sizes, seed=config.seed, max_length=context_length, block_size=config.block_size)
         partial = folder.with_name("start.partial")  # renamed when whole: an interrupted one is never taken for it
         tokenizer.save_pretrained(partial)
         model.save_pretrained(partial)
         partial.rename(folder)
     context.world.barrier()
-    loaded = load_model(str(folder), device=device)
+    loaded = load_model(str(folder), device=device, shards=shards)
     loaded.model.requires_grad_(True)
     return loaded
 

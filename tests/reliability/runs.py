@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -71,8 +72,8 @@ class Started:
                     os.kill(pid, how)
 
 
-def start(arguments: list[str], processes: int, log: Path, **environment: str) -> Started:
-    """Fork ``launch/train.py`` on so many ranks."""
+def start(arguments: list[str], processes: int, log: Path, *, file_limit: int | None = None) -> Started:
+    """Fork ``launch/train.py`` on so many ranks. ``file_limit``: bytes a file of theirs may have, as on a full disk."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -81,12 +82,12 @@ def start(arguments: list[str], processes: int, log: Path, **environment: str) -
     for rank in range(processes):
         pid = os.fork()
         if pid == 0:
-            _become_rank(arguments, rank, processes, port, log, environment)
+            _become_rank(arguments, rank, processes, port, log, file_limit)
         pids.append(pid)
     return Started(pids, log)
 
 
-def _become_rank(arguments, rank, processes, port, log, environment) -> None:
+def _become_rank(arguments, rank, processes, port, log, file_limit) -> None:
     code = 70
     try:
         os.setsid()
@@ -94,7 +95,8 @@ def _become_rank(arguments, rank, processes, port, log, environment) -> None:
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1)
         os.dup2(file, 2)
-        os.environ.update(environment)
+        if file_limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
         if processes > 1:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_WORLD_SIZE=str(processes))

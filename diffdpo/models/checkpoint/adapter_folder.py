@@ -1,11 +1,19 @@
-"""What a folder that peft wrote says of itself. No torch and no peft here: commands ask before they load either."""
+"""What a folder that peft wrote says of itself, and of what it was trained on. No torch and no peft is imported to ask.
 
+peft names a base by its folder or hub name, where other weights may lie by now, and any of equal shapes takes the
+adapter. So ``base.json`` beside it holds a hash of the base's weights.
+"""
+
+import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from data_pipeline.hub import pinned
 from diffdpo.errors import UserError
 
 ADAPTER_CONFIG = "adapter_config.json"
+BASE_RECORD = "base.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
@@ -26,4 +34,41 @@ def base_of_adapter(folder: str | Path) -> str:
     kind = settings.get("peft_type", "LORA")
     if kind != "LORA":
         raise UserError(f"{file} has peft_type {kind!r}; supported: 'LORA'")
-    return str(settings["base_model_name_or_path"])
+    return str(pinned(str(settings["base_model_name_or_path"]), settings.get("revision")))
+
+
+def note_base(folder: Path) -> None:
+    """Write ``base.json``: which weights the adapter in ``folder`` was trained on."""
+    base = base_of_adapter(folder)
+    record = {"base_model_name_or_path": base, "weights_sha256": weights_hash(base)}
+    (folder / BASE_RECORD).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def check_base(folder: str | Path, base: str) -> str:
+    """'' where ``base`` has the weights that the adapter was trained on; what is not known where nothing was noted.
+    UserError where it has others."""
+    file = Path(folder) / BASE_RECORD
+    if not file.is_file():
+        return f"{folder} has no {BASE_RECORD}, so nothing tells whether {base} is what the adapter was trained on"
+    try:
+        noted = dict(json.loads(file.read_text()))
+        wanted, name = noted["weights_sha256"], noted.get("base_model_name_or_path")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} cannot be read ({error!r}); restore it, or remove it to go on unchecked") from None
+    if weights_hash(base) != wanted:
+        raise UserError(
+            f"{base} has other weights than {name}, which the adapter {folder} was trained on; name that base with "
+            f"--model_name_or_path, or remove {file} to merge into this one all the same"
+        )
+    return ""
+
+
+def weights_hash(name_or_path: str) -> str:
+    """64 hex digits of a checkpoint's safetensors files, by content and in order of their names; read at the disk's
+    speed, one thread a file."""
+    from data_pipeline.shards import file_sha256  # numpy
+    from diffdpo.models.checkpoint.weights import checkpoint_folder, shard_files  # torch
+
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(file_sha256, sorted(shard_files(checkpoint_folder(name_or_path)))))
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()

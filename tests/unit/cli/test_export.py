@@ -1,12 +1,14 @@
 import json
+import shutil
 import stat
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from diffdpo.cli import export
 from diffdpo.errors import UserError
+from diffdpo.models.checkpoint.adapter_folder import note_base
 from diffdpo.models.load import load_model, save_model
 from diffdpo.models.lora.adapters import add_lora
 
@@ -49,6 +51,34 @@ def test_auto_keeps_the_dtype_of_the_base_and_a_moved_base_can_be_named(adapter,
     merged = load_file(tmp_path / "out" / "model.safetensors")
     assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_another_base_of_equal_shape_is_refused(adapter, base, tmp_path, capsys):
+    note_base(adapter)
+    tensors = load_file(base / "model.safetensors")
+    copy, other = tmp_path / "copy", tmp_path / "other"
+    for folder in (copy, other):
+        shutil.copytree(base, folder)
+    name = max(tensors, key=lambda each: tensors[each].numel())
+    save_file(tensors | {name: tensors[name] + 1}, other / "model.safetensors", metadata={"format": "pt"})
+    for folder, fits in ((copy, True), (other, False)):
+        flags = [
+            "--adapter",
+            str(adapter),
+            "--model_name_or_path",
+            str(folder),
+            "--output",
+            str(tmp_path / f"of {folder.name}"),
+        ]
+        if fits:
+            export.main(flags)
+        else:
+            with pytest.raises(UserError, match=r"has other weights than .*base, which the adapter"):
+                export.main(flags)
+    assert "nothing tells" not in capsys.readouterr().err and not (tmp_path / "of other").exists()
+    (adapter / "base.json").unlink()  # somebody else's adapter
+    export.main(["--adapter", str(adapter), "--model_name_or_path", str(other), "--output", str(tmp_path / "unknown")])
+    assert "nothing tells whether" in capsys.readouterr().err
 
 
 def test_converting_the_dtype_and_the_shards_of_a_model(base, tmp_path):

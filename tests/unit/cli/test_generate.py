@@ -107,7 +107,54 @@ def test_answers_before_a_failure_are_kept(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr("diffdpo.sampling.decode.sample", one_answer)
     arguments = ["--prompts", str(tmp_path / "in.txt"), "--gen_length", "8", "--batch_size", "1"]
+    out.write_text("an earlier run's answers\n")
     with pytest.raises(KeyboardInterrupt):
         generate.main([*arguments, "--model_name_or_path", folder, "--output", str(out)])
-    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl.partial").read_text().splitlines()]
     assert [(line["prompt"], line["tokens"]) for line in lines] == [("1", 2)]
+    assert out.read_text() == "an earlier run's answers\n", "replaced only by a finished file"
+
+
+def answers(folder, lines: list, tmp_path, *more: str) -> dict[str, str]:
+    """Answers of sampled noise by id."""
+    (tmp_path / "in.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    out = tmp_path / "out.jsonl"
+    flags = ["--prompts", str(tmp_path / "in.jsonl"), "--gen_length", "8", "--temperature", "1", "--output", str(out)]
+    generate.main([*flags, "--model_name_or_path", folder, *more])
+    assert not out.with_name("out.jsonl.partial").exists()
+    return {line["id"]: line["answer"] for line in map(json.loads, out.read_text().splitlines())}
+
+
+def test_a_prompt_that_is_too_long_is_told_of_for_itself(folder, tmp_path, capsys):
+    good = [{"id": "a", "prompt": "12 + 3"}, {"id": "c", "prompt": "3"}]
+    expected = answers(folder, [good[0], {"id": "b", "prompt": "7"}, good[1]], tmp_path)
+    found = answers(folder, [good[0], {"id": "b", "prompt": "1 " * 2000}, good[1]], tmp_path)
+    assert found == {key: expected[key] for key in "ac"}, "the noise of the others is what it was"
+    assert "left out prompt 'b': it has " in capsys.readouterr().err
+    before = (tmp_path / "out.jsonl").read_text()
+    with pytest.raises(UserError, match="together more than the model's context of 1024"):
+        answers(folder, [{"id": "b", "prompt": "1 " * 2000}], tmp_path)
+    assert (tmp_path / "out.jsonl").read_text() == before
+
+
+def test_the_file_of_prompts_is_not_written_over(folder, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "1"}')
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "in.jsonl")
+    for output in ("in.jsonl", "link.jsonl"):
+        with pytest.raises(UserError, match="is the file of --prompts"):
+            generate.main(["--prompts", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / output)])
+    assert (tmp_path / "in.jsonl").read_text() == '{"prompt": "1"}'
+
+
+def test_an_id_of_null_is_none(folder, tmp_path):
+    lines = [{"id": None, "prompt": "1"}, {"id": 0, "prompt": "2"}, {"prompt": "3"}]
+    assert list(answers(folder, lines, tmp_path)) == ["1", "0", "3"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"), [([], True), (["--temperature", "1"], False), (["--remasking", "random"], False)]
+)
+def test_samples_that_are_all_the_same_are_told_of(folder, capsys, flags, told):
+    arguments = ["--prompt", "1", "--num_samples", "2", "--gen_length", "8", "--model_name_or_path", folder]
+    generate.main([*arguments, *flags])
+    assert ("they are all the same" in capsys.readouterr().err) == told

@@ -37,6 +37,11 @@ def test_pairs_by_hand_and_ties_count_half():
     assert "rewards/separation" not in values
 
 
+def test_equal_scores_a_token_are_a_tie():
+    same = replace(PAIRS, policy_P2=torch.tensor([[-10.0, -8.0], [-5.0, -3.0], [-20.0, -9.0]]).double())
+    assert same.values(SIGMOID)["scores/accuracies"] == [0.5, 0.5, 0.0]
+
+
 def test_the_loss_is_the_one_that_is_trained_without_its_sft_term():
     hinge = LossOptions(("hinge", "sft"), (2.0, 0.5), beta=0.1)
     assert PAIRS.values(hinge)["loss"] == pytest.approx([2 * 0.7, 2.0, 2 * 1.4])

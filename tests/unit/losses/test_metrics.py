@@ -34,6 +34,17 @@ def test_values_by_hand():
     assert "noise/score_variance" not in found
 
 
+def test_ties_count_one_half():
+    """Also where rounding makes one of them: 1e-5 nats between scores of 300."""
+    policy = torch.tensor([[-300.0, -310.0], [-300.0, -310.0], [-300.0, -310.0], [-300.0, -310.0]])
+    ratio = torch.tensor([[1.0, 1.0], [1.00003, 1.0], [1.0, 1.01], [1.01, 1.0]])
+    tokens, weight = torch.full((4, 2), 50), torch.ones(4, 2)
+    for row, expected in enumerate((0.5, 0.5, 0.0, 1.0)):
+        one = slice(row, row + 1)
+        found = pair_sums(policy[one], policy[one] - ratio[one], tokens_B2=tokens[one], weight_B2=weight[one], beta=0.1)
+        assert means(found)["rewards/accuracies"] == expected
+
+
 def test_sums_add_over_micro_batches():
     first, rest, whole = sums(slice(0, 1)), sums(slice(1, 3)), sums()
     assert list(first) == list(whole), "the order of the names is that in which ranks add them"
