@@ -2,17 +2,35 @@
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
 from typing import NoReturn
 
 from data_pipeline.errors import DataError
 
 
 class Parser(argparse.ArgumentParser):
-    """``argparse`` without abbreviations, whose errors are one line."""
+    """``argparse`` without abbreviations, whose errors are one line; ``--a-flag`` is ``--a_flag``."""
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As in argparse; what is not known comes back with underscores too."""
+        return super().parse_known_args(
+            [underscored(word) for word in (sys.argv[1:] if args is None else args)], namespace
+        )
+
+    def parse_args(self, args=None, namespace=None):
+        """As in argparse; an unknown flag is answered with the nearest name."""
+        known, rest = self.parse_known_args(args, namespace)
+        if rest:
+            self.error(unknown(rest, self.flags()))
+        return known
+
+    def flags(self) -> list[str]:
+        """All names."""
+        return [name for name in self._option_string_actions if name.startswith("--")]
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
@@ -34,3 +52,18 @@ def exit_code(main: Callable[[list[str]], int | None], argv: list[str], user_err
     except OSError as error:  # disk full, no permission: the message names the file
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
+
+
+def underscored(word: str) -> str:
+    """``--a-flag=value`` → ``--a_flag=value``; what is no flag stays as it is."""
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else word
+
+
+def unknown(rest: Sequence[str], known: Iterable[str]) -> str:
+    """What is said of words that no flag takes: the first, and the known name it may be meant for."""
+    first = rest[0].partition("=")[0]
+    if not first.startswith("-"):
+        return f"{first!r} belongs to no flag"
+    near = get_close_matches(first, list(known), 1)
+    return f"there is no {first}" + (f"; is {near[0]} meant?" if near else "")

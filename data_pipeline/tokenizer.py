@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import DataError
-from data_pipeline.hub import in_a_line, only_kept
+from data_pipeline.hub import at_revision, in_a_line
 
 Ids = int | list[int] | None
 
@@ -24,7 +24,7 @@ def load_tokenizer(name: str) -> tuple[Any, int | None, int | None]:
     """
     try:
         tokenizer = read_tokenizer(name)
-        config = _model_config(name, only_kept(name))
+        config = _model_config(name)
     except DataError as error:
         raise DataError(f"--tokenizer {name!r} cannot be loaded: {error}") from error
     terminator, mask = (first_id(config.get(field)) for field in ("eos_token_id", "mask_token_id"))
@@ -43,16 +43,17 @@ def read_tokenizer(name: str) -> Any:
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     try:
-        kept = only_kept(name)
-        named = get_tokenizer_config(name, local_files_only=kept).get("tokenizer_class")
+        plain, where = at_revision(name)
+        named = get_tokenizer_config(plain, **where).get("tokenizer_class")
         loader = Qwen2Tokenizer if named == "DreamTokenizer" else AutoTokenizer
         with _quiet():
-            return loader.from_pretrained(name, trust_remote_code=False, local_files_only=kept)
+            return loader.from_pretrained(plain, trust_remote_code=False, **where)
     except DataError:
         raise
     except Exception as error:  # of many kinds, by what is missing, malformed or would need code of its own
         with suppress(Exception), _quiet():  # damaged as well: the first message says more
-            return PreTrainedTokenizerFast.from_pretrained(name, local_files_only=only_kept(name))
+            plain, where = at_revision(name)
+            return PreTrainedTokenizerFast.from_pretrained(plain, **where)
         raise DataError(f"no tokenizer at {name!r}: {in_a_line(error)}") from error
 
 
@@ -108,13 +109,13 @@ def token_id(tokenizer: Any, text: str) -> int:
     return number
 
 
-def _model_config(name: str, kept: bool) -> dict:
+def _model_config(name: str) -> dict:
     """config.json as it stands; empty for a tokenizer on its own. Raises DataError."""
     from transformers.utils import cached_file
 
     try:
-        lenient = {"_raise_exceptions_for_missing_entries": False, "local_files_only": kept}
-        path = cached_file(name, "config.json", **lenient)
+        plain, where = at_revision(name)
+        path = cached_file(plain, "config.json", _raise_exceptions_for_missing_entries=False, **where)
         config = json.loads(Path(path).read_bytes()) if path else {}
     except (OSError, ValueError) as error:
         raise DataError(f"config.json cannot be read: {in_a_line(error)}") from error

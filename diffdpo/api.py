@@ -17,7 +17,7 @@ import torch
 
 from data_pipeline.errors import DataError
 from data_pipeline.records import Record
-from diffdpo.cli.flags import converted, with_bundled_recipe
+from diffdpo.cli.flags import own_names, own_settings, with_bundled_recipe
 from diffdpo.config import ScoreConfig, SftConfig, TrainConfig, make_config
 from diffdpo.errors import UserError
 from diffdpo.evaluation.score_models import device_named, load_models
@@ -92,7 +92,7 @@ def score(
     ``reference_score``, ``log_ratio`` and ``log_ratio_stderr``. Records that cannot be scored are left out, with one
     warning that counts them.
     """
-    config = make_config(ScoreConfig, converted(ScoreConfig, _checked(ScoreConfig, settings), "score"))
+    config = make_config(ScoreConfig, own_settings(ScoreConfig, _checked(ScoreConfig, settings)))
     check_estimator(
         config.score_estimator, num_samples=config.num_mc_samples, num_diffusion_steps=config.num_diffusion_steps
     )
@@ -170,7 +170,7 @@ def _config(
             raise UserError(f"{name} is given twice; leave one out")
         if value is not None:
             values[name] = value
-    _checked(config_class, values)
+    values = own_names(config_class, values)
     cache = _cache_of(values)
     needed = _records_needed(config_class, values) if values.get("max_steps") else None
     for name in ("train_data", "eval_data"):
@@ -180,7 +180,7 @@ def _config(
         if values.get(name) is not None:
             values[name] = model_as_folder(values[name], cache)
     # as from YAML: a number may come as text, and a type that fits none is told by name
-    return make_config(config_class, complete(converted(config_class, values, config_class.__name__)))
+    return make_config(config_class, complete(own_settings(config_class, values)))
 
 
 def _cache_of(values: Mapping[str, Any]) -> Path:

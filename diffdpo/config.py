@@ -17,12 +17,13 @@ from diffdpo.engine.choice import shards_parameters
 from diffdpo.errors import UserError
 from diffdpo.losses.settings import LossSettings
 from diffdpo.models.checkpoint.adapter_folder import is_adapter
-from diffdpo.settings.base import Settings, check_settings, setting
+from diffdpo.settings.base import Settings, check_settings, public, setting
 from diffdpo.settings.data import DataSettings, EncodingSettings
 from diffdpo.settings.engine import EngineSettings
 from diffdpo.settings.evaluation import EvaluationSettings
+from diffdpo.settings.hub import HubSettings
 from diffdpo.settings.model import LoraSettings, ModelSettings
-from diffdpo.settings.noise import NoiseSettings
+from diffdpo.settings.noise import ESTIMATORS, NoiseSettings
 from diffdpo.settings.output import OutputSettings
 from diffdpo.settings.reference import ReferenceSettings
 from diffdpo.settings.segments import MemorySettings, SegmentSettings
@@ -33,6 +34,7 @@ FULL_RATE, LORA_RATE, BUNDLED_RATE = 5e-7, 5e-6, 1e-4  # VRPO's for 8B; the usua
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(
+    HubSettings,
     TrackingSettings,
     EvaluationSettings,
     OutputSettings,
@@ -66,6 +68,11 @@ class TrainConfig(RunConfig, MemorySettings, ReferenceSettings, LossSettings, Lo
         """What two subjects say against each other."""
         if self.reference == "adapter_off" and not self.use_peft:
             raise UserError("--reference adapter_off needs --use_peft; without an adapter use --reference copy")
+        if self.load_in_4bit and self.engine == "fsdp2":
+            raise UserError(
+                "--load_in_4bit: bitsandbytes keeps the scales of a whole matrix beside its 4-bit numbers, and FSDP2 "
+                "would cut the numbers alone; use --ds_config ds_configs/zero2.json, or leave --load_in_4bit out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +87,19 @@ class SftConfig(RunConfig):
     learning_rate: float | None = setting(2e-3, "peak learning rate", at_least=0, common=True)
     per_device_train_batch_size: int = setting(64, "records in a micro-batch of one process", at_least=1, common=True)
     per_device_eval_batch_size: int = setting(64, "records in a batch of one process in evaluation", at_least=1)
-    warmup_steps: int = setting(100, "steps of linear warm-up", at_least=0)
+    warmup_steps: int | float = setting(100, "steps of linear warm-up, or their share of all", at_least=0, share=True)
     weight_decay: float = setting(0.05, "AdamW's, on matrices only", at_least=0)
-    score_estimator: str = setting("mask_count", "how masks and weights are drawn; see docs/theory.md", common=True)
+    score_estimator: str = setting(
+        "mask_count", "how masks and weights are drawn; see docs/theory.md", choices=ESTIMATORS, common=True
+    )
     num_mc_samples: int = setting(1, "masks drawn for an answer in a step (n)", at_least=1, common=True)
-    eval_steps: int = setting(500, "steps between evaluations; 0: before and after only", at_least=0, common=True)
+    eval_steps: int | float = setting(
+        500,
+        "steps between evaluations, or their share of all; 0: before and after",
+        at_least=0,
+        share=True,
+        common=True,
+    )
     answer_canvas: int = setting(
         0, "fill half of the answers up to so many tokens with terminators; 0: none", at_least=0
     )
@@ -129,7 +144,7 @@ class ScoreConfig(NoiseSettings, EncodingSettings):
         None, "folder, hub name or adapter folder; default: the bundled model", common=True
     )
     ref_model_name_or_path: str | None = setting(
-        None, "a second model to compare with, under the same noise", common=True
+        None, "a second model to compare with, under the same noise; default: none", common=True
     )
     output: str | None = setting(
         None, "file to append to; ids already in it are skipped; default: standard output", common=True
@@ -156,19 +171,23 @@ def make_config(config_class: type[Config], values: Mapping[str, Any]) -> Config
     config = config_class(**values)
     check_settings(config)
     if isinstance(config, RunConfig) and shards_parameters(config) and config.torch_compile:
-        raise UserError("--torch_compile has not been seen to work under ZeRO-3; leave it out, or use stage 2")
+        raise UserError(
+            "--torch_compile has not been seen to work under ZeRO-3 and FSDP2; leave it out, or use stage 2"
+        )
     return config
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """The learning rate, where none is given, follows what is trained."""
+    """The learning rate, where none is given, follows what is trained. UserError where the schedule ends above it."""
     if config.learning_rate is not None:
         return config
+    rate = FULL_RATE if config.model_name_or_path else BUNDLED_RATE
     if isinstance(config, TrainConfig) and config.use_peft:
-        return dataclasses.replace(config, learning_rate=LORA_RATE)
-    return dataclasses.replace(config, learning_rate=FULL_RATE if config.model_name_or_path else BUNDLED_RATE)
+        rate = LORA_RATE
+    config.check_peak(rate)
+    return dataclasses.replace(config, learning_rate=rate)
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The settings as a recipe that gives the same run, from its start even if it was resumed."""
-    return yaml.safe_dump(dataclasses.asdict(config) | {"resume_from_checkpoint": None}, sort_keys=False)
+    """The settings as a recipe that gives the same run, from its start even if it was resumed. Secrets are left out."""
+    return yaml.safe_dump(public(config) | {"resume_from_checkpoint": None}, sort_keys=False)

@@ -1,56 +1,40 @@
-"""Settings from the command line: defaults, then a YAML recipe, then flags. No torch in here."""
+"""Settings from the command line: defaults, then a YAML recipe, then flags. No torch in here.
 
+Names of TRL and transformers are read as well, in flags and recipes alike (``trl.py``).
+"""
+
+import argparse
 import dataclasses
-import types
+import textwrap
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from diffdpo.cli import trl
 from diffdpo.command import Parser
-from diffdpo.config import TrainConfig, make_config
+from diffdpo.config import RunConfig, SftConfig, TrainConfig, make_config
 from diffdpo.errors import UserError
-from diffdpo.settings.base import Settings
+from diffdpo.settings.base import Settings, converted, kind_of
 from diffdpo.shipped import find_shipped
 
 # The settings when neither a model nor data is named: those that suit what comes with diffdpo
 BUNDLED_RECIPE = Path(__file__).parents[1] / "pretrained" / "arithmetic" / "train.yaml"
 
-_UNSET = object()  # tells a flag that was not given from one given with its default
-
-
-def build_parser(config_class: type[Settings], description: str) -> Parser:
-    """A parser with one flag per field, ``--config`` for a recipe, and the ``--local_rank`` that launchers append."""
-    parser = Parser(description=description, argument_default=None)
-    parser.add_argument("--config", help="YAML recipe; flags override it")
-    parser.add_argument("--local_rank", "--local-rank", type=int, help="given by launchers; the environment decides")
-    for item in dataclasses.fields(config_class):
-        kind = _flag_type(config_class, item.name)
-        text = f"{item.metadata['help']} (default: {item.default})"
-        options: dict[str, Any] = {"help": text.replace("%", "%%"), "default": _UNSET}
-        if kind is bool:
-            options |= {"nargs": "?", "const": True, "type": _boolean, "metavar": "true|false"}
-        else:
-            options |= {"type": kind, "choices": item.metadata["choices"] or None}
-        parser.add_argument(f"--{item.name}", **options)
-    parser.formatter_class = _HelpFormatter
-    if config_class is TrainConfig:
-        bundled = ", ".join(f"{name} {value}" for name, value in read_recipe(config_class, BUNDLED_RECIPE).items())
-        parser.epilog = (
-            f"Without --model_name_or_path and --train_data these are the defaults: {bundled}. The sft_weight is left "
-            "out where --loss_type is given."
-        )
-    return parser
-
 
 def parse_config(config_class: type[Settings], argv: Sequence[str], description: str) -> Any:
-    """Defaults, then the recipe of ``--config``, then flags; checked. UserError for a recipe's mistake."""
-    namespace = vars(build_parser(config_class, description).parse_args(argv))
-    flags = {name: value for name, value in namespace.items() if value is not _UNSET}
-    recipe, _ = flags.pop("config"), flags.pop("local_rank")
-    given = {**(read_recipe(config_class, Path(recipe)) if recipe else {}), **flags}
+    """Defaults, then the recipe of ``--config``, then flags; checked. UserError for a setting's mistake."""
+    flags = vars(build_parser(config_class, description).parse_args(argv))
+    recipe, _ = flags.pop("config", None), flags.pop("local_rank", None)
+    in_recipe = _read_yaml(Path(recipe)) if recipe else {}
+    together = {**in_recipe, **flags}
+    given = {
+        **own_settings(config_class, in_recipe, beside=together, where=f"--config {recipe}: "),
+        **own_settings(config_class, flags, beside=together),
+    }
     return make_config(config_class, with_bundled_recipe(given) if config_class is TrainConfig else given)
 
 
@@ -66,6 +50,61 @@ def with_bundled_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_recipe(config_class: type[Settings], path: Path) -> dict[str, Any]:
     """The settings of a YAML recipe; each key must be a flag's name and each value of its type."""
+    return own_settings(config_class, _read_yaml(path), where=f"--config {path}: ")
+
+
+def own_settings(
+    config_class: type[Settings],
+    given: Mapping[str, Any],
+    *,
+    beside: Mapping[str, Any] | None = None,
+    where: str = "",
+) -> dict[str, Any]:
+    """What a user gave by our names or by TRL's and transformers', as our settings, each of its field's type.
+
+    ``beside``: all that is given, also elsewhere, for names that depend on others. UserError, beginning with ``where``,
+    for a name that no setting has, for one that makes no sense here, and for a value of another type.
+    """
+    try:
+        named = own_names(config_class, given, beside=beside)
+        return {name: converted(config_class, name, value) for name, value in named.items()}
+    except UserError as error:
+        raise UserError(f"{where}{error}") from None
+
+
+def own_names(
+    config_class: type[Settings], given: Mapping[str, Any], *, beside: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """``given`` by our names alone, the values as they are. UserError for a name that has no place here."""
+    theirs = trl.TABLE if takes_theirs(config_class) else {}
+    ours = {name: value for name, value in given.items() if name not in theirs}
+    ours |= trl.translated(given, given if beside is None else beside) if theirs else {}
+    for name in ours:
+        _check_name(config_class, name)
+    return ours
+
+
+def takes_theirs(config_class: type[Settings]) -> bool:
+    """Whether TRL's names mean something to a command: to those that train."""
+    return issubclass(config_class, RunConfig)
+
+
+def _check_name(config_class: type[Settings], name: str) -> None:
+    ours = _names(config_class)
+    if name in ours:
+        return
+    for other, command in ((TrainConfig, "train"), (SftConfig, "sft")):
+        if name in _names(other):
+            raise UserError(f"--{name} is a flag of `{command}`, not of this command (see --help_all)")
+    near = get_close_matches(name, [*ours, *(trl.TABLE if takes_theirs(config_class) else ())], 1)
+    raise UserError(f"there is no --{name}" + (f"; is --{near[0]} meant?" if near else " (see --help_all)"))
+
+
+def _names(config_class: type[Settings]) -> list[str]:
+    return [item.name for item in dataclasses.fields(config_class)]
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
     path = find_shipped("recipes", str(path), flag="--config")
     try:
         content = yaml.safe_load(path.read_text())
@@ -73,57 +112,118 @@ def read_recipe(config_class: type[Settings], path: Path) -> dict[str, Any]:
         raise UserError(f"--config {path} is not a YAML file: {error}") from None
     if not isinstance(content, Mapping):
         raise UserError(f"--config {path} holds no settings; write lines such as 'learning_rate: 1e-5'")
-    allowed = {item.name for item in dataclasses.fields(config_class)}
-    unknown = sorted(map(str, set(content) - allowed))
-    if unknown:
-        raise UserError(f"--config {path} sets {', '.join(unknown)}, which is no flag of this command; see --help")
-    return converted(config_class, content, f"--config {path}")
+    return {str(name).replace("-", "_"): value for name, value in content.items()}
 
 
-def converted(config_class: type[Settings], values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Values from YAML or Python as the types of the fields; ``where`` begins the message of a UserError."""
-    return {name: _convert(config_class, name, value, where) for name, value in values.items()}
+# ---------------------------------------------------------------------------------------------------- the parser
 
 
-class _HelpFormatter(Parser().formatter_class):  # type: ignore[misc]
-    def _get_help_string(self, action):
-        return action.help
+def build_parser(config_class: type[Settings], description: str) -> Parser:
+    """A parser with one flag per field, ``--config`` for a recipe, and the ``--local_rank`` that launchers append.
+
+    It leaves out what is not given, and values as they are written: recipes, flags and callers are converted and
+    checked by the same functions, in the same words.
+    """
+    parser = Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    everything = _ShowHelp(config_class, description)
+    parser.add_argument("-h", "--help", action=everything.action(everything=False))
+    parser.add_argument("--help_all", action=everything.action(everything=True))
+    parser.add_argument("--config")
+    hints = typing.get_type_hints(config_class)
+    for item in dataclasses.fields(config_class):
+        options: dict[str, Any] = {"nargs": "+"} if item.metadata["many"] else {}
+        if kind_of(hints[item.name]) is bool:
+            options = {"nargs": "?", "const": True}
+        parser.add_argument(f"--{item.name}", **options)
+    if takes_theirs(config_class):
+        for name in trl.TABLE:
+            parser.add_argument(f"--{name}", nargs="*", action=_Theirs)
+        if config_class is not TrainConfig:
+            for name in set(_names(TrainConfig)) - set(_names(config_class)):
+                parser.add_argument(f"--{name}", nargs="*")  # to be told whose it is
+    else:
+        parser.add_argument("--local_rank")
+    return parser
 
 
-def _flag_type(config_class: type, name: str) -> type:
-    hint = typing.get_type_hints(config_class)[name]
-    if isinstance(hint, types.UnionType):
-        hint = next(member for member in typing.get_args(hint) if member is not type(None))
-    return hint
+class _Theirs(argparse.Action):
+    """A name of TRL's: alone it is true; several words are a list."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else (values or True))
 
 
-def _boolean(text: str) -> bool:
-    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if text.lower() not in words:
-        raise ValueError(text)
-    return words[text.lower()]
+@dataclasses.dataclass(frozen=True)
+class _ShowHelp:
+    config_class: type[Settings]
+    description: str
+
+    def action(self, *, everything: bool) -> type[argparse.Action]:
+        config_class, description = self.config_class, self.description
+
+        class Show(argparse.Action):
+            def __init__(self, option_strings, dest, **options):
+                super().__init__(option_strings, argparse.SUPPRESS, nargs=0)
+
+            def __call__(self, parser, namespace, values, option_string=None):
+                print(help_text(config_class, description, prog=parser.prog, everything=everything))
+                parser.exit()
+
+        return Show
 
 
-def _convert(config_class: type, name: str, value: Any, where: str) -> Any:
-    """A YAML value as the field's type. ``1e-5`` is text in YAML 1.1, so numbers may come as text."""
-    kind = _flag_type(config_class, name)
-    if value is None:
-        if type(None) not in typing.get_args(typing.get_type_hints(config_class)[name]):
-            raise UserError(f"{where}: {name} has no value; give one, or leave the line out")
-        return None
-    try:
-        if kind is bool:
-            converted: Any = value if isinstance(value, bool) else _boolean(str(value))
-        elif isinstance(value, (bool, list, dict)):
-            raise ValueError(value)
-        else:
-            converted = kind(value)
-        if kind is int and float(value) != converted:
-            raise ValueError(value)
-    except (TypeError, ValueError):
-        raise UserError(f"{where}: {name} is {value!r}; it must be of type {kind.__name__}") from None
-    item = next(f for f in dataclasses.fields(config_class) if f.name == name)
-    choices = item.metadata.get("choices")
-    if choices and converted not in choices:
-        raise UserError(f"{where}: {name} is {value!r}; allowed: {', '.join(choices)}")
-    return converted
+# ------------------------------------------------------------------------------------------------------- help
+
+
+def help_text(config_class: type[Settings], description: str, *, prog: str, everything: bool) -> str:
+    """What ``--help`` shows: the flags that matter most, a line each; or ``everything``, each with what it allows."""
+    parts = [f"usage: {prog} [--config RECIPE] [--FLAG VALUE ...]", description.strip()]
+    for title, items in groups(config_class):
+        shown = [item for item in items if everything or item.metadata["common"]]
+        if shown:
+            parts.append("\n".join((f"{title}:", *(_line(config_class, item, everything) for item in shown))))
+    parts.append("  --config RECIPE".ljust(NAMES) + "  a YAML file of settings by these names; flags override it")
+    if config_class is TrainConfig:
+        parts.append(_epilog())
+    theirs = " Names of TRL and transformers are read too: see docs/from_trl.md." if takes_theirs(config_class) else ""
+    parts.append(f"These are all flags.{theirs}" if everything else f"--help_all shows all flags.{theirs}")
+    return "\n\n".join(parts)
+
+
+def groups(config_class: type[Settings]) -> Iterator[tuple[str, list[dataclasses.Field]]]:
+    """The fields under the title of the subject that declares them first, in the order of composition."""
+    found: dict[str, list[dataclasses.Field]] = {}
+    for item in dataclasses.fields(config_class):
+        owner = next(c for c in reversed(config_class.__mro__) if item.name in vars(c).get("__annotations__", ()))
+        found.setdefault(owner.title, []).append(item)  # type: ignore[attr-defined]
+    yield from found.items()
+
+
+def _line(config_class: type[Settings], item: dataclasses.Field, everything: bool) -> str:
+    text, choices = item.metadata["help"], item.metadata["choices"]
+    if item.default is not None:
+        default = str(item.default).lower() if isinstance(item.default, bool) else item.default
+        text += f" (default: {default})"
+    lines = [f"  --{item.name} {_metavar(config_class, item)}".ljust(NAMES) + f"  {text}"]
+    if everything and choices:
+        allowed = f"{'each one of' if item.metadata['many'] else 'one of'}: {', '.join(choices)}"
+        lines += textwrap.wrap(allowed, WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 10)
+    return "\n".join(lines)
+
+
+NAMES, WIDTH = 35, 120  # columns of the names, and of all
+
+
+def _metavar(config_class: type[Settings], item: dataclasses.Field) -> str:
+    kind = kind_of(typing.get_type_hints(config_class)[item.name])
+    word = {bool: "[false]", int: "N", float: "X", str: "NAME" if item.metadata["choices"] else "TEXT"}[kind]
+    return f"{word} ..." if item.metadata["many"] else word
+
+
+def _epilog() -> str:
+    bundled = ", ".join(f"{name} {value}" for name, value in read_recipe(TrainConfig, BUNDLED_RECIPE).items())
+    text = (
+        f"Without --model_name_or_path and --train_data these are the defaults: {bundled}. The sft_weight is left out "
+        "where --loss_type is given."
+    )
+    return textwrap.fill(text, WIDTH, break_on_hyphens=False)

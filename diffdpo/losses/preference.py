@@ -21,7 +21,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from diffdpo.errors import UserError
 from diffdpo.settings.base import Settings, setting
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class LossParameters(Settings):
     """The losses' own parameters: a field here is a flag, and reaches every loss that has an argument of its name."""
+
+    title: ClassVar[str] = "loss"
 
     label_smoothing: float = setting(
         0.0, "share of pairs assumed to be labelled the wrong way round", at_least=0, below=0.5

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from diffdpo.errors import UserError
 from diffdpo.losses.options import LossOptions
-from diffdpo.losses.preference import DEFAULTS, LossParameters, check_loss, check_read
+from diffdpo.losses.preference import DEFAULTS, LOSSES, LossParameters, check_loss, check_read
 from diffdpo.settings.base import setting
 
 
@@ -17,9 +17,15 @@ class LossSettings(LossParameters):
     title: ClassVar[str] = "loss"
 
     beta: float = setting(0.1, "strength of the pull towards the reference", above=0, common=True)
-    loss_type: str = setting("sigmoid", "one loss, or several with commas; see docs/losses.md", common=True)
-    loss_weights: str | None = setting(None, "one weight per loss, with commas; default: 1 each")
-    sft_weight: float = setting(0.0, "adds -sft_weight * score(chosen) / tokens(chosen)", at_least=0, common=True)
+    loss_type: str = setting(
+        "sigmoid",
+        "one loss, or several that are added; see docs/losses.md",
+        choices=tuple(LOSSES),
+        many=True,
+        common=True,
+    )
+    loss_weights: str | None = setting(None, "one weight per loss; default: 1 each", many=True)
+    sft_weight: float = setting(0.0, "adds -sft_weight * score(chosen) / tokens(chosen)", at_least=0)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -54,7 +60,7 @@ class LossSettings(LossParameters):
         try:
             weights = tuple(float(weight) for weight in self.loss_weights.split(","))
         except ValueError:
-            raise UserError(f"--loss_weights {self.loss_weights}: give numbers with commas, such as 1.0,0.05") from None
+            raise UserError(f"--loss_weights {self.loss_weights}: give numbers, such as 1.0 0.05") from None
         if not all(math.isfinite(weight) for weight in weights):
             raise UserError(f"--loss_weights {self.loss_weights}: every weight must be a finite number")
         return weights

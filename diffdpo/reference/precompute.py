@@ -88,7 +88,7 @@ class ReferencePass:
         self.encoder, self.spec, self.cache_dir, self.say = encoder, spec, cache_dir, say
         self.noise = NoiseOptions.of(config, spec)
         self.segments = make_segments(config, choice, world.device, world=world)
-        self.reference = config.ref_model_name_or_path or model_or_bundled(config.model_name_or_path)
+        self.reference = config.ref_model_name_or_path or model_or_bundled(config.policy)
         self.weights = world.broadcast(weights_digest(self.reference) if world.is_main else None)
 
     def training(self, loader: PairLoader, *, last: int) -> Stream:
@@ -133,7 +133,7 @@ class ReferencePass:
 
     def score(self, todo: Sequence[tuple[Stream, int, np.ndarray]]) -> None:
         """Load the reference, score the steps, let go of it."""
-        module = load_reference(self.config, bf16=self.choice.bf16, mask_token_id=self.spec.mask_token_id)
+        module = load_reference(self.config, self.choice, self.world, mask_token_id=self.spec.mask_token_id)
         forward = hold_frozen(self.choice, module, self.world)
         with told_if_exhausted("while the reference is scored", "give a smaller --segment_rows, such as 8"):
             _score_all(todo, forward, self.noise, self.world, segments=self.segments)

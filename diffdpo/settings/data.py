@@ -18,7 +18,7 @@ class EncodingSettings(Settings):
     title: ClassVar[str] = "encoding"
 
     max_length: int = setting(1024, "most tokens of prompt and answer together", at_least=1, common=True)
-    max_prompt_length: int = setting(512, "most tokens of the prompt", at_least=1, common=True)
+    max_prompt_length: int = setting(512, "most tokens of the prompt", at_least=1)
     truncation: str = setting(
         "keep_end", "what stays of a prompt that does not fit", choices=("keep_end", "keep_start", "drop")
     )
@@ -48,17 +48,22 @@ class DataSettings(EncodingSettings):
 
     train_data: str | None = setting(
         None,
-        "shards (glob or URL), .jsonl(.gz), .json, .parquet, .csv, folder or data set; several with commas",
+        "files, folders, shards, URLs or names of data sets; see docs/data.md; default: generated",
         common=True,
+        many=True,
     )
     columns: str | None = setting(
-        None, "which columns of --train_data and --eval_data are what, such as prompt=question,chosen=good,rejected=bad"
+        None,
+        "which columns are what, such as prompt=question,chosen=good,rejected=bad; default: known by their names",
     )
     data_weights: str | None = setting(
-        None, "shares of the sources of --train_data in an epoch, with commas, such as 3,1; default: each whole"
+        None, "shares of the sources of --train_data in an epoch, such as 3 1; default: each whole", many=True
     )
     eval_data: str | None = setting(
-        None, "the same for held-out data; default: a part of --train_data, split by prompt", common=True
+        None,
+        "the same for held-out data; default: a part of --train_data, split by prompt",
+        common=True,
+        many=True,
     )
     eval_fraction: float = setting(
         0.1, "share of the prompts held out when --eval_data is not given", at_least=0, below=1

@@ -4,29 +4,36 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from diffdpo.errors import UserError
-from diffdpo.settings.base import Settings, setting
+from diffdpo.settings.base import setting
+from diffdpo.settings.schedule import ScheduleSettings
+
+FSDP_FLAGS = {"fsdp_cpu_offload": False, "fsdp_reshard_after_forward": True, "fsdp_shard_size": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineSettings(Settings):
+class EngineSettings(ScheduleSettings):
     """The engine and the optimizer."""
 
     title: ClassVar[str] = "optimisation and engine"
 
     engine: str = setting(
-        "auto", "auto: deepspeed when --ds_config is given", choices=("auto", "deepspeed", "plain"), common=True
+        "auto",
+        "auto: deepspeed when --ds_config is given; fsdp2: everything in shards, by torch alone",
+        choices=("auto", "deepspeed", "plain", "fsdp2"),
     )
     ds_config: str | None = setting(
-        None, "DeepSpeed JSON: sharding and offload; the rest is filled in from these flags", common=True
+        None, "DeepSpeed JSON: sharding and offload, the rest follows from flags; default: none", common=True
     )
-    bf16: bool | None = setting(None, "bfloat16 weights; default: on a GPU that has it", common=True)
+    fsdp_cpu_offload: bool = setting(False, "fsdp2: shards, their gradients and AdamW on the host")
+    fsdp_reshard_after_forward: bool = setting(
+        True, "fsdp2: free gathered weights after a forward; false: kept until its backward (less traffic, more memory)"
+    )
+    fsdp_shard_size: int = setting(
+        0, "fsdp2: processes that share one copy of the weights, such as those of a host; 0: all", at_least=0
+    )
+    bf16: bool | None = setting(None, "bfloat16 weights; default: on a GPU that has it")
     per_device_train_batch_size: int = setting(8, "records in a micro-batch of one process", at_least=1, common=True)
     gradient_accumulation_steps: int = setting(1, "micro-batches in a step", at_least=1, common=True)
-    learning_rate: float | None = setting(
-        None, "peak; default: 5e-7, 5e-6 with --use_peft, 1e-4 for the bundled model", at_least=0, common=True
-    )
-    lr_scheduler_type: str = setting("cosine", "after the warm-up", choices=("cosine", "linear", "constant"))
-    warmup_steps: int = setting(10, "steps of linear warm-up", at_least=0)
     weight_decay: float = setting(0.01, "AdamW's, on matrices only", at_least=0)
     adam_beta1: float = setting(0.9, "AdamW's beta1", at_least=0, below=1)
     adam_beta2: float = setting(0.95, "AdamW's beta2", at_least=0, below=1)
@@ -41,3 +48,6 @@ class EngineSettings(Settings):
             )
         if self.engine not in ("auto", "deepspeed") and self.ds_config:
             raise UserError(f"--engine {self.engine} does not read --ds_config; leave one of the two out")
+        for name, usual in FSDP_FLAGS.items():
+            if self.engine != "fsdp2" and getattr(self, name) != usual:
+                raise UserError(f"--{name} is about --engine fsdp2; add that, or leave it out")

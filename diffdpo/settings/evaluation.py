@@ -14,7 +14,9 @@ class EvaluationSettings(Settings):
     title: ClassVar[str] = "evaluation"
 
     per_device_eval_batch_size: int = setting(16, "records in a batch of one process in evaluation", at_least=1)
-    eval_steps: int = setting(0, "steps between evaluations; 0: before and after only", at_least=0, common=True)
+    eval_steps: int | float = setting(
+        0, "steps between evaluations, or their share of all; 0: before and after", at_least=0, share=True, common=True
+    )
     max_eval_pairs: int = setting(
         256,
         "held-out records scored in an evaluation: drawn once, the same for every batch and seed; 0: all",

@@ -1,8 +1,10 @@
 """Which model, and how its layers are run and adapted."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
+from data_pipeline.hub import pinned
 from diffdpo.errors import UserError
 from diffdpo.settings.base import Settings, setting
 
@@ -16,9 +18,23 @@ class ModelSettings(Settings):
     model_name_or_path: str | None = setting(
         None, "policy to train: folder or hub name; default: the bundled model", common=True
     )
+    model_revision: str | None = setting(
+        None, "branch, tag or commit of --model_name_or_path on the hub; default: its main branch"
+    )
     gradient_checkpointing: bool = setting(False, "recompute each layer in the backward pass (saves memory)")
     torch_compile: bool = setting(False, "compile the layers: minutes at the start, then less time and memory")
     use_liger_kernel: bool = setting(False, "LM head through Liger's fused kernel (GPU; for trained heads)")
+
+    def check(self) -> None:
+        """A revision is of a model that is named, and no folder."""
+        name = self.model_name_or_path
+        if self.model_revision and (not name or Path(name).exists()):
+            raise UserError(f"--model_revision is of a model on the hub, and {name or 'the bundled one'} is none")
+
+    @property
+    def policy(self) -> str | None:
+        """The model to train by one name, NAME@REVISION where a revision is set; None: the bundled one."""
+        return pinned(self.model_name_or_path, self.model_revision)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +47,10 @@ class LoraSettings(ModelSettings):
     lora_r: int = setting(16, "rank of the adapter", at_least=1)
     lora_alpha: int = setting(32, "scale of the adapter", above=0)
     lora_target_modules: str | None = setting(
-        None, "names in a block with commas, or a regular expression of full names; default: every linear layer"
+        None, "names in a block, or a regular expression of full names; default: every linear layer", many=True
+    )
+    lora_modules_to_save: str | None = setting(
+        None, "modules trained whole beside the adapter, by name; default: none", many=True
     )
     use_dora: bool = setting(False, "DoRA: learn the size of each weight row apart from its direction")
     use_rslora: bool = setting(False, "rsLoRA: scale the adapter by lora_alpha / sqrt(lora_r)")
@@ -47,6 +66,7 @@ class LoraSettings(ModelSettings):
             ("use_dora", self.use_dora),
             ("use_rslora", self.use_rslora),
             ("lora_target_modules", self.lora_target_modules),
+            ("lora_modules_to_save", self.lora_modules_to_save),
         ):
             if given and not self.use_peft:
                 raise UserError(f"--{name} is about a LoRA adapter; add --use_peft")

@@ -13,12 +13,20 @@ class OutputSettings(Settings):
 
     title: ClassVar[str] = "run and output"
 
-    output_dir: str | None = setting(None, "default: outputs/<run_name>", common=True)
-    run_name: str | None = setting(None, "default: the command and the time", common=True)
+    output_dir: str | None = setting(None, "folder of the run; default: outputs/<run_name>", common=True)
+    run_name: str | None = setting(None, "default: the command and the time")
     max_steps: int = setting(-1, "optimizer steps; -1: --num_train_epochs decides", common=True)
     num_train_epochs: float = setting(1.0, "passes over the training data", common=True)
-    logging_steps: int = setting(1, "steps between lines of metrics.jsonl", at_least=1)
-    save_steps: int = setting(0, "steps between checkpoints; 0: --save_minutes decides", at_least=0, common=True)
+    logging_steps: int | float = setting(
+        1, "steps between lines of metrics.jsonl, or their share of all", above=0, share=True
+    )
+    save_steps: int | float = setting(
+        0,
+        "steps between checkpoints, or their share of all; 0: --save_minutes decides",
+        at_least=0,
+        share=True,
+        common=True,
+    )
     save_minutes: float = setting(30.0, "minutes between checkpoints; 0: --save_steps alone decides", at_least=0)
     save_total_limit: int = setting(2, "newest checkpoints to keep", at_least=1)
     save_on_full_disk: str = setting(
@@ -26,7 +34,7 @@ class OutputSettings(Settings):
     )
     resume_from_checkpoint: str | None = setting(
         None,
-        "a checkpoint folder, 'latest' of --output_dir, or 'auto': latest where there is one, else start",
+        "a checkpoint, 'latest' of --output_dir, or 'auto': latest if there is one; default: a new run",
         common=True,
     )
     on_nonfinite: str = setting(

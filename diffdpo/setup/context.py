@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 from diffdpo.config import RunConfig
-from diffdpo.engine.choice import DEEPSPEED, engine_kind
+from diffdpo.engine.choice import PLAIN, engine_kind
 from diffdpo.engine.world import World, init_distributed
 from diffdpo.errors import UserError
 from diffdpo.memory.allocator import keep_freed_memory
+from diffdpo.setup.publish import check_hub
 from diffdpo.tracking.run import tracking_uri
 
 
@@ -33,13 +34,14 @@ class RunContext:
 def open_context(config: RunConfig, command: str) -> RunContext:
     """Join the other processes and agree on a name and a folder. UserError when the folder holds another run."""
     _set_threads()
-    world = init_distributed(always_distributed=engine_kind(config) == DEEPSPEED)
+    world = init_distributed(always_distributed=engine_kind(config) != PLAIN)
     if world.device.type == "cpu":
         keep_freed_memory()
     name = world.broadcast(config.run_name or f"{command}-{time.strftime('%Y%m%d-%H%M%S')}")
     output_dir = Path(config.output_dir or Path("outputs") / name).resolve()
     _check_output_dir(output_dir, config.resume_from_checkpoint)
     tracking_uri(config.tracking_uri, output_dir)  # a wrong one is refused here, before a model is loaded
+    check_hub(config, world)
     world.barrier()  # no rank may write there before all have looked
     cache_dir = Path(config.data_cache_dir) if config.data_cache_dir else output_dir.parent / "data_cache"
     return RunContext(world, output_dir, cache_dir, name)

@@ -8,7 +8,7 @@ import torch
 from diffdpo.config import RunConfig, TrainConfig
 from diffdpo.engine.base import Engine
 from diffdpo.engine.choice import EngineChoice
-from diffdpo.engine.make import load_device
+from diffdpo.engine.make import load_device, weight_shards
 from diffdpo.engine.world import World
 from diffdpo.models.bundled import model_or_bundled
 from diffdpo.models.checkpoint.adapter_folder import is_adapter, note_base
@@ -18,10 +18,12 @@ from diffdpo.models.load import LoadedModel, dtype_name, load_model
 def load_policy(config: TrainConfig, choice: EngineChoice, world: World) -> LoadedModel:
     """The model to be trained: all of its weights, or an adapter on it."""
     loaded = load_model(
-        model_or_bundled(config.model_name_or_path),
-        dtype=dtype_name(choice.bf16),
+        model_or_bundled(config.policy),
+        dtype=dtype_name(choice.reads_bf16(trained=not config.use_peft)),
         device=load_device(choice, world),
         load_in_4bit=config.load_in_4bit,
+        # DoRA starts from the norms of whole rows and columns, so a shard is not enough
+        shards=None if config.use_dora else weight_shards(choice, world),
     )
     if not config.use_peft:
         return replace(loaded, model=loaded.model.requires_grad_(True))
@@ -34,6 +36,8 @@ def load_policy(config: TrainConfig, choice: EngineChoice, world: World) -> Load
         r=config.lora_r,
         alpha=config.lora_alpha,
         target_modules=config.lora_target_modules,
+        modules_to_save=config.lora_modules_to_save,
+        revision=config.model_revision,
         use_dora=config.use_dora,
         use_rslora=config.use_rslora,
     )
@@ -42,7 +46,7 @@ def load_policy(config: TrainConfig, choice: EngineChoice, world: World) -> Load
 
 def describe_model(config: RunConfig) -> str:
     """For the user."""
-    return config.model_name_or_path or "the bundled arithmetic model"
+    return config.policy or "the bundled arithmetic model"
 
 
 def save_final(folder: Path, engine: Engine, loaded: LoadedModel) -> None:

@@ -9,7 +9,7 @@ from diffdpo.engine.make import check_host
 from diffdpo.errors import UserError
 from diffdpo.models.bundled import model_or_bundled
 from diffdpo.models.load import empty_model, load_tokenizer_and_spec
-from diffdpo.models.lora.targets import target_pattern
+from diffdpo.models.lora.targets import target_pattern, whole_modules
 from diffdpo.noise.estimators import check_estimator
 from diffdpo.reference.modes import check_reference
 from diffdpo.step.strategy import check_deferred, check_segmentation
@@ -60,16 +60,17 @@ def check_named(config: RunConfig) -> None:
     for text in (config.train_data, config.eval_data):
         for source in source_names(text) if text else ():
             check_rows(source, config.columns)
-    names = [config.model_name_or_path]
+    names = [config.policy]
     if isinstance(config, TrainConfig):
         names.append(config.ref_model_name_or_path)
     for name in filter(None, names):
         load_tokenizer_and_spec(name)
     if isinstance(config, TrainConfig) and config.ref_model_name_or_path:
-        _check_read_alike(model_or_bundled(config.model_name_or_path), config.ref_model_name_or_path)
-    if isinstance(config, TrainConfig) and config.lora_target_modules:
-        policy = model_or_bundled(config.model_name_or_path)
-        target_pattern(empty_model(policy), load_tokenizer_and_spec(policy)[1], config.lora_target_modules)
+        _check_read_alike(model_or_bundled(config.policy), config.ref_model_name_or_path)
+    if isinstance(config, TrainConfig) and (config.lora_target_modules or config.lora_modules_to_save):
+        policy = model_or_bundled(config.policy)
+        model, spec = empty_model(policy), load_tokenizer_and_spec(policy)[1]
+        whole_modules(model, target_pattern(model, spec, config.lora_target_modules), config.lora_modules_to_save)
 
 
 def _check_read_alike(policy: str, reference: str) -> None:

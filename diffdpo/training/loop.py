@@ -36,7 +36,8 @@ ON_THE_BAR = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies":
 
 @dataclass
 class Loop:
-    """What a run is made of once it is built. ``state`` goes into every checkpoint as it is."""
+    """What a run is made of once it is built. ``state`` goes into every checkpoint as it is. No step of ``config`` is a
+    share any more (``schedule.in_steps``)."""
 
     config: RunConfig
     output_dir: Path
@@ -137,8 +138,9 @@ class Loop:
             step,
             peak=config.learning_rate,
             total=self.total_steps,
-            warmup=config.warmup_steps,
+            warmup=int(config.warmup_steps),
             kind=config.lr_scheduler_type,
+            arguments=config.scheduler_arguments(),
         )
 
     def _tell(self, report: StepReport) -> None:

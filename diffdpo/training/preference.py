@@ -85,9 +85,9 @@ class _Data:
         self.train_set, self.eval_set = run_data.open_data(config, context, run_data.generated(config))
         run_data.check_kind_of_records(self.train_set, self.loss)
         run_data.check_batch_size(config, self.loss, world)
-        tokenizer, self.spec = load_tokenizer_and_spec(model_or_bundled(config.model_name_or_path))
+        tokenizer, self.spec = load_tokenizer_and_spec(model_or_bundled(config.policy))
         self.encoder = make_encoder(config, tokenizer, self.spec)
-        longest = model_context(model_or_bundled(config.model_name_or_path))
+        longest = model_context(model_or_bundled(config.policy))
         run_data.warn_of_data(config, context, (self.train_set, self.eval_set), self.loss, longest)
         refuse_unusable(self.train_set, self.encoder)
         if not self.spec.block_size:  # of blocks the masks of each block are enumerated
@@ -133,7 +133,7 @@ class _Training:
         self.loaded = load_policy(config, choice, world)
         self.noise = NoiseOptions.of(config, self.loaded.spec)
         module = MaskedLogProbs.of(self.loaded.model, self.loaded.spec, config)
-        frozen = make_frozen(config, module, bf16=choice.bf16) if self.mode == "copy" else None
+        frozen = make_frozen(config, module, choice, world) if self.mode == "copy" else None
         options = OptimizerOptions.of(config)
         self.engine: Engine = make_engine(choice, module, world, options, say=self.context.print)
         meets = world if self.engine.retry_obstacle() is not None else None
@@ -203,7 +203,7 @@ class _Training:
             held_out=self.held_out,
             check_first=self._check_first,
             unit="answers" if self.loss.unpaired else "pairs",
-            base=config.model_name_or_path or "diffdpo's bundled arithmetic model",
+            base=config.policy or "diffdpo's bundled arithmetic model",
             callbacks=callbacks,
         )
 

@@ -8,8 +8,7 @@ this run (pairs, parameters, why a choice was made).
 import json
 import platform
 import subprocess
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -44,14 +43,14 @@ def settings_text(asked: RunConfig) -> str:
     return yaml.safe_dump(changed(asked), sort_keys=False)
 
 
-def environment_of(world: World, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Versions, device, commit and command of this run, and its ``facts``."""
+def environment_of(world: World, command: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Versions, device and commit of this run, its ``command`` (without what is secret) and its ``facts``."""
     return {
         "diffdpo": __version__,
         "python": platform.python_version(),
         "device": _device_name(world.device),
         "processes": world.size,
-        "command": " ".join(sys.argv),
+        "command": " ".join(command),
         "git": git_state(),
         **facts,
         "packages": packages(),

@@ -2,8 +2,9 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,9 +17,11 @@ from diffdpo.config import RunConfig
 from diffdpo.engine.base import Engine
 from diffdpo.evaluation.result import Evaluation
 from diffdpo.models.load import LoadedModel
+from diffdpo.settings.base import public, without_secrets
 from diffdpo.setup.context import RunContext
 from diffdpo.setup.data import total_steps
 from diffdpo.setup.model import save_final
+from diffdpo.setup.publish import push_final
 from diffdpo.step.report import StepReport
 from diffdpo.tracking.journal import Journal
 from diffdpo.tracking.mlflow_run import Shipped
@@ -36,6 +39,7 @@ from diffdpo.training.manifest import publish, sync_tree
 from diffdpo.training.record import environment_of, settings_text, write_record
 from diffdpo.training.resume import finished_summary, held_by, resume_parts
 from diffdpo.training.room import check_guards, check_room
+from diffdpo.training.schedule import in_steps
 
 
 class HeldOut(Protocol):
@@ -129,6 +133,10 @@ def carry_out(run: Run) -> Result:
         else:
             end.stopped(loop.done)
         loop.callbacks.on_end(loop.done)
+    if complete and config.push_to_hub:
+        run.watch.pulse.beat("push to the hub", loop.done)
+        address = push_final(config, context.world, context.output_dir / "final", run_folder=context.output_dir)
+        context.print(f"hub     {address}")
     context.world.barrier()
     return Result(
         output_dir=context.output_dir,
@@ -167,20 +175,21 @@ def _save_whole(folder: Path, engine: Engine, loaded: LoadedModel) -> None:
 
 
 def _loop_of(run: Run, tracking: Tracking | None, before: Evaluation, *, done: int) -> Loop:
+    total = total_steps(run.config, run.loader)
     return Loop(
-        config=run.config,
+        config=in_steps(run.config, total),
         output_dir=run.context.output_dir,
         engine=run.engine,
         loader=run.loader,
         step=run.step,
-        total_steps=total_steps(run.config, run.loader),
+        total_steps=total,
         journal=tracking.journal if tracking else None,
         evaluate=run.held_out.quick,
         check_first=run.check_first,
         callbacks=Callbacks(run.callbacks),
         unit=run.unit,
         watch=run.watch,
-        state={"before": dict(before.values), "config": asdict(run.config), "held_by": held_by(run.engine)},
+        state={"before": dict(before.values), "config": public(run.config), "held_by": held_by(run.engine)},
         done=done,
     )
 
@@ -195,7 +204,9 @@ def start_tracking(run: Run, *, state: Mapping[str, Any], changes: Sequence[str]
         return None
     output_dir, uri = context.output_dir, tracking_uri(config.tracking_uri, context.output_dir)
     ds_config = dict(run.engine.choice.given)
-    environment = environment_of(context.world, run.facts | {"data_fingerprint": run.data.fingerprint})
+    environment = environment_of(
+        context.world, without_secrets(sys.argv, config), run.facts | {"data_fingerprint": run.data.fingerprint}
+    )
     with told_if_unwritable(output_dir):
         write_record(output_dir, resolved=config, asked=run.asked, ds_config=ds_config, environment=environment)
         for path in set_aside_after(output_dir, step) if step is not None else ():
@@ -211,7 +222,7 @@ def start_tracking(run: Run, *, state: Mapping[str, Any], changes: Sequence[str]
             journal.note(step or 0, change)
         tracking = Tracking(output_dir, journal)
         if uri is not None:
-            params = {**asdict(config), **environment, "ds_config_json": json.dumps(ds_config)}
+            params = {**public(config), **environment, "ds_config_json": json.dumps(ds_config)}
             texts = {key: str(value) for key, value in params.items()}
             shipped = Shipped(uri, config.experiment_name, context.run_name, texts, run_tags())
             tracking.start_mlflow(shipped, elsewhere=config.tracking_uri is not None)

@@ -1,5 +1,6 @@
 """A small stand-in for the Hugging Face hub, on this machine."""
 
+import base64
 import json
 import threading
 import zlib
@@ -17,6 +18,23 @@ def hub_with(folder: Path, name: str, kind: str) -> Iterator[str]:
     """The address of a hub that has one ``model`` or ``dataset``: the files of a folder."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.folder, server.name, server.kind = folder, name, kind
+    with _serving(server) as address:
+        yield address
+
+
+@contextmanager
+def hub_to_write(folder: Path, *, user: str, token: str) -> Iterator[ThreadingHTTPServer]:
+    """A hub on which one user, who has the token, can make one model; its files come into the folder. The server:
+    ``address``, and of the model its ``name`` and ``made``, what was asked for it."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), HubToWrite)
+    server.folder, server.name, server.kind = folder, "", "model"
+    server.user, server.token, server.made = user, token, []
+    with _serving(server) as server.address:
+        yield server
+
+
+@contextmanager
+def _serving(server: ThreadingHTTPServer) -> Iterator[str]:
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
@@ -37,6 +55,8 @@ class Hub(BaseHTTPRequestHandler):
         base = f"/api/{self.server.kind}s/{self.server.name}"
         if path in (base, f"{base}/revision/main", f"{base}/revision/{REVISION}"):
             self._json({"id": self.server.name, "sha": REVISION, "siblings": [{"rfilename": f} for f in self._names()]})
+        elif path.startswith(f"{base}/revision/"):
+            self._json({"error": "Revision not found"}, 404, {"X-Error-Code": "RevisionNotFound"})
         elif path.startswith(f"{base}/tree/"):
             inside = "/".join(path.removeprefix(f"{base}/tree/").split("/")[1:])
             self._json([self._entry(f) for f in self._names(dirs=True) if f.startswith(inside)])
@@ -90,3 +110,51 @@ class Hub(BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
+
+
+class HubToWrite(Hub):
+    """What huggingface_hub asks when it makes a repository and puts a folder into it, each file as text in a commit."""
+
+    def do_GET(self):
+        if self.path == "/api/whoami-v2":
+            self._json({"type": "user", "name": self.server.user}) if self._known() else self._refuse()
+        else:
+            super().do_GET()
+
+    do_HEAD = do_GET
+
+    def do_POST(self):
+        if not self._known():
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self._refuse()
+        elif self.path == "/api/repos/create":
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.server.made.append(asked)
+            self.server.name = f"{asked.get('organization') or self.server.user}/{asked['name']}"
+            self._json({"url": f"{self.server.address}/{self.server.name}", "name": self.server.name})
+        elif self.path.endswith("/preupload/main"):
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["files"]
+            keep = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
+            self._json({"files": [{"path": file["path"], **keep} for file in asked]})
+        elif self.path == f"/api/models/{self.server.name}/commit/main":
+            self._commit(self.rfile.read(int(self.headers["Content-Length"])).decode())
+        elif self.path == "/api/validate-yaml":
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self._json({"warnings": [], "errors": []})
+        else:
+            super().do_POST()
+
+    def _commit(self, lines):
+        for line in map(json.loads, lines.splitlines()):
+            if line["key"] == "file":
+                path = self.server.folder / line["value"]["path"]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(base64.b64decode(line["value"]["content"]))
+        url = f"{self.server.address}/{self.server.name}/commit/{REVISION}"
+        self._json({"success": True, "commitUrl": url, "commitOid": REVISION})
+
+    def _known(self):
+        return self.headers.get("Authorization") == f"Bearer {self.server.token}"
+
+    def _refuse(self):
+        self._json({"error": f"Invalid credentials {self.headers.get('Authorization')}"}, 401)

@@ -7,6 +7,7 @@ import pytest
 from diffdpo.cli.flags import parse_config
 from diffdpo.config import SftConfig, TrainConfig, to_yaml
 from diffdpo.errors import UserError
+from diffdpo.settings.base import public, without_secrets
 
 
 def parse(*argv: str) -> TrainConfig:
@@ -69,6 +70,24 @@ def test_flags_of_both_spellings_of_true():
         (["--eval_data", __file__], "--train_data"),
         (["--train_data", ""], "--train_data is empty"),
         (["--output_dir", ""], "--output_dir is empty"),
+        (["--beta", "x"], "--beta is 'x'; it must be a number"),
+        (["--lora_r", "1.5"], "--lora_r is '1.5'; it must be a whole number"),
+        (["--bf16", "perhaps"], "--bf16 is 'perhaps'; it must be true or false"),
+        (["--engine", "jax"], "--engine is 'jax'; allowed: auto, deepspeed, plain"),
+        (["--score_estimator", "best"], "--score_estimator is 'best'; allowed: auto, trajectory"),
+        (["--loss_type", "sigmoid", "best"], "--loss_type is 'best'; allowed: sigmoid"),
+        (["--warmup_steps", "1.5"], "--warmup_steps is 1.5; give a whole number of steps, or a share"),
+        (["--logging_steps", "0"], "--logging_steps is 0; it must be above 0"),
+        (["--model_revision", "v1"], "--model_revision is of a model on the hub"),
+        (["--hub_model_id", "a/b"], "add --push_to_hub"),
+        (["--hub_token", "hf_x"], "--hub_token is about a push to the hub"),
+        (["--lr_scheduler_type", "greedy"], "--lr_scheduler_type greedy is not offered: it follows a measured loss"),
+        (["--lr_scheduler_kwargs", "{"], "give a JSON object"),
+        (["--lr_scheduler_kwargs", '{"power": 2}'], "--lr_scheduler_type cosine takes num_cycles"),
+        (["--lr_scheduler_type", "cosine_with_min_lr"], "needs min_lr or min_lr_rate in --lr_scheduler_kwargs"),
+        (["--lr_scheduler_type", "warmup_stable_decay"], "needs num_decay_steps"),
+        (["--lr_scheduler_type", "constant", "--warmup_steps", "7"], "use constant_with_warmup"),
+        (["--lr_scheduler_type", "polynomial", "--learning_rate", "1e-8"], "is not above 1e-07"),
     ],
 )
 def test_mistakes_are_named(argv, said):
@@ -77,7 +96,7 @@ def test_mistakes_are_named(argv, said):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("argv", [["--bata", "1"], ["--beta", "x"], ["--engine", "jax"], ["--bf16", "perhaps"]])
+@pytest.mark.parametrize("argv", [["--bata", "1"], ["--beta"], ["0.5"]])
 def test_a_wrong_flag_is_one_line_and_exit_code_2(argv, capsys):
     with pytest.raises(SystemExit) as caught:
         parse(*argv)
@@ -119,6 +138,19 @@ def test_a_ds_config_of_another_shape_is_named(tmp_path, content, said):
         parse("--ds_config", str(tmp_path / "ds.json"))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("beta", -1), ("eval_fraction", 1.0), ("lora_r", 0), ("reference", "copied"), ("seed", "x")]
+)
+def test_flags_and_recipes_are_refused_in_the_same_words(tmp_path, name, value):
+    (tmp_path / "recipe.yaml").write_text(f"{name}: {value}\n")
+    said = []
+    for argv in ([f"--{name}", str(value)], ["--config", str(tmp_path / "recipe.yaml")]):
+        with pytest.raises(UserError) as caught:
+            parse(*argv)
+        said.append(str(caught.value).removeprefix(f"--config {tmp_path / 'recipe.yaml'}: "))
+    assert said[0] == said[1] and f"--{name}" in said[0]
+
+
 def test_a_loss_that_is_named_is_taken_alone():
     assert parse().sft_weight == 1.0 and parse("--loss_type", "sigmoid,sft").sft_weight == 0.0
     assert parse("--loss_type", "ipo").sft_weight == 0.0
@@ -137,12 +169,25 @@ def test_what_a_resumed_run_writes_down_is_the_run_from_its_start(tmp_path):
     assert parse("--config", str(tmp_path / "config.yaml")) == dataclasses.replace(config, resume_from_checkpoint=None)
 
 
+def test_a_token_is_in_no_record():
+    config = parse("--push_to_hub", "--hub_token", "hf_secret")
+    assert config.hub_token == "hf_secret"
+    assert "hf_secret" not in to_yaml(config) + repr(config) + str(public(config))
+    shown = without_secrets(["train.py", "--hub_token", "hf_secret", "--hub-token=hf_secret"], config)
+    assert shown == ["train.py", "--hub_token", "***", "--hub-token=***"]
+
+
 def test_recipes_of_the_project_are_readable():
     from tests.support.paths import ROOT
 
     for path in (ROOT / "recipes").glob("*.yaml"):
         kind = SftConfig if path.name.startswith("sft") else TrainConfig
         parse_config(kind, ["--config", str(path)], "")
+
+
+def test_weights_of_answers_are_not_negative():
+    with pytest.raises(UserError, match="at least 0"):
+        parse("--desirable_weight", "-1")
 
 
 @pytest.mark.parametrize("config_class", [TrainConfig, SftConfig])

@@ -9,7 +9,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from data_pipeline.shards import file_sha256
+from data_pipeline.hub import pinned
 from diffdpo.errors import UserError
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -34,7 +34,7 @@ def base_of_adapter(folder: str | Path) -> str:
     kind = settings.get("peft_type", "LORA")
     if kind != "LORA":
         raise UserError(f"{file} has peft_type {kind!r}; supported: 'LORA'")
-    return str(settings["base_model_name_or_path"])
+    return str(pinned(str(settings["base_model_name_or_path"]), settings.get("revision")))
 
 
 def note_base(folder: Path) -> None:
@@ -66,6 +66,7 @@ def check_base(folder: str | Path, base: str) -> str:
 def weights_hash(name_or_path: str) -> str:
     """64 hex digits of a checkpoint's safetensors files, by content and in order of their names; read at the disk's
     speed, one thread a file."""
+    from data_pipeline.shards import file_sha256  # numpy
     from diffdpo.models.checkpoint.weights import checkpoint_folder, shard_files  # torch
 
     with ThreadPoolExecutor() as pool:

@@ -18,7 +18,7 @@ from diffdpo.models.architecture.backbone import native
 from diffdpo.models.architecture.layers import VocabularyHead
 from diffdpo.models.architecture.spec import FamilySpec
 from diffdpo.models.checkpoint.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from diffdpo.models.lora.targets import target_pattern
+from diffdpo.models.lora.targets import target_pattern, whole_modules
 
 
 def add_lora(
@@ -28,10 +28,13 @@ def add_lora(
     r: int = 16,
     alpha: float = 32,
     target_modules: str | None = None,
+    modules_to_save: str | None = None,
+    revision: str | None = None,
     use_dora: bool = False,
     use_rslora: bool = False,
 ) -> PeftModel:
-    """Freeze `model` and adapt the linear modules `target_modules` chooses (see `target_pattern`).
+    """Freeze `model` and adapt the linear modules `target_modules` chooses (see `target_pattern`); `modules_to_save`
+    are trained whole, by name (see `whole_modules`). `revision`: of the hub, for whoever loads the adapter.
 
     Adapters train in fp32 whatever the weights' dtype; no dropout, because policy and reference must be the same
     numbers where their weights are. Raises UserError for a rank or scale that is not above 0, and for targets that
@@ -40,11 +43,14 @@ def add_lora(
     check_lora(r, alpha)
     if hasattr(model, "peft_config"):
         raise UserError("the model has an adapter already: merge it into full weights first (launch/export.py)")
+    adapted = target_pattern(model, spec, target_modules)
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,  # type: ignore[arg-type]  # peft divides by it; any number does
         lora_dropout=0.0,
-        target_modules=target_pattern(model, spec, target_modules),
+        target_modules=adapted,
+        modules_to_save=whole_modules(model, adapted, modules_to_save),
+        revision=revision,
         use_dora=use_dora,
         use_rslora=use_rslora,
         bias="none",

@@ -1,4 +1,4 @@
-"""Which modules LoRA adapts: names or an expression, held against a model.
+"""Which modules LoRA adapts, and which are trained whole: names or an expression, held against a model.
 
 The model may be an empty one, so that a mistake is met before the weights are read. No peft here, which takes seconds
 to import.
@@ -35,6 +35,33 @@ def target_pattern(model: nn.Module, spec: FamilySpec, target_modules: str | Non
         raise UserError(f"LoRA target {unknown[0]!r} is no linear module of a block; {spec.name} has {listed}")
     prefix = next(name for name, module in base.named_modules() if module is base.blocks)
     return rf"(.*\.)?{re.escape(prefix.rpartition('.')[2])}\.\d+\.(.*\.)?({'|'.join(names)})"
+
+
+def whole_modules(model: nn.Module, adapted: str, names: str | None) -> list[str] | None:
+    """Full names of the modules with weights of their own that `names` (last parts, or full names, with commas) mean.
+
+    Those that the expression `adapted` chooses are LoRA's and none of them, so LLaDA's "ff_out" is the head here.
+    UserError for a name that no other module has, and for weights that are two modules' in one.
+    """
+    if names is None:
+        return None
+    owners = {name: module for name, module in model.named_modules() if list(module.parameters(recurse=False))}
+    free = [name for name in owners if not re.fullmatch(adapted, name)]
+    chosen = []
+    for wanted in (part.strip() for part in names.split(",")):
+        found = [name for name in free if wanted in (name, name.rpartition(".")[2])]
+        if not found:
+            listed = ", ".join(sorted({name.rpartition(".")[2] for name in free}))
+            raise UserError(
+                f"--lora_modules_to_save {wanted!r} is no module that can be trained whole; there is {listed}"
+            )
+        chosen += found
+    base = native(model)
+    if getattr(base.config, "tie_word_embeddings", False) and {base.embed, base.head} & {owners[n] for n in chosen}:
+        raise UserError(
+            "--lora_modules_to_save: this model's embedding is its head as well, and cannot be trained whole"
+        )
+    return chosen
 
 
 def _check_expression(model: nn.Module, pattern: str) -> None:

@@ -13,7 +13,7 @@ from data_pipeline.commands.common import load_tokenizer
 from data_pipeline.errors import DataError
 from diffdpo.errors import UserError
 from diffdpo.models.load import load_model, read_config
-from tests.support.hub import hub_with
+from tests.support.hub import REVISION, hub_with
 
 NOBODY = "http://127.0.0.1:9"  # where nobody listens
 
@@ -35,12 +35,18 @@ def test_a_model_of_the_hub_is_kept_for_when_it_does_not_answer(tiny_model, conn
     with hub_with(tiny_model, "org/model", "model") as address:
         connect(address)
         first = load_model("org/model")
+        pinned = load_model(f"org/model@{REVISION}")
+        with pytest.raises(
+            UserError, match="no revision 'v9' of 'org/model' on the hub; give a branch, a tag or a commit"
+        ):
+            load_model("org/model@v9")
         with pytest.raises(UserError, match="'org/other': it is no folder here, and the hub has no such model"):
             load_model("org/other")
     connect(NOBODY)
     again = load_model("org/model")
     assert all(map(torch.equal, first.model.parameters(), again.model.parameters()))
-    assert again.model.name_or_path == "org/model"
+    assert all(map(torch.equal, first.model.parameters(), pinned.model.parameters()))
+    assert again.model.name_or_path == pinned.model.name_or_path == "org/model", "what is saved names the repository"
     assert load_tokenizer("org/model")[0].get_vocab() == first.tokenizer.get_vocab()
     with pytest.raises(UserError, match=r"'org/other': .* no copy of it is kept, and the hub does not answer"):
         read_config("org/other")

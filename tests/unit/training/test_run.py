@@ -19,9 +19,9 @@ from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.setup import data as run_data
 from diffdpo.setup.context import RunContext, open_context
 from diffdpo.setup.model import save_final
+from diffdpo.training.finish import finish
 from diffdpo.training.guard import Watch
 from diffdpo.training.heartbeat import Pulse
-from diffdpo.training.finish import finish
 
 
 def engine_of(config: TrainConfig):

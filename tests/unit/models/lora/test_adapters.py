@@ -13,6 +13,8 @@ from diffdpo.config import TrainConfig, make_config
 from diffdpo.errors import UserError
 from diffdpo.models.architecture.backbone import native
 from diffdpo.models.architecture.from_scratch import new_model
+from diffdpo.models.architecture.llada import LLaDAConfig, LLaDAModelLM
+from diffdpo.models.checkpoint.adapter_folder import base_of_adapter
 from diffdpo.models.load import load_adapter, load_model, save_model
 from diffdpo.models.lora.adapters import add_lora, merge, reference
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
@@ -299,3 +301,57 @@ def test_added_tokens_survive_saving_and_loading(base, tmp_path):
     ids = torch.arange(5, 17)[None]
     assert alike(again.model(ids).logits, loaded.model(ids).logits)
     assert again.model(ids).logits.shape[-1] == len(loaded.tokenizer)
+
+
+@pytest.fixture
+def untied(tokenizer, tmp_path):
+    ids = {name: getattr(tokenizer, name) for name in ("mask_token_id", "eos_token_id", "pad_token_id")}
+    shape = {"d_model": 32, "n_layers": 2, "n_heads": 4, "vocab_size": len(tokenizer), "max_sequence_length": 64}
+    torch.manual_seed(0)
+    save_model(LLaDAModelLM(LLaDAConfig.create(**shape, **ids, weight_tying=False)), tokenizer, tmp_path / "untied")
+    return str(tmp_path / "untied")
+
+
+@pytest.mark.parametrize("names", ["ff_out", "wte,ln_f", "model.transformer.ff_out"])
+def test_modules_trained_whole_are_not_the_reference_s_and_are_saved_and_merged(untied, tmp_path, names):
+    loaded = load_model(untied)
+    before = scores(loaded.model, loaded.spec)
+    adapted = add_lora(loaded.model, loaded.spec, r=2, modules_to_save=names)
+    whole = {name for name, p in adapted.named_parameters() if p.requires_grad and "lora_" not in name}
+    assert len(whole) == len(names.split(",")) and not any(".blocks." in name for name in whole)
+    randomise(adapted)
+    moved = scores(adapted, loaded.spec)
+    assert not torch.allclose(moved, before, atol=1e-4)
+    with reference(adapted):
+        assert torch.equal(scores(adapted, loaded.spec), before)
+    save_model(adapted, loaded.tokenizer, tmp_path / "adapter")
+    for again in (load_model(str(tmp_path / "adapter")).model, _with_plain_peft(untied, tmp_path / "adapter")):
+        assert torch.equal(scores(again, loaded.spec), moved)
+    assert torch.allclose(scores(merge(adapted), loaded.spec), moved, atol=1e-6)
+
+
+def test_one_side_of_a_tied_matrix_is_not_trained_whole(base):
+    loaded = load_model(base)
+    with pytest.raises(UserError, match="embedding is its head as well"):
+        add_lora(loaded.model, loaded.spec, r=2, modules_to_save="ff_out")
+
+
+def _with_plain_peft(base, folder):
+    return PeftModel.from_pretrained(load_model(base).model, folder)
+
+
+@pytest.mark.parametrize("names", ["q_proj", "lm_head", "blocks", "wte,nothing"])
+def test_modules_that_cannot_be_trained_whole_are_named(base, names):
+    loaded = load_model(base)
+    with pytest.raises(
+        UserError, match=f"'{names.split(',')[-1]}' is no module that can be trained whole; there is .*ff_out"
+    ):
+        add_lora(loaded.model, loaded.spec, r=2, modules_to_save=names)
+
+
+def test_a_revision_of_the_base_is_kept_with_the_adapter(base, tmp_path):
+    loaded = load_model(base)
+    save_model(add_lora(loaded.model, loaded.spec, r=2, revision="v1"), loaded.tokenizer, tmp_path / "adapter")
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (settings["base_model_name_or_path"], settings["revision"]) == (base, "v1")
+    assert base_of_adapter(tmp_path / "adapter") == f"{base}@v1"
