@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-ANSWER_MARK = "The answer is"
+from data_pipeline.verifiers import ANSWER_MARK
 
 NAMES = ("Mia", "Tom", "Ana", "Leo", "Zoe", "Ben", "Eva", "Sam", "Ida", "Max", "Lea", "Jon")
 THINGS = ("pens", "cards", "coins", "apples", "shells", "stamps", "books", "beads", "cups", "nuts")
@@ -204,10 +204,3 @@ FLAWS: dict[str, Callable[[Problem, np.random.Generator], str]] = {
     "vague": vague,
     "long_winded": long_winded,
 }
-
-
-def read_answer(text: str) -> int | None:
-    """The number after the last ``The answer is``; None when the text gives no such answer."""
-    tail = text.rpartition(ANSWER_MARK)[2] if ANSWER_MARK in text else ""
-    digits = tail.strip().rstrip(".").strip()
-    return int(digits) if digits.isdecimal() and digits.isascii() else None

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from data_pipeline.arithmetic import read_answer
+ANSWER_MARK = "The answer is"
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,13 @@ class Verifier:
         """The right result of a record: the one ``stated`` with it, else that of its right ``answer``."""
         found = None if stated is None else self.plain(str(stated))
         return self.read(answer) if found is None else found
+
+
+def read_answer(text: str) -> int | None:
+    """The number after the last ``The answer is``; None when the text gives no such answer."""
+    tail = text.rpartition(ANSWER_MARK)[2] if ANSWER_MARK in text else ""
+    digits = tail.strip().rstrip(".").strip()
+    return int(digits) if digits.isdecimal() and digits.isascii() else None
 
 
 def read_arithmetic(text: str) -> str | None:

@@ -110,7 +110,7 @@ class Loop:
         records of the step are told; all ranks see the same numbers and do the same."""
         # a step without records has no loss, and is no sign of a run that diverges
         finite = math.isfinite(report.grad_norm) and (math.isfinite(report.loss) or not report.records)
-        times = self.norms.add(report.grad_norm) if finite else None
+        times = self.norms.add(report.grad_norm) if finite and report.records else None
         if finite and times is None:
             return True
         ids = self.engine.world.all_gather_object([[name for name in b.ids if name] for b in micro_batches])

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from data_pipeline import generate
-from data_pipeline.arithmetic import FLAWS, PROBLEM_KINDS, Result, Step, clear_answer, draw_problem, read_answer, solve
+from data_pipeline.arithmetic import FLAWS, PROBLEM_KINDS, Result, Step, clear_answer, draw_problem, solve
 from data_pipeline.errors import DataError
 from data_pipeline.generate import generate_corpus, generate_pairs, question_split
+from data_pipeline.verifiers import read_answer
 
 
 def evaluate(text: str) -> list[bool]:
