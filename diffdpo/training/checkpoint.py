@@ -122,9 +122,11 @@ def _on_every_rank(work: Callable[[], Any], place: Place) -> list[Any]:
 def planned_bytes(engine: Engine) -> int:
     """What a checkpoint will take on the disk: trained weights and what the optimizer keeps of each."""
     _, trained = count_parameters(engine.module)
-    weights, moments = (2 if engine.choice.bf16 else 4), 8
-    masters = 4 if engine.choice.kind == DEEPSPEED else 0
-    return trained * (weights + masters + moments)
+    masters, moments = 4, 8
+    copies = 0  # DeepSpeed keeps what it computes with beside the masters
+    if engine.choice.kind == DEEPSPEED:
+        copies = 2 if engine.choice.bf16 else 4
+    return trained * (masters + moments + copies)
 
 
 def is_full(error: Exception) -> bool:

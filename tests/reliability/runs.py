@@ -22,6 +22,7 @@ ENGINES = {  # name: (processes, flags)
     "plain x2": (2, ()),
     "ZeRO-2 offload": (1, ("--ds_config", "ds_configs/4080_offload.json")),
     "ZeRO-3 x2": (2, ("--ds_config", "ds_configs/zero3.json")),
+    "FSDP2 x2": (2, ("--engine", "fsdp2")),
 }
 STEPS = 16
 FLAGS = (
