@@ -110,6 +110,8 @@ def _on_every_rank(work: Callable[[], Any], place: Place) -> list[Any]:
     try:
         result = work()
     except (OSError, RuntimeError, SafetensorError) as error:
+        if not is_of_writing(error):
+            raise
         told = (_in_a_line(error), is_full(error))
     for fault, _ in (outcomes := place.world.all_gather_object((told, result))):
         if fault is not None:
