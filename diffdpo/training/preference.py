@@ -203,7 +203,7 @@ class _Training:
             held_out=self.held_out,
             check_first=self._check_first,
             unit="answers" if self.loss.unpaired else "pairs",
-            base=config.policy or "diffdpo's bundled arithmetic model",
+            base=model_or_bundled(config.policy),
             callbacks=callbacks,
         )
 

@@ -128,7 +128,7 @@ def _build(
         held_out=held_out,
         check_first=_nothing_to_check,
         unit="answers",
-        base=config.policy or "random weights",
+        base=config.policy,
         callbacks=callbacks,
     )
 

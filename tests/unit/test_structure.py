@@ -14,7 +14,7 @@ GRAPH = graph_of(ROOT, TOPS)
 FLOORS = (
     {"errors"},
     {"command"},
-    {"shipped", "memory"},
+    {"shipped", "memory", "progress"},
     {"settings"},
     {"models"},
     {"noise"},
