@@ -121,7 +121,7 @@ def make_step(config: TrainConfig, world: World, trained: str, mode: str, stored
     model = add_lora(loaded.model, loaded.spec) if trained == "LoRA" else loaded.model.requires_grad_(True)
     module = MaskedLogProbs.of(model, loaded.spec, config)
     segments = make_segments(config, EngineChoice(), world.device)
-    frozen = make_frozen(config, module, bf16=False) if mode == "copy" else None
+    frozen = make_frozen(config, module, EngineChoice(), world) if mode == "copy" else None
     engine = PlainEngine(module, world, OptimizerOptions.of(config))
     reference = stored
     if mode != "precomputed":

@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 
 from data_pipeline.errors import DataError
 from data_pipeline.records import AnswerRecord, Message, Record, Text, answers_of, aside_of, user_turn
-from data_pipeline.template import check_reads, check_template, has_template, render, render_answer, warn_once
+from data_pipeline.template import LeftOut, check_reads, check_template, has_template, render, render_answer, warn_once
 from data_pipeline.truncate import keep_end, keep_start
 
 TEMPLATES = ("auto", "chat", "plain")
@@ -151,7 +151,8 @@ class Encoder:
             try:
                 new = self._texts(record)
             except TemplateError as error:
-                rendered.append(Drop("refused_by_template", f"the chat template says: {error}"))
+                whose = "" if isinstance(error, LeftOut) else "the chat template says: "
+                rendered.append(Drop("refused_by_template", f"{whose}{error}"))
                 continue
             rendered.append(slice(len(texts), len(texts) + len(new)))
             texts += new
@@ -167,7 +168,7 @@ class Encoder:
         if chat:
             check_reads(self.tokenizer, turns, kwargs)
         elif kwargs.keys() - {"enable_thinking"} or any(map(aside_of, turns)):
-            raise TemplateError("plain text has no place for tools and thoughts")
+            raise LeftOut("plain text has no place for tools and thoughts")
         answers = [self._answer_text(turns, answer, chat, kwargs) for answer in answers_of(record)]
         return [self.prompt_text(prompt, chat, kwargs), *map(self._unended, answers)]
 
@@ -175,7 +176,7 @@ class Encoder:
         if isinstance(answer, str) or not aside_of(answer[-1]):
             return answer_text(answer, spaced=not chat and turns[-1]["role"] != "assistant")
         if not chat:
-            raise TemplateError("plain text has no place for tools and thoughts")
+            raise LeftOut("plain text has no place for tools and thoughts")
         return render_answer(self.tokenizer, turns, answer[-1], kwargs)
 
     def _tokens(self, texts: Any) -> Any:

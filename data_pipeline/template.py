@@ -27,6 +27,10 @@ CLOCK_READ = re.compile(CLOCK + r"""\(\s*(?P<quote>['"])(?P<format>[^'"]*)(?P=qu
 MEND = "mend it, or use --template plain"
 
 
+class LeftOut(TemplateError):
+    """What the template would leave out of a record, in our words."""
+
+
 class UnusableTemplate(TemplateError):
     """A template that fails otherwise than by refusing a conversation in its own words."""
 
@@ -90,12 +94,12 @@ def render_answer(
     TemplateError where it leaves some of that out or writes the prompt differently."""
     prompt, whole = render(tokenizer, turns, kwargs), _apply(tokenizer, [*turns, answer], kwargs)
     if whole == _apply(tokenizer, [*turns, answer], kwargs, add_generation_prompt=True):
-        raise TemplateError(
-            f"it appends a header to every answer, so {_names(answer)} of an answer cannot be told apart"
+        raise LeftOut(
+            f"the chat template appends a header to every answer, so {_names(answer)} of an answer cannot be told apart"
         )
     text = whole.removeprefix(prompt)
     if text == whole or not all(part in text for part in _said(answer)):
-        raise TemplateError(f"it does not write {_names(answer)} of an answer")
+        raise LeftOut(f"the chat template does not write {_names(answer)} of an answer")
     # what closes every turn is no part of this answer: the encoder puts the terminator there
     plain = _apply(tokenizer, [*turns, {"role": "assistant", "content": PROBE}], kwargs)
     return text.removesuffix(plain.rpartition(PROBE)[2])
@@ -121,7 +125,7 @@ def check_reads(tokenizer: Any, turns: Sequence[Message], kwargs: Mapping[str, A
     source = source_of(tokenizer, kwargs) if given else ""
     for name in sorted(given):
         if not re.search(rf"\b{name}\b", source):
-            raise TemplateError(f"it does not read {name!r}")
+            raise LeftOut(f"the chat template does not read {name!r}")
 
 
 def _apply(tokenizer: Any, turns: Sequence[Message], kwargs: Mapping[str, Any] | None, **how: bool) -> str:

@@ -68,6 +68,11 @@ class TrainConfig(RunConfig, MemorySettings, ReferenceSettings, LossSettings, Lo
         """What two subjects say against each other."""
         if self.reference == "adapter_off" and not self.use_peft:
             raise UserError("--reference adapter_off needs --use_peft; without an adapter use --reference copy")
+        if self.load_in_4bit and self.engine == "fsdp2":
+            raise UserError(
+                "--load_in_4bit: bitsandbytes keeps the scales of a whole matrix beside its 4-bit numbers, and FSDP2 "
+                "would cut the numbers alone; use --ds_config ds_configs/zero2.json, or leave --load_in_4bit out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +171,9 @@ def make_config(config_class: type[Config], values: Mapping[str, Any]) -> Config
     config = config_class(**values)
     check_settings(config)
     if isinstance(config, RunConfig) and shards_parameters(config) and config.torch_compile:
-        raise UserError("--torch_compile has not been seen to work under ZeRO-3; leave it out, or use stage 2")
+        raise UserError(
+            "--torch_compile has not been seen to work under ZeRO-3 and FSDP2; leave it out, or use stage 2"
+        )
     return config
 
 

@@ -20,7 +20,7 @@ from data_pipeline.members import Bad, read_members
 from data_pipeline.records import RecordError, parse_json
 from data_pipeline.remote import cached_file, is_remote
 from data_pipeline.shards import TAR, unpack_gzip
-from data_pipeline.sources.columns import ANSWERS, ASKED, LISTS, PAIR, TEXTS
+from data_pipeline.sources.columns import ANSWERS, ASKED, LISTS, PAIR, TEXTS, TURNS
 from data_pipeline.sources.folders import folder_splits
 from data_pipeline.sources.hub import hub_items
 
@@ -215,9 +215,10 @@ def _json_rows(path: Path, name: str) -> Iterator[Row]:
             yield from _json_line_rows(path, name)
             return
         raise DataError(f"{name}: invalid JSON: {error}") from error
-    if isinstance(data, dict):
+    if isinstance(data, dict) and not data.keys() & {*PAIR, *ASKED, *TURNS}:  # else it is a row itself
         lists = [value for value in data.values() if isinstance(value, list)]
         data = lists[0] if len(lists) == 1 else [data]
+    data = [data] if isinstance(data, dict) else data
     if not isinstance(data, list):
         raise DataError(f"{name}: a list of objects is needed, found {type(data).__name__}")
     for number, item in enumerate(data, 1):

@@ -4,7 +4,7 @@ Losses are sums, already divided by the pairs of the global step. So an engine *
 and over ranks, and never averages: 8 x 1 and 1 x 8 are the same step with no correction factor.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -66,7 +66,7 @@ class Engine(Protocol):
     def step(self, learning_rate: float) -> float:
         """Clip, update, zero. Returns the gradient's norm before clipping.
 
-        The plain engine takes no step where that is not finite; ``choice.skips_nonfinite`` says so.
+        No step is taken where that is not finite, but under DeepSpeed; ``choice.skips_nonfinite`` says which.
         """
         ...
 
@@ -76,6 +76,11 @@ class Engine(Protocol):
 
     def save(self, folder: Path) -> None:
         """Write weights and optimizer state into an empty folder; every rank calls."""
+        ...
+
+    def snapshot(self) -> Callable[[Path], None] | None:
+        """What ``save`` would write now, copied, as a function that writes it into a folder: steps can go on meanwhile,
+        on rank 0 in a thread of its own. None where saving needs the other ranks, or the copy too much memory."""
         ...
 
     def load(self, folder: Path) -> None:
@@ -96,6 +101,16 @@ def count_parameters(module: nn.Module) -> tuple[int, int]:
 def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
     """Those that get a gradient."""
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def sum_gradients(world: World, parameters: Sequence[nn.Parameter]) -> None:
+    """Add up the gradients of all ranks, of weights that each holds whole: one sum of one flat tensor."""
+    if world.size == 1:
+        return
+    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+    flat = world.all_reduce_sum(torch.cat([gradient.flatten() for gradient in gradients]))
+    for parameter, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = piece.view_as(parameter)
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from diffdpo.engine.sharding import Sharding, sharding_of
 from diffdpo.errors import UserError
 from diffdpo.settings.engine import EngineSettings
 
-PLAIN, DEEPSPEED = "plain", "deepspeed"
+PLAIN, DEEPSPEED, FSDP2 = "plain", "deepspeed", "fsdp2"
 SIZES = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 SMALL_SHARE = 0.25  # of trained parameters: whole gradients of a LoRA adapter do not matter beside the frozen weights
 
@@ -23,7 +23,7 @@ SMALL_SHARE = 0.25  # of trained parameters: whole gradients of a LoRA adapter d
 @dataclass(frozen=True)
 class EngineChoice:
     """An engine before there is one. ``ds_config``: the DeepSpeed configuration as it is handed over, completed;
-    ``given``: the JSON as the user wrote it; both empty for other engines."""
+    ``given``: the JSON as the user wrote it; both empty for other engines. ``reshard_after_forward``: of FSDP2."""
 
     kind: str = PLAIN
     processes: int = 1
@@ -31,6 +31,7 @@ class EngineChoice:
     sharding: Sharding = field(default_factory=Sharding)
     ds_config: Mapping[str, Any] = field(default_factory=dict)
     given: Mapping[str, Any] = field(default_factory=dict)
+    reshard_after_forward: bool = True
 
     @property
     def shards_parameters(self) -> bool:
@@ -56,7 +57,7 @@ class EngineChoice:
     @property
     def skips_nonfinite(self) -> bool:
         """Whether a step whose gradient is not finite leaves weights and optimizer as they were."""
-        return self.kind == PLAIN
+        return self.kind in (PLAIN, FSDP2)
 
     @property
     def fixes_batch_sizes(self) -> bool:
@@ -68,6 +69,8 @@ class EngineChoice:
         does. ``few``: what is trained is small beside the model (LoRA)."""
         if self.kind == PLAIN:
             return None
+        if self.kind == FSDP2:
+            return None if few else "three whole gradients on every device would undo the sharding of FSDP2"
         if not self.sharding.any:
             return "DeepSpeed's stage 0 reduces gradients in every backward (stages 1 to 3 can wait)"
         if few or not self.reduces_in_backward:
@@ -78,11 +81,18 @@ class EngineChoice:
 
     def retry_obstacle(self, no_sync_obstacle: str | None) -> str | None:
         """What stands against taking a step again that broke off, for the user; None if nothing."""
+        if self.kind == FSDP2:
+            waiting = "FSDP2 gathers weights inside forwards, where other processes wait for this one"
+            return waiting if self.processes > 1 else None
         if self.shards_parameters:
             return f"ZeRO-{self.sharding.stage} gathers weights inside forwards and cannot take one up again"
         if self.processes > 1 and no_sync_obstacle is not None:
             return f"other processes wait for this one's gradients in every backward of ZeRO-{self.sharding.stage}"
         return None
+
+    def reads_bf16(self, *, trained: bool) -> bool:
+        """Whether weights are read in bf16: where they are trained, FSDP2 holds fp32 and casts what it gathers."""
+        return self.bf16 and not (trained and self.kind == FSDP2)
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a checkpoint of this engine to be read again."""
@@ -94,13 +104,54 @@ class EngineChoice:
             "parameters_on": cut.parameters_on,
         }
 
+    def reads(self, identity: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint written by an engine of this ``identity`` can be read: by its own kind, and across the
+        engines whose files hold tensors by name (``engine.tensor_files``)."""
+        return identity == self.identity() or {identity.get("kind"), self.kind} <= {PLAIN, FSDP2}
+
     def describe(self) -> str:
         """In a few words, for the user."""
         if self.kind == PLAIN:
             return "plain torch"
+        if self.kind == FSDP2:
+            return ", ".join(["FSDP2", *self._fsdp2_in_words()])
         parts = {"optimizer": self.sharding.optimizer_on, "parameters": self.sharding.parameters_on}
         moved = [f"{what} on {where}" for what, where in parts.items() if where != "device"]
         return ", ".join([f"DeepSpeed ZeRO-{self.sharding.stage}", *moved])
+
+    def _fsdp2_in_words(self) -> list[str]:
+        cut, words = self.sharding, []
+        if cut.over != self.processes:
+            words.append(f"{self.processes // cut.over} copies in {cut.over} shards each")
+        if cut.offloads_optimizer:
+            words.append("everything on cpu between uses")
+        if not self.reshard_after_forward:
+            words.append("weights kept from forward to backward")
+        return words
+
+
+def check_shard_size(size: int, processes: int) -> None:
+    """UserError for a ``--fsdp_shard_size`` that does not divide the processes into equal groups."""
+    if size and processes % size:
+        raise UserError(
+            f"--fsdp_shard_size {size} does not divide the {processes} processes of this run; give a divisor, or 0 for "
+            "one copy of the weights over all"
+        )
+
+
+def fsdp2_choice(
+    *,
+    processes: int,
+    bf16: bool = False,
+    offload: bool = False,
+    shard_size: int = 0,
+    reshard_after_forward: bool = True,
+) -> EngineChoice:
+    """Weights, gradients and AdamW's state in shards. UserError for a size that does not divide the processes."""
+    check_shard_size(shard_size, processes)
+    where = "cpu" if offload else "device"
+    sharding = Sharding(True, True, True, where, where, over=shard_size or processes)
+    return EngineChoice(FSDP2, processes, bf16, sharding, reshard_after_forward=reshard_after_forward)
 
 
 def engine_kind(settings: EngineSettings) -> str:
@@ -112,8 +163,8 @@ def engine_kind(settings: EngineSettings) -> str:
 
 def shards_parameters(settings: EngineSettings) -> bool:
     """Whether the settings come to an engine that cuts weights, known before the processes are."""
-    if engine_kind(settings) == PLAIN:
-        return False
+    if (kind := engine_kind(settings)) != DEEPSPEED:
+        return kind == FSDP2
     return sharding_of(read_ds_config(Path(settings.ds_config or ""))).parameters
 
 
@@ -124,8 +175,19 @@ def choose_engine(settings: EngineSettings, *, processes: int, cuda: bool, bf16_
     """
     if engine_kind(settings) == PLAIN:
         if settings.bf16:
-            raise UserError("--bf16 trains bfloat16 weights with fp32 masters, which needs --ds_config; leave it out")
+            raise UserError(
+                "--bf16 trains with fp32 masters of bfloat16 weights, which needs --ds_config or --engine fsdp2; leave "
+                "it out"
+            )
         return EngineChoice(PLAIN, processes)
+    if engine_kind(settings) == FSDP2:
+        return fsdp2_choice(
+            processes=processes,
+            bf16=bf16_able if settings.bf16 is None else settings.bf16,
+            offload=settings.fsdp_cpu_offload,
+            shard_size=settings.fsdp_shard_size,
+            reshard_after_forward=settings.fsdp_reshard_after_forward,
+        )
     given = read_ds_config(Path(settings.ds_config or ""))
     return deepspeed_choice(
         given,

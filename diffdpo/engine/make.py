@@ -6,8 +6,10 @@ import torch
 from torch import nn
 
 from diffdpo.engine.base import Engine, FrozenModule
-from diffdpo.engine.choice import DEEPSPEED, EngineChoice
+from diffdpo.engine.choice import DEEPSPEED, FSDP2, EngineChoice
 from diffdpo.engine.deepspeed import DeepSpeedEngine, frozen_by_deepspeed
+from diffdpo.engine.fsdp2 import Fsdp2Engine, Fsdp2Frozen
+from diffdpo.engine.fsdp2_units import ShardedWeights
 from diffdpo.engine.operators import prepare_operators
 from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.plain import PlainEngine, PlainFrozen
@@ -30,6 +32,8 @@ def make_engine(
     if choice.kind == DEEPSPEED:
         prepare_operators(choice.ds_config, world, say)
         return DeepSpeedEngine(module, world, options, choice=choice)
+    if choice.kind == FSDP2:
+        return Fsdp2Engine(module, world, options, choice=choice)
     return PlainEngine(module, world, options)
 
 
@@ -37,12 +41,19 @@ def hold_frozen(choice: EngineChoice, module: nn.Module, world: World) -> Frozen
     """A module that is never trained, held as the chosen engine would hold it; no engine need be there before."""
     if choice.kind == DEEPSPEED:
         return frozen_by_deepspeed(module, world, choice)
+    if choice.kind == FSDP2:
+        return Fsdp2Frozen(module, world, choice)
     return PlainFrozen(module, world.device)
 
 
 def load_device(choice: EngineChoice, world: World) -> str:
     """Where weights are read to: to the host where parameters are sharded, from where they go to the devices."""
     return "cpu" if choice.shards_parameters else str(world.device)
+
+
+def weight_shards(choice: EngineChoice, world: World) -> ShardedWeights | None:
+    """What has a model hold its shards as its weights are read; None where they are read whole."""
+    return ShardedWeights(choice, world) if choice.kind == FSDP2 else None
 
 
 def bf16_able(device: torch.device) -> bool:

@@ -1,22 +1,24 @@
 """One process, or several with one flat sum of the gradients: no library, every number can be followed."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
-from diffdpo.engine.base import parameter_groups, trained_parameters
+from diffdpo.engine.base import parameter_groups, sum_gradients, trained_parameters
 from diffdpo.engine.choice import PLAIN, EngineChoice
 from diffdpo.engine.optimizer import OptimizerOptions
-from diffdpo.engine.saved import check_trained, save_tensors, trained_by_name
+from diffdpo.engine.saved import save_tensors, trained_by_name
+from diffdpo.engine.tensor_files import read_training_state
 from diffdpo.engine.world import World
 
 WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
+SNAPSHOT_SHARE = 0.3  # of the host's free memory that a copy for a checkpoint may take
 
 
 class PlainFrozen:
@@ -68,7 +70,7 @@ class PlainEngine:
         self.optimizer.zero_grad(set_to_none=True)
 
     def step(self, learning_rate: float) -> float:
-        self._sum_gradients()
+        sum_gradients(self.world, self.parameters)
         limit = self.options.max_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
         if not math.isfinite(norm):  # such a step would spoil every weight and both moments
@@ -80,38 +82,40 @@ class PlainEngine:
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
-    def _sum_gradients(self) -> None:
-        if self.world.size == 1:
-            return
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
-        flat = self.world.all_reduce_sum(torch.cat([gradient.flatten() for gradient in gradients]))
-        for parameter, piece in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
-            parameter.grad = piece.view_as(parameter)
-
     def freeze(self, module: nn.Module) -> PlainFrozen:
         return PlainFrozen(module, self.world.device)
 
     def save(self, folder: Path) -> None:
         if self.world.is_main:
-            trained = trained_by_name(self.module)
-            save_tensors({name: p.detach() for name, p in trained.items()}, folder / WEIGHTS)
-            states = {name: self.optimizer.state.get(p, {}) for name, p in trained.items()}
-            moments = {f"{name}.{key}": value for name, state in states.items() for key, value in state.items()}
-            save_tensors(moments, folder / OPTIMIZER)
+            _write(self._saved(), folder)
+
+    def _saved(self) -> dict[str, dict[str, torch.Tensor]]:
+        """By file: the trained weights, and what the optimizer keeps of each."""
+        trained = trained_by_name(self.module)
+        states = {name: self.optimizer.state.get(p, {}) for name, p in trained.items()}
+        moments = {f"{name}.{key}": value for name, state in states.items() for key, value in state.items()}
+        return {WEIGHTS: {name: p.detach() for name, p in trained.items()}, OPTIMIZER: moments}
+
+    def snapshot(self) -> Callable[[Path], None] | None:
+        if not self.world.is_main:
+            return None
+        saved = self._saved()
+        size = sum(tensor.nbytes for file in saved.values() for tensor in file.values())
+        if size > SNAPSHOT_SHARE * psutil.virtual_memory().available:
+            return None
+        copy = {
+            file: {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+            for file, tensors in saved.items()
+        }
+        return lambda folder: _write(copy, folder)
 
     def load(self, folder: Path) -> None:
-        trained = trained_by_name(self.module)
-        weights, moments = load_file(folder / WEIGHTS), load_file(folder / OPTIMIZER)
-        check_trained({name: tensor.shape for name, tensor in weights.items()}, self.module)
-        self.optimizer.state.clear()
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(weights[name])
-        for key, value in moments.items():
-            name, _, what = key.rpartition(".")
-            parameter = trained[name]
-            on = parameter.device if value.dim() or self.fused else value.device  # torch keeps the count on the host
-            self.optimizer.state[parameter][what] = value.to(on)
+        read_training_state(folder, self.module, self.optimizer, fused=self.fused)
 
     def full_state_dict(self) -> Mapping[str, Any] | None:
         return self.module.state_dict() if self.world.is_main else None
+
+
+def _write(saved: Mapping[str, Mapping[str, torch.Tensor]], folder: Path) -> None:
+    for file, tensors in saved.items():
+        save_tensors(tensors, folder / file)

@@ -9,7 +9,8 @@ from typing import Any
 class Sharding:
     """Which parts of the training state each process holds 1/N of, and on what: device, cpu or nvme.
 
-    The sizes below them are DeepSpeed's, in elements, with its defaults (0.19).
+    ``over``: N where it is not all processes (groups of N hold a copy each). The sizes below are DeepSpeed's, in
+    elements, with its defaults (0.19); FSDP2 has none.
     """
 
     optimizer: bool = False
@@ -17,6 +18,7 @@ class Sharding:
     parameters: bool = False
     optimizer_on: str = "device"
     parameters_on: str = "device"
+    over: int = 0
     reduce_bucket: int = 0
     buffers: int = 1  # of reduce_bucket elements
     max_live: int = 0

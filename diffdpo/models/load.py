@@ -36,12 +36,13 @@ from diffdpo.models.architecture.dream import (
 )
 from diffdpo.models.architecture.illada import ILLaDAConfig, ILLaDAForCausalLM
 from diffdpo.models.architecture.llada import LLaDAConfig, LLaDAModelLM
-from diffdpo.models.architecture.spec import DECODER_LORA_TARGETS, LLADA_LORA_TARGETS, FamilySpec
+from diffdpo.models.architecture.llada2_moe import LLaDA2MoeConfig, LLaDA2MoeModelLM
+from diffdpo.models.architecture.spec import DECODER_LORA_TARGETS, LLADA2_LORA_TARGETS, LLADA_LORA_TARGETS, FamilySpec
 from diffdpo.models.checkpoint.adapter_folder import base_of_adapter, is_adapter
-from diffdpo.models.checkpoint.weights import only_kept, read_model
+from diffdpo.models.checkpoint.weights import Shards, only_kept, read_model
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
-STOP_TOKENS = ("<|eot_id|>", "<|im_end|>")
+STOP_TOKENS = ("<|eot_id|>", "<|im_end|>", "<|role_end|>")
 """End-of-turn tokens of the chat templates in use; they end an answer when sampling, beside the terminator."""
 
 
@@ -72,6 +73,7 @@ FAMILIES = {
     "Fast_dLLM_Qwen": Family(
         FastDLLMQwenConfig, Fast_dLLM_QwenForCausalLM, DECODER_LORA_TARGETS, 1, "|<MASK>|", 151665
     ),
+    "llada2_moe": Family(LLaDA2MoeConfig, LLaDA2MoeModelLM, LLADA2_LORA_TARGETS, 0, "<|mask|>", 156895),
     "Dream": Family(DreamConfig, DreamModel, DECODER_LORA_TARGETS, 1),
     "qwen2": Family(Qwen2DiffusionConfig, DreamModel, DECODER_LORA_TARGETS, 1),
     "qwen3": Family(Qwen3DiffusionConfig, DreamModel, DECODER_LORA_TARGETS, 1),
@@ -83,10 +85,9 @@ FAMILIES = {
 
 
 NOT_BUILT = {
-    "llada2_moe": "LLaDA2.x: the experts are not built",
-    "llada2_moe_veomni": "LLaDA2.x with merged experts: the experts are not built",
-    "sdar_moe": "SDAR with experts: the experts are not built",
-    "lladamoe": "LLaDA-MoE: the experts are not built",
+    "llada2_moe_veomni": "LLaDA2.x with merged experts: load the published layout, model_type llada2_moe",
+    "sdar_moe": "SDAR with experts: its router (softmax) and layout are not built",
+    "lladamoe": "LLaDA-MoE: its router and layout are not built",
     "nemotron_labs_diffusion": (
         "Nemotron-Labs-Diffusion: names (encoder.*, diffusion_head) and YaRN with position-dependent query scaling are "
         "not built, and how its clean tokens attend was not verified"
@@ -112,11 +113,13 @@ def load_model(
     device: str = "cpu",
     load_in_4bit: bool = False,
     block_size: int | None = None,
+    shards: Shards | None = None,
 ) -> LoadedModel:
     """Load a published checkpoint (NAME or NAME@REVISION of the hub), a directory written by `save_model`, or a peft
     adapter directory with its base.
 
     `block_size`: for a checkpoint that does not say how many tokens a block has (0: its attention is full).
+    `shards`: an engine's, where each process reads its part of the weights only; `device` is then for the adapter.
     `load_in_4bit`: NF4 with double quantisation for the blocks; embedding, norms and head stay in `dtype`.
     Raises UserError for anything a user can mend: an unknown family or dtype, missing keys or tensors, a tokenizer
     that does not fit.
@@ -127,12 +130,12 @@ def load_model(
     check_device(device)
     if is_adapter(name_or_path):
         options = {"dtype": dtype, "device": device, "load_in_4bit": load_in_4bit, "block_size": block_size}
-        return load_adapter(name_or_path, **options)
+        return load_adapter(name_or_path, **options, shards=shards)
     family, config = read_config(name_or_path, block_size=block_size)
     tokenizer = load_tokenizer(name_or_path)
     spec = make_spec(config, family, tokenizer)
     weights = {"dtype": DTYPES[dtype], "device": device, "nf4": load_in_4bit}
-    model = read_model(family.model_class, config, name_or_path, **weights)
+    model = read_model(family.model_class, config, name_or_path, **weights, shards=shards)
     return LoadedModel(model, tokenizer, spec)
 
 

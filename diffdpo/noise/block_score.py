@@ -7,12 +7,12 @@ it.
 Given the clean tokens before it, a block does not depend on what is masked in any other. So the score is estimated by
 each block's own estimator, and one row serves all of them at once: it has a mask of each block. Which of a block's
 masks stands in which row changes no term of the sum; here they are shifted by one row a block, so that a row has small
-masks in some blocks and large ones in others, and rows are alike in work and in weight (docs/theory.md, section 9).
+masks in some blocks and large ones in others, and rows are alike in work and in weight (docs/theory.md, section 6).
 
 Shape suffixes: N rows, L tokens of the answer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -76,22 +76,17 @@ def draw_block_plan(
     block_N, cell_N = (None, None) if plans[0].block_N is None else (plans[0].block_N, plans[0].cell_N)
     together_N = np.zeros(rows, np.int64) if block_N is None else block_N
 
-    def laid_out(of_plan: Callable[[NoisePlan], np.ndarray]) -> list[np.ndarray]:
-        """[N, ...] of each block, its rows shifted by one a block; rows of a block with fewer masks are 0."""
-        padded = [
-            np.pad(value, [(0, rows - len(value))] + [(0, 0)] * (value.ndim - 1)) for value in map(of_plan, plans)
-        ]
-        return [value[_shifted(together_N, index)] for index, value in enumerate(padded)]
-
-    return NoisePlan(
-        masked_NL=np.concatenate(laid_out(lambda plan: plan.masked_NL), axis=1),
-        scored_NL=np.concatenate(laid_out(lambda plan: plan.scored_NL), axis=1),
-        weight_N=np.ones(rows),
-        share_N=np.sum(laid_out(lambda plan: plan.share_N), axis=0),
-        scale_NL=np.concatenate(laid_out(lambda plan: plan.weight_N[:, None] * _scale(plan)), axis=1),
-        block_N=block_N,
-        cell_N=cell_N,
-    )
+    masked_NL, scored_NL = (np.zeros((rows, sum(tokens)), dtype=bool) for _ in range(2))
+    scale_NL, share_N, stop = np.zeros((rows, sum(tokens))), np.zeros(rows), 0
+    for index, plan in enumerate(plans):
+        start, stop = stop, stop + plan.masked_NL.shape[1]
+        own_N = _shifted(together_N, index)  # by one row a block of tokens
+        place_N = np.flatnonzero(own_N < len(plan))  # a block with fewer masks is whole in the other rows
+        own_N = own_N[place_N]
+        masked_NL[place_N, start:stop], scored_NL[place_N, start:stop] = plan.masked_NL[own_N], plan.scored_NL[own_N]
+        scale_NL[place_N, start:stop] = plan.weight_N[own_N, None] * _scale(plan)[own_N]
+        share_N[place_N] += plan.share_N[own_N]
+    return NoisePlan(masked_NL, scored_NL, np.ones(rows), share_N, scale_NL, block_N, cell_N)
 
 
 def _shifted(block_N: np.ndarray, by: int) -> np.ndarray:

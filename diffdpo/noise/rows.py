@@ -5,7 +5,7 @@ row. A side that is absent (an unpaired record, an empty slot) still has its n r
 score, so the number of rows depends on the configuration and never on the data: ranks stay in step. (``exact`` is the
 exception: its row count is 2^L - 1.)
 
-Of a block-causal family (docs/theory.md, section 9) a row holds its answer's blocks only, from the one that the answer
+Of a block-causal family (docs/theory.md, section 6) a row holds its answer's blocks only, from the one that the answer
 begins in; what it looks back on are the clean tokens before each block, once an answer (``CleanAnswers``).
 
 Shape suffixes: B pairs, 2 sides, T longest row, R rows, M scored positions of all rows, A = 2B answers (2 b + side).

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diffdpo.config import TrainConfig, make_config
-from diffdpo.engine.choice import DEEPSPEED
+from diffdpo.engine.choice import FSDP2, PLAIN
 from diffdpo.errors import UserError
 from diffdpo.planner.plan import Machine, Plan, make_plan
 from diffdpo.shipped import shipped_folder
@@ -93,7 +93,7 @@ def _same_training(plan: Plan) -> Iterator[Change]:
         yield {"reference": "precomputed"}
     if job.rows_at_once > 1:
         yield {"segment_rows": 1}
-    if job.choice.kind == DEEPSPEED and not job.bf16:
+    if job.choice.kind != PLAIN and not job.bf16:
         yield {"bf16": True}
     if not config.gradient_checkpointing:
         yield {"gradient_checkpointing": True}
@@ -108,10 +108,14 @@ def _same_training(plan: Plan) -> Iterator[Change]:
 
 def _tiers(config: TrainConfig) -> Iterator[list[Change]]:
     yield [{}]
-    yield [{"ds_config": _shipped(name)} for name in SHARDED]
-    offload = _shipped(SHARDED[0])
+    offload: Change = {"fsdp_cpu_offload": True}
+    if config.engine == FSDP2:
+        yield [offload]
+    else:
+        yield [{"ds_config": _shipped(name)} for name in SHARDED]
+        offload = {"ds_config": _shipped(SHARDED[0])}
     adapters: list[Change] = [{"use_peft": True}, {"use_peft": True, "load_in_4bit": True}]
-    yield [change | {"ds_config": offload} for change in map(dict, adapters) if not config.load_in_4bit]
+    yield [change | dict(offload) for change in map(dict, adapters) if not config.load_in_4bit]
 
 
 def _shipped(name: str) -> str:

@@ -94,13 +94,14 @@ class MetaSegments:
 
 
 class DryEngine:
-    """Stands in for the engine: gradients stay in ``.grad``, or leave through a bucket as in ZeRO-2 and ZeRO-3."""
+    """Stands in for the engine: gradients stay in ``.grad``, or leave through a bucket as in ZeRO-2 and ZeRO-3, or at
+    once as in FSDP2 (whose buffers are counted on their own)."""
 
     def __init__(self, module: MaskedLogProbs, job: PlannedRun, ledger: Ledger):
         self.module, self.ledger = module, ledger
         self.parameters = trained_parameters(module)
         self.choice, cut = job.choice, job.sharding
-        self.bucketed = cut.gradients and job.strategy != "deferred"
+        self.bucketed = cut.gradients and job.strategy != "deferred" and not job.adapter_is_whole
         self.bucket = cut.reduce_bucket
         self.offload = cut.offloads_optimizer
         self.sharded = cut.parameters

@@ -7,7 +7,7 @@ import torch
 
 from diffdpo.config import TrainConfig, resolve
 from diffdpo.engine.base import count_parameters
-from diffdpo.engine.choice import SMALL_SHARE, EngineChoice, choose_engine
+from diffdpo.engine.choice import FSDP2, SMALL_SHARE, EngineChoice, choose_engine
 from diffdpo.engine.sharding import Sharding
 from diffdpo.reference.modes import check_reference, choose_mode
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
@@ -45,6 +45,16 @@ class PlannedRun:
     def world(self) -> int:
         """Processes."""
         return self.choice.processes
+
+    @property
+    def shards(self) -> int:
+        """Processes that share one copy of what is cut."""
+        return self.sharding.over or self.world
+
+    @property
+    def adapter_is_whole(self) -> bool:
+        """Whether what is trained is on every process, beside frozen weights in shards."""
+        return self.choice.kind == FSDP2 and self.config.use_peft
 
     @property
     def pairs(self) -> int:

@@ -1,7 +1,7 @@
 """Bytes by part and place: what an engine holds, beside the live tensors of a dry run.
 
-The parts of DeepSpeed follow its source (0.19: ``zero/stage_1_and_2.py``, ``zero/stage3.py``). A part lives in some of
-three moments, and the memory needed is that of the worst:
+The parts of DeepSpeed follow its source (0.19: ``zero/stage_1_and_2.py``, ``zero/stage3.py``), those of FSDP2 torch's
+(2.13: ``fsdp/_fully_shard``). A part lives in some of three moments, and the memory needed is that of the worst:
 
 start       the model is loaded and handed to the engine
 backward    forwards and backwards of a micro-batch, from the second step on
@@ -13,6 +13,7 @@ N is the number of processes, P the trained parameters.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from diffdpo.engine.choice import FSDP2
 from diffdpo.engine.sharding import Sharding
 from diffdpo.planner.dry_run import DryRun
 from diffdpo.planner.hardware import CONTEXT, PROCESS, SLACK
@@ -47,14 +48,21 @@ def needed(parts: Sequence[Part], place: str, *, assumed: bool = True) -> tuple[
 def memory_parts(job: PlannedRun, numbers: Numbers, run: DryRun) -> list[Part]:
     """Everything one process holds, where and when. Parts of no bytes are left out."""
     weights = numbers.trained_bytes + numbers.frozen_bytes
-    held = _sharded(job, numbers) if job.sharding.any else _whole(job, numbers)
-    parts = [*held, *_reference(job, weights), *_live(job, run)]
+    parts = [*_held(job, numbers), *_reference(job, numbers, weights), *_live(job, run)]
     if job.cuda:
         parts += [
             Part("CUDA context and libraries", DEVICE, CONTEXT, assumed=True),
             Part("process", HOST, PROCESS, assumed=True),
         ]
     return [part for part in parts if part.bytes]
+
+
+def _held(job: PlannedRun, n: Numbers) -> list[Part]:
+    if job.choice.kind == FSDP2:
+        return _fsdp2(job, n)
+    if not job.sharding.any:
+        return _whole(job, n)
+    return _parameters_cut(job, job.sharding, n) if job.sharding.parameters else _state_cut(job, job.sharding, n)
 
 
 def _whole(job: PlannedRun, n: Numbers) -> list[Part]:
@@ -71,11 +79,13 @@ def _whole(job: PlannedRun, n: Numbers) -> list[Part]:
     return parts
 
 
-def _reference(job: PlannedRun, weights: int) -> list[Part]:
+def _reference(job: PlannedRun, n: Numbers, weights: int) -> list[Part]:
     if job.reference != "copy":
         return []
     if not job.sharding.parameters:
         return [Part("reference copy", DEVICE, weights)]
+    if job.choice.kind == FSDP2:
+        return [Part("reference copy", PLACES[job.sharding.parameters_on], n.total * job.width // job.shards)]
     return [
         Part("reference copy", PLACES[job.sharding.parameters_on], weights // job.world, STEP),
         Part("reference copy", HOST if job.cuda else DEVICE, weights, ("start",)),
@@ -90,10 +100,6 @@ def _live(job: PlannedRun, run: DryRun) -> list[Part]:
     if job.cuda:
         parts.append(Part("allocator's slack", DEVICE, int(SLACK * sum(peak.values())), ("backward",), assumed=True))
     return parts
-
-
-def _sharded(job: PlannedRun, n: Numbers) -> list[Part]:
-    return _parameters_cut(job, job.sharding, n) if job.sharding.parameters else _state_cut(job, job.sharding, n)
 
 
 def _state_cut(job: PlannedRun, zero: Sharding, n: Numbers) -> list[Part]:
@@ -160,6 +166,34 @@ def _parameters_cut(job: PlannedRun, zero: Sharding, n: Numbers) -> list[Part]:
             Part("gradients in fp32 of a sub-group", HOST, 4 * group, STEP),
         ]
     return [*parts, Part("gradients in fp32 of a sub-group", DEVICE, 4 * group * (1 if w == 4 else 2), STEP)]
+
+
+def _fsdp2(job: PlannedRun, n: Numbers) -> list[Part]:
+    """1/N of everything, N processes to a copy; weights are read straight into shards. Trained ones are fp32 and cast
+    as they are gathered: one unit in use, of its neighbours what is being copied in and not freed yet."""
+    cut, shards, w, home = job.sharding, job.shards, job.width, PLACES[job.sharding.parameters_on]
+    trained = 0 if job.adapter_is_whole else n.trained
+    unit = n.largest_unit
+    kept = n.total * w + unit * w if not job.choice.reshard_after_forward else (3 if shards > 1 else 1) * unit * w
+    parts = [
+        Part("weights", home, _pinned((4 * trained + n.frozen_bytes) // shards, cut, home)),
+        Part("weights gathered for use", DEVICE, kept, ("backward",)),
+    ]
+    if job.adapter_is_whole:
+        return [
+            *parts,
+            Part("adapter", DEVICE, n.trained_bytes),
+            Part("optimizer", DEVICE, 8 * n.trained, STEP),
+            Part("gradients", DEVICE, n.trained_bytes, ("update",)),
+            Part("gradients, flat for the sum", DEVICE, n.trained_bytes if job.world > 1 else 0, ("update",)),
+        ]
+    states = PLACES[cut.optimizer_on]
+    return [
+        *parts,
+        Part("gradients of a unit, and in fp32 on their way", DEVICE, unit * (w + 2 * 4), ("backward",)),
+        Part("gradients", states, 4 * trained // shards, STEP),
+        Part("optimizer: moments", states, 8 * trained // shards, STEP),
+    ]
 
 
 def _pinned(size: int, zero: Sharding, place: str) -> int:

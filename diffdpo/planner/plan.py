@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from diffdpo.config import TrainConfig
+from diffdpo.engine.choice import DEEPSPEED
 from diffdpo.errors import UserError
 from diffdpo.memory.largest_fit import Fit, largest_fit
 from diffdpo.models.bundled import model_or_bundled
@@ -85,7 +86,7 @@ def make_plan(
         return share_of_memory(choice, size, memory=memory)
 
     choice = planned_engine(config, cuda=cuda, processes=machine.gpus)
-    module = skeleton(family, shape, config, bf16=choice.bf16, cast=choice.bf16)
+    module = skeleton(family, shape, config, bf16=choice.bf16, cast=choice.bf16 and choice.kind == DEEPSPEED)
     job = plan_run(config, module, choice, cuda=cuda, second_model=second_model, scored=scored)
     numbers = count(module)
     context = getattr(shape, "max_position_embeddings", None)

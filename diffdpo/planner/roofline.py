@@ -98,8 +98,8 @@ def _link_bytes(job: PlannedRun, n: Numbers) -> int:
 
 def _optimizer(job: PlannedRun, n: Numbers, gpu: Gpu, host: Host) -> float:
     """AdamW reads and writes fp32 weights and moments and reads gradients: 28 bytes a parameter, and casts."""
-    share = n.trained // job.world if job.sharding.any else n.trained
-    offloaded = job.sharding.offloads_optimizer
+    share = n.trained // job.shards if job.sharding.any and not job.adapter_is_whole else n.trained
+    offloaded = job.sharding.offloads_optimizer and not job.adapter_is_whole
     rate = host.bandwidth if offloaded else BANDWIDTH_SHARE * gpu.bandwidth
     return share * (28 + 3 * job.width) / rate
 

@@ -32,6 +32,7 @@ class Numbers:
     vocabulary: int
     layers: int
     largest_module: int  # elements of the module with the most parameters of its own
+    largest_unit: int  # of what FSDP2 gathers at a time: a block, the embedding, the head
 
 
 def read_shape(name_or_path: str) -> tuple[Family, PreTrainedConfig]:
@@ -115,6 +116,7 @@ def count(module: MaskedLogProbs) -> Numbers:
     packed = [m for m in module.modules() if isinstance(m, Nf4Linear)]
     elements = sum(p.numel() for p in (*trained, *frozen))
     elements += sum(m.unpacked.numel() - m.weight.numel() - m.absmax.numel() - m.nested.numel() for m in packed)
+    units = (*base.blocks, base.embed, base.final_norm, base.head)
     return Numbers(
         total=elements,
         trained=sum(p.numel() for p in trained),
@@ -125,4 +127,5 @@ def count(module: MaskedLogProbs) -> Numbers:
         vocabulary=base.head.weight.shape[0],
         layers=len(base.blocks),
         largest_module=max(sum(p.numel() for p in m.parameters(recurse=False)) for m in module.modules()),
+        largest_unit=max(sum(p.numel() for p in unit.parameters()) for unit in units),
     )

@@ -15,6 +15,7 @@ from torch import nn
 from diffdpo.config import TrainConfig
 from diffdpo.engine.base import Engine, FrozenModule
 from diffdpo.engine.choice import EngineChoice
+from diffdpo.engine.make import weight_shards
 from diffdpo.engine.world import World
 from diffdpo.errors import UserError
 from diffdpo.losses.options import LossOptions
@@ -81,13 +82,15 @@ def share_of_memory(choice: EngineChoice, size: int, *, memory: int) -> float:
     return size / memory / (choice.processes if choice.shards_parameters else 1)
 
 
-def load_reference(config: TrainConfig, *, bf16: bool, mask_token_id: int) -> MaskedLogProbs:
-    """``--ref_model_name_or_path``, or the policy as it is before training, on the CPU."""
+def load_reference(config: TrainConfig, choice: EngineChoice, world: World, *, mask_token_id: int) -> MaskedLogProbs:
+    """``--ref_model_name_or_path``, or the policy as it is before training: on the CPU, or in shards where the engine
+    has weights read so."""
     named = config.ref_model_name_or_path
     loaded = load_model(
         named or model_or_bundled(config.policy),
-        dtype=dtype_name(bf16),
+        dtype=dtype_name(choice.bf16),
         load_in_4bit=config.load_in_4bit and not named,
+        shards=weight_shards(choice, world),
     )
     if loaded.spec.mask_token_id != mask_token_id:
         raise UserError(
@@ -97,10 +100,11 @@ def load_reference(config: TrainConfig, *, bf16: bool, mask_token_id: int) -> Ma
     return MaskedLogProbs.of(loaded.model, loaded.spec, config).requires_grad_(False)
 
 
-def make_frozen(config: TrainConfig, module: MaskedLogProbs, *, bf16: bool) -> nn.Module:
-    """The second model of mode ``copy``, to be made before an engine wraps ``module``."""
-    if config.ref_model_name_or_path:
-        return load_reference(config, bf16=bf16, mask_token_id=module.spec.mask_token_id)
+def make_frozen(config: TrainConfig, module: MaskedLogProbs, choice: EngineChoice, world: World) -> nn.Module:
+    """The second model of mode ``copy``, to be made before an engine wraps ``module``. Shards cannot be copied, so they
+    are read again."""
+    if config.ref_model_name_or_path or weight_shards(choice, world) is not None:
+        return load_reference(config, choice, world, mask_token_id=module.spec.mask_token_id)
     return frozen_copy(module)
 
 

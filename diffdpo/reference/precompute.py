@@ -133,7 +133,7 @@ class ReferencePass:
 
     def score(self, todo: Sequence[tuple[Stream, int, np.ndarray]]) -> None:
         """Load the reference, score the steps, let go of it."""
-        module = load_reference(self.config, bf16=self.choice.bf16, mask_token_id=self.spec.mask_token_id)
+        module = load_reference(self.config, self.choice, self.world, mask_token_id=self.spec.mask_token_id)
         forward = hold_frozen(self.choice, module, self.world)
         with told_if_exhausted("while the reference is scored", "give a smaller --segment_rows, such as 8"):
             _score_all(todo, forward, self.noise, self.world, segments=self.segments)

@@ -28,7 +28,7 @@ class BlockPredictor:
     ):
         self.model, self.canvas, self.window_RB = model, canvas, window_RB
         self.shift, self.cfg_scale, self.cached = spec.logit_shift, cfg_scale, cached
-        self.device = model.embed.weight.device
+        self.device = model.computes_on or model.embed.weight.device
         self.recorded: RecordingLayout | None = None
         self.recorded_rows: Tensor = torch.empty(0, dtype=torch.long)
 

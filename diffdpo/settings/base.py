@@ -36,9 +36,9 @@ def setting(
     """A dataclass field with a flag's help. ``choices`` and the three bounds are checked by :func:`check_settings`.
 
     ``known``: words that ``--help_all`` lists like choices, of a table to which others may add and which is asked
-    elsewhere; ``refused``: words one might try, each with why it is no choice; ``common``: among the few that ``--help``
-    shows; ``many``: a list, held as text with commas, of which ``choices`` allows each; ``share``: a number of steps, or
-    below 1 a share of all; ``secret``: never written down.
+    elsewhere; ``refused``: words one might try, each with why it is no choice; ``common``: among the few that
+    ``--help`` shows; ``many``: a list, held as text with commas, of which ``choices`` allows each; ``share``: a number
+    of steps, or below 1 a share of all; ``secret``: never written down.
     """
     metadata = {"help": help, "common": common, "many": many, "share": share, "secret": secret}
     bounds = {

@@ -7,6 +7,8 @@ from diffdpo.errors import UserError
 from diffdpo.settings.base import setting
 from diffdpo.settings.schedule import ScheduleSettings
 
+FSDP_FLAGS = {"fsdp_cpu_offload": False, "fsdp_reshard_after_forward": True, "fsdp_shard_size": 0}
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings(ScheduleSettings):
@@ -14,9 +16,20 @@ class EngineSettings(ScheduleSettings):
 
     title: ClassVar[str] = "optimisation and engine"
 
-    engine: str = setting("auto", "auto: deepspeed when --ds_config is given", choices=("auto", "deepspeed", "plain"))
+    engine: str = setting(
+        "auto",
+        "auto: deepspeed when --ds_config is given; fsdp2: everything in shards, by torch alone",
+        choices=("auto", "deepspeed", "plain", "fsdp2"),
+    )
     ds_config: str | None = setting(
         None, "DeepSpeed JSON: sharding and offload, the rest follows from flags; default: none", common=True
+    )
+    fsdp_cpu_offload: bool = setting(False, "fsdp2: shards, their gradients and AdamW on the host")
+    fsdp_reshard_after_forward: bool = setting(
+        True, "fsdp2: free gathered weights after a forward; false: kept until its backward (less traffic, more memory)"
+    )
+    fsdp_shard_size: int = setting(
+        0, "fsdp2: processes that share one copy of the weights, such as those of a host; 0: all", at_least=0
     )
     bf16: bool | None = setting(None, "bfloat16 weights; default: on a GPU that has it")
     per_device_train_batch_size: int = setting(8, "records in a micro-batch of one process", at_least=1, common=True)
@@ -35,3 +48,6 @@ class EngineSettings(ScheduleSettings):
             )
         if self.engine not in ("auto", "deepspeed") and self.ds_config:
             raise UserError(f"--engine {self.engine} does not read --ds_config; leave one of the two out")
+        for name, usual in FSDP_FLAGS.items():
+            if self.engine != "fsdp2" and getattr(self, name) != usual:
+                raise UserError(f"--{name} is about --engine fsdp2; add that, or leave it out")

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from diffdpo.config import RunConfig
-from diffdpo.engine.choice import DEEPSPEED, engine_kind
+from diffdpo.engine.choice import PLAIN, engine_kind
 from diffdpo.engine.world import World, init_distributed
 from diffdpo.errors import UserError
 from diffdpo.memory.allocator import keep_freed_memory
@@ -34,7 +34,7 @@ class RunContext:
 def open_context(config: RunConfig, command: str) -> RunContext:
     """Join the other processes and agree on a name and a folder. UserError when the folder holds another run."""
     _set_threads()
-    world = init_distributed(always_distributed=engine_kind(config) == DEEPSPEED)
+    world = init_distributed(always_distributed=engine_kind(config) != PLAIN)
     if world.device.type == "cpu":
         keep_freed_memory()
     name = world.broadcast(config.run_name or f"{command}-{time.strftime('%Y%m%d-%H%M%S')}")

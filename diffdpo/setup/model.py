@@ -8,7 +8,7 @@ import torch
 from diffdpo.config import RunConfig, TrainConfig
 from diffdpo.engine.base import Engine
 from diffdpo.engine.choice import EngineChoice
-from diffdpo.engine.make import load_device
+from diffdpo.engine.make import load_device, weight_shards
 from diffdpo.engine.world import World
 from diffdpo.models.bundled import model_or_bundled
 from diffdpo.models.checkpoint.adapter_folder import is_adapter, note_base
@@ -19,9 +19,11 @@ def load_policy(config: TrainConfig, choice: EngineChoice, world: World) -> Load
     """The model to be trained: all of its weights, or an adapter on it."""
     loaded = load_model(
         model_or_bundled(config.policy),
-        dtype=dtype_name(choice.bf16),
+        dtype=dtype_name(choice.reads_bf16(trained=not config.use_peft)),
         device=load_device(choice, world),
         load_in_4bit=config.load_in_4bit,
+        # DoRA starts from the norms of whole rows and columns, so a shard is not enough
+        shards=None if config.use_dora else weight_shards(choice, world),
     )
     if not config.use_peft:
         return replace(loaded, model=loaded.model.requires_grad_(True))

@@ -119,7 +119,8 @@ class Pulse:
         signs = read_signs(self.output_dir) or [self.sign()]
         living = [sign for sign in signs if sign.age < STALE_SECONDS] or signs
         if living[0].rank == self.world.rank:
-            print(f"error: {diagnosis(signs)}; stacks: {self.output_dir}/hang-rank-*.txt", file=sys.stderr, flush=True)
+            line = f"error: {diagnosis(signs)}; stacks: {self.output_dir}/hang-rank-*.txt"
+            print(f"\n{line}", file=sys.stderr, flush=True)  # not behind the progress bar
         else:
             time.sleep(3 * PAUSE_SECONDS)  # the launcher ends all of them when the first has ended
         for sign in signs:

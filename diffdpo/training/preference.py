@@ -133,7 +133,7 @@ class _Training:
         self.loaded = load_policy(config, choice, world)
         self.noise = NoiseOptions.of(config, self.loaded.spec)
         module = MaskedLogProbs.of(self.loaded.model, self.loaded.spec, config)
-        frozen = make_frozen(config, module, bf16=choice.bf16) if self.mode == "copy" else None
+        frozen = make_frozen(config, module, choice, world) if self.mode == "copy" else None
         options = OptimizerOptions.of(config)
         self.engine: Engine = make_engine(choice, module, world, options, say=self.context.print)
         meets = world if self.engine.retry_obstacle() is not None else None

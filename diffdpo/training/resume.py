@@ -13,12 +13,21 @@ from diffdpo.setup.context import RunContext
 from diffdpo.setup.data import total_steps
 from diffdpo.training.checkpoint import list_checkpoints, read_state, told_if_unreadable
 
-WITHOUT_EFFECT = {"output_dir", "resume_from_checkpoint", "data_cache_dir", "tracking_uri", "tracking_timeout"}
+WITHOUT_EFFECT = {
+    "output_dir",
+    "run_name",
+    "resume_from_checkpoint",
+    "data_cache_dir",
+    "tracking_uri",
+    "tracking_timeout",
+}
 FREE_TO_CHANGE = WITHOUT_EFFECT | {
-    *("run_name", "dataset_num_workers", "save_minutes", "save_on_full_disk", "stop_seconds", "hang_timeout"),
+    *("dataset_num_workers", "save_minutes", "save_on_full_disk", "stop_seconds", "hang_timeout"),
     *("on_nonfinite", "nonfinite_limit", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_token"),
     *("logging_steps", "eval_steps", "save_steps", "save_total_limit", "segmentation", "segment_rows", "max_memory"),
     *("reference", "reference_cache", "precompute_only", "strict"),
+    # where the engine that was can be another (``EngineChoice.reads``), and its number of processes
+    *("engine", "fsdp_cpu_offload", "fsdp_reshard_after_forward", "fsdp_shard_size"),
     # their product cannot change: the reader refuses another number of records a step
     *("per_device_train_batch_size", "gradient_accumulation_steps"),
 }
@@ -47,7 +56,7 @@ def resume_parts(
             "or --num_train_epochs"
         )
     for name, value in state["held_by"].items():
-        if value != ours[name]:
+        if not (engine.choice.reads(value) if name == "engine" else value == ours[name]):
             raise UserError(
                 f"--resume_from_checkpoint {checkpoint}: {name} was {value} and is {ours[name]}; resume with the "
                 "launcher, --ds_config and adapter settings of the run that wrote it"

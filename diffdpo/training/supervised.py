@@ -17,7 +17,7 @@ from data_pipeline.stages import RecordReader
 from diffdpo.config import SftConfig, resolve
 from diffdpo.engine.base import count_parameters
 from diffdpo.engine.choice import EngineChoice, choose_engine
-from diffdpo.engine.make import bf16_able, load_device, make_engine
+from diffdpo.engine.make import bf16_able, load_device, make_engine, weight_shards
 from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.errors import UserError
 from diffdpo.evaluation.heldout import HeldOutAnswers, SampledAnswers
@@ -178,9 +178,10 @@ def _load_or_make(
 ) -> LoadedModel:
     """The named model, or a new one with a tokenizer trained on the data: the same on every rank. ``keep``: the one
     that is there, of the run that is resumed."""
-    device = load_device(choice, context.world)
+    device, shards = load_device(choice, context.world), weight_shards(choice, context.world)
     if config.policy:
-        loaded = load_model(config.policy, dtype=dtype_name(choice.bf16), device=device)
+        dtype = dtype_name(choice.reads_bf16(trained=True))
+        loaded = load_model(config.policy, dtype=dtype, device=device, shards=shards)
         loaded.model.requires_grad_(True)
         return loaded
     folder = context.output_dir / "start"
@@ -195,7 +196,7 @@ def _load_or_make(
         model.save_pretrained(partial)
         partial.rename(folder)
     context.world.barrier()
-    loaded = load_model(str(folder), device=device)
+    loaded = load_model(str(folder), device=device, shards=shards)
     loaded.model.requires_grad_(True)
     return loaded
 

@@ -14,8 +14,10 @@ import torch
 
 from data_pipeline.encode import Encoder
 from data_pipeline.reader import PairLoader, open_dataset
-from diffdpo.engine.choice import deepspeed_choice
+from diffdpo.engine.choice import deepspeed_choice, fsdp2_choice
 from diffdpo.engine.deepspeed import DeepSpeedEngine
+from diffdpo.engine.fsdp2 import Fsdp2Engine
+from diffdpo.engine.fsdp2_units import gathered, own_part
 from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.plain import PlainEngine
 from diffdpo.engine.world import World, init_distributed, shutdown_distributed
@@ -35,12 +37,13 @@ OPTIONS = OptimizerOptions(learning_rate=0.0, betas=(0.0, 0.95))
 
 @dataclass(frozen=True)
 class Case:
-    """An engine (``ds``: zero_optimization, None for plain) with what runs under it."""
+    """An engine (``ds``: zero_optimization; ``fsdp``: of ``fsdp2_choice``; neither: plain) with what runs under it."""
 
     name: str
     strategies: list[str]
     losses: list[str]
     ds: dict | None = None
+    fsdp: dict | None = None
     lora: bool = False
     layers: bool = False  # checkpoint each layer as well
     bf16: bool = False
@@ -112,7 +115,7 @@ def policy(folder: str, case: Case):
 
 def step_of(engine, module, loaded, case: Case, strategy: str, loss: str) -> PreferenceStep:
     world = engine.world
-    sharded = (case.ds or {}).get("stage", 0) >= 2
+    sharded = case.fsdp is not None or (case.ds or {}).get("stage", 0) >= 2
     # as a run does: ranks that can take a step again together need not cut alike
     meets = sharded and engine.retry_obstacle() is not None
     segments = Segments(rows=case.segment, equal_over=world if meets else None)
@@ -151,6 +154,9 @@ def plain_gradient(folder: str, data, case: Case, strategy: str, loss: str, worl
 
 
 def make_engine(module, case: Case, world: World):
+    if case.fsdp is not None:
+        choice = fsdp2_choice(processes=world.size, bf16=case.bf16, **case.fsdp)
+        return Fsdp2Engine(module, world, OPTIONS, choice=choice)
     if case.ds is None:
         return PlainEngine(module, world, OPTIONS)
     config = {
@@ -173,6 +179,8 @@ def gradients_of(engine) -> list[torch.Tensor]:
     """The gradient of the step just taken, whole, in fp32; every rank calls."""
     if isinstance(engine, PlainEngine):
         return [engine.optimizer.state[p]["exp_avg"] for p in engine.parameters]
+    if isinstance(engine, Fsdp2Engine):
+        return [gathered(engine.optimizer.state[p]["exp_avg"], engine.world.device) for p in engine.parameters]
     if not engine.choice.shards_parameters:
         # DeepSpeed 0.19.8 does not link the states of a second group to its parameters: read the flat partitions
         optimizer, found = engine.optimizer, {}
@@ -214,11 +222,20 @@ def run(folder: str, data, case: Case, world: World, truth: dict) -> dict[str, d
                 "error": (difference / size) ** 0.5,
                 "loss": [report.loss, expected_loss],
                 "calls": world.all_gather_object(engine.calls),
-                "sharded": sum(p.numel() for p in engine.parameters) == 0,
+                "sharded": _in_shards(engine),
                 "repeated": bool(report.notes),
-                "stage": engine.choice.sharding.stage if case.ds else None,
+                "stage": engine.choice.sharding.stage,
+                "over": engine.choice.sharding.over or world.size,
             }
     return found
+
+
+def _in_shards(engine) -> bool:
+    """Whether no process has all of the weights."""
+    if not isinstance(engine.engine, Fsdp2Engine):
+        return sum(p.numel() for p in engine.parameters) == 0
+    held, whole = ([f(p) for p in engine.module.parameters()] for f in (lambda p: own_part(p).numel(), torch.numel))
+    return sum(held) < sum(whole)
 
 
 def main() -> None:

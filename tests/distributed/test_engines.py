@@ -54,7 +54,7 @@ def test_same_curve_as_one_plain_process(command, tiny_model, pairs_file, tmp_pa
     steps, margin = curve(command, *LAUNCHERS[name], tiny_model, pairs_file, tmp_path / "run")
     expected, expected_margin = truth
     assert len(steps) == len(expected) == STEPS
-    assert steps[0][0] == pytest.approx(0.69314718, abs=1e-6)
+    assert steps[0][0] == pytest.approx(0.69314718, abs=1e-5)
     for (loss, norm), (true_loss, true_norm) in zip(steps, expected, strict=True):
         assert loss == pytest.approx(true_loss, rel=1e-4, abs=1e-6)
         assert norm == pytest.approx(true_norm, rel=1e-3)

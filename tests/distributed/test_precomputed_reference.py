@@ -83,7 +83,7 @@ def test_a_killed_pass_goes_on_and_trains_as_a_copy_does(command, tiny_model, ma
         for mode in out
     ]
     assert curves[0] == curves[1], "to the bit, held-out figures too"
-    assert curves[0][1]["loss"] == pytest.approx(0.69314718, abs=1e-6) and curves[0][-1]["step"] == STEPS
+    assert curves[0][1]["loss"] == pytest.approx(0.69314718, abs=1e-5) and curves[0][-1]["step"] == STEPS
     assert parts(cache) == finished, "training scores nothing again"
 
 
@@ -98,4 +98,4 @@ def test_under_deepspeed_too(command, tiny_model, many_pairs, tmp_path, stage):
         for mode in out
     ]
     assert curves[0] == curves[1]
-    assert curves[0][1]["loss"] == pytest.approx(0.69314718, abs=1e-6)
+    assert curves[0][1]["loss"] == pytest.approx(0.69314718, abs=1e-5)

@@ -27,11 +27,18 @@ ZERO = {
         **SMALL,
     },
 }
+ENGINES = {name: {"ds": config} for name, config in ZERO.items()}
+ENGINES |= {
+    "FSDP2": {"fsdp": {}},
+    "FSDP2 offload": {"fsdp": {"offload": True}},
+    "FSDP2 kept": {"fsdp": {"reshard_after_forward": False}},
+    "FSDP2 copies": {"fsdp": {"shard_size": 1}},  # as many copies as processes
+}
 FP32, BF16 = 1e-5, 3e-2
 
 
 def case(name: str, engine: str, **settings) -> dict:
-    return {"name": name, "ds": ZERO[engine], "strategies": ALL, "losses": ["sigmoid"], **settings}
+    return {"name": name, **ENGINES[engine], "strategies": ALL, "losses": ["sigmoid"], **settings}
 
 
 @pytest.fixture
@@ -51,7 +58,7 @@ def compare(command, tiny_model, pairs_file, tmp_path):
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         found = json.loads(out.read_text())
         for name, result in found.items():
-            assert result["sharded"] == (result["stage"] == 3 and processes > 1), name
+            assert result["sharded"] == (result["stage"] == 3 and result["over"] > 1), name
             if result["stage"] == 3 or (result["stage"] == 2 and "LoRA" not in name and not result["repeated"]):
                 assert result["calls"] == [result["calls"][0]] * processes, f"{name}: ranks out of step"
         return found
@@ -74,6 +81,8 @@ def test_lora_and_full_on_two_processes(compare):
         case("ZeRO-2 LoRA", "ZeRO-2", strategies=["deferred"], lora=True),
         case("ZeRO-3", "ZeRO-3", strategies=["two_pass"]),
         case("ZeRO-3 LoRA", "ZeRO-3", strategies=["deferred"], lora=True, losses=["nca_pair"]),
+        case("FSDP2", "FSDP2", strategies=["checkpoint", "two_pass"], losses=["sigmoid,sft"], layers=True),
+        case("FSDP2 LoRA", "FSDP2 offload", strategies=["deferred", "two_pass"], lora=True, losses=["nca_pair"]),
     ]
     check(compare(cases, processes=2), FP32)
 
@@ -83,7 +92,7 @@ def test_lora_and_full_on_two_processes(compare):
 @pytest.mark.timeout(960)
 @pytest.mark.parametrize("trained", ["all", "LoRA"])
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("engine", list(ZERO))
+@pytest.mark.parametrize("engine", list(ENGINES))
 def test_every_loss_and_strategy(compare, engine, processes, trained):
     whole = engine in ("plain", "ZeRO-1") or (engine == "ZeRO-2" and processes == 1)
     cases = {
@@ -102,7 +111,7 @@ def test_every_loss_and_strategy(compare, engine, processes, trained):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("engine", [name for name in ZERO if name != "plain"])
+@pytest.mark.parametrize("engine", [name for name in ENGINES if name != "plain"])
 def test_bf16(compare, engine):
     cases = [
         case("full", engine, bf16=True, strategies=["none", "two_pass", "checkpoint"]),

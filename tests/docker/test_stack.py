@@ -24,7 +24,7 @@ import pytest
 from tests.docker.compose import read_compose
 from tests.support.paths import ROOT
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 PASSWORD = "made for this test only"
 SECRETS = dict.fromkeys(("POSTGRES_PASSWORD", "MLFLOW_ADMIN_PASSWORD", "MLFLOW_SECRET_KEY"), PASSWORD)
 BIN = Path(sys.executable).parent
@@ -106,7 +106,7 @@ def server(postgres, tmp_path_factory):
 
 
 def wait_until_healthy(address: str, process: subprocess.Popen, log: Path) -> None:
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 500
     while time.monotonic() < deadline and process.poll() is None:
         with contextlib.suppress(URLError, OSError):
             if urlopen(f"{address}/health", timeout=5).status == 200:

@@ -39,7 +39,7 @@ def test_a_run_mixes_sources_by_weight(command, tiny_model, sources, tmp_path, r
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 7, "58 records of training, 8 a step, the rest left out"
-    assert losses[0] == pytest.approx(0.69314718, abs=1e-6)
+    assert losses[0] == pytest.approx(0.69314718, abs=1e-5)
 
 
 def test_damaged_shards_are_refused_until_they_are_allowed(command, tiny_model, sources, tmp_path):

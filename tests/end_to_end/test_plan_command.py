@@ -74,6 +74,8 @@ def test_a_gpu_of_any_given_numbers(tmp_path, monkeypatch, capsys):
         (["--model_name_or_path", MODEL, "--host_memory", "64"], "--host_memory"),
         (["--model_name_or_path", MODEL, "--ds_config", "nowhere.json"], "nowhere.json"),
         (["--model_name_or_path", MODEL, "--gpu_memory", "0GiB"], "is nothing"),
+        (["--model_name_or_path", MODEL, "--gpu_memory", "-5GiB"], "--gpu_memory '-5GiB' is no size"),
+        (["--model_name_or_path", MODEL, "--gpu", "H100", "--gpu_flops", "-.5T"], "--gpu_flops '-.5T' is no rate"),
         (["--model_name_or_path", MODEL, "--gpu", "H100", "--gpu_bandwidth", "fast"], "--gpu_bandwidth"),
         (["--model_name_or_path", MODEL, "--max_memory", "0.9"], "give --gpu or --gpu_memory"),
         (["--model_name_or_path", MODEL, "--gpu_link", "32G"], "give --gpu_memory or --gpu"),

@@ -35,6 +35,20 @@ def test_a_checkpoint_goes_on_with_one_s_own_answers(command, tiny_model, tmp_pa
     assert "held-out loss, nats a token (n = " in done.stdout
 
 
+def test_undesirable_answers_are_counted_and_not_trained_on(command, tiny_model, tmp_path):
+    data = tmp_path / "answers.jsonl"
+    flags = ["--model_name_or_path", str(tiny_model), "--train_data", str(data), "--max_steps", "1"]
+    for right, code, said in (
+        (30, 0, "30 answers, 10 undesirable ones (label false) are not trained on"),
+        (0, 2, "all 40 answers are undesirable"),
+    ):
+        answers = [{"prompt": f"{n} + 1?\n", "completion": str(n + 1), "label": n < right} for n in range(40)]
+        data.write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+        out = ["--eval_fraction", "0", "--tracking_uri", "none", "--output_dir", str(tmp_path / str(right))]
+        done = command([*SFT, *flags, *SHORT, *out])
+        assert done.returncode == code and said in done.stdout + done.stderr, done.stderr[-3000:]
+
+
 def test_mistakes_are_one_line(command, tmp_path):
     done = command([*SFT, "--heads", "x"])
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1

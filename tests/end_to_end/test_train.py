@@ -45,7 +45,7 @@ def test_it_leaves_every_file(readme_run):
         assert (out / name).stat().st_size > 0
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     step = next(line for line in lines if line["step"] == 1 and "loss" in line)
-    assert step["loss"] == pytest.approx(0.69314718, abs=1e-6)
+    assert step["loss"] == pytest.approx(0.69314718, abs=1e-5)
     named = "rewards/chosen rewards/rejected rewards/margins rewards/accuracies noise/score_variance grad_norm"
     for key in [*named.split(), "learning_rate", "pairs_per_second", "tokens_per_second", "peak_memory_gib"]:
         assert key in step, key
@@ -131,7 +131,7 @@ def test_an_adapter_is_trained_against_the_policy_without_it(command, tiny_model
     assert done.returncode == 0, done.stderr[-3000:]
     assert "the policy with its adapter off" in done.stdout and "cut to fit max_length 70" in done.stdout
     curve = [loss for _, loss in losses(out)]
-    assert curve[0] == pytest.approx(0.69314718, abs=1e-6) and curve[-1] < curve[0]
+    assert curve[0] == pytest.approx(0.69314718, abs=1e-5) and curve[-1] < curve[0]
     assert (out / "final" / "adapter_config.json").exists() and not (out / "final" / "model.safetensors").exists()
     ids = torch.tensor([[5, 6, 7]])
     adapted, base = load_model(str(out / "final")).model, load_model(str(tiny_model)).model

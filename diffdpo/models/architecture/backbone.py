@@ -122,6 +122,8 @@ class MaskedLM(PreTrainedModel):
     _supports_sdpa = True
 
     rotary: RotaryTable
+    computes_on: torch.device | None = None
+    """Where forwards run, for an engine that keeps the weights elsewhere."""
 
     @property
     def embed(self) -> nn.Embedding:

@@ -6,8 +6,8 @@ share one stream of them; both answers of a pair share the blocks that they have
 
 The stream is [clean | rows]: *nodes* of clean tokens (what a pair shares, then what is each answer's own), then the
 rows, answer by answer. Either part may be run without the other: the clean one alone, whose keys and values are kept,
-and later rows alone against them (`past`). Masks are [queries, keys] of one node or answer, shared by its rows, layers
-and heads.
+and later rows alone against them (`past`). Masks are [queries, keys] of a chunk of a node or answer, shared by its
+rows, layers and heads.
 
 Shapes: A answers, N tokens of the stream, C clean tokens, R rows, S tokens of an answer's rows, H heads, G key/value
 heads.
@@ -20,6 +20,10 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+CHUNK = 64
+"""Queries that attend together, on the CPU: half of a block-causal mask hides, and what all of them do not see is left
+out."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,16 @@ class RowGroup:
 
 
 @dataclass(frozen=True)
+class Chunk:
+    """Some whole blocks of queries, `own` of their node or rows, that see no more than the first `clean` clean tokens
+    of their path (and, in rows, themselves): what is behind is not computed. `mask`: [queries, keys] among them."""
+
+    own: slice
+    clean: int
+    mask: Tensor
+
+
+@dataclass(frozen=True)
 class BlockLayout:
     """[clean | rows], or with `past` the rows alone against each layer's keys and values of a clean stream run before.
 
@@ -109,8 +123,8 @@ class BlockLayout:
     positions_N: Tensor
     max_length: int
     clean_tokens: int
-    node_masks: tuple[Tensor, ...]
-    group_masks: tuple[Tensor, ...]
+    node_chunks: tuple[tuple["Chunk", ...], ...]
+    group_chunks: tuple[tuple["Chunk", ...], ...]
     past: Sequence[tuple[Tensor, Tensor]] | None = None
     kept: dict[int, tuple[Tensor, Tensor]] | None = None
     layer: int = 0
@@ -137,23 +151,29 @@ class BlockLayout:
 
     def _clean(self, q_C: Tensor, k_C: Tensor, v_C: Tensor) -> list[Tensor]:
         outputs = []
-        for node, mask in zip(self.stream.nodes if self.clean_tokens else (), self.node_masks, strict=True):
+        for node, chunks in zip(self.stream.nodes if self.clean_tokens else (), self.node_chunks, strict=True):
             k, v = (torch.cat([t[place] for place in (*node.before, node.place)]) for t in (k_C, v_C))
-            outputs.append(_attention(q_C[node.place][None], k[None], v[None], mask).flatten(0, 1))
+            q = q_C[node.place][None]
+            for chunk in chunks:
+                seen_k, seen_v = k[None, : chunk.clean], v[None, : chunk.clean]
+                outputs.append(_attention(q[:, chunk.own], seen_k, seen_v, chunk.mask).flatten(0, 1))
         return outputs
 
     def _rows(self, q_N: Tensor, k_N: Tensor, v_N: Tensor, k_C: Tensor, v_C: Tensor) -> list[Tensor]:
         outputs = []
-        for group, mask in zip(self.groups, self.group_masks, strict=True):
+        for group, chunks in zip(self.groups, self.group_chunks, strict=True):
             place = slice(group.start, group.start + group.rows * group.width)
             q, k, v = (t[place].unflatten(0, (group.rows, group.width)) for t in (q_N, k_N, v_N))
             path = self.stream.path_A[group.answer]
-            if path:
-                seen_k, seen_v = (torch.cat([t[part] for part in path]) for t in (k_C, v_C))
-                k, v = (
-                    torch.cat([seen.expand(group.rows, -1, -1, -1), own], 1) for seen, own in ((seen_k, k), (seen_v, v))
+            seen_k, seen_v = (torch.cat([t[part] for part in path]) if path else t[:0] for t in (k_C, v_C))
+            parts = []
+            for chunk in chunks:
+                keys, values = (
+                    torch.cat([seen[: chunk.clean].expand(group.rows, -1, -1, -1), own[:, chunk.own]], 1)
+                    for seen, own in ((seen_k, k), (seen_v, v))
                 )
-            outputs.append(_attention(q, k, v, mask).flatten(0, 1))
+                parts.append(_attention(q[:, chunk.own], keys, values, chunk.mask))
+            outputs.append(torch.cat(parts, 1).flatten(0, 1))
         return outputs
 
 
@@ -183,11 +203,11 @@ def block_layout(
         torch.arange(node.first, node.last) + node.answer * clean_width for node in stream.nodes if run_clean
     ]
     positions = [torch.arange(node.first, node.last) for node in stream.nodes if run_clean]
-    node_masks = [_clean_mask(node, block_size).to(device) for node in stream.nodes if run_clean]
+    node_chunks = [_node_chunks(node, block_size, device) for node in stream.nodes if run_clean]
     members: dict[int, list[int]] = {}
     for row, answer in enumerate(answer_R.tolist()):
         members.setdefault(answer, []).append(row)
-    groups, row_index, group_masks = [], [], []
+    groups, row_index, group_chunks = [], [], []
     offset_R, start = torch.zeros(len(lengths_R), dtype=torch.long), 0
     row_lengths = lengths_R.tolist()
     for answer, rows in members.items():
@@ -197,7 +217,7 @@ def block_layout(
         row_index.append((row[:, None] * row_width + columns).flatten())
         positions.append((columns + starts[answer]).repeat(len(rows)))
         offset_R[row] = start + width * torch.arange(len(rows))
-        group_masks.append(_row_mask(starts[answer], width, lengths[answer], block_size).to(device))
+        group_chunks.append(_row_chunks(starts[answer], width, lengths[answer], block_size, device))
         start += len(rows) * width
     nothing = [torch.empty(0, dtype=torch.long)]
     positions_N = torch.cat(positions or nothing)
@@ -210,23 +230,39 @@ def block_layout(
         positions_N=positions_N.to(device),
         max_length=1 + int(positions_N.max()) if len(positions_N) else 1,
         clean_tokens=stream.size if run_clean else 0,
-        node_masks=tuple(node_masks),
-        group_masks=tuple(group_masks),
+        node_chunks=tuple(node_chunks),
+        group_chunks=tuple(group_chunks),
         past=past,
         kept={} if keep else None,
     )
 
 
-def _clean_mask(node: Node, block_size: int) -> Tensor:
-    """[size, last]: blocks up to a token's own."""
-    query, key = torch.arange(node.first, node.last) // block_size, torch.arange(node.last) // block_size
-    return query[:, None] >= key
+def _node_chunks(node: Node, block_size: int, device: torch.device) -> tuple[Chunk, ...]:
+    """Clean tokens see the blocks up to their own."""
+    chunks = []
+    for own in _spans(node.size, block_size, device):
+        first, last = node.first + own.start, node.first + own.stop
+        query, key = torch.arange(first, last) // block_size, torch.arange(last) // block_size
+        chunks.append(Chunk(own, last, (query[:, None] >= key).to(device)))
+    return tuple(chunks)
 
 
-def _row_mask(start: int, width: int, clean: int, block_size: int) -> Tensor:
-    """[width, clean + width]: clean blocks before a token's own, then the row's own block."""
-    query, key = torch.arange(start, start + width) // block_size, torch.arange(clean) // block_size
-    return torch.cat([query[:, None] > key, query[:, None] == query], 1)
+def _row_chunks(start: int, width: int, clean: int, block_size: int, device: torch.device) -> tuple[Chunk, ...]:
+    """Noisy tokens see the clean blocks before their own, and their own block of the row."""
+    chunks = []
+    for own in _spans(width, block_size, device):
+        query = torch.arange(start + own.start, start + own.stop) // block_size
+        seen = min(clean, int(query[-1]) * block_size)
+        key = torch.arange(seen) // block_size
+        chunks.append(Chunk(own, seen, torch.cat([query[:, None] > key, query[:, None] == query], 1).to(device)))
+    return tuple(chunks)
+
+
+def _spans(size: int, block_size: int, device: torch.device) -> list[slice]:
+    """Consecutive parts of about CHUNK tokens, in whole blocks; on a GPU one, as launches cost more than what is
+    hidden there."""
+    step = max(1, CHUNK // block_size) * block_size if device.type == "cpu" else max(1, size)
+    return [slice(first, min(first + step, size)) for first in range(0, size, step)]
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

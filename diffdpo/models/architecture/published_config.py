@@ -32,11 +32,13 @@ class PublishedConfig(PreTrainedConfig):
     """A config whose fields all start as None, so that nothing is guessed, and which writes back only what is set.
 
     (A null written for a key that was absent overrides the published code's default.) `optional_keys`: those whose
-    absence is no error, so that a misspelt one would go unnoticed. `least_block`: of a family that can be block-causal,
+    absence is no error, so that a misspelt one would go unnoticed. `own_keys`:
+    those of RELATIVES that mean something here. `least_block`: of a family that can be block-causal,
     the least `block_size` it may have (0 stands for full attention); None: it cannot.
     """
 
     optional_keys: ClassVar[frozenset[str]] = frozenset()
+    own_keys: ClassVar[frozenset[str]] = frozenset()
     least_block: ClassVar[int | None] = None
 
     def to_diff_dict(self) -> dict:
@@ -60,8 +62,10 @@ class PublishedConfig(PreTrainedConfig):
 
         An int counts as a float; numbers are finite and above 0, ids apart.
         """
-        relatives = RELATIVES if self.least_block is None else {k: RELATIVES[k] for k in RELATIVES.keys() - BLOCK_KEYS}
-        self.allow_only(relatives)  # first: a relative lacks keys that nobody could add
+        own = self.own_keys | (set() if self.least_block is None else BLOCK_KEYS)
+        self.allow_only(
+            {key: allowed for key, allowed in RELATIVES.items() if key not in own}
+        )  # first: a relative lacks keys that nobody could add
         if self.least_block is not None:
             self._check_block(self.least_block)
         missing = [key for key in kinds if getattr(self, key, None) is None]

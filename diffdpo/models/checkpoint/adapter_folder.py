@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from data_pipeline.hub import pinned
-from data_pipeline.shards import file_sha256
 from diffdpo.errors import UserError
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -67,6 +66,7 @@ def check_base(folder: str | Path, base: str) -> str:
 def weights_hash(name_or_path: str) -> str:
     """64 hex digits of a checkpoint's safetensors files, by content and in order of their names; read at the disk's
     speed, one thread a file."""
+    from data_pipeline.shards import file_sha256  # numpy
     from diffdpo.models.checkpoint.weights import checkpoint_folder, shard_files  # torch
 
     with ThreadPoolExecutor() as pool:

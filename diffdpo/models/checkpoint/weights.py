@@ -8,7 +8,7 @@ being overwritten.
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from huggingface_hub import snapshot_download
@@ -27,6 +27,22 @@ STORED = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float1
 """Dtypes of safetensors that are plain weights. (8-bit ones need scales that this layout does not have.)"""
 NOT_WEIGHTS = ("rotary_emb.inv_freq",)
 """Buffers that old checkpoints store and that are computed here."""
+
+
+class Shards(Protocol):
+    """Weights of which each process holds a part. ``stored``: a tensor in a safetensors file, read as it is sliced."""
+
+    def cut(self, model: Any) -> None:
+        """Give an empty model its parts, without numbers, where they will stay."""
+        ...
+
+    def fill(self, parameter: nn.Parameter, stored: Any) -> None:
+        """Read a parameter's own part."""
+        ...
+
+    def holds(self, parameter: nn.Parameter, stored: Any) -> bool:
+        """Whether a parameter's own part is what is stored."""
+        ...
 
 
 def only_kept(name_or_path: str) -> bool:
@@ -109,6 +125,7 @@ def read_model(
     dtype: torch.dtype,
     device: str = "cpu",
     nf4: bool = False,
+    shards: Shards | None = None,
 ) -> Any:
     """A model of this class in eval mode, with the weights of a directory or hub id. See `stream_weights`."""
     folder = checkpoint_folder(name_or_path)
@@ -117,14 +134,18 @@ def read_model(
         model: Any = model_class(config)
     if nf4:
         expect_nf4(model, dtype)
-    stream_weights(model, folder, dtype=dtype, device=device)
+    if shards is not None:
+        shards.cut(model.to(dtype))
+    stream_weights(model, folder, dtype=dtype, device=device, shards=shards)
     # what is saved names the repository: neither peft nor transformers reads NAME@REVISION
     model.name_or_path = config.name_or_path = split_revision(name_or_path)[0]
     return model.eval()
 
 
-def stream_weights(model: PreTrainedModel, folder: Path, *, dtype: torch.dtype, device: str) -> None:
-    """Give every parameter of `model` (on the meta device) its tensor from `folder`.
+def stream_weights(
+    model: PreTrainedModel, folder: Path, *, dtype: torch.dtype, device: str, shards: Shards | None = None
+) -> None:
+    """Give every parameter of `model` (on the meta device, or cut by `shards`) its tensor from `folder`.
 
     Raises UserError for a damaged file, for an index that contradicts its shards, and for tensors that are missing,
     unexpected, there twice, of another shape or no floating point numbers.
@@ -142,7 +163,11 @@ def stream_weights(model: PreTrainedModel, folder: Path, *, dtype: torch.dtype, 
                     if name.endswith(NOT_WEIGHTS):
                         continue
                     _check(shard.get_slice(name), name, shapes.get(name), folder)
-                    if name not in tied:
+                    if name in tied:
+                        continue
+                    if shards is not None:
+                        shards.fill(model.get_parameter(name), shard.get_slice(name))
+                    else:
                         _set_parameter(model, name, shard.get_tensor(name).to(device, dtype, copy=True))
         except SafetensorError as error:
             raise _unreadable(folder, f"{path.name}: {error}") from error
@@ -154,7 +179,7 @@ def stream_weights(model: PreTrainedModel, folder: Path, *, dtype: torch.dtype, 
             raise _unreadable(folder, f"{INDEX} looks for {name} in {shard_name}, which does not have it")
     model.tie_weights()
     for name in tied.keys() & place.keys():
-        _check_tied(model, name, place[name])
+        _check_tied(model, name, place[name], shards)
 
 
 def _check(stored, name: str, shape: tuple[int, ...] | None, folder: Path) -> None:
@@ -168,12 +193,15 @@ def _check(stored, name: str, shape: tuple[int, ...] | None, folder: Path) -> No
         raise UserError(f"{str(folder)!r} stores {name} as {stored.get_dtype()}; supported: {kinds}")
 
 
-def _check_tied(model: PreTrainedModel, name: str, path: Path) -> None:
+def _check_tied(model: PreTrainedModel, name: str, path: Path, shards: Shards | None) -> None:
     """A tensor that config.json says is another one must hold the same numbers where it is stored all the same."""
     parameter = model.get_parameter(name)
     with safe_open(path, framework="pt") as shard:
-        stored = shard.get_tensor(name).to(parameter.device, parameter.dtype)
-    if not torch.equal(stored, parameter):
+        if shards is not None:
+            same = shards.holds(parameter, shard.get_slice(name))
+        else:
+            same = torch.equal(shard.get_tensor(name).to(parameter.device, parameter.dtype), parameter)
+    if not same:
         raise UserError(f"{str(path.parent)!r}: config.json says that {name} is tied, but other numbers are stored")
 
 

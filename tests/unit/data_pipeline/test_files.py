@@ -449,3 +449,10 @@ def test_empty_csv_cells_are_counted(tmp_path, text, dropped):
     report = build([str(tmp_path / "x.csv")], tmp_path / "out", BuildOptions())["provenance"]["report"]
     assert {kind: item["count"] for kind, item in report["dropped"].items()} == dropped
     assert report["records"] == report["rows"] - sum(dropped.values())
+
+
+def test_a_json_file_of_one_row_is_that_row(tmp_path):
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    for data, rows in ((row, [row]), ({"version": 1, "data": [row, row]}, [row, row])):
+        (tmp_path / "a.json").write_text(json.dumps(data))
+        assert [found.data for found in open_rows(str(tmp_path / "a.json"), SourceOptions())] == rows

@@ -133,6 +133,30 @@ def test_a_source_without_weight_is_not_read():
     assert set(mixed_records([4, 4], [0, 1], PlanOptions(0, 2), 0)) == {4, 5, 6, 7}
 
 
+def test_a_source_without_weight_is_not_counted(tmp_path, jsonl, make_rows, cache):
+    """It has had its say on what is held out, though: a prompt held out there is not trained on elsewhere."""
+    small = str(jsonl(tmp_path / "small.jsonl", make_rows(10)))
+    large = str(jsonl(tmp_path / "large.jsonl", make_rows(30)))  # holds the prompts of the small one too
+    for weights, count in (([0, 1], 30), ([1, 0], 10), ([2, 1], 40)):
+        assert len(open_dataset([small, large], weights=weights, cache_dir=cache)) == count
+    options = {"eval_fraction": 0.3, "cache_dir": cache}
+    train = open_dataset([small, large], weights=[1, 0], **options)
+    held_out = open_dataset([small, large], split="eval", **options)
+    assert not np.isin(train.parts[0].column("prompt"), held_out.parts[0].column("prompt")).any()
+
+
+@given(st.integers(1, 50), st.integers(1, 12), st.integers(1, 12), st.integers(1, 60))
+def test_a_limit_takes_the_first_of_the_order_whatever_the_step(records, size, other, limit):
+    lengths, order = np.arange(records)[::-1], np.random.default_rng(1).permutation(records)
+    found = []
+    for batch in (size, other):
+        options = PlanOptions(3, batch, limit=limit)
+        steps = as_steps(order, options, 0, lengths)
+        assert len(steps) == num_steps(records, options)
+        found.append(sorted(steps[steps != PAD].tolist()))
+    assert found[0] == found[1] == sorted(order[:limit].tolist())
+
+
 def test_mixing_in_the_loader(tmp_path, jsonl, make_rows, cache, tokenizer):
     small = str(jsonl(tmp_path / "small.jsonl", make_rows(10)))
     large = str(jsonl(tmp_path / "large.jsonl", make_rows(30)))  # ids r0 .. r9 stand in both

@@ -89,7 +89,8 @@ def test_a_model_saved_over_another_is_the_one_that_is_read(first, second, tmp_p
     save_model(new_model(tokenizer, width=32, layers=3, heads=4, seed=1), tokenizer, tmp_path, max_shard_size=first)
     save_model(model, tokenizer, tmp_path, max_shard_size=second)
     ids = torch.arange(5, 17)[None]
-    assert torch.equal(load_model(tmp_path, dtype="float64").model(ids).logits, model(ids).logits)
+    again = load_model(tmp_path, dtype="float64").model(ids).logits
+    assert torch.allclose(again, model(ids).logits, rtol=0, atol=1e-12)  # one with a graph, one without
     assert len(list(tmp_path.glob("*.safetensors"))) == len(shard_files(tmp_path))  # nothing else is left behind
 
 

@@ -140,3 +140,44 @@ def test_max_memory_is_planned_as_a_run_would_size_it(small):
     assert not sized(peaks[0] / 3 / machine.gpu.memory).fit.fits
     with pytest.raises(UserError, match="--max_memory is a share of a GPU's memory; give --gpu"):
         make_plan(TrainConfig(model_name_or_path=small, max_memory=0.5), Machine(None, None))
+
+
+def test_fsdp2_holds_a_share_of_everything(small):
+    one, eight = (planned(small, engine="fsdp2", world=world, segment_rows=1) for world in (1, 8))
+    n = one.numbers.trained
+    assert bytes_of(one, "optimizer: moments") == 8 * n and bytes_of(eight, "optimizer: moments") == n
+    assert bytes_of(eight, "weights") == 4 * n // 8  # fp32, whatever it computes in
+    gathered = [bytes_of(plan, "weights gathered for use") for plan in (one, eight)]
+    assert 0 < gathered[0] < gathered[1] < 2 * n
+    kept = planned(small, engine="fsdp2", world=8, segment_rows=1, fsdp_reshard_after_forward=False)
+    assert bytes_of(kept, "weights gathered for use") > 2 * n
+    grouped = planned(small, engine="fsdp2", world=8, segment_rows=1, fsdp_shard_size=2)
+    assert bytes_of(grouped, "weights") == 4 * n // 2
+
+
+def test_fsdp2_offloads_to_the_host_and_keeps_an_adapter(small):
+    away = planned(small, engine="fsdp2", world=2, segment_rows=1, fsdp_cpu_offload=True)
+    n = away.numbers.trained
+    assert bytes_of(away, "weights", HOST) == 2 * n and not bytes_of(away, "weights")
+    assert bytes_of(away, "optimizer: moments", HOST) == 4 * n
+    lora = planned(small, engine="fsdp2", world=2, segment_rows=1, fsdp_cpu_offload=True, use_peft=True)
+    assert bytes_of(lora, "adapter") == 4 * lora.numbers.trained and bytes_of(lora, "weights", HOST)
+    assert lora.job.whole_gradients
+
+
+def test_fsdp2_reads_its_copy_of_the_reference_into_shards(small):
+    plan = planned(small, engine="fsdp2", world=4, segment_rows=1, reference="copy")
+    assert bytes_of(plan, "reference copy") == 2 * plan.numbers.trained // 4
+
+
+def test_advice_for_fsdp2_stays_with_fsdp2(small):
+    from diffdpo.planner.advise import advise
+    from diffdpo.planner.hardware import Gpu
+
+    config = TrainConfig(model_name_or_path=small, engine="fsdp2", bf16=True, **(BASE | {"max_length": 40}))
+    plan = make_plan(config, Machine(GPUS["RTX 4080"], None, 1))
+    needed = plan.need(DEVICE)
+    tight = replace(GPUS["RTX 4080"], memory=needed - 4 * plan.numbers.trained)
+    assert isinstance(tight, Gpu)
+    advice = advise(replace(plan, machine=Machine(tight, None, 1)))
+    assert advice is not None and "ds_config" not in advice.change

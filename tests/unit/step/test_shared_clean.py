@@ -64,7 +64,7 @@ def case(request, tmp_path_factory):
     model, shift = published(folder, request.param, BLOCK)
     widen(model.float())
     spec = load_model(folder).spec
-    rows = NoiseOptions("mask_count", 4, 0, spec.mask_token_id, None, BLOCK).rows(BATCH, torch.device("cpu"))
+    rows = NoiseOptions("mask_count", 4, 0, spec.mask_token_id, None, BLOCK).draw_rows(BATCH, torch.device("cpu"))
     f_R = plain_row_scores(model, rows, shift)
     loss_of(rows)(f_R).backward()
     return folder, rows, f_R.detach(), {name: p.grad for name, p in model.named_parameters()}

@@ -196,6 +196,19 @@ def test_a_full_disk_is_one_line_that_names_the_folder(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_a_fault_of_another_kind_is_not_told_as_a_full_disk(tmp_path, engine, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1 and mat2") as caught, told_if_unwritable(tmp_path):
+        fail()
+    assert not isinstance(caught.value, TrainingError)
+    monkeypatch.setattr(engine, "save", fail)
+    with pytest.raises(RuntimeError, match="mat1 and mat2") as caught:
+        save(engine, tmp_path, 2)
+    assert not isinstance(caught.value, TrainingError)
+
+
 class Malicious:
     """Runs a command when a pickle of it is read."""
 

@@ -33,6 +33,11 @@ def scores(model, spec):
     return MaskedLogProbs(model, spec)(ids, torch.tensor([9, 8]), *where)
 
 
+def alike(found, expected, *, atol=1e-5):
+    """The same but for rounding: a forward with a graph may take other kernels than one without."""
+    return torch.allclose(found, expected, rtol=0, atol=atol)
+
+
 def randomise(adapted):
     generator = torch.Generator().manual_seed(3)
     for parameter in adapted.parameters():
@@ -60,7 +65,7 @@ def test_reference_is_the_base_and_merging_keeps_the_scores(base, options):
     moved = scores(adapted, loaded.spec)
     assert not torch.allclose(moved, before, atol=1e-4)
     with reference(adapted):
-        assert torch.equal(scores(adapted, loaded.spec), before)
+        assert alike(scores(adapted, loaded.spec), before, atol=1e-12)
     assert torch.allclose(scores(merge(adapted), loaded.spec), moved, atol=1e-6)
 
 
@@ -73,9 +78,9 @@ def test_saved_adapter_loads_with_plain_peft_and_through_load_model(base, tmp_pa
     keys = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert "base_model.model.model.transformer.blocks.0.ff_out.lora_A.weight" in keys
     plain = PeftModel.from_pretrained(load_model(base).model, tmp_path / "adapter")
-    assert torch.equal(scores(plain, loaded.spec), expected)
+    assert alike(scores(plain, loaded.spec), expected)
     again = load_model(str(tmp_path / "adapter"))
-    assert torch.equal(scores(again.model, again.spec), expected)
+    assert alike(scores(again.model, again.spec), expected)
 
 
 @pytest.mark.parametrize(
@@ -158,9 +163,9 @@ def test_adapters_made_by_plain_peft(options, refused, base, tmp_path):
             load_model(tmp_path / "adapter")
         return
     again = load_model(tmp_path / "adapter")
-    assert torch.equal(scores(again.model, again.spec), scores(adapted, loaded.spec))
+    assert alike(scores(again.model, again.spec), scores(adapted, loaded.spec))
     with reference(again.model):
-        assert torch.equal(scores(again.model, again.spec), scores(load_model(base).model, loaded.spec))
+        assert alike(scores(again.model, again.spec), scores(load_model(base).model, loaded.spec))
 
 
 @pytest.mark.parametrize(
@@ -249,7 +254,7 @@ def test_nf4_quantises_blocks_only_and_trains_adapters(base, tmp_path):
     with torch.no_grad(), reference(adapted):
         frozen = scores(adapted, loaded.spec)
     policy = scores(adapted, loaded.spec)
-    assert torch.equal(policy, frozen)  # the first step's loss is exactly ln 2
+    assert alike(policy, frozen, atol=0.05)  # the first step's loss is ln 2, as far as bf16 can tell
     policy.sum().backward()
     trained = [p for p in adapted.parameters() if p.requires_grad]
     assert trained
@@ -294,7 +299,7 @@ def test_added_tokens_survive_saving_and_loading(base, tmp_path):
     again = load_model(tmp_path / "grown")
     assert again.tokenizer("<step>").input_ids == [len(loaded.tokenizer) - 2]
     ids = torch.arange(5, 17)[None]
-    assert torch.equal(again.model(ids).logits, loaded.model(ids).logits)
+    assert alike(again.model(ids).logits, loaded.model(ids).logits)
     assert again.model(ids).logits.shape[-1] == len(loaded.tokenizer)
 
 

@@ -1,0 +1,71 @@
+"""Training state in safetensors files: numbers only, each process its shards, read by any number of processes.
+
+Written and read by torch.distributed.checkpoint, whose safetensors storage holds no pickle. A weight is called NAME,
+its AdamW state NAME.exp_avg, NAME.exp_avg_sq and NAME.step, whichever engine wrote it; so each reads the others' files.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+
+from diffdpo.engine.saved import check_trained, trained_by_name
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def training_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Trained weights and what AdamW keeps of each, by name."""
+    trained = trained_by_name(module)
+    tensors = {name: parameter.detach() for name, parameter in trained.items()}
+    for name, parameter in trained.items():
+        tensors |= {f"{name}.{key}": value for key, value in optimizer.state.get(parameter, {}).items()}
+    return tensors
+
+
+def write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Each process its shards, rank 0 what all have whole. Every rank calls; what fails on one is raised on all."""
+    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    with _first_failure():
+        dcp.save(dict(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
+
+
+def read_training_state(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, *, fused: bool) -> None:
+    """Put what was saved in place. ``fused``: whether AdamW counts its steps on the device. Every rank calls.
+
+    UserError where the folder holds other weights than those trained here.
+    """
+    saved, trained = saved_shapes(folder), trained_by_name(module)
+    check_trained({name: shape for name, shape in saved.items() if name.rpartition(".")[2] not in MOMENTS}, module)
+    optimizer.state.clear()
+    for name, parameter in trained.items():
+        if f"{name}.exp_avg" in saved:
+            count = torch.zeros((), device=parameter.device if fused else "cpu")
+            moments = (torch.zeros_like(parameter).detach() for _ in range(2))
+            optimizer.state[parameter].update(zip(MOMENTS, (count, *moments), strict=True))
+    with _first_failure():
+        tensors = dict(training_state(module, optimizer))
+        dcp.load(tensors, storage_reader=_reader(folder), no_dist=not dist.is_initialized())
+
+
+def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Of every tensor in the folder's files, put together."""
+    found = _reader(folder).read_metadata().state_dict_metadata
+    return {name: tuple(entry.size) for name, entry in found.items()}  # type: ignore[union-attr]
+
+
+def _reader(folder: Path) -> dcp.HuggingFaceStorageReader:
+    return dcp.HuggingFaceStorageReader(str(folder))
+
+
+@contextmanager
+def _first_failure() -> Iterator[None]:
+    """The error that one of the ranks met, in place of the wrapper (no ``Exception``) that all are given."""
+    try:
+        yield
+    except dcp.CheckpointException as failure:
+        raise next(iter(failure.failures.values()))[0] from None
