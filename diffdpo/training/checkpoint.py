@@ -98,7 +98,7 @@ def _on_every_rank(work: Callable[[], Any], partial: Path, engine: Engine) -> li
 def planned_bytes(engine: Engine) -> int:
     """What a checkpoint will take on the disk: trained weights and what the optimizer keeps of each."""
     _, trained = count_parameters(engine.module)
-    weights, moments = (2 if engine.choice.bf16 else 4), 8
+    weights, moments = (2 if engine.choice.reads_bf16(trained=True) else 4), 8
     masters = 4 if engine.choice.kind == DEEPSPEED else 0
     return trained * (weights + masters + moments)
 
