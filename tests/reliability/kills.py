@@ -111,8 +111,8 @@ def _kill_somewhere(run: Started, out: Path, tally: Tally, chance: random.Random
 def table(tallies: dict[str, Tally]) -> str:
     """For docs/reliability.md."""
     lines = [
-        "| engine | kills | inside a save | runs | curve, weights, held-out numbers that differ | had to be told | orphans "
-        "| minutes |",
+        "| engine | kills | inside a save | runs | curve, weights, held-out numbers that differ | had to be told "
+        "| orphans | minutes |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for engine, t in tallies.items():
