@@ -59,7 +59,7 @@ def test_a_launcher_that_died_before_anyone_looked_is_noticed(monkeypatch):
     for name, value in {"LOCAL_RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "x"}.items():
         monkeypatch.setenv(name, value)
     gone: list[str] = []
-    monkeypatch.setattr("diffdpo.engine.launcher.launchers", lambda: [])
+    monkeypatch.setattr("diffdpo.engine.launcher.launchers", list)
     watch_launcher(gone.append)
     assert gone == ["the launcher"]
 
