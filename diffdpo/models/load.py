@@ -130,8 +130,8 @@ def load_model(
         raise UserError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
     check_device(device)
     if is_adapter(name_or_path):
-        options = {"dtype": dtype, "device": device, "load_in_4bit": load_in_4bit, "block_size": block_size}
-        return load_adapter(name_or_path, **options, shards=shards)
+        options: dict[str, Any] = {"dtype": dtype, "device": device, "load_in_4bit": load_in_4bit}
+        return load_adapter(name_or_path, **options, block_size=block_size, shards=shards)
     family, config = read_config(name_or_path, block_size=block_size)
     tokenizer = load_tokenizer(name_or_path)
     spec = make_spec(config, family, tokenizer)
