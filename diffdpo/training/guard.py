@@ -9,10 +9,11 @@ from typing import TypeVar
 from diffdpo.config import RunConfig
 from diffdpo.engine.launcher import watch_launcher
 from diffdpo.engine.world import shutdown_distributed
+from diffdpo.errors import Stopped
 from diffdpo.setup.context import RunContext, open_context
 from diffdpo.tracking.lock import one_run_in
 from diffdpo.training.heartbeat import Pulse, beating
-from diffdpo.training.stop import Stopped, StopRequest, stop_on_signals
+from diffdpo.training.stop import StopRequest, stop_on_signals
 
 T = TypeVar("T")
 
@@ -38,9 +39,9 @@ def guarded(
     """
     with stop_on_signals(StopRequest(config.stop_seconds)) as stop:
         try:
+            watch_launcher(_end_without)  # before the processes meet: that may take as long as they are patient
             context = open_context(config, command)
             stop.say = context.print
-            watch_launcher(lambda name: _end_without(name, context))
             pulse = Pulse(context.world, context.output_dir, config.hang_timeout)
             try:
                 with one_run_in(context.output_dir, context.world), beating(pulse):
@@ -52,6 +53,7 @@ def guarded(
             stop.ended.set()
 
 
-def _end_without(launcher: str, context: RunContext) -> None:
-    context.print(f"{launcher}, which started this process, has gone: stopping")
+def _end_without(launcher: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{launcher}, which started this process, has gone: stopping", flush=True)
     os.kill(os.getpid(), signal.SIGTERM)

@@ -69,7 +69,7 @@ def new_model(
 def _sdar(
     vocabulary: int, width: int, layers: int, heads: int, max_length: int, block_size: int, ids: dict[str, Any]
 ) -> SDARConfig:
-    own: dict[str, Any] = ids | {"max_position_embeddings": max_length, "architectures": ["SDARForCausalLM"]}
+    sizes: dict[str, Any] = {"max_position_embeddings": max_length, **ids}
     return SDARConfig(
         hidden_size=width,
         num_hidden_layers=layers,
@@ -81,7 +81,8 @@ def _sdar(
         rope_theta=10000.0,
         tie_word_embeddings=True,
         block_size=block_size,
-        **own,
+        architectures=["SDARForCausalLM"],
+        **sizes,
     )
 
 
