@@ -448,8 +448,8 @@ def page() -> str:
             "Made from the parser's own tables by `python -m diffdpo.cli.trl > docs/from_trl.md`; a test holds them "
             "together. Flags and YAML recipes are read alike, `--a-flag` as `--a_flag`, lists with blanks or commas, "
             "and steps below 1 as a share of all steps (`--warmup_steps 0.1`). Names are those of TRL 1.16 and "
-            "transformers 5.23, and some of older versions. Defaults are this project's: see `--help_all`; where a loss "
-            "of the same name differs, [losses.md](losses.md) says so."
+            "transformers 5.23, and some of older versions. Defaults are this project's: see `--help_all`; where a "
+            "loss of the same name differs, [losses.md](losses.md) says so."
         ),
         "",
         "## The same name, the same meaning",

@@ -89,7 +89,9 @@ class Fsdp2Engine:
     def _clip(self) -> float:
         """Scale gradients down to the largest norm allowed; the norm before."""
         own = [own_part(p.grad) for p in self.parameters if p.grad is not None]
-        square = sum((gradient.float().square().sum() for gradient in own), torch.zeros((), device=own[0].device))
+        square = torch.zeros((), device=own_part(self.parameters[0]).device)
+        for gradient in own:
+            square += gradient.float().square().sum()
         if not self.adapter:  # each copy of the weights has the whole sum
             square = self.world.all_reduce_sum(square.to(self.world.device)) * self.choice.sharding.over
             square = square / self.world.size

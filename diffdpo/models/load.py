@@ -3,6 +3,7 @@
 Remote code is never run: the family is chosen by `model_type`. Weights are streamed shard by shard (`stream`).
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -261,7 +262,9 @@ def make_spec(config: PreTrainedConfig, family: Family, tokenizer: PreTrainedTok
     if mask in ends:
         raise UserError(f"mask_token_id and eos_token_id are both {mask}: they must differ")
     check_ids(config, tokenizer)
-    name_mask(tokenizer, mask)
+    declared = mask in (config.mask_token_id, tokenizer.mask_token_id)
+    if declared or _is_a_sign(tokenizer, mask):
+        name_mask(tokenizer, mask)
     vocabulary = tokenizer.get_vocab()
     stops = dict.fromkeys((*ends, *(vocabulary[token] for token in STOP_TOKENS if token in vocabulary)))
     shift = getattr(config, "logit_shift", None)
@@ -283,6 +286,12 @@ def _published_mask(family: Family, tokenizer: PreTrainedTokenizerBase) -> int |
     """The mask of a family whose checkpoints declare none: the token of its name, else the published id."""
     named = tokenizer.get_vocab().get(family.mask_token) if family.mask_token else None
     return family.mask_token_id if named is None else named
+
+
+def _is_a_sign(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
+    """Whether a token is no ordinary text, which must not be cut out of words by being made a special token."""
+    text = str(tokenizer.convert_ids_to_tokens(token)) if token < len(tokenizer) else ""
+    return token in tokenizer.added_tokens_decoder or bool(re.fullmatch(r"[<\[|].+[>\]|]", text))
 
 
 def check_ids(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:

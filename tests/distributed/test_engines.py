@@ -17,6 +17,11 @@ LAUNCHERS = {
         DS,
         2,
     ),
+    "FSDP2, 2 processes": (
+        [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", "launch/train.py"],
+        ["--engine", "fsdp2"],
+        2,
+    ),
 }
 STEPS, GLOBAL_BATCH = 3, 8
 

@@ -123,7 +123,7 @@ def fetch(address: str, path: str, *, password: str = PASSWORD, body: dict | Non
     request.add_header("Content-Type", "application/json")
     if host:
         request.add_header("Host", host)
-    return build_opener(HTTPBasicAuthHandler(passwords)).open(request, timeout=30).read().decode()
+    return build_opener(HTTPBasicAuthHandler(passwords)).open(request, timeout=120).read().decode()
 
 
 @pytest.fixture(scope="module")
