@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -159,7 +159,8 @@ def shard(
         parameter.data = parameter.data.to(world.device)
         if parameter.requires_grad and not any(parameter is one for one in whole):
             raise RuntimeError(f"{name} is in no unit of FSDP2, so nobody would add up its gradients")
-    fully_shard(module, ignored_params=set(module.parameters()), mesh=model.embed.weight.device_mesh)
+    embedding = cast(DTensor, model.embed.weight)
+    fully_shard(module, ignored_params=set(module.parameters()), mesh=embedding.device_mesh)
     # of all units the root, now: else the first unit that somebody calls by itself would be one
     fully_shard.state(module)._lazy_init()  # type: ignore[attr-defined]
     return module

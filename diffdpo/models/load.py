@@ -130,8 +130,8 @@ def load_model(
         raise UserError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
     check_device(device)
     if is_adapter(name_or_path):
-        options = {"dtype": dtype, "device": device, "load_in_4bit": load_in_4bit, "block_size": block_size}
-        return load_adapter(name_or_path, **options, shards=shards)
+        options: dict[str, Any] = {"dtype": dtype, "device": device, "load_in_4bit": load_in_4bit}
+        return load_adapter(name_or_path, **options, block_size=block_size, shards=shards)
     family, config = read_config(name_or_path, block_size=block_size)
     tokenizer = load_tokenizer(name_or_path)
     spec = make_spec(config, family, tokenizer)
@@ -192,7 +192,21 @@ def read_config(name_or_path: str, *, block_size: int | None = None) -> tuple[Fa
     family = FAMILIES[kind]
     if block_size is not None:
         _set_block_size(raw, family, block_size)
-    return family, family.config_class.from_dict(raw).check()
+    return family, made_config(family, raw, name_or_path)
+
+
+def made_config(family: Family, raw: dict[str, Any], name: str) -> Any:
+    """The checked config of a published ``config.json``. UserError for a value that transformers cannot take."""
+    for key in ("dtype", "torch_dtype"):  # some write the dtype as torch prints it
+        if isinstance(raw.get(key), str):
+            raw[key] = raw[key].removeprefix("torch.")
+    try:
+        config = cast(Any, family.config_class).from_dict(raw)
+    except (AttributeError, TypeError, ValueError, KeyError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{name!r}: config.json cannot be used: {_first_line(error)}") from error
+    return config.check()
 
 
 def _set_block_size(raw: dict[str, Any], family: Family, block_size: int) -> None:

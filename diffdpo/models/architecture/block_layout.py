@@ -211,11 +211,11 @@ def block_layout(
     row_lengths = lengths_R.tolist()
     for answer, rows in members.items():
         width = row_lengths[rows[0]]
-        columns, row = torch.arange(width), torch.tensor(rows)
+        columns, row_G = torch.arange(width), torch.tensor(rows)
         groups.append(RowGroup(answer, start, len(rows), width))
-        row_index.append((row[:, None] * row_width + columns).flatten())
+        row_index.append((row_G[:, None] * row_width + columns).flatten())
         positions.append((columns + starts[answer]).repeat(len(rows)))
-        offset_R[row] = start + width * torch.arange(len(rows))
+        offset_R[row_G] = start + width * torch.arange(len(rows))
         group_chunks.append(_row_chunks(starts[answer], width, lengths[answer], block_size, device))
         start += len(rows) * width
     nothing = [torch.empty(0, dtype=torch.long)]
