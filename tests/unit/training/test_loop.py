@@ -59,6 +59,9 @@ class FakeEngine(SimpleNamespace):
     def save(self, folder):
         (folder / "weights").write_text("w")
 
+    def snapshot(self):
+        """It waits for its saves."""
+
 
 @pytest.fixture
 def loop(tmp_path, monkeypatch):
@@ -83,7 +86,7 @@ def loop(tmp_path, monkeypatch):
             callbacks=Callbacks(callbacks),
         )
         saved = lambda folder, step, engine, state, keep: (happened.append(("save", step)), folder)[1]  # noqa: E731
-        monkeypatch.setattr("diffdpo.training.loop.save_checkpoint", saved)
+        monkeypatch.setattr("diffdpo.training.saver.save_checkpoint", saved)
         return made, happened
 
     return make
