@@ -53,7 +53,7 @@ def test_preference_training_starts_at_ln_2(made, command, python, pairs_file, t
 
 
 def test_it_writes_answers(made, command, python):
-    words = f"--model_name_or_path {made} --gen_length 12 --prompt".split()
+    words = f"--model_name_or_path {made} --gen_length 16 --prompt".split()
     done = command([python, "launch/generate.py", *words, "2 + 3 ="], timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     done = command([python, "launch/generate.py", *words, "2 + 3 =", "--block_length", "8"], timeout=300)

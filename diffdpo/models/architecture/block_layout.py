@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 64
+CHUNK = 512
 """Queries that attend together, on the CPU: half of a block-causal mask hides, and what all of them do not see is left
 out."""
 

@@ -67,7 +67,7 @@ def new_model(
 
 
 def _sdar(
-    vocabulary: int, width: int, layers: int, heads: int, max_length: int, block_size: int, ids: dict[str, int]
+    vocabulary: int, width: int, layers: int, heads: int, max_length: int, block_size: int, ids: dict[str, Any]
 ) -> SDARConfig:
     sizes: dict[str, Any] = {"max_position_embeddings": max_length, **ids}
     return SDARConfig(
@@ -86,7 +86,7 @@ def _sdar(
     )
 
 
-def _llada(vocabulary: int, width: int, layers: int, heads: int, max_length: int, ids: dict[str, int]) -> LLaDAConfig:
+def _llada(vocabulary: int, width: int, layers: int, heads: int, max_length: int, ids: dict[str, Any]) -> LLaDAConfig:
     return LLaDAConfig.create(
         d_model=width,
         n_layers=layers,
