@@ -18,6 +18,7 @@ from diffdpo.errors import UserError
 from diffdpo.losses.settings import LossSettings
 from diffdpo.models.checkpoint.adapter_folder import is_adapter
 from diffdpo.settings.base import Settings, check_settings, public, setting
+from diffdpo.settings.credentials import taken
 from diffdpo.settings.data import DataSettings, EncodingSettings
 from diffdpo.settings.engine import EngineSettings
 from diffdpo.settings.evaluation import EvaluationSettings
@@ -167,7 +168,12 @@ Config = TypeVar("Config", bound=Settings)
 
 
 def make_config(config_class: type[Config], values: Mapping[str, Any]) -> Config:
-    """The checked dataclass; what can be known wrong without opening a model ends here."""
+    """The checked dataclass; what can be known wrong without opening a model ends here.
+
+    Who asks a tracking server is no setting: it goes to the environment, so that no record of the settings holds it.
+    """
+    if isinstance(uri := values.get("tracking_uri"), str):
+        values = {**values, "tracking_uri": taken(uri)}
     config = config_class(**values)
     check_settings(config)
     if isinstance(config, RunConfig) and shards_parameters(config) and config.torch_compile:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from diffdpo.errors import UserError
+from diffdpo.settings.credentials import hidden
 
 
 def setting(
@@ -107,13 +108,15 @@ def changed(settings: Settings) -> dict[str, Any]:
 
 
 def public(settings: Settings) -> dict[str, Any]:
-    """All fields by name, for records that others may read: those that are secret are left empty."""
-    hidden = {item.name: None for item in dataclasses.fields(settings) if item.metadata.get("secret")}
-    return dataclasses.asdict(settings) | hidden
+    """All fields by name, for records that others may read: those that are secret are left empty, and addresses are
+    shown without the passwords in them."""
+    shown = {key: hidden(value) if isinstance(value, str) else value for key, value in vars(settings).items()}
+    return shown | {item.name: None for item in dataclasses.fields(settings) if item.metadata.get("secret")}
 
 
 def without_secrets(words: list[str], settings: Settings) -> list[str]:
-    """A command line for the record, with secret values replaced by ***."""
+    """A command line for the record, with secret values, and passwords in addresses, replaced by ***."""
+    words = [hidden(word) for word in words]
     secrets = [getattr(settings, item.name) for item in dataclasses.fields(settings) if item.metadata.get("secret")]
     for secret in filter(None, secrets):
         words = [word.replace(secret, "***") for word in words]

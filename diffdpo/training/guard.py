@@ -37,6 +37,7 @@ def guarded(
 
     UserError where another run has the folder.
     """
+    whole = True
     with stop_on_signals(StopRequest(config.stop_seconds)) as stop:
         try:
             watch_launcher(_end_without)  # before the processes meet: that may take as long as they are patient
@@ -48,8 +49,12 @@ def guarded(
                     return work(context, Watch(pulse, stop))
             except Stopped:
                 return stopped(context)
+        except RuntimeError:  # a TrainingError too
+            whole = False
+            raise
         finally:
-            shutdown_distributed()
+            if whole:  # the end of a group that has lost a member may wait for it
+                shutdown_distributed()
             stop.ended.set()
 
 

@@ -153,6 +153,7 @@ def beating(pulse: Pulse) -> Iterator[Pulse]:
         raise
     except RuntimeError as error:  # what torch.distributed raises when another process has gone
         if pulse.world.size > 1 and (gone := lost(read_signs(pulse.output_dir))):
+            print(file=sys.stderr)  # behind the progress bar of who is gone
             raise TrainingError(
                 f"{' and '.join(sign.describe() for sign in gone)} ended in {gone[0].stage} of step {gone[0].step}; "
                 "its own output says why, or it was killed; go on with --resume_from_checkpoint latest"
