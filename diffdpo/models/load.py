@@ -40,6 +40,7 @@ from diffdpo.models.architecture.llada import LLaDAConfig, LLaDAModelLM
 from diffdpo.models.architecture.llada2_moe import LLaDA2MoeConfig, LLaDA2MoeModelLM
 from diffdpo.models.architecture.spec import DECODER_LORA_TARGETS, LLADA2_LORA_TARGETS, LLADA_LORA_TARGETS, FamilySpec
 from diffdpo.models.checkpoint.adapter_folder import base_of_adapter, is_adapter
+from diffdpo.models.checkpoint.model_folder import write_model
 from diffdpo.models.checkpoint.weights import Shards, only_kept, read_model
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
@@ -338,8 +339,7 @@ def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: 
         raise UserError(f"{str(directory)!r} holds a model, which the adapter would hide: name another folder")
     if getattr(model, "is_loaded_in_4bit", False) and not hasattr(model, "peft_config"):
         raise UserError("4-bit weights are not written: save the original model, or an adapter on it")
-    cast(Any, model).save_pretrained(directory, **options)
-    tokenizer.save_pretrained(directory)
+    write_model(model, tokenizer, Path(directory), **options)
 
 
 def _first_line(error: BaseException) -> str:

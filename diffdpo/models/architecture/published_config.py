@@ -24,6 +24,7 @@ RELATIVES: dict[str, tuple] = {
 }
 """Keys of other models under the same `model_type` (LLaDA-MoE, block diffusion, clipping): value allowed here."""
 BLOCK_KEYS = {"block_size", "bd_size"}
+KERNEL_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation")
 LIKELY_TYPO = 0.9
 """Share of equal letters (difflib's ratio) from which an unknown key is taken for a misspelt one."""
 
@@ -55,7 +56,8 @@ class PublishedConfig(PreTrainedConfig):
         for key in config_dict.keys() - cls.optional_keys:
             for meant in difflib.get_close_matches(key, absent, 1, LIKELY_TYPO):
                 raise UserError(f"{cls.model_type} config has {key}, which nothing reads: is {meant} meant?")
-        return super().from_dict(config_dict, **kwargs)
+        # which kernel another program uses: PyTorch chooses it here, and transformers would ask for a package
+        return super().from_dict({k: v for k, v in config_dict.items() if k not in KERNEL_KEYS}, **kwargs)
 
     def require(self, kinds: Mapping[str, type], optional: Mapping[str, type]) -> None:
         """Every key of `kinds` is there, and it and every set key of `optional` is of its type.
