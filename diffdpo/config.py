@@ -91,7 +91,7 @@ class SftConfig(RunConfig):
     warmup_steps: int | float = setting(100, "steps of linear warm-up, or their share of all", at_least=0, share=True)
     weight_decay: float = setting(0.05, "AdamW's, on matrices only", at_least=0)
     score_estimator: str = setting(
-        "mask_count", "how masks and weights are drawn; see docs/theory.md", choices=ESTIMATORS, common=True
+        "mask_count", "how masks and weights are drawn; see docs/theory.md", known=("auto", *ESTIMATORS), common=True
     )
     num_mc_samples: int = setting(1, "masks drawn for an answer in a step (n)", at_least=1, common=True)
     eval_steps: int | float = setting(

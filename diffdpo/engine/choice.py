@@ -105,9 +105,11 @@ class EngineChoice:
         }
 
     def reads(self, identity: Mapping[str, Any]) -> bool:
-        """Whether a checkpoint written by an engine of this ``identity`` can be read: by its own kind, and across the
-        engines whose files hold tensors by name (``engine.tensor_files``)."""
-        return identity == self.identity() or {identity.get("kind"), self.kind} <= {PLAIN, FSDP2}
+        """Whether a checkpoint written by an engine of this ``identity`` can be read, by whatever number of processes
+        but DeepSpeed's own: plain and FSDP2 read each other's files and those of ZeRO (``engine.tensor_files``)."""
+        by_name = identity.get("kind") in (PLAIN, FSDP2)
+        zero = bool(identity.get("sharded")) and "nvme" not in identity.values()
+        return identity == self.identity() or (self.kind in (PLAIN, FSDP2) and (by_name or zero))
 
     def describe(self) -> str:
         """In a few words, for the user."""

@@ -20,7 +20,7 @@ from torch import nn
 from diffdpo.engine.adam_clock import wind_up
 from diffdpo.engine.base import FrozenModule, count_parameters, parameter_groups, trained_parameters
 from diffdpo.engine.choice import SMALL_SHARE, EngineChoice
-from diffdpo.engine.deepspeed_files import CheckpointFiles
+from diffdpo.engine.deepspeed_files import TAG, CheckpointFiles
 from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.plain import PlainFrozen
 from diffdpo.engine.world import World
@@ -29,7 +29,6 @@ from diffdpo.errors import UserError
 FOR_GRADIENTS = ("offload_optimizer", "zero_hpz_partition_size", "zero_quantized_gradients")
 """What of "zero_optimization" concerns the backward and the step. (DeepSpeed makes the groups of a hierarchical
 partition once a process and fails at a second module that asks for them.)"""
-TAG = "engine"  # the folder of a checkpoint that DeepSpeed writes into
 
 
 class DeepSpeedEngine:

@@ -5,12 +5,15 @@ objects, and refuses anything else before it is made.
 """
 
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from typing import Any
 
 import torch
 from torch import nn
 
 from diffdpo.engine.saved import check_trained, trained_by_name
+
+TAG = "engine"  # the folder of a checkpoint that DeepSpeed writes into
 
 
 class CheckpointFiles:
@@ -39,8 +42,7 @@ class CheckpointFiles:
             self.error = error
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        with torch.serialization.safe_globals(_kinds()):
-            state = torch.load(path, map_location=map_location, weights_only=True)
+        state = load_safely(path, map_location=map_location)
         if "module" in state:
             shapes: dict[str, Sequence[int]] = {name: tuple(weight.shape) for name, weight in state["module"].items()}
             for group in state.get("param_shapes") or ():  # of ZeRO; stage 3's module is empty
@@ -57,6 +59,12 @@ class CheckpointFiles:
     def check_loaded(self) -> None:
         """UserError unless what was read last holds the module's trained weights."""
         check_trained(self.saved_shapes, self.module)
+
+
+def load_safely(path: str | PathLike[str], *, map_location: Any = "cpu", mmap: bool = False) -> Any:
+    """What DeepSpeed wrote, of kinds that are known to do nothing when they are made."""
+    with torch.serialization.safe_globals(_kinds()):
+        return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
 
 
 def _kinds() -> list[Any]:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -89,7 +89,9 @@ class Fsdp2Engine:
     def _clip(self) -> float:
         """Scale gradients down to the largest norm allowed; the norm before."""
         own = [own_part(p.grad) for p in self.parameters if p.grad is not None]
-        square = sum((gradient.float().square().sum() for gradient in own), torch.zeros((), device=own[0].device))
+        square = torch.zeros((), device=own_part(self.parameters[0]).device)
+        for gradient in own:
+            square += gradient.float().square().sum()
         if not self.adapter:  # each copy of the weights has the whole sum
             square = self.world.all_reduce_sum(square.to(self.world.device)) * self.choice.sharding.over
             square = square / self.world.size
@@ -157,7 +159,8 @@ def shard(
         parameter.data = parameter.data.to(world.device)
         if parameter.requires_grad and not any(parameter is one for one in whole):
             raise RuntimeError(f"{name} is in no unit of FSDP2, so nobody would add up its gradients")
-    fully_shard(module, ignored_params=set(module.parameters()), mesh=model.embed.weight.device_mesh)
+    embedding = cast(DTensor, model.embed.weight)
+    fully_shard(module, ignored_params=set(module.parameters()), mesh=embedding.device_mesh)
     # of all units the root, now: else the first unit that somebody calls by itself would be one
     fully_shard.state(module)._lazy_init()  # type: ignore[attr-defined]
     return module

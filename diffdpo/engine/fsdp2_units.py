@@ -60,6 +60,12 @@ def gathered(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return again.full_tensor()
 
 
+def fill(tensor: torch.Tensor, stored: Any) -> None:
+    """Copy a whole tensor, or one in a safetensors file, into one of ours: into a shard its own rows."""
+    with torch.no_grad():
+        own_part(tensor).copy_(stored[_rows(tensor)] if isinstance(tensor, DTensor) else stored)
+
+
 class ShardedWeights:
     """Has a model read from a checkpoint hold its shards from the start; see `diffdpo.models.checkpoint.weights`."""
 
@@ -77,9 +83,7 @@ class ShardedWeights:
 
     def fill(self, parameter: nn.Parameter, stored: Any) -> None:
         """Read this process's rows of a tensor in a safetensors file."""
-        rows = _rows(parameter)
-        with torch.no_grad():
-            own_part(parameter).copy_(stored[rows])
+        fill(parameter, stored)
 
     def holds(self, parameter: nn.Parameter, stored: Any) -> bool:
         """Whether this process's rows are those of a tensor in a safetensors file."""

@@ -13,7 +13,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
+from diffdpo.engine.deepspeed_files import TAG
+from diffdpo.engine.fsdp2_units import fill
 from diffdpo.engine.saved import check_trained, trained_by_name
+from diffdpo.engine.zero_files import ZeroFiles
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -35,11 +38,13 @@ def write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def read_training_state(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, *, fused: bool) -> None:
-    """Put what was saved in place. ``fused``: whether AdamW counts its steps on the device. Every rank calls.
+    """Put what was saved in place, also by DeepSpeed. ``fused``: whether AdamW counts its steps on the device. Every
+    rank calls.
 
     UserError where the folder holds other weights than those trained here.
     """
-    saved, trained = saved_shapes(folder), trained_by_name(module)
+    zero = ZeroFiles(folder / TAG) if (folder / TAG).is_dir() else None
+    saved, trained = zero.shapes if zero else saved_shapes(folder), trained_by_name(module)
     check_trained({name: shape for name, shape in saved.items() if name.rpartition(".")[2] not in MOMENTS}, module)
     optimizer.state.clear()
     for name, parameter in trained.items():
@@ -47,8 +52,12 @@ def read_training_state(folder: Path, module: nn.Module, optimizer: torch.optim.
             count = torch.zeros((), device=parameter.device if fused else "cpu")
             moments = (torch.zeros_like(parameter).detach() for _ in range(2))
             optimizer.state[parameter].update(zip(MOMENTS, (count, *moments), strict=True))
+    tensors = training_state(module, optimizer)
+    if zero:
+        for name, whole in zero.tensors():
+            fill(tensors[name], whole)
+        return
     with _first_failure():
-        tensors = dict(training_state(module, optimizer))
         dcp.load(tensors, storage_reader=_reader(folder), no_dist=not dist.is_initialized())
 
 

@@ -3,6 +3,7 @@
 Remote code is never run: the family is chosen by `model_type`. Weights are streamed shard by shard (`stream`).
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -130,8 +131,8 @@ def load_model(
         raise UserError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
     check_device(device)
     if is_adapter(name_or_path):
-        options = {"dtype": dtype, "device": device, "load_in_4bit": load_in_4bit, "block_size": block_size}
-        return load_adapter(name_or_path, **options, shards=shards)
+        options: dict[str, Any] = {"dtype": dtype, "device": device, "load_in_4bit": load_in_4bit}
+        return load_adapter(name_or_path, **options, block_size=block_size, shards=shards)
     family, config = read_config(name_or_path, block_size=block_size)
     tokenizer = load_tokenizer(name_or_path)
     spec = make_spec(config, family, tokenizer)
@@ -192,7 +193,21 @@ def read_config(name_or_path: str, *, block_size: int | None = None) -> tuple[Fa
     family = FAMILIES[kind]
     if block_size is not None:
         _set_block_size(raw, family, block_size)
-    return family, family.config_class.from_dict(raw).check()
+    return family, made_config(family, raw, name_or_path)
+
+
+def made_config(family: Family, raw: dict[str, Any], name: str) -> Any:
+    """The checked config of a published ``config.json``. UserError for a value that transformers cannot take."""
+    for key in ("dtype", "torch_dtype"):  # some write the dtype as torch prints it
+        if isinstance(raw.get(key), str):
+            raw[key] = raw[key].removeprefix("torch.")
+    try:
+        config = cast(Any, family.config_class).from_dict(raw)
+    except (AttributeError, TypeError, ValueError, KeyError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{name!r}: config.json cannot be used: {_first_line(error)}") from error
+    return config.check()
 
 
 def _set_block_size(raw: dict[str, Any], family: Family, block_size: int) -> None:
@@ -262,7 +277,9 @@ def make_spec(config: PreTrainedConfig, family: Family, tokenizer: PreTrainedTok
     if mask in ends:
         raise UserError(f"mask_token_id and eos_token_id are both {mask}: they must differ")
     check_ids(config, tokenizer)
-    name_mask(tokenizer, mask)
+    declared = mask in (config.mask_token_id, tokenizer.mask_token_id)
+    if declared or _is_a_sign(tokenizer, mask):
+        name_mask(tokenizer, mask)
     vocabulary = tokenizer.get_vocab()
     stops = dict.fromkeys((*ends, *(vocabulary[token] for token in STOP_TOKENS if token in vocabulary)))
     shift = getattr(config, "logit_shift", None)
@@ -284,6 +301,12 @@ def _published_mask(family: Family, tokenizer: PreTrainedTokenizerBase) -> int |
     """The mask of a family whose checkpoints declare none: the token of its name, else the published id."""
     named = tokenizer.get_vocab().get(family.mask_token) if family.mask_token else None
     return family.mask_token_id if named is None else named
+
+
+def _is_a_sign(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
+    """Whether a token is no ordinary text, which must not be cut out of words by being made a special token."""
+    text = str(tokenizer.convert_ids_to_tokens(token)) if token < len(tokenizer) else ""
+    return token in tokenizer.added_tokens_decoder or bool(re.fullmatch(r"[<\[|].+[>\]|]", text))
 
 
 def check_ids(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:

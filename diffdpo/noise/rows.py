@@ -13,6 +13,7 @@ Shape suffixes: B pairs, 2 sides, T longest row, R rows, M scored positions of a
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -154,7 +155,7 @@ def noisy_rows(
     def plan(prompt: int, length: int, record_id: str, side: int) -> NoisePlan:
         name = "paired" if record_id in in_common else estimator
         key = NoiseKey(seed, batch.epoch, record_id, side, draw)
-        options = {"num_samples": num_samples, "key": key, "num_diffusion_steps": num_diffusion_steps}
+        options: dict[str, Any] = {"num_samples": num_samples, "key": key, "num_diffusion_steps": num_diffusion_steps}
         if block_size:
             return draw_block_plan(name, tokens=block_tokens(prompt, length, block_size), **options)
         return draw_plan(name, length=length, **options)

@@ -24,6 +24,7 @@ def setting(
     help: str,
     *,
     choices: tuple[str, ...] = (),
+    known: tuple[str, ...] = (),
     refused: Mapping[str, str] | None = None,
     at_least: float | None = None,
     above: float | None = None,
@@ -35,12 +36,20 @@ def setting(
 ) -> Any:
     """A dataclass field with a flag's help. ``choices`` and the three bounds are checked by :func:`check_settings`.
 
-    ``refused``: words one might try, each with why it is no choice; ``common``: among the few that ``--help`` shows;
-    ``many``: a list, held as text with commas, of which ``choices`` allows each; ``share``: a number of steps, or below
-    1 a share of all; ``secret``: never written down.
+    ``known``: words that ``--help_all`` lists like choices, of a table to which others may add and which is asked
+    elsewhere; ``refused``: words one might try, each with why it is no choice; ``common``: among the few that
+    ``--help`` shows; ``many``: a list, held as text with commas, of which ``choices`` allows each; ``share``: a number
+    of steps, or below 1 a share of all; ``secret``: never written down.
     """
     metadata = {"help": help, "common": common, "many": many, "share": share, "secret": secret}
-    bounds = {"choices": choices, "refused": refused or {}, "at_least": at_least, "above": above, "below": below}
+    bounds = {
+        "choices": choices,
+        "known": known,
+        "refused": refused or {},
+        "at_least": at_least,
+        "above": above,
+        "below": below,
+    }
     return field(default=default, repr=not secret, metadata=metadata | bounds)
 
 

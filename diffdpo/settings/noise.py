@@ -20,8 +20,8 @@ class NoiseSettings(Settings):
 
     score_estimator: str = setting(
         "auto",
-        "how masks are drawn (docs/theory.md); auto: balanced, or exact for small blocks",
-        choices=("auto", *ESTIMATORS),
+        "see docs/theory.md; auto: balanced, or exact for small blocks",
+        known=("auto", *ESTIMATORS),
         common=True,
     )
     num_mc_samples: int = setting(4, "forwards a score (n)", at_least=1, common=True)

@@ -15,7 +15,7 @@ class TrackingSettings(Settings):
     experiment_name: str = setting("diffdpo", "MLflow experiment")
     tracking_uri: str | None = setting(
         None,
-        "MLflow store; default: $MLFLOW_TRACKING_URI, else sqlite in the folder above --output_dir; 'none': off",
+        "MLflow store; default: $MLFLOW_TRACKING_URI, else sqlite above --output_dir; 'none': off",
         common=True,
     )
     tracking_timeout: float = setting(

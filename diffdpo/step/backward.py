@@ -100,7 +100,7 @@ def replay(engine: Engine, rows: NoisyRows, gradient_R: torch.Tensor, *, segment
             closes = number == len(group)
             # the last segment of a group takes the clean gradient of all of them back with its own: DeepSpeed closes a
             # step with what its last backward reaches, and the clean stream alone does not reach the head
-            kept = clean and (clean.kept if closes else clean.leaves)
+            kept = (clean.kept if closes else clean.leaves) if clean else None
             loss = (forward_rows(engine, piece.rows, kept) * piece.of(gradient_R)).sum()
             if clean and closes:
                 loss = loss + clean.loss()
@@ -127,7 +127,7 @@ def deferred(engine: Engine, rows: NoisyRows, loss_of: LossOf, *, segments: Segm
 
     def gradient_of_score(pieces: list[Segment], clean: CleanGradient | None) -> torch.Tensor:
         for piece in pieces:
-            f_S = forward_rows(engine, piece.rows, clean and clean.leaves)
+            f_S = forward_rows(engine, piece.rows, clean.leaves if clean else None)
             engine.backward((f_S * piece.of(rows.weight_R)).sum(), last=last)
             f_R[piece.index_S] = f_S.detach()
             if clean:

@@ -3,6 +3,7 @@
 import torch
 
 from diffdpo.engine.base import Engine
+from diffdpo.engine.fsdp2_units import own_part
 from diffdpo.memory.largest_fit import TOO_MUCH, Fit, largest_fit, memory_budget, peak_of
 from diffdpo.noise.rows import CleanAnswers, NoisyRows
 from diffdpo.scores.rows import forward_rows
@@ -78,6 +79,6 @@ def fit_micro_batch(fit: Fit, shape: MicroBatchShape, accumulation: int) -> int:
 
 def _reserve(engine: Engine) -> int:
     """Bytes that are not there yet: Adam's moments (which DeepSpeed has made by now), the buffers of ``deferred``."""
-    trained = sum(p.numel() * p.element_size() for p in engine.parameters)
+    trained = sum(own.numel() * own.element_size() for own in map(own_part, engine.parameters))
     moments = 0 if engine.choice.makes_moments_at_once else 2 * trained
     return moments + (0 if engine.no_sync_obstacle() else 2 * trained)

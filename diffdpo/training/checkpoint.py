@@ -124,11 +124,10 @@ def _on_every_rank(work: Callable[[], Any], place: Place) -> list[Any]:
 def planned_bytes(engine: Engine) -> int:
     """What a checkpoint will take on the disk: trained weights and what the optimizer keeps of each."""
     _, trained = count_parameters(engine.module)
-    masters, moments = 4, 8
-    copies = 0  # DeepSpeed keeps what it computes with beside the masters
-    if engine.choice.kind == DEEPSPEED:
-        copies = 2 if engine.choice.bf16 else 4
-    return trained * (masters + moments + copies)
+    moments = 8
+    if engine.choice.kind == DEEPSPEED:  # it keeps what it computes with beside the fp32 masters
+        return trained * (4 + moments + (2 if engine.choice.bf16 else 4))
+    return trained * ((2 if engine.choice.reads_bf16(trained=True) else 4) + moments)
 
 
 def is_full(error: Exception) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from diffdpo.config import RunConfig
 from diffdpo.engine.base import Engine
+from diffdpo.errors import Stopped
 from diffdpo.evaluation.result import Evaluation, comparison
 from diffdpo.memory.peak import peak_memory_gib
 from diffdpo.settings.credentials import untold
@@ -20,7 +21,6 @@ from diffdpo.training.checkpoint import list_checkpoints, told_if_unwritable
 from diffdpo.training.guard import Watch
 from diffdpo.training.result import print_comparison, write_summary
 from diffdpo.training.resume import asked_of
-from diffdpo.training.stop import Stopped
 
 LOCAL_SECONDS = 60.0  # for an sqlite file
 

@@ -27,7 +27,7 @@ FREE_TO_CHANGE = WITHOUT_EFFECT | {
     *("logging_steps", "eval_steps", "save_steps", "save_total_limit", "segmentation", "segment_rows", "max_memory"),
     *("reference", "reference_cache", "precompute_only", "strict"),
     # where the engine that was can be another (``EngineChoice.reads``), and its number of processes
-    *("engine", "fsdp_cpu_offload", "fsdp_reshard_after_forward", "fsdp_shard_size"),
+    *("engine", "ds_config", "fsdp_cpu_offload", "fsdp_reshard_after_forward", "fsdp_shard_size"),
     # their product cannot change: the reader refuses another number of records a step
     *("per_device_train_batch_size", "gradient_accumulation_steps"),
 }
@@ -56,10 +56,11 @@ def resume_parts(
             "or --num_train_epochs"
         )
     for name, value in state["held_by"].items():
-        if not (engine.choice.reads(value) if name == "engine" else value == ours[name]):
+        if not _fits(name, value, ours[name], engine):
             raise UserError(
                 f"--resume_from_checkpoint {checkpoint}: {name} was {value} and is {ours[name]}; resume with the "
-                "launcher, --ds_config and adapter settings of the run that wrote it"
+                "launcher, --ds_config and adapter settings of the run that wrote it (--engine plain and fsdp2 read "
+                "checkpoints of any engine and number of processes, but those on nvme)"
             )
     loader.load_state_dict(state["loader"])
     with told_if_unreadable(checkpoint):
@@ -73,6 +74,14 @@ def resume_parts(
             if name not in FREE_TO_CHANGE:
                 context.print(f"  NOTE {changes[-1]}: not the same run any more")
     return changes
+
+
+def _fits(name: str, was: Any, ours: Any, engine: Engine) -> bool:
+    if name == "engine":
+        return engine.choice.reads(was)
+    if name == "processes" and not engine.choice.checkpoint_is_per_rank:
+        return True
+    return was == ours
 
 
 def finished_summary(config: RunConfig, context: RunContext) -> dict[str, Any] | None:

@@ -20,7 +20,8 @@ from diffdpo.models.load import LoadedModel, load_model
 from diffdpo.sampling.decode import sample
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 
-OPTIONS = OptimizerOptions(learning_rate=1e-2, weight_decay=0.1, max_grad_norm=0.05)
+# a large epsilon: where a gradient is all but 0, AdamW would make a step of its rounding
+OPTIONS = OptimizerOptions(learning_rate=1e-2, weight_decay=0.1, epsilon=1e-4, max_grad_norm=0.05)
 
 
 class ReadSizes(ShardedWeights):

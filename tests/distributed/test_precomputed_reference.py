@@ -89,9 +89,10 @@ def test_a_killed_pass_goes_on_and_trains_as_a_copy_does(command, tiny_model, ma
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", ["zero2", "zero3"])
-def test_under_deepspeed_too(command, tiny_model, many_pairs, tmp_path, stage):
-    more = ["--ds_config", f"ds_configs/{stage}.json", "--max_steps", "3"]
+@pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp2"])
+def test_under_sharding_engines_too(command, tiny_model, many_pairs, tmp_path, engine):
+    chosen = ["--engine", "fsdp2"] if engine == "fsdp2" else ["--ds_config", f"ds_configs/{engine}.json"]
+    more = [*chosen, "--max_steps", "3"]
     out = {mode: tmp_path / mode for mode in ("copy", "precomputed")}
     curves = [
         curve(command, TORCHRUN, flags(tiny_model, many_pairs, out[mode], *more, "--reference", mode), out[mode])

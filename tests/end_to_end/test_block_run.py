@@ -41,7 +41,8 @@ def test_it_is_saved_as_sdar_and_scored_exactly(made, command, python, pairs_fil
     ],
 )
 def test_preference_training_starts_at_ln_2(made, command, python, pairs_file, tmp_path, options, words):
-    rest = f"--train_data {pairs_file} --eval_fraction 0.1 --max_length 96 --max_prompt_length 48 --output_dir {tmp_path}/o"
+    lengths = "--eval_fraction 0.1 --max_length 96 --max_prompt_length 48"
+    rest = f"--train_data {pairs_file} {lengths} --output_dir {tmp_path}/o"
     done = command(
         [python, "launch/train.py", *f"--model_name_or_path {made} {FEW} {rest} {options}".split()], timeout=900
     )
@@ -52,7 +53,7 @@ def test_preference_training_starts_at_ln_2(made, command, python, pairs_file, t
 
 
 def test_it_writes_answers(made, command, python):
-    words = f"--model_name_or_path {made} --gen_length 12 --prompt".split()
+    words = f"--model_name_or_path {made} --gen_length 16 --prompt".split()
     done = command([python, "launch/generate.py", *words, "2 + 3 ="], timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     done = command([python, "launch/generate.py", *words, "2 + 3 =", "--block_length", "8"], timeout=300)

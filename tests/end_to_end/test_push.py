@@ -27,9 +27,8 @@ def test_a_run_pushes_its_model_and_writes_its_token_nowhere(tmp_path, pairs_fil
     pushed = {path.name: path.read_bytes() for path in (tmp_path / "repository").iterdir()}
     assert pushed == {path.name: path.read_bytes() for path in final.iterdir()} and "README.md" in pushed
     load_model(str(tmp_path / "repository"))
-    rates = [
-        line["learning_rate"] for line in read_journal(tmp_path / "run" / "metrics.jsonl") if "learning_rate" in line
-    ]
+    lines = read_journal(tmp_path / "run" / "metrics.jsonl")
+    rates = [line["learning_rate"] for line in lines if "learning_rate" in line]
     assert rates[:2] == [5e-4, 1e-3], "half of the four steps are warm-up"
     out, err = capsys.readouterr()
     assert "hub     " in out and TOKEN not in out + err

@@ -113,8 +113,8 @@ def freeze_second(run: Started) -> None:
     run.kill(run.pids[1:], signal.SIGSTOP)
 
 
-def kill_second(run: Started) -> None:
-    run.kill(run.pids[1:], signal.SIGKILL)
+def kill_one(number: int) -> Callable[[Started], None]:
+    return lambda run: run.kill([run.pids[number]], signal.SIGKILL)
 
 
 HANG = ("--hang_timeout", "15", "--stop_seconds", "8")
@@ -158,9 +158,9 @@ def frozen(bench: Bench) -> tuple[Seen, bool]:
     return seen, seen.ended and 4 in seen.codes and "rank 1 on" in seen.line and "no life" in seen.line
 
 
-def lost(bench: Bench) -> tuple[Seen, bool]:
-    seen = bench.run("lost", in_step(4), kill_second, engine="plain x2")
-    return seen, seen.ended and 1 in seen.codes and "rank 1 on" in seen.line and "Traceback" not in seen.said
+def lost(bench: Bench, number: int) -> tuple[Seen, bool]:
+    seen = bench.run(f"lost-{number}", in_step(4), kill_one(number), engine="plain x2")
+    return seen, seen.ended and 1 in seen.codes and f"rank {number} on" in seen.line and "Traceback" not in seen.said
 
 
 def scoring(out: Path, run: Started) -> bool:
@@ -197,7 +197,7 @@ def launcher_killed(bench: Bench) -> tuple[Seen, bool]:
         rank.kill()
     seen = Seen([], seconds, log.read_text(), out, not alive)
     saved = list((out / "checkpoints").glob("step-*"))
-    return seen, len(ranks) == 2 and not alive and seconds < 15 and bool(saved) and "has gone: stopping" in seen.said
+    return seen, len(ranks) == 2 and not alive and seconds < 15 and bool(saved)
 
 
 CASES: dict[str, Callable[[Bench], tuple[Seen, bool]]] = {
@@ -220,7 +220,8 @@ CASES: dict[str, Callable[[Bench], tuple[Seen, bool]]] = {
     "kill -9 of torchrun": launcher_killed,
     "a second run in the folder": second_run,
     "a frozen rank (--hang_timeout 15)": frozen,
-    "a killed rank": lost,
+    "a killed rank 1": lambda b: lost(b, 1),
+    "a killed rank 0": lambda b: lost(b, 0),
 }
 
 

@@ -1,9 +1,10 @@
 """LLaDA2.0 and 2.1: block diffusion with a mixture of experts, in the published (unmerged) layout.
 
 Attention has one fused projection (queries, keys, values in that order), norms on q and k, and rotary positions on a
-part of each head. The first layers are dense; in the others a sigmoid router with a selection bias picks experts within the
-best groups, and a shared expert sees every token. The router is frozen: `requires_grad_(True)` leaves it so, as which
-experts are chosen has no gradient and a trained router would need a balance loss, which is not built here.
+part of each head. The first layers are dense; in the others a sigmoid router with a selection bias picks experts
+within the best groups, and a shared expert sees every token. The router is frozen: `requires_grad_(True)` leaves it
+so, as which experts are chosen has no gradient and a trained router would need a balance loss, which is not built
+here.
 
 Experts run one after the other over the tokens that chose them. Not here: grouped products over stacked experts, merged
 checkpoints (`llada2_moe_veomni`), biases.

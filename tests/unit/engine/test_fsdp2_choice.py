@@ -49,12 +49,14 @@ def test_one_process_can_take_a_step_again():
 
 def test_it_reads_its_own_and_the_plain_engines_checkpoints_whatever_the_processes():
     plain = EngineChoice()
-    zero = deepspeed_choice(
-        {"zero_optimization": {"stage": 2}}, OptimizerOptions(1e-3), micro_batch_size=1, accumulation_steps=1
+    sizes = {"micro_batch_size": 1, "accumulation_steps": 1}
+    whole, zero = (
+        deepspeed_choice({"zero_optimization": {"stage": stage}}, OptimizerOptions(1e-3), **sizes) for stage in (0, 2)
     )
     for one in (plain, chosen(2), chosen(8, fsdp_shard_size=4)):
         assert all(one.reads(other.identity()) for other in (plain, chosen(1), chosen(4, fsdp_cpu_offload=True)))
-        assert not one.reads(zero.identity()) and not zero.reads(one.identity())
+        assert one.reads(zero.identity()) and not zero.reads(one.identity())
+        assert not one.reads(zero.identity() | {"optimizer_on": "nvme"}) and not one.reads(whole.identity())
     assert zero.reads(zero.identity())
 
 

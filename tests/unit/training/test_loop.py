@@ -53,11 +53,28 @@ def report(loss: float = 0.5, norm: float = 1.0, records: int = 2) -> StepReport
     )
 
 
-class FakeEngine(SimpleNamespace):
-    """An engine that saves one small file."""
+class FakeSaver:
+    """Notes what would be saved."""
 
-    def save(self, folder):
-        (folder / "weights").write_text("w")
+    def __init__(self, happened, on_save):
+        self.happened, self.on_save = happened, on_save
+
+    def save(self, step, state, *, wait):
+        assert state["step"] == step and state["loader"]["step"] >= 0
+        self.happened.append(("save", step))
+        self.on_save(step, None)
+
+    def is_done(self):
+        """Nothing is ever under way."""
+        return False
+
+    def settle(self):
+        """Nothing to wait for."""
+
+    join = settle
+
+    def snapshot(self):
+        """It waits for its saves."""
 
 
 @pytest.fixture
@@ -66,13 +83,14 @@ def loop(tmp_path, monkeypatch):
 
     def make(settings=None, *, step=lambda batches, rate: report(), total=6, callbacks=()):
         happened = []
+        monkeypatch.setattr("diffdpo.training.loop.Saver", lambda *given: FakeSaver(happened, given[3]))
         monkeypatch.setattr("diffdpo.training.loop.means", lambda sums: {"rewards/margins": sums["margin"]})
         made = Loop(
             config=TrainConfig(
                 **{"learning_rate": 1.0, "warmup_steps": 0, "lr_scheduler_type": "linear"} | (settings or {})
             ),
             output_dir=tmp_path,
-            engine=FakeEngine(world=WORLD),
+            engine=SimpleNamespace(world=WORLD),
             loader=FakeLoader(),
             step=lambda batches, rate: (happened.append(("step", rate)), step(batches, rate))[1],
             total_steps=total,
@@ -82,8 +100,6 @@ def loop(tmp_path, monkeypatch):
             watch=Watch(Pulse(WORLD, tmp_path, 0.0)),
             callbacks=Callbacks(callbacks),
         )
-        saved = lambda folder, step, engine, state, keep: (happened.append(("save", step)), folder)[1]  # noqa: E731
-        monkeypatch.setattr("diffdpo.training.loop.save_checkpoint", saved)
         return made, happened
 
     return make

@@ -77,8 +77,8 @@ import json, sys, transformers
 from transformers import AutoTokenizer
 assert transformers.__version__.startswith("4.57"), transformers.__version__
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-messages = [{"role": "user", "content": "1"}]
-chat = tokenizer.apply_chat_template(messages, tokenize=False) if tokenizer.chat_template else ""
+turns = [{"role": "user", "content": "1"}]
+chat = tokenizer.apply_chat_template(turns, tokenize=False) if tokenizer.chat_template else ""
 print(json.dumps([tokenizer(sys.argv[2]).input_ids, tokenizer.eos_token_id, tokenizer.pad_token_id, chat]))
 """
 
