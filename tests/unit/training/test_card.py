@@ -55,7 +55,12 @@ def test_nothing_of_this_machine_is_in_it(tmp_path):
         "output_dir": str(tmp_path / "my-run"),
         "beta": 0.3,
     }
-    settings |= {"tracking_uri": "http://internal:5000", "data_cache_dir": str(tmp_path), "hub_token": "hf_x"}
+    settings |= {
+        "tracking_uri": "http://internal:5000",
+        "data_cache_dir": str(tmp_path),
+        "hub_token": "hf_x",
+        "push_to_hub": True,
+    }
     card = model_card(folder_of(tmp_path), base=base, config=make_config(TrainConfig, settings), results=RESULTS)
     assert not [word for word in (str(tmp_path), "secret place", "internal", "hf_x", "num_mc_samples") if word in card]
     assert "beta: 0.3" in card and "train_data: pairs.jsonl" in card and "model_name_or_path: tiny" in card
