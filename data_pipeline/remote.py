@@ -93,7 +93,7 @@ def _fetch_with_retries(
                     raise OSError(f"{partial.stat().st_size} bytes came, {size} expected")
             return
         except ImportError as error:
-            raise DataError(f"{url}: {error}; for s3:// install the extra: pip install 'diffdpo[s3]'") from error
+            raise DataError(f"{url}: {error}; for s3:// run: pip install s3fs") from error
         except Exception as error:  # each protocol has its own family of network errors
             if _is_absent(error):
                 raise AbsentError(f"{url} does not exist") from error

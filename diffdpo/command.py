@@ -12,6 +12,7 @@ from typing import NoReturn
 import data_pipeline.cli
 from data_pipeline.errors import DataError
 from diffdpo.errors import RESUMABLE, Stopped, TrainingError, UserError
+from diffdpo.quiet import hush
 
 SECONDS_BEHIND = 3.0
 
@@ -33,6 +34,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Run a command's ``main(argv)`` and exit: 0, 2 with one line for a user's mistake, 1 with one line where a run
     could not go on, 3 where it was told to stop and can go on, 4 where it hung, 130 after Ctrl-C."""
 
+    hush()
     for stream in (sys.stdout, sys.stderr):  # texts of any language on a terminal of any encoding
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

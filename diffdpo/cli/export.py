@@ -42,6 +42,7 @@ def main(argv: list[str]) -> None:
     from diffdpo.models.checkpoint.weights import stored_dtype
     from diffdpo.models.load import load_adapter, load_model, save_model
     from diffdpo.models.lora.adapters import merge
+    from diffdpo.training.card import model_card
 
     base = args.model_name_or_path or base_of_adapter(args.adapter)
     if args.adapter and (unknown := check_base(args.adapter, base)):
@@ -51,6 +52,7 @@ def main(argv: list[str]) -> None:
     model = merge(loaded.model) if args.adapter else loaded.model
     with folder_in_one_piece(Path(args.output)) as folder:
         save_model(model, loaded.tokenizer, folder, max_shard_size=args.max_shard_size)
+        (folder / "README.md").write_text(model_card(folder, base=base))
     size = sum(parameter.numel() for parameter in model.parameters())
     print(f"{size / 1e6:.2f}M parameters in {dtype} in {args.output}", file=sys.stderr)
 
@@ -68,8 +70,8 @@ def check(args) -> None:
         raise UserError(f"--model_name_or_path {args.model_name_or_path} is a LoRA adapter: give it as --adapter")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"--output {output} exists; name a new folder")
-    if not output.absolute().parent.is_dir():
-        raise UserError(f"--output {output}: there is no folder {output.parent}; make it first")
+    if not next(folder for folder in output.absolute().parents if folder.exists()).is_dir():
+        raise UserError(f"--output {output}: {output.parent} cannot be made, as a part of it is a file")
     if not re.fullmatch(r"[1-9]\d*([KMG]i?B)?", args.max_shard_size):
         raise UserError(f"--max_shard_size {args.max_shard_size}: give a size such as 5GB or 500MB")
 
@@ -77,7 +79,9 @@ def check(args) -> None:
 @contextmanager
 def folder_in_one_piece(output: Path) -> Iterator[Path]:
     """A hidden folder beside `output`; it takes that name at the end, and is removed after an error."""
-    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.absolute().parent))
+    parent = output.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=parent))
     try:
         yield partial
         umask = os.umask(0)

@@ -8,6 +8,7 @@ Every flag of launch/train.py is read as there (see its --help), so a training c
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from diffdpo.cli.flags import parse_config
@@ -64,6 +65,7 @@ def main(argv: list[str]) -> None:
     from diffdpo.planner.plan import Machine, make_plan
     from diffdpo.planner.report import as_json, as_text
 
+    print("planning: a step is traced without its numbers at several sizes, which can take minutes", file=sys.stderr)
     try:
         plan = make_plan(config, Machine(gpu, host, args.num_gpus), scored=args.answer_tokens)
         advice = advise(plan, scored=args.answer_tokens) if plan.short() else None

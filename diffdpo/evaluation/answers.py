@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from torch import nn
-from tqdm import tqdm
 
 from data_pipeline.batch import PairBatch
 from data_pipeline.verifiers import VERIFIERS
 from diffdpo.engine.world import World
 from diffdpo.models.architecture.spec import FamilySpec
+from diffdpo.progress import bar_of
 from diffdpo.sampling.decode import sample
 
 BLOCK_LENGTH = 16
@@ -76,7 +76,7 @@ def exact_match(
     """
     mine = list(range(len(problems))) if shared_forwards else list(range(world.rank, len(problems), world.size))
     texts: dict[int, str] = {}
-    with tqdm(total=len(mine), desc=title, unit="problem", disable=not world.is_main, dynamic_ncols=True) as bar:
+    with bar_of(len(mine), title, unit="problem", shown=world.is_main) as bar:
         for start in range(0, len(mine), BATCH_SIZE):
             part = mine[start : start + BATCH_SIZE]
             answers = sample(

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from data_pipeline.batch import PairBatch
 from data_pipeline.encode import Encoder
@@ -29,6 +28,7 @@ from diffdpo.models.bundled import model_or_bundled
 from diffdpo.models.load import dtype_name
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.noise.rows import NoisyRows
+from diffdpo.progress import bar_of
 from diffdpo.reference.identity import fingerprint, identity_of, weights_digest
 from diffdpo.reference.modes import load_reference
 from diffdpo.reference.store import Part, ScoreStore, make_folder, open_store
@@ -179,7 +179,7 @@ def _score_all(
     segments: Segments,
 ) -> None:
     total = sum(len(steps) * stream.loader.options.global_batch_size for stream, _, steps in todo)
-    bar = tqdm(total=total, desc="reference", unit="pair", disable=not world.is_main, dynamic_ncols=True)
+    bar = bar_of(total, "reference", unit="pair", shown=world.is_main)
     with bar:
         for stream, epoch, steps in todo:
             pieces = [_nothing(stream.shapes)]

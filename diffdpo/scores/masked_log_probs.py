@@ -62,7 +62,7 @@ class MaskedLogProbs(nn.Module):
         if use_liger:
             if not (torch.cuda.is_available() and importlib.util.find_spec("liger_kernel")):
                 raise UserError(
-                    "--use_liger_kernel needs a GPU and liger-kernel: pip install 'diffdpo[gpu]', or leave it out"
+                    "--use_liger_kernel needs a GPU and liger-kernel: pip install liger-kernel, or leave it out"
                 )
             check_liger("cuda", native(model).head.weight.dtype)
         if compile_blocks:

@@ -50,6 +50,12 @@ def describe_model(config: RunConfig) -> str:
     return config.policy or "the bundled arithmetic model"
 
 
+def reading_of(config: RunConfig) -> str:
+    """For the user, before silent minutes."""
+    then = "; its layers are compiled in the first step, which takes minutes" if config.torch_compile else ""
+    return f"model      reading {describe_model(config)}{then}"
+
+
 def save_final(folder: Path, engine: Engine, loaded: LoadedModel) -> None:
     """Weights (or adapter) and tokenizer in the published layout. Every rank calls; rank 0 writes."""
     weights = engine.full_state_dict()

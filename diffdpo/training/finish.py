@@ -16,9 +16,10 @@ from diffdpo.setup.context import RunContext
 from diffdpo.tracking.journal import FILE, read_journal
 from diffdpo.tracking.mlflow_run import missing_credentials
 from diffdpo.tracking.run import Tracking, open_command
+from diffdpo.training.card import model_card
 from diffdpo.training.checkpoint import list_checkpoints, told_if_unwritable
 from diffdpo.training.guard import Watch
-from diffdpo.training.result import model_card, print_comparison, write_summary
+from diffdpo.training.result import print_comparison, write_summary
 from diffdpo.training.resume import asked_of
 
 LOCAL_SECONDS = 60.0  # for an sqlite file
@@ -34,13 +35,15 @@ class Finish:
         self.compared: dict[str, dict[str, Any]] = {}
         self.summary: dict[str, Any] = {}
 
-    def write_card(self, folder: Path, base: str, config_text: str, before: Evaluation, after: Evaluation) -> None:
+    def write_card(
+        self, folder: Path, base: str | None, asked: RunConfig, before: Evaluation, after: Evaluation
+    ) -> None:
         """README.md of the final model, with the held-out results."""
         self.compared = comparison(before, after)
         if self.tracking is not None:
             with told_if_unwritable(folder):
                 partial = folder / "README.md.partial"
-                partial.write_text(model_card(base, config_text, self.compared))
+                partial.write_text(model_card(folder, base=base, config=asked, results=self.compared))
                 partial.replace(folder / "README.md")
 
     def stopped(self, step: int) -> None:

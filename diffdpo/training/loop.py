@@ -21,6 +21,7 @@ from diffdpo.engine.base import Engine
 from diffdpo.errors import TrainingError
 from diffdpo.losses.metrics import means
 from diffdpo.memory.peak import peak_memory_gib
+from diffdpo.progress import bar_of
 from diffdpo.step.report import StepReport
 from diffdpo.tracking.journal import Journal
 from diffdpo.training.callbacks import Callbacks
@@ -169,15 +170,8 @@ class Loop:
                 self.journal.write(self.done, sizes)
 
     def _bar(self) -> tqdm:
-        return tqdm(
-            total=self.total_steps,
-            initial=self.done,
-            desc="training",
-            unit="step",
-            disable=not self.engine.world.is_main,
-            dynamic_ncols=True,
-            mininterval=0.5,
-        )
+        shown = self.engine.world.is_main
+        return bar_of(self.total_steps, "training", unit="step", shown=shown, initial=self.done)
 
     def _log(self, window: "_Window", rate: float, bar: tqdm) -> None:
         device = self.engine.world.device

@@ -30,7 +30,7 @@ from diffdpo.scores.segments import Segments, make_segments
 from diffdpo.setup import data as run_data
 from diffdpo.setup.chosen import chosen_settings
 from diffdpo.setup.context import RunContext
-from diffdpo.setup.model import describe_model, load_policy
+from diffdpo.setup.model import describe_model, load_policy, reading_of
 from diffdpo.setup.preflight import check_before_weights, check_settings_meet, doubts
 from diffdpo.step.fit import fit_micro_batch, fit_segments
 from diffdpo.step.report import StepReport
@@ -130,6 +130,7 @@ class _Training:
         )
         # before another model is in memory
         self.scores = parts.precompute() if self.mode == "precomputed" else None
+        self.context.print(reading_of(config))
         self.loaded = load_policy(config, choice, world)
         self.noise = NoiseOptions.of(config, self.loaded.spec)
         module = MaskedLogProbs.of(self.loaded.model, self.loaded.spec, config)
@@ -203,7 +204,7 @@ class _Training:
             held_out=self.held_out,
             check_first=self._check_first,
             unit="answers" if self.loss.unpaired else "pairs",
-            base=config.policy or "diffdpo's bundled arithmetic model",
+            base=model_or_bundled(config.policy),
             callbacks=callbacks,
         )
 

@@ -1,4 +1,4 @@
-"""What a run leaves and says at its end: ``summary.json``, the table, the final model's card."""
+"""What a run leaves and says at its end: ``summary.json`` and the table."""
 
 import json
 import math
@@ -45,33 +45,3 @@ def print_comparison(results: Mapping[str, Mapping[str, Any]]) -> None:
         cells = [cell(key, results[key][column]) for column in ("before", "after", "change")]
         table.add_row(f"{title} (n = {results[key]['after']['count']})", *cells)
     Console(width=None if Console().is_terminal else 120).print(table)
-
-
-def model_card(base: str, config_text: str, results: Mapping[str, Mapping[str, Any]]) -> str:
-    """README.md of ``final/``."""
-    lines = [
-        "---",
-        "library_name: diffdpo",
-        "pipeline_tag: text-generation",
-        "tags: [diffusion-language-model, diffusion-dpo, preference-alignment]",
-        "---",
-        "",
-        "# Masked diffusion language model aligned with Diffusion-DPO",
-        "",
-        f"Trained by diffdpo from {base}.",
-        "",
-        "| held out, mean ± standard error | before | after |",
-        "|---|---|---|",
-        *(
-            f"| {title} | {cell(key, results[key]['before'])} | {cell(key, results[key]['after'])} |"
-            for key, title in titles(results).items()
-        ),
-        "",
-        "Load with `diffdpo.models.load.load_model(FOLDER)`.",
-        "",
-        "```yaml",
-        config_text.strip(),
-        "```",
-        "",
-    ]
-    return "\n".join(lines)

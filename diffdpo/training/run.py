@@ -37,7 +37,7 @@ from diffdpo.training.finish import finish
 from diffdpo.training.guard import Watch
 from diffdpo.training.loop import EVALUATION, Loop, StepFunction
 from diffdpo.training.manifest import publish, sync_tree
-from diffdpo.training.record import environment_of, settings_text, write_record
+from diffdpo.training.record import environment_of, write_record
 from diffdpo.training.resume import finished_summary, held_by, resume_parts
 from diffdpo.training.room import check_guards, check_room
 from diffdpo.training.schedule import in_steps
@@ -98,7 +98,7 @@ class Run:
     held_out: HeldOut
     check_first: Callable[[StepReport], None]
     unit: str  # what a record is called
-    base: str  # what was trained, for the model card
+    base: str | None  # folder or name of what was trained, for the model card; None: random weights
     callbacks: Sequence[Callback] = ()
 
 
@@ -129,7 +129,7 @@ def carry_out(run: Run) -> Result:
             run.watch.pulse.beat(EVALUATION, loop.done)
             after = held_out.evaluate("after")
             loop.record_evaluation(after.means())
-            end.write_card(folder, run.base, settings_text(run.asked), before, after)
+            end.write_card(folder, run.base, run.asked, before, after)
             end.completed(steps=loop.done, engine=engine)
         else:
             end.stopped(loop.done)

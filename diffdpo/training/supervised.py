@@ -32,6 +32,7 @@ from diffdpo.scores.segments import make_segments
 from diffdpo.setup import data as run_data
 from diffdpo.setup.chosen import chosen_settings
 from diffdpo.setup.context import RunContext
+from diffdpo.setup.model import reading_of
 from diffdpo.setup.preflight import check_before_weights, check_settings_meet, doubts
 from diffdpo.step.report import StepReport
 from diffdpo.step.step import PreferenceStep
@@ -128,7 +129,7 @@ def _build(
         held_out=held_out,
         check_first=_nothing_to_check,
         unit="answers",
-        base=config.policy or "random weights",
+        base=config.policy,
         callbacks=callbacks,
     )
 
@@ -180,6 +181,7 @@ def _load_or_make(
     that is there, of the run that is resumed."""
     device, shards = load_device(choice, context.world), weight_shards(choice, context.world)
     if config.policy:
+        context.print(reading_of(config))
         dtype = dtype_name(choice.reads_bf16(trained=True))
         loaded = load_model(config.policy, dtype=dtype, device=device, shards=shards)
         loaded.model.requires_grad_(True)

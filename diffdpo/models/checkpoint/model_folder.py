@@ -2,6 +2,8 @@
 
 import json
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,26 @@ AUTO_CLASSES = ("AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM")
 
 def write_model(model: Any, tokenizer: Any, folder: Path, **options: Any) -> None:
     """Config, safetensors and tokenizer. ``options``: those of transformers' ``save_pretrained``."""
-    model.save_pretrained(folder, **options)
+    with _without_bars():
+        model.save_pretrained(folder, **options)
     save_tokenizer(tokenizer, folder)
     if (folder / ADAPTER_CONFIG).is_file():
         _name_no_class_of_ours(folder / ADAPTER_CONFIG, model)
     _let_others_read(folder)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers draws one over the files it writes; downloads keep theirs."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _name_no_class_of_ours(file: Path, model: Any) -> None:

@@ -18,7 +18,7 @@ def expect_nf4(model: Any, dtype: torch.dtype) -> None:
     QLoRA, 2305.14314. The weights are quantised as they arrive (`quantised`).
     """
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError("load_in_4bit needs bitsandbytes: pip install 'diffdpo[gpu]'")
+        raise UserError("load_in_4bit needs bitsandbytes: pip install bitsandbytes")
     from bitsandbytes.nn import Linear4bit
 
     for parent in list(model.blocks.modules()):

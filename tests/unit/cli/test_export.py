@@ -45,6 +45,15 @@ def test_a_merged_adapter_gives_the_adapter_s_logits(adapter, base, tmp_path, ca
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
 
 
+def test_an_export_makes_its_parent_folder_and_has_a_card(adapter, base, tmp_path):
+    (base / "README.md").write_text("---\nlicense: mit\n---\n# base\n")
+    output = tmp_path / "not" / "there" / "merged"
+    export.main(["--adapter", str(adapter), "--output", str(output)])
+    card = (output / "README.md").read_text()
+    assert "base_model: base\n" in card and "license: mit\n" in card and "library_name: transformers\n" in card
+    assert str(tmp_path) not in card
+
+
 def test_auto_keeps_the_dtype_of_the_base_and_a_moved_base_can_be_named(adapter, base, tmp_path):
     moved = base.rename(tmp_path / "moved")
     export.main(["--adapter", str(adapter), "--model_name_or_path", str(moved), "--output", str(tmp_path / "out")])
@@ -106,7 +115,7 @@ def test_user_errors(base, adapter, tmp_path):
         (["--adapter", str(base), *out], "has no adapter_config.json; full weights go to --model_name_or_path"),
         (["--model_name_or_path", str(adapter), *out], "give it as --adapter"),
         (["--model_name_or_path", str(base), "--output", str(base)], "exists; name a new folder"),
-        (["--model_name_or_path", str(base), "--output", str(tmp_path / "a" / "b")], "there is no folder"),
+        (["--model_name_or_path", str(base), "--output", str(base / "config.json" / "b")], "a part of it is a file"),
         (["--model_name_or_path", str(base), "--max_shard_size", "big", *out], "max_shard_size big"),
         (["--model_name_or_path", str(tmp_path / "gone"), *out], "cannot load|no such folder"),
     ):

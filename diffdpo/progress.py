@@ -1,0 +1,47 @@
+"""How far something slow is: a bar on a terminal, in a log file a line every so often and no endless one."""
+
+import sys
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+SECONDS = 30.0  # between two lines of a log
+LINE = "{desc}: {n_fmt}/{total_fmt} {unit}s [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+
+
+class Lines(tqdm):
+    """A bar for a file: whole lines, at the start, every ``SECONDS`` and at the end."""
+
+    shown: tuple[float, float] | None = None  # when, and how far it was
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        """A line, where one is due."""
+        if self.shown is None or time.monotonic() - self.shown[0] >= SECONDS:
+            self._show()
+        return True
+
+    def clear(self, nolock: bool = False) -> None:
+        """Nothing that was written to a file can be taken back."""
+
+    def close(self) -> None:
+        """The last line, where the one before says less."""
+        if self.disable:
+            return
+        if self.shown is None or self.shown[1] != self.n:
+            self._show()
+        self.disable = True
+        self._decr_instances(self)
+
+    def _show(self) -> None:
+        self.shown = time.monotonic(), self.n
+        self.fp.write(f"{self}\n")
+        self.fp.flush()
+
+
+def bar_of(total: int, what: str, *, unit: str, shown: bool = True, initial: int = 0) -> tqdm:
+    """A bar of ``total`` ``unit``s on stderr, or lines where that is no terminal. ``shown``: on rank 0."""
+    options: dict[str, Any] = {"total": total, "desc": what, "unit": unit, "disable": not shown, "initial": initial}
+    if sys.stderr.isatty():
+        return tqdm(**options, dynamic_ncols=True)
+    return Lines(**options, bar_format=LINE)
