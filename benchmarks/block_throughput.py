@@ -155,7 +155,7 @@ def compare(args) -> dict:
     """Both ways on the same rows."""
     engine, spec = make(args)
     noise = NoiseOptions("mask_count", args.n, 0, spec.mask_token_id, None, args.block)
-    rows = noise.rows(pair_batch(args), torch.device("cpu"))
+    rows = noise.draw_rows(pair_batch(args), torch.device("cpu"))
     loss, segments, plain = (
         loss_of_rows(rows),
         Segments(rows=args.segment_rows),
@@ -185,7 +185,7 @@ def peak(args) -> int:
     """Peak resident bytes of a shared step, in this process."""
     engine, spec = make(args)
     noise = NoiseOptions("mask_count", args.n, 0, spec.mask_token_id, None, args.block)
-    rows = noise.rows(pair_batch(args), torch.device("cpu"))
+    rows = noise.draw_rows(pair_batch(args), torch.device("cpu"))
     STRATEGIES[args.strategies](engine, rows, loss_of_rows(rows), segments=Segments(rows=args.segment_rows), last=True)
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

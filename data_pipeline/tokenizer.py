@@ -34,7 +34,15 @@ def load_tokenizer(name: str) -> tuple[Any, int | None, int | None]:
 
 
 def read_tokenizer(name: str) -> Any:
-    """The tokenizer in a folder or on the hub, without running code of its own. Raises DataError.
+    """The tokenizer in a folder or on the hub, without running code of its own; ``read_from`` is its ``name``, for who
+    saves it. Raises DataError."""
+    tokenizer = _read(name)
+    tokenizer.read_from = name
+    return tokenizer
+
+
+def _read(name: str) -> Any:
+    """As its class reads it.
 
     Dream's class is such code; its tokenizer is Qwen2's with added tokens. Of any other class that transformers does
     not have, or where none is named, tokenizer.json is read, which holds all that a fast tokenizer is.

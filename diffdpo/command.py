@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import data_pipeline.cli
 from data_pipeline.errors import DataError
-from diffdpo.errors import TrainingError, UserError
+from diffdpo.errors import RESUMABLE, Stopped, TrainingError, UserError
 
 SECONDS_BEHIND = 3.0
 
@@ -43,6 +43,8 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         except (UserError, DataError):
             _let_rank_0_speak()
             raise
+        except Stopped:
+            return RESUMABLE
         except TrainingError as error:
             _let_rank_0_speak()
             print(f"error: {error}", file=sys.stderr)

@@ -18,6 +18,7 @@ from diffdpo.errors import UserError
 from diffdpo.losses.settings import LossSettings
 from diffdpo.models.checkpoint.adapter_folder import is_adapter
 from diffdpo.settings.base import Settings, check_settings, public, setting
+from diffdpo.settings.credentials import taken
 from diffdpo.settings.data import DataSettings, EncodingSettings
 from diffdpo.settings.engine import EngineSettings
 from diffdpo.settings.evaluation import EvaluationSettings
@@ -90,7 +91,7 @@ class SftConfig(RunConfig):
     warmup_steps: int | float = setting(100, "steps of linear warm-up, or their share of all", at_least=0, share=True)
     weight_decay: float = setting(0.05, "AdamW's, on matrices only", at_least=0)
     score_estimator: str = setting(
-        "mask_count", "how masks and weights are drawn; see docs/theory.md", choices=ESTIMATORS, common=True
+        "mask_count", "how masks and weights are drawn; see docs/theory.md", known=("auto", *ESTIMATORS), common=True
     )
     num_mc_samples: int = setting(1, "masks drawn for an answer in a step (n)", at_least=1, common=True)
     eval_steps: int | float = setting(
@@ -167,7 +168,12 @@ Config = TypeVar("Config", bound=Settings)
 
 
 def make_config(config_class: type[Config], values: Mapping[str, Any]) -> Config:
-    """The checked dataclass; what can be known wrong without opening a model ends here."""
+    """The checked dataclass; what can be known wrong without opening a model ends here.
+
+    Who asks a tracking server is no setting: it goes to the environment, so that no record of the settings holds it.
+    """
+    if isinstance(uri := values.get("tracking_uri"), str):
+        values = {**values, "tracking_uri": taken(uri)}
     config = config_class(**values)
     check_settings(config)
     if isinstance(config, RunConfig) and shards_parameters(config) and config.torch_compile:

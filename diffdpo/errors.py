@@ -11,3 +11,7 @@ class UserError(ValueError):
 class TrainingError(RuntimeError):
     """A run that cannot go on, whose input was not at fault. The message is one line: what happened, what to change.
     Exit code 1."""
+
+
+class Stopped(BaseException):
+    """SIGTERM came where there was nothing to save. Exit code 3."""

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.paths import ROOT
+from tests.support.ports import free_port
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several processes on two cores
 
@@ -79,12 +79,10 @@ def command() -> Callable[..., subprocess.CompletedProcess]:
     return run_command
 
 
-@pytest.fixture
-def free_port() -> int:
-    """A port that nobody listens on: launchers' own default may be another test's."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+@pytest.fixture(name="free_port")
+def one_free_port() -> int:
+    """A port that nobody listens on."""
+    return free_port()
 
 
 @pytest.fixture(scope="session")

@@ -200,7 +200,7 @@ def groups(config_class: type[Settings]) -> Iterator[tuple[str, list[dataclasses
 
 
 def _line(config_class: type[Settings], item: dataclasses.Field, everything: bool) -> str:
-    text, choices = item.metadata["help"], item.metadata["choices"]
+    text, choices = item.metadata["help"], item.metadata["choices"] or item.metadata["known"]
     if item.default is not None:
         default = str(item.default).lower() if isinstance(item.default, bool) else item.default
         text += f" (default: {default})"
@@ -216,7 +216,12 @@ NAMES, WIDTH = 35, 120  # columns of the names, and of all
 
 def _metavar(config_class: type[Settings], item: dataclasses.Field) -> str:
     kind = kind_of(typing.get_type_hints(config_class)[item.name])
-    word = {bool: "[false]", int: "N", float: "X", str: "NAME" if item.metadata["choices"] else "TEXT"}[kind]
+    word = {
+        bool: "[false]",
+        int: "N",
+        float: "X",
+        str: "NAME" if item.metadata["choices"] or item.metadata["known"] else "TEXT",
+    }[kind]
     return f"{word} ..." if item.metadata["many"] else word
 
 

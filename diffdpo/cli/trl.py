@@ -219,7 +219,7 @@ _MEMORY = "--gradient_checkpointing, --segmentation and --max_memory save memory
 _IDS = "the model's family and tokenizer say which tokens these are"
 _TRACKIO = "runs are recorded by MLflow; see --tracking_uri and --experiment_name"
 _GRADIENTS = "there is no DistributedDataParallel: the engine sums gradients itself"
-_FSDP = "use --ds_config with ZeRO stage 1, 2 or 3, which shards as well"
+_FSDP = "use --engine fsdp2 under torchrun; what it offloads and keeps gathered are the flags --fsdp_*"
 _FROZEN = "the reference is frozen"
 _ONE_MODEL = "a model is named by --model_name_or_path and --model_revision, and read with --bf16 or --load_in_4bit"
 _PACKED = "an answer is scored under its own prompt; --batching balanced and --bucket_steps lessen padding"
@@ -448,7 +448,8 @@ def page() -> str:
             "Made from the parser's own tables by `python -m diffdpo.cli.trl > docs/from_trl.md`; a test holds them "
             "together. Flags and YAML recipes are read alike, `--a-flag` as `--a_flag`, lists with blanks or commas, "
             "and steps below 1 as a share of all steps (`--warmup_steps 0.1`). Names are those of TRL 1.16 and "
-            "transformers 5.23, and some of older versions. Defaults are this project's: see `--help_all`."
+            "transformers 5.23, and some of older versions. Defaults are this project's: see `--help_all`; where a "
+            "loss of the same name differs, [losses.md](losses.md) says so."
         ),
         "",
         "## The same name, the same meaning",

@@ -4,7 +4,7 @@ Losses are sums, already divided by the pairs of the global step. So an engine *
 and over ranks, and never averages: 8 x 1 and 1 x 8 are the same step with no correction factor.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -76,6 +76,11 @@ class Engine(Protocol):
 
     def save(self, folder: Path) -> None:
         """Write weights and optimizer state into an empty folder; every rank calls."""
+        ...
+
+    def snapshot(self) -> Callable[[Path], None] | None:
+        """What ``save`` would write now, copied, as a function that writes it into a folder: steps can go on meanwhile,
+        on rank 0 in a thread of its own. None where saving needs the other ranks, or the copy too much memory."""
         ...
 
     def load(self, folder: Path) -> None:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -108,6 +108,9 @@ class Fsdp2Engine:
         self._reshard()
         write_tensors(folder, training_state(self.module, self.optimizer))
 
+    def snapshot(self) -> None:
+        return None  # every rank writes its shards
+
     def load(self, folder: Path) -> None:
         self._reshard()
         read_training_state(folder, self.module, self.optimizer, fused=self.fused)
@@ -156,7 +159,8 @@ def shard(
         parameter.data = parameter.data.to(world.device)
         if parameter.requires_grad and not any(parameter is one for one in whole):
             raise RuntimeError(f"{name} is in no unit of FSDP2, so nobody would add up its gradients")
-    fully_shard(module, ignored_params=set(module.parameters()), mesh=model.embed.weight.device_mesh)
+    embedding = cast(DTensor, model.embed.weight)
+    fully_shard(module, ignored_params=set(module.parameters()), mesh=embedding.device_mesh)
     # of all units the root, now: else the first unit that somebody calls by itself would be one
     fully_shard.state(module)._lazy_init()  # type: ignore[attr-defined]
     return module

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import psutil
 
 PAUSE_SECONDS = 1.0
+LEFT_BY_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")  # torchrun's and DeepSpeed's, in the environment of a rank
 
 
 def watch_launcher(on_death: Callable[[str], None]) -> None:
@@ -14,7 +15,10 @@ def watch_launcher(on_death: Callable[[str], None]) -> None:
 
     Nothing is watched where there is none: ``nohup python launch/train.py &`` is meant to outlive its shell.
     """
-    if watched := launchers():
+    watched = launchers()
+    if not watched and any(name in os.environ for name in LEFT_BY_LAUNCHERS):
+        on_death("the launcher")  # it died while this process imported torch, which may take a minute
+    if watched:
         threading.Thread(target=_watch, args=(watched, on_death), name="launcher", daemon=True).start()
 
 

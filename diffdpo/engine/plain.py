@@ -1,11 +1,12 @@
 """One process, or several with one flat sum of the gradients: no library, every number can be followed."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -17,6 +18,7 @@ from diffdpo.engine.tensor_files import read_training_state
 from diffdpo.engine.world import World
 
 WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
+SNAPSHOT_SHARE = 0.3  # of the host's free memory that a copy for a checkpoint may take
 
 
 class PlainFrozen:
@@ -85,14 +87,35 @@ class PlainEngine:
 
     def save(self, folder: Path) -> None:
         if self.world.is_main:
-            trained = trained_by_name(self.module)
-            save_tensors({name: p.detach() for name, p in trained.items()}, folder / WEIGHTS)
-            states = {name: self.optimizer.state.get(p, {}) for name, p in trained.items()}
-            moments = {f"{name}.{key}": value for name, state in states.items() for key, value in state.items()}
-            save_tensors(moments, folder / OPTIMIZER)
+            _write(self._saved(), folder)
+
+    def _saved(self) -> dict[str, dict[str, torch.Tensor]]:
+        """By file: the trained weights, and what the optimizer keeps of each."""
+        trained = trained_by_name(self.module)
+        states = {name: self.optimizer.state.get(p, {}) for name, p in trained.items()}
+        moments = {f"{name}.{key}": value for name, state in states.items() for key, value in state.items()}
+        return {WEIGHTS: {name: p.detach() for name, p in trained.items()}, OPTIMIZER: moments}
+
+    def snapshot(self) -> Callable[[Path], None] | None:
+        if not self.world.is_main:
+            return None
+        saved = self._saved()
+        size = sum(tensor.nbytes for file in saved.values() for tensor in file.values())
+        if size > SNAPSHOT_SHARE * psutil.virtual_memory().available:
+            return None
+        copy = {
+            file: {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+            for file, tensors in saved.items()
+        }
+        return lambda folder: _write(copy, folder)
 
     def load(self, folder: Path) -> None:
         read_training_state(folder, self.module, self.optimizer, fused=self.fused)
 
     def full_state_dict(self) -> Mapping[str, Any] | None:
         return self.module.state_dict() if self.world.is_main else None
+
+
+def _write(saved: Mapping[str, Mapping[str, torch.Tensor]], folder: Path) -> None:
+    for file, tensors in saved.items():
+        save_tensors(tensors, folder / file)

@@ -20,7 +20,7 @@ class LossSettings(LossParameters):
     loss_type: str = setting(
         "sigmoid",
         "one loss, or several that are added; see docs/losses.md",
-        choices=tuple(LOSSES),
+        known=tuple(LOSSES),
         many=True,
         common=True,
     )

@@ -3,6 +3,7 @@
 Remote code is never run: the family is chosen by `model_type`. Weights are streamed shard by shard (`stream`).
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -36,12 +37,14 @@ from diffdpo.models.architecture.dream import (
 )
 from diffdpo.models.architecture.illada import ILLaDAConfig, ILLaDAForCausalLM
 from diffdpo.models.architecture.llada import LLaDAConfig, LLaDAModelLM
-from diffdpo.models.architecture.spec import DECODER_LORA_TARGETS, LLADA_LORA_TARGETS, FamilySpec
+from diffdpo.models.architecture.llada2_moe import LLaDA2MoeConfig, LLaDA2MoeModelLM
+from diffdpo.models.architecture.spec import DECODER_LORA_TARGETS, LLADA2_LORA_TARGETS, LLADA_LORA_TARGETS, FamilySpec
 from diffdpo.models.checkpoint.adapter_folder import base_of_adapter, is_adapter
+from diffdpo.models.checkpoint.model_folder import write_model
 from diffdpo.models.checkpoint.weights import Shards, only_kept, read_model
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
-STOP_TOKENS = ("<|eot_id|>", "<|im_end|>")
+STOP_TOKENS = ("<|eot_id|>", "<|im_end|>", "<|role_end|>")
 """End-of-turn tokens of the chat templates in use; they end an answer when sampling, beside the terminator."""
 
 
@@ -72,6 +75,7 @@ FAMILIES = {
     "Fast_dLLM_Qwen": Family(
         FastDLLMQwenConfig, Fast_dLLM_QwenForCausalLM, DECODER_LORA_TARGETS, 1, "|<MASK>|", 151665
     ),
+    "llada2_moe": Family(LLaDA2MoeConfig, LLaDA2MoeModelLM, LLADA2_LORA_TARGETS, 0, "<|mask|>", 156895),
     "Dream": Family(DreamConfig, DreamModel, DECODER_LORA_TARGETS, 1),
     "qwen2": Family(Qwen2DiffusionConfig, DreamModel, DECODER_LORA_TARGETS, 1),
     "qwen3": Family(Qwen3DiffusionConfig, DreamModel, DECODER_LORA_TARGETS, 1),
@@ -83,10 +87,9 @@ FAMILIES = {
 
 
 NOT_BUILT = {
-    "llada2_moe": "LLaDA2.x: the experts are not built",
-    "llada2_moe_veomni": "LLaDA2.x with merged experts: the experts are not built",
-    "sdar_moe": "SDAR with experts: the experts are not built",
-    "lladamoe": "LLaDA-MoE: the experts are not built",
+    "llada2_moe_veomni": "LLaDA2.x with merged experts: load the published layout, model_type llada2_moe",
+    "sdar_moe": "SDAR with experts: its router (softmax) and layout are not built",
+    "lladamoe": "LLaDA-MoE: its router and layout are not built",
     "nemotron_labs_diffusion": (
         "Nemotron-Labs-Diffusion: names (encoder.*, diffusion_head) and YaRN with position-dependent query scaling are "
         "not built, and how its clean tokens attend was not verified"
@@ -128,8 +131,8 @@ def load_model(
         raise UserError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
     check_device(device)
     if is_adapter(name_or_path):
-        options = {"dtype": dtype, "device": device, "load_in_4bit": load_in_4bit, "block_size": block_size}
-        return load_adapter(name_or_path, **options, shards=shards)
+        options: dict[str, Any] = {"dtype": dtype, "device": device, "load_in_4bit": load_in_4bit}
+        return load_adapter(name_or_path, **options, block_size=block_size, shards=shards)
     family, config = read_config(name_or_path, block_size=block_size)
     tokenizer = load_tokenizer(name_or_path)
     spec = make_spec(config, family, tokenizer)
@@ -190,7 +193,21 @@ def read_config(name_or_path: str, *, block_size: int | None = None) -> tuple[Fa
     family = FAMILIES[kind]
     if block_size is not None:
         _set_block_size(raw, family, block_size)
-    return family, family.config_class.from_dict(raw).check()
+    return family, made_config(family, raw, name_or_path)
+
+
+def made_config(family: Family, raw: dict[str, Any], name: str) -> Any:
+    """The checked config of a published ``config.json``. UserError for a value that transformers cannot take."""
+    for key in ("dtype", "torch_dtype"):  # some write the dtype as torch prints it
+        if isinstance(raw.get(key), str):
+            raw[key] = raw[key].removeprefix("torch.")
+    try:
+        config = cast(Any, family.config_class).from_dict(raw)
+    except (AttributeError, TypeError, ValueError, KeyError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{name!r}: config.json cannot be used: {_first_line(error)}") from error
+    return config.check()
 
 
 def _set_block_size(raw: dict[str, Any], family: Family, block_size: int) -> None:
@@ -260,7 +277,9 @@ def make_spec(config: PreTrainedConfig, family: Family, tokenizer: PreTrainedTok
     if mask in ends:
         raise UserError(f"mask_token_id and eos_token_id are both {mask}: they must differ")
     check_ids(config, tokenizer)
-    name_mask(tokenizer, mask)
+    declared = mask in (config.mask_token_id, tokenizer.mask_token_id)
+    if declared or _is_a_sign(tokenizer, mask):
+        name_mask(tokenizer, mask)
     vocabulary = tokenizer.get_vocab()
     stops = dict.fromkeys((*ends, *(vocabulary[token] for token in STOP_TOKENS if token in vocabulary)))
     shift = getattr(config, "logit_shift", None)
@@ -282,6 +301,12 @@ def _published_mask(family: Family, tokenizer: PreTrainedTokenizerBase) -> int |
     """The mask of a family whose checkpoints declare none: the token of its name, else the published id."""
     named = tokenizer.get_vocab().get(family.mask_token) if family.mask_token else None
     return family.mask_token_id if named is None else named
+
+
+def _is_a_sign(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
+    """Whether a token is no ordinary text, which must not be cut out of words by being made a special token."""
+    text = str(tokenizer.convert_ids_to_tokens(token)) if token < len(tokenizer) else ""
+    return token in tokenizer.added_tokens_decoder or bool(re.fullmatch(r"[<\[|].+[>\]|]", text))
 
 
 def check_ids(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -314,8 +339,7 @@ def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: 
         raise UserError(f"{str(directory)!r} holds a model, which the adapter would hide: name another folder")
     if getattr(model, "is_loaded_in_4bit", False) and not hasattr(model, "peft_config"):
         raise UserError("4-bit weights are not written: save the original model, or an adapter on it")
-    cast(Any, model).save_pretrained(directory, **options)
-    tokenizer.save_pretrained(directory)
+    write_model(model, tokenizer, Path(directory), **options)
 
 
 def _first_line(error: BaseException) -> str:

@@ -7,7 +7,7 @@ it.
 Given the clean tokens before it, a block does not depend on what is masked in any other. So the score is estimated by
 each block's own estimator, and one row serves all of them at once: it has a mask of each block. Which of a block's
 masks stands in which row changes no term of the sum; here they are shifted by one row a block, so that a row has small
-masks in some blocks and large ones in others, and rows are alike in work and in weight (docs/theory.md, section 9).
+masks in some blocks and large ones in others, and rows are alike in work and in weight (docs/theory.md, section 6).
 
 Shape suffixes: N rows, L tokens of the answer.
 """

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 import torch
 
 from data_pipeline.batch import PairBatch
+from diffdpo.errors import UserError
 from diffdpo.models.architecture.spec import FamilySpec
 from diffdpo.noise.block_score import check_block_estimator, resolved
+from diffdpo.noise.last_block import with_whole_blocks
 from diffdpo.noise.rows import NoisyRows, noisy_rows
 from diffdpo.settings.noise import NoiseSettings
 
@@ -21,6 +23,7 @@ class NoiseOptions:
     mask_token_id: int
     num_diffusion_steps: int | None = None
     block_size: int | None = None  # of a block-causal family
+    fill_with: int | None = None  # the terminator that fills an answer's last block; None: nothing does
 
     @classmethod
     def of(cls, settings: NoiseSettings, spec: FamilySpec) -> "NoiseOptions":
@@ -28,6 +31,8 @@ class NoiseOptions:
         estimator, _ = resolved(settings.score_estimator, spec.block_size)
         if spec.block_size:
             check_block_estimator(estimator, spec.block_size)
+        elif settings.fill_last_block:
+            raise UserError(f"--fill_last_block: {spec.name} has no blocks, its attention is full; leave it out")
         return cls(
             estimator,
             settings.num_mc_samples,
@@ -35,10 +40,13 @@ class NoiseOptions:
             spec.mask_token_id,
             settings.num_diffusion_steps,
             spec.block_size,
+            spec.terminator_id if settings.fill_last_block else None,
         )
 
     def draw_rows(self, batch: PairBatch, device: torch.device, *, draw: int = 0) -> NoisyRows:
         """The noisy rows of a micro-batch; another ``draw``: others, independent of them."""
+        if self.block_size and self.fill_with is not None:
+            batch = with_whole_blocks(batch, block_size=self.block_size, terminator_id=self.fill_with)
         return noisy_rows(
             batch,
             estimator=self.estimator,

@@ -5,7 +5,7 @@ row. A side that is absent (an unpaired record, an empty slot) still has its n r
 score, so the number of rows depends on the configuration and never on the data: ranks stay in step. (``exact`` is the
 exception: its row count is 2^L - 1.)
 
-Of a block-causal family (docs/theory.md, section 9) a row holds its answer's blocks only, from the one that the answer
+Of a block-causal family (docs/theory.md, section 6) a row holds its answer's blocks only, from the one that the answer
 begins in; what it looks back on are the clean tokens before each block, once an answer (``CleanAnswers``).
 
 Shape suffixes: B pairs, 2 sides, T longest row, R rows, M scored positions of all rows, A = 2B answers (2 b + side).
@@ -13,6 +13,7 @@ Shape suffixes: B pairs, 2 sides, T longest row, R rows, M scored positions of a
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -154,7 +155,7 @@ def noisy_rows(
     def plan(prompt: int, length: int, record_id: str, side: int) -> NoisePlan:
         name = "paired" if record_id in in_common else estimator
         key = NoiseKey(seed, batch.epoch, record_id, side, draw)
-        options = {"num_samples": num_samples, "key": key, "num_diffusion_steps": num_diffusion_steps}
+        options: dict[str, Any] = {"num_samples": num_samples, "key": key, "num_diffusion_steps": num_diffusion_steps}
         if block_size:
             return draw_block_plan(name, tokens=block_tokens(prompt, length, block_size), **options)
         return draw_plan(name, length=length, **options)

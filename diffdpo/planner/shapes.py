@@ -13,7 +13,7 @@ from diffdpo.config import TrainConfig
 from diffdpo.errors import UserError
 from diffdpo.models.architecture.backbone import native
 from diffdpo.models.architecture.spec import FamilySpec
-from diffdpo.models.load import FAMILIES, Family, read_config
+from diffdpo.models.load import FAMILIES, Family, made_config, read_config
 from diffdpo.models.lora.adapters import add_lora
 from diffdpo.planner.kernels import Nf4Linear
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
@@ -54,7 +54,7 @@ def read_shape(name_or_path: str) -> tuple[Family, PreTrainedConfig]:
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     if kind not in FAMILIES:
         raise UserError(f"--model_name_or_path {path} has model_type {kind!r}; supported: {', '.join(FAMILIES)}")
-    return FAMILIES[kind], planned(FAMILIES[kind].config_class.from_dict(raw).check())
+    return FAMILIES[kind], planned(made_config(FAMILIES[kind], raw, str(path)))
 
 
 def planned(shape: PreTrainedConfig) -> PreTrainedConfig:

@@ -45,7 +45,12 @@ def identity_of(
         "num_diffusion_steps": noise.num_diffusion_steps,
         "seed": noise.seed,
         "noise": noise_digest(noise),
-    } | ({"block_size": spec.block_size} if spec.block_size else {})
+    } | (_of_blocks(spec, noise))
+
+
+def _of_blocks(spec: FamilySpec, noise: NoiseOptions) -> dict[str, Any]:
+    """What else decides a score of a block-causal family; nothing where attention is full."""
+    return {"block_size": spec.block_size, "fill_with": noise.fill_with} if spec.block_size else {}
 
 
 def fingerprint(identity: dict[str, Any]) -> str:

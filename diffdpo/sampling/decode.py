@@ -189,8 +189,8 @@ def prompt_obstacle(model: nn.Module, spec: FamilySpec, prompt: Sequence[int], g
 def fill(model: MaskedLM, spec: FamilySpec, canvas: Canvas, decoding: Decoding) -> Iterator[None]:
     """Reveal the whole canvas in place, block by block; yields after every step."""
     if spec.block_size:
-        for predictor, window_RB, rows in causal_blocks(model, spec, canvas):
-            yield from _reveal(predictor, canvas, window_RB, rows, decoding)
+        for causal, window_RB, rows in causal_blocks(model, spec, canvas):
+            yield from _reveal(causal, canvas, window_RB, rows, decoding)
         return
     for block in range(decoding.num_blocks):
         window_RB = canvas.window(block * decoding.block_length, decoding.block_length)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from diffdpo.errors import UserError
+from diffdpo.settings.credentials import hidden
 
 
 def setting(
@@ -23,6 +24,7 @@ def setting(
     help: str,
     *,
     choices: tuple[str, ...] = (),
+    known: tuple[str, ...] = (),
     refused: Mapping[str, str] | None = None,
     at_least: float | None = None,
     above: float | None = None,
@@ -34,12 +36,20 @@ def setting(
 ) -> Any:
     """A dataclass field with a flag's help. ``choices`` and the three bounds are checked by :func:`check_settings`.
 
-    ``refused``: words one might try, each with why it is no choice; ``common``: among the few that ``--help`` shows;
-    ``many``: a list, held as text with commas, of which ``choices`` allows each; ``share``: a number of steps, or below
-    1 a share of all; ``secret``: never written down.
+    ``known``: words that ``--help_all`` lists like choices, of a table to which others may add and which is asked
+    elsewhere; ``refused``: words one might try, each with why it is no choice; ``common``: among the few that
+    ``--help`` shows; ``many``: a list, held as text with commas, of which ``choices`` allows each; ``share``: a number
+    of steps, or below 1 a share of all; ``secret``: never written down.
     """
     metadata = {"help": help, "common": common, "many": many, "share": share, "secret": secret}
-    bounds = {"choices": choices, "refused": refused or {}, "at_least": at_least, "above": above, "below": below}
+    bounds = {
+        "choices": choices,
+        "known": known,
+        "refused": refused or {},
+        "at_least": at_least,
+        "above": above,
+        "below": below,
+    }
     return field(default=default, repr=not secret, metadata=metadata | bounds)
 
 
@@ -98,13 +108,15 @@ def changed(settings: Settings) -> dict[str, Any]:
 
 
 def public(settings: Settings) -> dict[str, Any]:
-    """All fields by name, for records that others may read: those that are secret are left empty."""
-    hidden = {item.name: None for item in dataclasses.fields(settings) if item.metadata.get("secret")}
-    return dataclasses.asdict(settings) | hidden
+    """All fields by name, for records that others may read: those that are secret are left empty, and addresses are
+    shown without the passwords in them."""
+    shown = {key: hidden(value) if isinstance(value, str) else value for key, value in vars(settings).items()}
+    return shown | {item.name: None for item in dataclasses.fields(settings) if item.metadata.get("secret")}
 
 
 def without_secrets(words: list[str], settings: Settings) -> list[str]:
-    """A command line for the record, with secret values replaced by ***."""
+    """A command line for the record, with secret values, and passwords in addresses, replaced by ***."""
+    words = [hidden(word) for word in words]
     secrets = [getattr(settings, item.name) for item in dataclasses.fields(settings) if item.metadata.get("secret")]
     for secret in filter(None, secrets):
         words = [word.replace(secret, "***") for word in words]

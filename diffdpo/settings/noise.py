@@ -20,12 +20,15 @@ class NoiseSettings(Settings):
 
     score_estimator: str = setting(
         "auto",
-        "how masks are drawn (docs/theory.md); auto: balanced, or exact for small blocks",
-        choices=("auto", *ESTIMATORS),
+        "see docs/theory.md; auto: balanced, or exact for small blocks",
+        known=("auto", *ESTIMATORS),
         common=True,
     )
     num_mc_samples: int = setting(4, "forwards a score (n)", at_least=1, common=True)
     num_diffusion_steps: int | None = setting(
         None, "T of the `trajectory` estimator; default: --num_mc_samples", at_least=1
+    )
+    fill_last_block: bool = setting(
+        False, "block-causal models: fill an answer's last block with scored terminators, as some training code does"
     )
     seed: int = setting(0, "same seed, same data order, same noise, same numbers", at_least=0, common=True)

@@ -34,7 +34,7 @@ class OutputSettings(Settings):
     )
     resume_from_checkpoint: str | None = setting(
         None,
-        "a checkpoint, 'latest' of --output_dir, or 'auto': latest if there is one; default: a new run",
+        "a checkpoint, 'latest' of --output_dir, or 'auto': latest or a new run; default: a new run",
         common=True,
     )
     on_nonfinite: str = setting(

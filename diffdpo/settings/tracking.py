@@ -14,7 +14,9 @@ class TrackingSettings(Settings):
 
     experiment_name: str = setting("diffdpo", "MLflow experiment")
     tracking_uri: str | None = setting(
-        None, "MLflow store; default: sqlite in the folder above --output_dir; 'none': off", common=True
+        None,
+        "MLflow store; default: $MLFLOW_TRACKING_URI, else sqlite above --output_dir; 'none': off",
+        common=True,
     )
     tracking_timeout: float = setting(
         5.0,

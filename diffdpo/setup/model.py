@@ -12,6 +12,7 @@ from diffdpo.engine.make import load_device, weight_shards
 from diffdpo.engine.world import World
 from diffdpo.models.bundled import model_or_bundled
 from diffdpo.models.checkpoint.adapter_folder import is_adapter, note_base
+from diffdpo.models.checkpoint.model_folder import write_model
 from diffdpo.models.load import LoadedModel, dtype_name, load_model
 
 
@@ -56,7 +57,6 @@ def save_final(folder: Path, engine: Engine, loaded: LoadedModel) -> None:
         return
     prefix = "model."  # of the scoring module that the engine holds
     state = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-    loaded.model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
-    loaded.tokenizer.save_pretrained(folder)
+    write_model(loaded.model, loaded.tokenizer, folder, state_dict=state)
     if is_adapter(folder):
         note_base(folder)

@@ -95,16 +95,18 @@ def replay(engine: Engine, rows: NoisyRows, gradient_R: torch.Tensor, *, segment
     """Second pass: add Σ_R dL/df · ∇f; a forward and backward a segment, and one of the clean tokens they share."""
     groups = segments.by_stream(rows)
     for index, group in enumerate(groups):
-        ends = last and index == len(groups) - 1
         clean = shared(engine, group)
         for number, piece in enumerate(group, start=1):
-            f_S = forward_rows(engine, piece.rows, clean and clean.leaves)
-            closes = ends and number == len(group) and not (clean and clean.trained)
-            engine.backward((f_S * piece.of(gradient_R)).sum(), last=closes)
-            if clean:
+            closes = number == len(group)
+            # the last segment of a group takes the clean gradient of all of them back with its own: DeepSpeed closes a
+            # step with what its last backward reaches, and the clean stream alone does not reach the head
+            kept = (clean.kept if closes else clean.leaves) if clean else None
+            loss = (forward_rows(engine, piece.rows, kept) * piece.of(gradient_R)).sum()
+            if clean and closes:
+                loss = loss + clean.loss()
+            engine.backward(loss, last=last and closes and index == len(groups) - 1)
+            if clean and not closes:
                 clean.collect()
-        if clean and clean.trained:
-            engine.backward(clean.loss(), last=ends)
 
 
 def shared(engine: Engine, group: Sequence[Segment]) -> CleanGradient | None:
@@ -125,7 +127,7 @@ def deferred(engine: Engine, rows: NoisyRows, loss_of: LossOf, *, segments: Segm
 
     def gradient_of_score(pieces: list[Segment], clean: CleanGradient | None) -> torch.Tensor:
         for piece in pieces:
-            f_S = forward_rows(engine, piece.rows, clean and clean.leaves)
+            f_S = forward_rows(engine, piece.rows, clean.leaves if clean else None)
             engine.backward((f_S * piece.of(rows.weight_R)).sum(), last=last)
             f_R[piece.index_S] = f_S.detach()
             if clean:

@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from diffdpo.errors import TrainingError, UserError
+from diffdpo.settings.credentials import PASSWORD, STORE, TOKEN, USER, are_told, given_back, hidden, untold
 from diffdpo.tracking.journal import FILE, NOTE, parsed, read_journal
 from diffdpo.tracking.lock import is_held
 
@@ -47,6 +48,7 @@ class Shipped:
     described: bool = False  # parameters and tags are there
     delivered: bool = False  # everything, the final status too
     last_step: dict[str, int] = field(default_factory=dict)
+    needs_credentials: bool = False  # the store was told who asks, which stands in no file
 
     @classmethod
     def read(cls, output_dir: Path) -> "Shipped":
@@ -72,12 +74,13 @@ def sqlite_uri(path: Path) -> str:
     return "sqlite:///" + re.sub("[%?#]", lambda found: quote(found[0]), str(path))
 
 
-def check_tracking_uri(uri: str) -> None:
+def check_tracking_uri(uri: str, source: str = "--tracking_uri") -> None:
     """UserError for a store MLflow cannot use."""
     scheme = uri.partition(":")[0].partition("+")[0]
     if scheme not in SCHEMES:
         raise UserError(
-            f"--tracking_uri {uri} is no MLflow store; allowed: none, sqlite:////abs/path/mlflow.db, http(s)://host:port"
+            f"{source} {hidden(uri)} is no MLflow store; allowed: {'none, ' if source.startswith('--') else ''}"
+            "sqlite:////abs/path/mlflow.db, http(s)://host:port"
         )
 
 
@@ -173,7 +176,9 @@ class MlflowRun:
                 pause = INTERVAL
             except Exception as error:
                 if self.error is None:
-                    log.warning("MLflow does not answer (%s); training goes on, metrics are kept in %s", error, FILE)
+                    log.warning(
+                        "MLflow does not answer (%s); training goes on, metrics are kept in %s", untold(error), FILE
+                    )
                 self.error = error
                 pause = min(LONGEST_PAUSE, max(INTERVAL, 2 * pause))
 
@@ -184,7 +189,7 @@ class MlflowRun:
 
             for name in ("mlflow", "alembic"):  # mlflow's import has set its own level
                 logging.getLogger(name).setLevel(logging.ERROR)
-            self._client = mlflow.MlflowClient(self.shipped.tracking_uri)
+            self._client = mlflow.MlflowClient(given_back(self.shipped.tracking_uri))
         if self.shipped.run_id is None:
             self.shipped.experiment_id = self._experiment()
             run = self._client.create_run(
@@ -264,7 +269,10 @@ class MlflowRun:
         import mlflow
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-        mlflow.set_tracking_uri(self.shipped.tracking_uri)  # the monitor has no client of its own
+        before = os.environ.get(STORE)
+        mlflow.set_tracking_uri(given_back(self.shipped.tracking_uri))  # the monitor has no client of its own
+        os.environ.pop(STORE, None)  # set by that, and the next run in this process would take it for the user's
+        os.environ.update({STORE: before} if before is not None else {})
         self._monitor = SystemMetricsMonitor(self.shipped.run_id, resume_logging=True)
         self._monitor.start()
 
@@ -274,6 +282,13 @@ def _quiet_mlflow() -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+
+def missing_credentials(shipped: Shipped) -> str:
+    """What to do where the run was sent with a name and a password that this process does not have; else ''."""
+    if not shipped.needs_credentials or are_told(shipped.tracking_uri):
+        return ""
+    return f" with {USER} and {PASSWORD} (or {TOKEN}) set, which the run had and no file holds"
 
 
 def ship_later(output_dir: Path) -> int:
@@ -287,9 +302,10 @@ def ship_later(output_dir: Path) -> int:
     try:
         run.ship_all()
     except Exception as error:  # every kind of store fails in its own way
-        reason = " ".join(str(error).split())[:150]
+        reason = " ".join(untold(error).split())[:150]
         raise TrainingError(
             f"{run.shipped.tracking_uri} does not take the run ({reason}); nothing is lost, send it again later"
+            + missing_credentials(run.shipped)
         ) from error
     journal = output_dir / FILE
     return sum(1 for _ in read_journal(journal)) if journal.exists() else 0

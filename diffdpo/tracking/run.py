@@ -1,14 +1,23 @@
 """The record of a run on rank 0: the journal, and MLflow unless it is switched off."""
 
 import logging
+import os
 import shlex
 import subprocess
 from pathlib import Path
 
 from diffdpo import __version__
 from diffdpo.errors import UserError
+from diffdpo.settings.credentials import STORE, are_told, taken
 from diffdpo.tracking.journal import Journal
-from diffdpo.tracking.mlflow_run import STATE_FILE, MlflowRun, Shipped, check_tracking_uri, sqlite_uri
+from diffdpo.tracking.mlflow_run import (
+    STATE_FILE,
+    MlflowRun,
+    Shipped,
+    check_tracking_uri,
+    missing_credentials,
+    sqlite_uri,
+)
 from diffdpo.tracking.plots import plot_curves
 
 log = logging.getLogger(__name__)
@@ -33,6 +42,9 @@ class Tracking:
                     shipped = known
             except UserError:
                 log.warning("%s is damaged; a new MLflow run gets all of the journal", self.output_dir / STATE_FILE)
+        shipped.needs_credentials = shipped.needs_credentials or are_told(shipped.tracking_uri)
+        if missing := missing_credentials(shipped):
+            log.warning("%s will hardly take this run; resume it%s", shipped.tracking_uri, missing)
         self.mlflow = MlflowRun(self.output_dir, shipped)
         self.mlflow.start()
 
@@ -48,12 +60,22 @@ class Tracking:
 
 
 def tracking_uri(given: str | None, output_dir: Path) -> str | None:
-    """``--tracking_uri``, by default an sqlite file in the folder above the run's; None for ``none``."""
+    """``--tracking_uri``, by default what MLFLOW_TRACKING_URI says, else an sqlite file in the folder above the run's;
+    None for ``none``. UserError for one that MLflow cannot use."""
     if given == "none":
         return None
+    if given is None and (named := os.environ.get(STORE)):
+        uri = taken(named, STORE)
+        check_tracking_uri(uri, STORE)
+        return uri
     uri = given or sqlite_uri(output_dir.parent / "mlflow.db")
     check_tracking_uri(uri)
     return uri
+
+
+def named_elsewhere(given: str | None) -> bool:
+    """Whether the environment, and no setting, names the store."""
+    return given is None and bool(os.environ.get(STORE))
 
 
 def run_tags() -> dict[str, str]:

@@ -13,6 +13,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,33 @@ def save_checkpoint(output_dir: Path, step: int, engine: Engine, state: dict[str
 
     NotSaved, on every rank, where any of them could not write.
     """
-    final, world = output_dir / FOLDER / f"step-{step}", engine.world
-    partial = final.with_name(final.name + ".partial")
+    place = Place(output_dir, step, engine.world, planned_bytes(engine))
+    return write_checkpoint(place, engine.save, state, keep=keep)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a checkpoint goes, who writes it together, and the bytes that it will take, for who must make room."""
+
+    output_dir: Path
+    step: int
+    world: World
+    planned: int
+
+    @property
+    def final(self) -> Path:
+        """The folder once it is whole."""
+        return self.output_dir / FOLDER / f"step-{self.step}"
+
+    @property
+    def partial(self) -> Path:
+        """The folder until then."""
+        return self.final.with_name(self.final.name + ".partial")
+
+
+def write_checkpoint(place: Place, write: Callable[[Path], None], state: dict[str, Any], *, keep: int) -> Path:
+    """``save_checkpoint`` with ``write`` in the place of the engine's own; every rank of the place's world calls."""
+    final, partial, world = place.final, place.partial, place.world
     sums: dict[str, FileSum] = {}
 
     def begin() -> None:
@@ -66,41 +92,42 @@ def save_checkpoint(output_dir: Path, step: int, engine: Engine, state: dict[str
             write_manifest(partial, sums)
             publish(partial, final)
 
-    for work in (begin, lambda: engine.save(partial), describe):
-        _on_every_rank(work, partial, engine)
-    for share in _on_every_rank(lambda: sums_of_share(partial, world), partial, engine):
+    for work in (begin, lambda: write(partial), describe):
+        _on_every_rank(work, place)
+    for share in _on_every_rank(lambda: sums_of_share(partial, world), place):
         sums.update(share)
-    _on_every_rank(end, partial, engine)
+    _on_every_rank(end, place)
     if world.is_main:
-        for old in list_checkpoints(output_dir)[:-keep]:  # the newest has just been read back: a sound one stays
+        for old in list_checkpoints(place.output_dir)[:-keep]:  # the newest has just been read back: a sound one stays
             shutil.rmtree(old)
     world.barrier()
     return final
 
 
-def _on_every_rank(work: Callable[[], Any], partial: Path, engine: Engine) -> list[Any]:
+def _on_every_rank(work: Callable[[], Any], place: Place) -> list[Any]:
     """What ``work`` gives on each rank; where it fails on any, NotSaved on all: none may wait for one that has left."""
-    world, told, result = engine.world, None, None
+    told, result = None, None
     try:
         result = work()
     except (OSError, RuntimeError, SafetensorError) as error:
         if not is_of_writing(error):
             raise
         told = (_in_a_line(error), is_full(error))
-    for fault, _ in (outcomes := world.all_gather_object((told, result))):
+    for fault, _ in (outcomes := place.world.all_gather_object((told, result))):
         if fault is not None:
-            if world.is_main:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise NotSaved(_cannot_be_written(partial, fault[0], planned_bytes(engine)), full=fault[1])
+            if place.world.is_main:
+                shutil.rmtree(place.partial, ignore_errors=True)
+            raise NotSaved(_cannot_be_written(place.partial, fault[0], place.planned), full=fault[1])
     return [result for _, result in outcomes]
 
 
 def planned_bytes(engine: Engine) -> int:
     """What a checkpoint will take on the disk: trained weights and what the optimizer keeps of each."""
     _, trained = count_parameters(engine.module)
-    weights, moments = (2 if engine.choice.reads_bf16(trained=True) else 4), 8
-    masters = 4 if engine.choice.kind == DEEPSPEED else 0
-    return trained * (weights + masters + moments)
+    moments = 8
+    if engine.choice.kind == DEEPSPEED:  # it keeps what it computes with beside the fp32 masters
+        return trained * (4 + moments + (2 if engine.choice.bf16 else 4))
+    return trained * ((2 if engine.choice.reads_bf16(trained=True) else 4) + moments)
 
 
 def is_full(error: Exception) -> bool:

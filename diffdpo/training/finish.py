@@ -8,16 +8,18 @@ from typing import Any
 
 from diffdpo.config import RunConfig
 from diffdpo.engine.base import Engine
+from diffdpo.errors import Stopped
 from diffdpo.evaluation.result import Evaluation, comparison
 from diffdpo.memory.peak import peak_memory_gib
+from diffdpo.settings.credentials import untold
 from diffdpo.setup.context import RunContext
 from diffdpo.tracking.journal import FILE, read_journal
+from diffdpo.tracking.mlflow_run import missing_credentials
 from diffdpo.tracking.run import Tracking, open_command
 from diffdpo.training.checkpoint import list_checkpoints, told_if_unwritable
 from diffdpo.training.guard import Watch
 from diffdpo.training.result import model_card, print_comparison, write_summary
 from diffdpo.training.resume import asked_of
-from diffdpo.training.stop import Stopped
 
 LOCAL_SECONDS = 60.0  # for an sqlite file
 
@@ -95,9 +97,9 @@ class Finish:
             print(f"mlflow  run {mlflow.shipped.run_name} in experiment {mlflow.shipped.experiment}; see it with")
             print(f"        {open_command(mlflow.shipped.tracking_uri)}")
             if not arrived:
-                reason = str(mlflow.error).splitlines()[0][:120]
+                reason = untold(mlflow.error).splitlines()[0][:120]
                 print(f"        NOT all of it arrived ({reason}); send the rest with")
-                print(f"        python -m diffdpo.tracking {output_dir}")
+                print(f"        python -m diffdpo.tracking {output_dir}{missing_credentials(mlflow.shipped)}")
 
     def _patience(self) -> float:
         """Seconds for MLflow: a file of ours takes what it takes, a server may hold nobody, and a run that is told to

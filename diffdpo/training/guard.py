@@ -9,10 +9,11 @@ from typing import TypeVar
 from diffdpo.config import RunConfig
 from diffdpo.engine.launcher import watch_launcher
 from diffdpo.engine.world import shutdown_distributed
+from diffdpo.errors import Stopped
 from diffdpo.setup.context import RunContext, open_context
 from diffdpo.tracking.lock import one_run_in
 from diffdpo.training.heartbeat import Pulse, beating
-from diffdpo.training.stop import Stopped, StopRequest, stop_on_signals
+from diffdpo.training.stop import StopRequest, stop_on_signals
 
 T = TypeVar("T")
 
@@ -36,22 +37,28 @@ def guarded(
 
     UserError where another run has the folder.
     """
+    whole = True
     with stop_on_signals(StopRequest(config.stop_seconds)) as stop:
         try:
+            watch_launcher(_end_without)  # before the processes meet: that may take as long as they are patient
             context = open_context(config, command)
             stop.say = context.print
-            watch_launcher(lambda name: _end_without(name, context))
             pulse = Pulse(context.world, context.output_dir, config.hang_timeout)
             try:
                 with one_run_in(context.output_dir, context.world), beating(pulse):
                     return work(context, Watch(pulse, stop))
             except Stopped:
                 return stopped(context)
+        except RuntimeError:  # a TrainingError too
+            whole = False
+            raise
         finally:
-            shutdown_distributed()
+            if whole:  # the end of a group that has lost a member may wait for it
+                shutdown_distributed()
             stop.ended.set()
 
 
-def _end_without(launcher: str, context: RunContext) -> None:
-    context.print(f"{launcher}, which started this process, has gone: stopping")
+def _end_without(launcher: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{launcher}, which started this process, has gone: stopping", flush=True)
     os.kill(os.getpid(), signal.SIGTERM)

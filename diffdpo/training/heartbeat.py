@@ -7,6 +7,7 @@ longest of late: stacks go to ``hang-rank-N.txt``, one rank says what it sees, a
 """
 
 import faulthandler
+import itertools
 import json
 import os
 import shutil
@@ -28,6 +29,7 @@ from diffdpo.errors import HUNG, TrainingError, UserError
 
 FOLDER, SETUP = "heartbeats", "setup"
 PAUSE_SECONDS, STALE_SECONDS = 1.0, 10.0
+LOOK_TURNS = 5  # seconds between looks at the others
 LATELY = 20  # times of a stage that are remembered: the first step may compile for minutes
 STAGES = (  # a file's place and function to what is being done there, the innermost first
     ("engine/", "backward", "backward"),
@@ -81,10 +83,12 @@ class Pulse:
         """Seconds this stage may take: infinite while its usual time is not known."""
         return self.timeout + 3 * max(self.times[self.stage]) if self.stage in self.times else float("inf")
 
-    def hangs(self) -> bool:
-        """Whether this rank has been in its stage for too long, or another has given no sign for too long."""
-        if time.monotonic() - self.since > self.limit():
-            return True
+    def is_late(self) -> bool:
+        """Whether this rank has been in its stage for too long."""
+        return time.monotonic() - self.since > self.limit()
+
+    def hears_nothing(self) -> bool:
+        """Whether another rank has given no sign for too long."""
         return self.world.size > 1 and any(sign.age > self.timeout for sign in read_signs(self.output_dir))
 
     def sign(self) -> Sign:
@@ -96,13 +100,16 @@ class Pulse:
 
     def watch(self) -> None:
         """Until ended, in a thread of its own."""
-        while not self.ended.wait(PAUSE_SECONDS):
+        for turn in itertools.count():
+            if self.ended.wait(PAUSE_SECONDS):
+                return
             if self.stage == SETUP:  # a mistake met there leaves nothing behind
                 continue
             if self.world.size > 1:
                 with suppress(OSError):  # a full disk is another's matter
                     self._write(self.sign())
-            if self.timeout and self.hangs():
+            # all ranks read the signs of all: not every second
+            if self.timeout and (self.is_late() or (turn % LOOK_TURNS == 0 and self.hears_nothing())):
                 self.end_hung()
 
     def _write(self, sign: Sign) -> None:
@@ -146,6 +153,7 @@ def beating(pulse: Pulse) -> Iterator[Pulse]:
         raise
     except RuntimeError as error:  # what torch.distributed raises when another process has gone
         if pulse.world.size > 1 and (gone := lost(read_signs(pulse.output_dir))):
+            print(file=sys.stderr)  # behind the progress bar of who is gone
             raise TrainingError(
                 f"{' and '.join(sign.describe() for sign in gone)} ended in {gone[0].stage} of step {gone[0].step}; "
                 "its own output says why, or it was killed; go on with --resume_from_checkpoint latest"

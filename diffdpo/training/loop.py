@@ -24,9 +24,10 @@ from diffdpo.memory.peak import peak_memory_gib
 from diffdpo.step.report import StepReport
 from diffdpo.tracking.journal import Journal
 from diffdpo.training.callbacks import Callbacks
-from diffdpo.training.checkpoint import NotSaved, list_checkpoints, save_checkpoint, told_if_unwritable
+from diffdpo.training.checkpoint import NotSaved, list_checkpoints, told_if_unwritable
 from diffdpo.training.guard import Watch
 from diffdpo.training.norms import NormHistory
+from diffdpo.training.saver import Saver
 from diffdpo.training.schedule import learning_rate
 
 StepFunction = Callable[[Sequence[PairBatch], float], StepReport]
@@ -55,11 +56,21 @@ class Loop:
     done: int = 0  # steps taken, also by the run that is resumed
     skipped: int = 0  # of them, by this run, as they were not finite
     norms: NormHistory = field(default_factory=NormHistory)
+    saver: Saver = field(init=False)
+
+    def __post_init__(self) -> None:
+        keep = self.config.save_total_limit
+        self.saver = Saver(self.output_dir, self.engine, keep, self.callbacks.on_save, self._not_saved)
 
     def run(self) -> bool:
         """Train to the end. False when a signal asked to stop before it; a checkpoint was then written."""
         with self.watch.stop.set_deferred(True), self._bar() as bar:
-            return self._run(bar)
+            try:
+                complete = self._run(bar)
+                self.saver.settle()
+                return complete
+            finally:
+                self.saver.join()
 
     def _run(self, bar: tqdm) -> bool:
         config, pulse = self.config, self.watch.pulse
@@ -77,7 +88,9 @@ class Loop:
             if self.done == 1:
                 self.check_first(report)
             finite = self._is_finite(report, micro_batches)
-            stop, due = self._agreed(self.callbacks.on_step(self.done, report), time.monotonic() - saved)
+            stop, due, written = self._agreed(self.callbacks.on_step(self.done, report), time.monotonic() - saved)
+            if written:
+                self.saver.settle()
             save = stop or due or bool(config.save_steps and self.done % config.save_steps == 0)
             # before a checkpoint too: what a resumed run goes on with is an empty window
             if self.done % config.logging_steps == 0 or self.done == self.total_steps or save or not finite:
@@ -121,15 +134,16 @@ class Loop:
         if self.journal is not None:
             self.journal.note(self.done, text)
 
-    def _agreed(self, wanted: bool, since_saved: float) -> tuple[bool, bool]:
-        """Whether to stop, and whether a checkpoint is due by the clock: for all ranks the same.
+    def _agreed(self, wanted: bool, since_saved: float) -> tuple[bool, bool, bool]:
+        """Whether to stop, whether a checkpoint is due by the clock, and whether one has been written: for all ranks
+        the same.
 
         They hear of a signal at different steps and must leave the loop at the same one; the clock is rank 0's.
         """
         world, minutes = self.engine.world, self.config.save_minutes
         due = world.is_main and minutes > 0 and since_saved >= 60 * minutes
-        stops, dues = world.all_reduce_sums([wanted or self.watch.stop.asked.is_set(), due])
-        return bool(stops), bool(dues)
+        stops, dues, done = world.all_reduce_sums([wanted or self.watch.stop.asked.is_set(), due, self.saver.is_done()])
+        return bool(stops), bool(dues), bool(done)
 
     def _learning_rate(self, step: int) -> float:
         config = self.config
@@ -189,24 +203,23 @@ class Loop:
             with self.watch.stop.set_deferred(False):  # it may take long; the newest checkpoint stays
                 self.record_evaluation(self.evaluate())
         if save and (stop or not at_end):  # at the end the final model follows, unless told to stop
-            self._save(step)
+            self._save(step, wait=stop)
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, *, wait: bool) -> None:
         self.watch.pulse.beat("save", step)
         loader = self.loader.state_dict(self.engine.world.all_reduce_sums)
         state = self.state | {"step": step, "loader": loader}
         if self.journal is not None:
             self.journal.sync()
             state["journal"] = self.journal.position()
-        try:
-            folder = save_checkpoint(self.output_dir, step, self.engine, state, keep=self.config.save_total_limit)
-        except NotSaved as error:  # on every rank
-            if not error.full or self.config.save_on_full_disk == "stop":
-                raise
-            if self.engine.world.is_main:
-                tqdm.write(f"step {step}: trains on without this checkpoint: {error}")
-            return
-        self.callbacks.on_save(step, folder)
+        self.saver.save(step, state, wait=wait)
+
+    def _not_saved(self, step: int, error: NotSaved) -> None:
+        """On every rank."""
+        if not error.full or self.config.save_on_full_disk == "stop":
+            raise error
+        if self.engine.world.is_main:
+            tqdm.write(f"step {step}: trains on without this checkpoint: {error}")
 
     def record_evaluation(self, metrics: Mapping[str, float]) -> None:
         """Write held-out metrics at the current step."""

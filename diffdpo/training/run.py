@@ -18,6 +18,7 @@ from diffdpo.engine.base import Engine
 from diffdpo.evaluation.result import Evaluation
 from diffdpo.models.load import LoadedModel
 from diffdpo.settings.base import public, without_secrets
+from diffdpo.settings.credentials import STORE
 from diffdpo.setup.context import RunContext
 from diffdpo.setup.data import total_steps
 from diffdpo.setup.model import save_final
@@ -25,7 +26,7 @@ from diffdpo.setup.publish import push_final
 from diffdpo.step.report import StepReport
 from diffdpo.tracking.journal import Journal
 from diffdpo.tracking.mlflow_run import Shipped
-from diffdpo.tracking.run import Tracking, run_tags, tracking_uri
+from diffdpo.tracking.run import Tracking, named_elsewhere, run_tags, tracking_uri
 from diffdpo.training.callbacks import Callback, Callbacks
 from diffdpo.training.checkpoint import (
     read_state,
@@ -225,5 +226,7 @@ def start_tracking(run: Run, *, state: Mapping[str, Any], changes: Sequence[str]
             params = {**public(config), **environment, "ds_config_json": json.dumps(ds_config)}
             texts = {key: str(value) for key, value in params.items()}
             shipped = Shipped(uri, config.experiment_name, context.run_name, texts, run_tags())
-            tracking.start_mlflow(shipped, elsewhere=config.tracking_uri is not None)
+            if named_elsewhere(run.asked.tracking_uri):
+                context.print(f"mlflow  {uri}, as {STORE} says")
+            tracking.start_mlflow(shipped, elsewhere=run.asked.tracking_uri is not None)
     return tracking

@@ -45,9 +45,9 @@ def learning_rate(
 
 
 def resolve_steps(value: int | float, total: int) -> int:
-    """A number of steps from a number, or from a share of ``total`` that is below 1: rounded up, as in transformers."""
+    """A number of steps from a number, or from a share of ``total`` that is below 1: rounded up, at least 1."""
     # a share such as 1/3 is off by an ulp, which must not round up to a step more
-    return math.ceil(round(value * total, 6)) if 0 < value < 1 else int(value)
+    return max(1, math.ceil(round(value * total, 6))) if 0 < value < 1 else int(value)
 
 
 def in_steps(config: Config, total: int) -> Config:

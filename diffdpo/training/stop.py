@@ -14,11 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from diffdpo.errors import RESUMABLE
-
-
-class Stopped(BaseException):
-    """SIGTERM, where there is nothing to be saved."""
+from diffdpo.errors import RESUMABLE, Stopped
 
 
 @dataclass

@@ -24,7 +24,7 @@ from diffdpo.evaluation.heldout import HeldOutAnswers, SampledAnswers
 from diffdpo.losses.options import LossOptions
 from diffdpo.models.architecture.from_scratch import new_model, train_tokenizer
 from diffdpo.models.encoder import make_encoder
-from diffdpo.models.load import LoadedModel, dtype_name, load_model
+from diffdpo.models.load import LoadedModel, dtype_name, load_model, save_model
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.scores.reference import no_reference
@@ -192,8 +192,7 @@ def _load_or_make(
         context_length = max(CONTEXT, config.max_length)
         model = new_model(tokenizer, **sizes, seed=config.seed, max_length=context_length, block_size=config.block_size)
         partial = folder.with_name("start.partial")  # renamed when whole: an interrupted one is never taken for it
-        tokenizer.save_pretrained(partial)
-        model.save_pretrained(partial)
+        save_model(model, tokenizer, partial)
         partial.rename(folder)
     context.world.barrier()
     loaded = load_model(str(folder), device=device, shards=shards)

@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.ports import free_port
+
 BIN = Path(sys.executable).parent
 DS = ["--ds_config", "ds_configs/4080_offload.json"]
 PLAIN_1 = [sys.executable, "launch/train.py"]
 LAUNCHERS = {
-    "plain, 2 processes": ([str(BIN / "torchrun"), "--nproc_per_node", "2", "launch/train.py"], [], 2),
+    "plain, 2 processes": ([str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", "launch/train.py"], [], 2),
     "ZeRO-2 offload, 1 process": ([sys.executable, "launch/train.py"], DS, 1),
     "ZeRO-2 offload, 2 processes": (
-        [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", "29611", "launch/train.py"],
+        [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port()), "launch/train.py"],
         DS,
         2,
     ),

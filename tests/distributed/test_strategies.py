@@ -49,7 +49,7 @@ def compare(command, tiny_model, pairs_file, tmp_path):
         out = tmp_path / "found.json"
         done = command(
             [
-                *(str(BIN / "torchrun"), "--nproc_per_node", str(processes), "--master_port", "29617", WORKER),
+                *(str(BIN / "torchrun"), "--standalone", "--nproc_per_node", str(processes), WORKER),
                 *(str(tiny_model), str(pairs), json.dumps(cases), str(out)),
             ],
             timeout=timeout,

@@ -10,7 +10,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,17 +22,12 @@ import pytest
 
 from tests.docker.compose import read_compose
 from tests.support.paths import ROOT
+from tests.support.ports import free_port
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 PASSWORD = "made for this test only"
 SECRETS = dict.fromkeys(("POSTGRES_PASSWORD", "MLFLOW_ADMIN_PASSWORD", "MLFLOW_SECRET_KEY"), PASSWORD)
 BIN = Path(sys.executable).parent
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def postgres_programs() -> Path:
@@ -106,7 +100,7 @@ def server(postgres, tmp_path_factory):
 
 
 def wait_until_healthy(address: str, process: subprocess.Popen, log: Path) -> None:
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 500
     while time.monotonic() < deadline and process.poll() is None:
         with contextlib.suppress(URLError, OSError):
             if urlopen(f"{address}/health", timeout=5).status == 200:
@@ -123,7 +117,7 @@ def fetch(address: str, path: str, *, password: str = PASSWORD, body: dict | Non
     request.add_header("Content-Type", "application/json")
     if host:
         request.add_header("Host", host)
-    return build_opener(HTTPBasicAuthHandler(passwords)).open(request, timeout=30).read().decode()
+    return build_opener(HTTPBasicAuthHandler(passwords)).open(request, timeout=120).read().decode()
 
 
 @pytest.fixture(scope="module")

@@ -64,29 +64,6 @@ def test_a_gpu_of_any_given_numbers(tmp_path, monkeypatch, capsys):
     assert seconds[1] > 1.1 * seconds[0]
 
 
-def test_a_host_that_is_too_small_is_no_fit_in_the_table_either(monkeypatch, tmp_path, capsys):
-    from launch.plan import main
-
-    monkeypatch.chdir(ROOT)
-    flags = ["--model_name_or_path", "docs/shapes/llada8b.json", "--ds_config", "ds_configs/4080_offload.json"]
-    flags += ["--use_peft", "true", "--load_in_4bit", "true", "--max_length", "128", "--max_prompt_length", "64"]
-    for host, lacks in (("2GiB", "host"), ("512GiB", "")):
-        out = tmp_path / "plan.json"
-        main([*flags, "--gpu", "H200", "--host_memory", host, "--save_json", str(out)])
-        printed, plan = capsys.readouterr().out, json.loads(out.read_text())
-        assert plan["time"]["H200"]["lacks"] == lacks and plan["fits"] == (not lacks)
-        assert ("fits 'host': on the GPU, but not" in printed) == bool(lacks)
-
-
-def test_a_length_above_the_context_is_told(monkeypatch, capsys):
-    from launch.plan import main
-
-    monkeypatch.chdir(ROOT)
-    for length, told in (("1024", False), ("1030", True)):
-        main(["--model_name_or_path", MODEL, "--max_length", length, "--num_mc_samples", "1"])
-        assert (f"--max_length {length}: the model was made for 1024 tokens" in capsys.readouterr().out) == told
-
-
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

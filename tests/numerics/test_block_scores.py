@@ -37,7 +37,7 @@ def test_exact_scores_equal_the_enumeration_of_every_block(family, block, dtype,
     model = widen(model)
     module, loaded = load(tmp_path, dtype)
     assert (loaded.spec.block_size, loaded.spec.logit_shift, loaded.spec.mask_token_id) == (block, shift, MASK)
-    rows = options(loaded.spec).rows(BATCH, torch.device("cpu"))
+    rows = options(loaded.spec).draw_rows(BATCH, torch.device("cpu"))
     with torch.no_grad():
         logp = log_probs(module, rows)
         weight = (rows.scale_M * rows.weight_R[rows.row_M]).double()
@@ -58,7 +58,7 @@ def test_every_token_of_every_row_equals_its_block_by_itself(family, dtype, tole
     model, shift = published(tmp_path, family, block)
     model = widen(model)
     module, loaded = load(tmp_path, dtype)
-    rows = options(loaded.spec, "mask_count", n=3).rows(BATCH, torch.device("cpu"))
+    rows = options(loaded.spec, "mask_count", n=3).draw_rows(BATCH, torch.device("cpu"))
     with torch.no_grad():
         logp_M = log_probs(module, rows)
         for row in range(len(rows)):

@@ -46,6 +46,7 @@ class Runs:
         settings |= {"max_steps": STEPS, "learning_rate": 5e-3, "warmup_steps": 0, "num_mc_samples": 2}
         settings |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "eval_fraction": 0.0}
         settings |= {"max_length": 96, "max_prompt_length": 64, "tracking_uri": "none", "eval_task": "none"}
+        settings |= {"label_smoothing": 0.1} if loss == "exo_pair" else {}  # it needs some
         assert train(make_config(TrainConfig, settings)).complete
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         return [line[name] for line in lines if "grad_norm" in line for name in ("loss", "grad_norm")]
@@ -87,6 +88,7 @@ SAMPLE = [
     ("sigmoid", False, "precomputed", "deferred"),
     ("ipo", True, "auto", "checkpoint"),
     ("kto,sft", True, "copy", "two_pass"),
+    ("exo_pair", False, "copy", "checkpoint"),
     ("aot", False, "copy", "deferred"),
     ("kto", True, "precomputed", "two_pass"),
 ]

@@ -7,6 +7,8 @@ import argparse
 import os
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +16,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from tests.reliability.runs import Started, curve, flags_for, make_inputs, preload, start
+from tests.support.paths import ROOT
 
 PATIENCE = 240.0
 
@@ -108,8 +113,8 @@ def freeze_second(run: Started) -> None:
     run.kill(run.pids[1:], signal.SIGSTOP)
 
 
-def kill_second(run: Started) -> None:
-    run.kill(run.pids[1:], signal.SIGKILL)
+def kill_one(number: int) -> Callable[[Started], None]:
+    return lambda run: run.kill([run.pids[number]], signal.SIGKILL)
 
 
 HANG = ("--hang_timeout", "15", "--stop_seconds", "8")
@@ -153,9 +158,46 @@ def frozen(bench: Bench) -> tuple[Seen, bool]:
     return seen, seen.ended and 4 in seen.codes and "rank 1 on" in seen.line and "no life" in seen.line
 
 
-def lost(bench: Bench) -> tuple[Seen, bool]:
-    seen = bench.run("lost", in_step(4), kill_second, engine="plain x2")
-    return seen, seen.ended and 1 in seen.codes and "rank 1 on" in seen.line and "Traceback" not in seen.said
+def lost(bench: Bench, number: int) -> tuple[Seen, bool]:
+    seen = bench.run(f"lost-{number}", in_step(4), kill_one(number), engine="plain x2")
+    return seen, seen.ended and 1 in seen.codes and f"rank {number} on" in seen.line and "Traceback" not in seen.said
+
+
+def scoring(out: Path, run: Started) -> bool:
+    return any((out.parent / "data_cache").glob("reference_scores/*"))
+
+
+def finished_before(bench: Bench) -> tuple[Seen, bool]:
+    """The constant command on a run that has finished."""
+    out = bench.folder / "done"
+    first = bench.run("done", begun, nothing, "--max_steps", "2", out=out)
+    before = (out / "metrics.jsonl").read_bytes()
+    again = bench.run("done-again", has("nowhere"), nothing, "--max_steps", "2", out=out)
+    same = (out / "metrics.jsonl").read_bytes() == before
+    return again, first.codes == [0] and again.codes == [0] and same and "is finished" in again.said
+
+
+def launcher_killed(bench: Bench) -> tuple[Seen, bool]:
+    """kill -9 of torchrun: its ranks stop by themselves."""
+    out, log = bench.folder / "orphans", bench.folder / "orphans.log"
+    flags = [*flags_for("plain x2", bench.model, bench.data, out), "--max_steps", "5000"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    with log.open("w") as file:
+        process = subprocess.Popen([*launcher, "launch/train.py", *flags], cwd=ROOT, stdout=file, stderr=file)
+        until = time.monotonic() + PATIENCE
+        while not in_step(3)(out, Started([], log)) and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.05)
+        ranks = psutil.Process(process.pid).children()
+        began = time.monotonic()
+        process.kill()
+        process.wait()
+        _, alive = psutil.wait_procs(ranks, timeout=60)
+        seconds = time.monotonic() - began
+    for rank in alive:
+        rank.kill()
+    seen = Seen([], seconds, log.read_text(), out, not alive)
+    saved = list((out / "checkpoints").glob("step-*"))
+    return seen, len(ranks) == 2 and not alive and seconds < 15 and bool(saved)
 
 
 CASES: dict[str, Callable[[Bench], tuple[Seen, bool]]] = {
@@ -167,13 +209,19 @@ CASES: dict[str, Callable[[Bench], tuple[Seen, bool]]] = {
     ),
     "SIGTERM while final/ is written": lambda b: stopped_in(b, "final", has("final.partial")),
     "SIGTERM in the last evaluation": lambda b: stopped_in(b, "after", has("final")),
+    "SIGTERM while reference scores are made": lambda b: stopped_in(
+        b, "scores", scoring, "--reference", "precomputed", "--num_mc_samples", "64"
+    ),
     "SIGTERM, MLflow accepts and never answers": lambda b: silent(b, "silent-term", in_step(3), term, 3),
     "end, MLflow accepts and never answers": lambda b: silent(b, "silent-end", has("plots/curves.png"), nothing, 0),
     "full disk, stop": lambda b: full_disk(b, "stop"),
     "full disk, continue": lambda b: full_disk(b, "continue"),
+    "auto on a finished run": finished_before,
+    "kill -9 of torchrun": launcher_killed,
     "a second run in the folder": second_run,
     "a frozen rank (--hang_timeout 15)": frozen,
-    "a killed rank": lost,
+    "a killed rank 1": lambda b: lost(b, 1),
+    "a killed rank 0": lambda b: lost(b, 0),
 }
 
 

@@ -9,6 +9,7 @@ import resource
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ ENGINES = {  # name: (processes, flags)
     "plain x2": (2, ()),
     "ZeRO-2 offload": (1, ("--ds_config", "ds_configs/4080_offload.json")),
     "ZeRO-3 x2": (2, ("--ds_config", "ds_configs/zero3.json")),
+    "FSDP2 x2": (2, ("--engine", "fsdp2")),
 }
 STEPS = 16
 FLAGS = (
@@ -100,6 +102,10 @@ def _become_rank(arguments, rank, processes, port, log, file_limit) -> None:
         if processes > 1:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_WORLD_SIZE=str(processes))
+        import tqdm
+
+        # its own is a semaphore that all forks share: a run killed while it draws its bar would hold the next ones
+        tqdm.tqdm.set_lock(threading.RLock())
         from diffdpo import command
         from diffdpo.cli import train
 

@@ -19,7 +19,7 @@ def rows(text: str) -> dict[str, list[str]]:
 
 def check_kills(text: str, engines: list[str], kills: int) -> None:
     for engine in engines:
-        done, _, _, differing, orphans, _ = rows(text)[engine]
+        done, _, _, differing, _, orphans, _ = rows(text)[engine]
         assert int(done) >= kills and differing == "0" and orphans == "0", text
 
 
@@ -34,7 +34,7 @@ def test_a_few_damages(command, python):
 
 @pytest.mark.slow
 @pytest.mark.timeout(20000)
-@pytest.mark.parametrize("engine", ["plain x1", "plain x2", "ZeRO-2 offload", "ZeRO-3 x2"])
+@pytest.mark.parametrize("engine", ["plain x1", "plain x2", "ZeRO-2 offload", "ZeRO-3 x2", "FSDP2 x2"])
 def test_a_hundred_kills(command, python, engine):
     check_kills(told(command, python, "kills", "--kills", "100", "--engines", engine, timeout=20000), [engine], 100)
 

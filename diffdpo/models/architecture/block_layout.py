@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 64
+CHUNK = 512
 """Queries that attend together, on the CPU: half of a block-causal mask hides, and what all of them do not see is left
 out."""
 
@@ -153,10 +153,9 @@ class BlockLayout:
         outputs = []
         for node, chunks in zip(self.stream.nodes if self.clean_tokens else (), self.node_chunks, strict=True):
             k, v = (torch.cat([t[place] for place in (*node.before, node.place)]) for t in (k_C, v_C))
-            q = q_C[node.place][None]
-            for chunk in chunks:
-                seen_k, seen_v = k[None, : chunk.clean], v[None, : chunk.clean]
-                outputs.append(_attention(q[:, chunk.own], seen_k, seen_v, chunk.mask).flatten(0, 1))
+            q, seen = q_C[node.place][None], [chunk.clean for chunk in chunks]
+            for chunk, own_k, own_v in zip(chunks, prefixes(k, seen), prefixes(v, seen), strict=True):
+                outputs.append(_attention(q[:, chunk.own], own_k[None], own_v[None], chunk.mask).flatten(0, 1))
         return outputs
 
     def _rows(self, q_N: Tensor, k_N: Tensor, v_N: Tensor, k_C: Tensor, v_C: Tensor) -> list[Tensor]:
@@ -166,11 +165,11 @@ class BlockLayout:
             q, k, v = (t[place].unflatten(0, (group.rows, group.width)) for t in (q_N, k_N, v_N))
             path = self.stream.path_A[group.answer]
             seen_k, seen_v = (torch.cat([t[part] for part in path]) if path else t[:0] for t in (k_C, v_C))
-            parts = []
-            for chunk in chunks:
+            seen, parts = [chunk.clean for chunk in chunks], []
+            for chunk, clean_k, clean_v in zip(chunks, prefixes(seen_k, seen), prefixes(seen_v, seen), strict=True):
                 keys, values = (
-                    torch.cat([seen[: chunk.clean].expand(group.rows, -1, -1, -1), own[:, chunk.own]], 1)
-                    for seen, own in ((seen_k, k), (seen_v, v))
+                    torch.cat([clean.expand(group.rows, -1, -1, -1), own[:, chunk.own]], 1)
+                    for clean, own in ((clean_k, k), (clean_v, v))
                 )
                 parts.append(_attention(q[:, chunk.own], keys, values, chunk.mask))
             outputs.append(torch.cat(parts, 1).flatten(0, 1))
@@ -212,11 +211,11 @@ def block_layout(
     row_lengths = lengths_R.tolist()
     for answer, rows in members.items():
         width = row_lengths[rows[0]]
-        columns, row = torch.arange(width), torch.tensor(rows)
+        columns, row_G = torch.arange(width), torch.tensor(rows)
         groups.append(RowGroup(answer, start, len(rows), width))
-        row_index.append((row[:, None] * row_width + columns).flatten())
+        row_index.append((row_G[:, None] * row_width + columns).flatten())
         positions.append((columns + starts[answer]).repeat(len(rows)))
-        offset_R[row] = start + width * torch.arange(len(rows))
+        offset_R[row_G] = start + width * torch.arange(len(rows))
         group_chunks.append(_row_chunks(starts[answer], width, lengths[answer], block_size, device))
         start += len(rows) * width
     nothing = [torch.empty(0, dtype=torch.long)]
@@ -263,6 +262,27 @@ def _spans(size: int, block_size: int, device: torch.device) -> list[slice]:
     hidden there."""
     step = max(1, CHUNK // block_size) * block_size if device.type == "cpu" else max(1, size)
     return [slice(first, min(first + step, size)) for first in range(0, size, step)]
+
+
+def prefixes(value: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    """value[:size] of every size."""
+    return (value,) if list(sizes) == [len(value)] else _Prefixes.apply(value, *sizes)
+
+
+class _Prefixes(torch.autograd.Function):
+    """Slices whose gradients are added in one buffer: torch's own would fill one with zeros for every slice."""
+
+    @staticmethod
+    def forward(ctx, value, *sizes):
+        ctx.shape, ctx.sizes = value.shape, sizes
+        return tuple(value[:size] for size in sizes)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        total = gradients[0].new_zeros(ctx.shape)
+        for size, gradient in zip(ctx.sizes, gradients, strict=True):
+            total[:size] += gradient
+        return total, *(None for _ in ctx.sizes)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
-    AutoModelForCausalLM,
     AutoModelForMaskedLM,
 )
 
@@ -345,9 +344,12 @@ class A2DLlamaLMHeadModel(DreamModel):
 
 
 def register(model_class: type[DreamModel]) -> None:
-    """Make transformers' Auto classes know a family. Not for qwen2, qwen3 and llama, which are transformers' own."""
+    """Make transformers' Auto classes know a family. Not for qwen2, qwen3 and llama, which are transformers' own.
+
+    Not as AutoModelForCausalLM, whatever the published auto_map says: a harness would score text left to right with
+    a model that sees both sides, and the numbers would be nonsense without an error."""
     AutoConfig.register(model_class.config_class.model_type, model_class.config_class)
-    for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM):
+    for auto_class in (AutoModel, AutoModelForMaskedLM):
         auto_class.register(model_class.config_class, model_class)
 
 

@@ -7,6 +7,7 @@ each with or without the space before it.
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -66,8 +67,9 @@ def new_model(
 
 
 def _sdar(
-    vocabulary: int, width: int, layers: int, heads: int, max_length: int, block_size: int, ids: dict[str, int]
+    vocabulary: int, width: int, layers: int, heads: int, max_length: int, block_size: int, ids: dict[str, Any]
 ) -> SDARConfig:
+    sizes: dict[str, Any] = {"max_position_embeddings": max_length, **ids}
     return SDARConfig(
         hidden_size=width,
         num_hidden_layers=layers,
@@ -77,15 +79,14 @@ def _sdar(
         vocab_size=vocabulary,
         rms_norm_eps=1e-6,
         rope_theta=10000.0,
-        max_position_embeddings=max_length,
         tie_word_embeddings=True,
         block_size=block_size,
         architectures=["SDARForCausalLM"],
-        **ids,
+        **sizes,
     )
 
 
-def _llada(vocabulary: int, width: int, layers: int, heads: int, max_length: int, ids: dict[str, int]) -> LLaDAConfig:
+def _llada(vocabulary: int, width: int, layers: int, heads: int, max_length: int, ids: dict[str, Any]) -> LLaDAConfig:
     return LLaDAConfig.create(
         d_model=width,
         n_layers=layers,

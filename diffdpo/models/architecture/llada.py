@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
-    AutoModelForCausalLM,
     AutoModelForMaskedLM,
 )
 
@@ -267,6 +266,6 @@ class LLaDAModelLM(MaskedLM):
         initialise(module, num_layers=self.config.n_layers)
 
 
-for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM):  # the first two as in the published auto_map
+for auto_class in (AutoModel, AutoModelForMaskedLM):  # not as a causal one; see `dream.register`
     auto_class.register(LLaDAConfig, LLaDAModelLM)
 AutoConfig.register("llada", LLaDAConfig)

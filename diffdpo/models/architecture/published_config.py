@@ -24,6 +24,7 @@ RELATIVES: dict[str, tuple] = {
 }
 """Keys of other models under the same `model_type` (LLaDA-MoE, block diffusion, clipping): value allowed here."""
 BLOCK_KEYS = {"block_size", "bd_size"}
+KERNEL_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation")
 LIKELY_TYPO = 0.9
 """Share of equal letters (difflib's ratio) from which an unknown key is taken for a misspelt one."""
 
@@ -32,11 +33,13 @@ class PublishedConfig(PreTrainedConfig):
     """A config whose fields all start as None, so that nothing is guessed, and which writes back only what is set.
 
     (A null written for a key that was absent overrides the published code's default.) `optional_keys`: those whose
-    absence is no error, so that a misspelt one would go unnoticed. `least_block`: of a family that can be block-causal,
+    absence is no error, so that a misspelt one would go unnoticed. `own_keys`:
+    those of RELATIVES that mean something here. `least_block`: of a family that can be block-causal,
     the least `block_size` it may have (0 stands for full attention); None: it cannot.
     """
 
     optional_keys: ClassVar[frozenset[str]] = frozenset()
+    own_keys: ClassVar[frozenset[str]] = frozenset()
     least_block: ClassVar[int | None] = None
 
     def to_diff_dict(self) -> dict:
@@ -53,15 +56,18 @@ class PublishedConfig(PreTrainedConfig):
         for key in config_dict.keys() - cls.optional_keys:
             for meant in difflib.get_close_matches(key, absent, 1, LIKELY_TYPO):
                 raise UserError(f"{cls.model_type} config has {key}, which nothing reads: is {meant} meant?")
-        return super().from_dict(config_dict, **kwargs)
+        # which kernel another program uses: PyTorch chooses it here, and transformers would ask for a package
+        return super().from_dict({k: v for k, v in config_dict.items() if k not in KERNEL_KEYS}, **kwargs)
 
     def require(self, kinds: Mapping[str, type], optional: Mapping[str, type]) -> None:
         """Every key of `kinds` is there, and it and every set key of `optional` is of its type.
 
         An int counts as a float; numbers are finite and above 0, ids apart.
         """
-        relatives = RELATIVES if self.least_block is None else {k: RELATIVES[k] for k in RELATIVES.keys() - BLOCK_KEYS}
-        self.allow_only(relatives)  # first: a relative lacks keys that nobody could add
+        own = self.own_keys | (set() if self.least_block is None else BLOCK_KEYS)
+        self.allow_only(
+            {key: allowed for key, allowed in RELATIVES.items() if key not in own}
+        )  # first: a relative lacks keys that nobody could add
         if self.least_block is not None:
             self._check_block(self.least_block)
         missing = [key for key in kinds if getattr(self, key, None) is None]

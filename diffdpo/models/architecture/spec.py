@@ -37,4 +37,7 @@ class FamilySpec:
 
 
 LLADA_LORA_TARGETS = r".*\.blocks\.\d+\.(q_proj|k_proj|v_proj|attn_out|ff_proj|up_proj|ff_out)"
+LLADA2_LORA_TARGETS = (
+    r".*\.layers\.\d+\.(attention\.(query_key_value|dense)|mlp\.(shared_experts\.)?(gate_proj|up_proj|down_proj))"
+)
 DECODER_LORA_TARGETS = r".*\.layers\.\d+\.(self_attn\.(q_proj|k_proj|v_proj|o_proj)|mlp\.(gate_proj|up_proj|down_proj))"

@@ -169,7 +169,7 @@ WRONG = [
     (["build", "SOURCE", "--out", "OUT", "--max_pairs", "-1"], "max_pairs"),
     (["build", "SOURCE", "--out", "OUT", "--workers", "-1"], "--workers"),
     (["build", "SOURCE", "--out", "OUT", "--tokenizer", "./none"], "cannot be loaded"),
-    (["build", "SOURCE", "--out", "OUT", "--shard", "3"], "unrecognized arguments"),
+    (["build", "SOURCE", "--out", "OUT", "--shard", "3"], "there is no --shard"),
     (["build", "SOURCE", "--out", "TMP"], "exists and was not built"),
     (["build", "SOURCE", "--out", "OUT", "--format", "hh"], "no usable record in 30 rows"),
     (["inspect", "SOURCE", "--count", "0"], "--count is 0"),

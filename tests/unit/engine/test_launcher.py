@@ -6,6 +6,7 @@ import sys
 import textwrap
 import time
 
+from diffdpo.engine.launcher import watch_launcher
 from tests.support.paths import ROOT
 
 LAUNCHER = """
@@ -52,6 +53,15 @@ def launched(tmp_path, how: str) -> tuple[str, bool]:
 
 def test_the_death_of_a_launcher_is_noticed(tmp_path):
     assert launched(tmp_path, "launches") == ("1", True)
+
+
+def test_a_launcher_that_died_before_anyone_looked_is_noticed(monkeypatch):
+    for name, value in {"LOCAL_RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "x"}.items():
+        monkeypatch.setenv(name, value)
+    gone: list[str] = []
+    monkeypatch.setattr("diffdpo.engine.launcher.launchers", list)
+    watch_launcher(gone.append)
+    assert gone == ["the launcher"]
 
 
 def test_without_a_launcher_nothing_is_watched(tmp_path):

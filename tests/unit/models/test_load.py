@@ -286,3 +286,22 @@ def test_random_models_are_a_function_of_their_seed(tokenizer):
     assert isinstance(one, LLaDAModelLM)
     assert torch.equal(one.head.weight, same.head.weight)
     assert not torch.equal(one.head.weight, other.head.weight)
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_a_dtype_as_torch_prints_it_is_read(tiny_model, tmp_path, key):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {key: "torch.bfloat16"}))
+    assert load_model(folder).model.dtype == torch.float32
+
+
+def test_a_value_that_transformers_cannot_take_is_one_line(tiny_model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat61"}))
+    with pytest.raises(UserError, match=r"config.json cannot be used: .*bfloat61") as caught:
+        load_model(folder)
+    assert "\n" not in str(caught.value)

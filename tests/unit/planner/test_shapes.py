@@ -1,5 +1,7 @@
 """Parameters counted from a config.json are those of the real module."""
 
+import json
+
 import pytest
 
 from diffdpo.config import TrainConfig
@@ -51,3 +53,12 @@ def test_what_cannot_be_read_is_named(tmp_path, write_config):
         read_shape(str(tmp_path / "config.json"))
     with pytest.raises(UserError, match=r"model_type 'gpt2'"):
         read_shape(write_config({"model_type": "gpt2"}))
+
+
+def test_block_causal_models_are_refused_by_name(tmp_path):
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    rest = {"intermediate_size": 48, "vocab_size": 64, "rms_norm_eps": 1e-6, "rope_theta": 1e4, "mask_token_id": 9}
+    config = {**shape, **rest, "model_type": "sdar", "tie_word_embeddings": True, "block_size": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="sdar has blocks of 4: block-causal models are not planned yet"):
+        read_shape(str(tmp_path / "config.json"))

@@ -38,8 +38,17 @@ def make(tiny_model):
     return identity
 
 
+TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+
+
 CHANGES = [
-    *({"weights": "v"}, {"dtype": "bfloat16"}, {"data": "e"}, {"token": True}, {"chat_template": "{{ messages }}"}),
+    *(
+        {"weights": "v"},
+        {"dtype": "bfloat16"},
+        {"data": "e"},
+        {"token": True},
+        {"chat_template": TEMPLATE},
+    ),
     *({"max_length": 65}, {"truncation": "keep_end"}, {"estimator": "mask_count"}, {"num_samples": 8}, {"seed": 1}),
     {"estimator": "trajectory", "num_diffusion_steps": 16},
 ]

@@ -243,7 +243,7 @@ def test_reveal_counts_are_even_with_the_remainder_first():
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": float("inf")}, "temperature is inf"),
         ({"cfg_scale": float("nan")}, "cfg_scale is nan"),
-        ({"gen_length": 4096, "steps": 4096, "block_length": 64}, "prompt 2 has 9 tokens .* context of 4096"),
+        ({"gen_length": 4096, "steps": 4096, "block_length": 64}, "prompt 0: it has 3 tokens .* context of 4096"),
         ({"remasking": "best"}, "low_confidence, top_margin, entropy, random"),
         ({"threshold": 1.5}, "between 0 and 1"),
         ({"threshold": 0.9, "remasking": "entropy"}, "threshold needs"),

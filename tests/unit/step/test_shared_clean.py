@@ -64,7 +64,7 @@ def case(request, tmp_path_factory):
     model, shift = published(folder, request.param, BLOCK)
     widen(model.float())
     spec = load_model(folder).spec
-    rows = NoiseOptions("mask_count", 4, 0, spec.mask_token_id, None, BLOCK).rows(BATCH, torch.device("cpu"))
+    rows = NoiseOptions("mask_count", 4, 0, spec.mask_token_id, None, BLOCK).draw_rows(BATCH, torch.device("cpu"))
     f_R = plain_row_scores(model, rows, shift)
     loss_of(rows)(f_R).backward()
     return folder, rows, f_R.detach(), {name: p.grad for name, p in model.named_parameters()}
@@ -142,3 +142,13 @@ def test_rows_without_their_clean_tokens_are_an_error(case):
     folder, rows, _, _ = case
     with pytest.raises(ValueError, match="block-causal"):
         engine_of(folder)(rows.input_ids_RT, rows.lengths_R, rows.row_M, rows.position_M, rows.target_M)
+
+
+def test_queries_in_several_chunks(case, monkeypatch):
+    """Sequences here are shorter than a chunk; of one block each, chunks are as many as there can be."""
+    monkeypatch.setattr("diffdpo.models.architecture.block_layout.CHUNK", 1)
+    folder, rows, f_plain, expected = case
+    engine = engine_of(folder)
+    f_R = STRATEGIES["two_pass"](engine, rows, loss_of(rows), segments=Segments(rows=2), last=True)
+    assert torch.allclose(f_R, f_plain, rtol=1e-5, atol=1e-5)
+    assert distance(gradients(engine.module), expected) <= 1e-5

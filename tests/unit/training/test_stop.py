@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from diffdpo.errors import RESUMABLE
-from diffdpo.training.stop import Stopped, StopRequest, stop_on_signals
+from diffdpo.errors import RESUMABLE, Stopped
+from diffdpo.training.stop import StopRequest, stop_on_signals
 from tests.support.paths import ROOT
 
 

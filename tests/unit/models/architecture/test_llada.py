@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from diffdpo.errors import UserError
 from diffdpo.models.architecture.llada import LLaDAConfig, LLaDAModelLM
@@ -132,4 +132,6 @@ def test_auto_classes(tmp_path):
     model = LLaDAModelLM(config())
     model.save_pretrained(tmp_path)
     assert isinstance(AutoConfig.from_pretrained(tmp_path), LLaDAConfig)
-    assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path), LLaDAModelLM)
+    assert isinstance(AutoModelForMaskedLM.from_pretrained(tmp_path), LLaDAModelLM)
+    with pytest.raises(ValueError, match="AutoModelForCausalLM"):  # it would be scored from left to right
+        AutoModelForCausalLM.from_pretrained(tmp_path)

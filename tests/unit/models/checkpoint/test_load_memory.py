@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.unit.models.test_published_layouts import LLADA, tensor_shapes, write
+from tests.support.published import LLADA, tensor_shapes, write
 
 SHARDS, LAYERS = 6, 12
 LOADING = """

@@ -11,7 +11,7 @@ from transformers import AutoModel, BitsAndBytesConfig
 
 from diffdpo.errors import UserError
 from diffdpo.models.load import load_model
-from tests.unit.models.test_published_layouts import LLADA, ROWS, write
+from tests.support.published import LLADA, ROWS, write
 
 INDEX = "model.safetensors.index.json"
 HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
