@@ -13,6 +13,7 @@ LINE = "{desc}: {n_fmt}/{total_fmt} {unit}s [{elapsed}<{remaining}, {rate_fmt}{p
 class Lines(tqdm):
     """A bar for a file: whole lines, at the start, every ``SECONDS`` and at the end."""
 
+    disable: bool
     shown: tuple[float, float] | None = None  # when, and how far it was
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:

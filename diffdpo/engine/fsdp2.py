@@ -109,9 +109,6 @@ class Fsdp2Engine:
         write_tensors(folder, training_state(self.module, self.optimizer))
 
     def snapshot(self) -> None:
-        return None  # every rank writes its shards
-
-    def snapshot(self) -> None:
         return None  # every rank writes its shards, and they agree on the files: collectives beside those of a step
 
     def load(self, folder: Path) -> None:
