@@ -111,9 +111,6 @@ class Fsdp2Engine:
     def snapshot(self) -> None:
         return None  # every rank writes its shards
 
-    def snapshot(self) -> None:
-        return None  # every rank writes its shards, and they agree on the files: collectives beside those of a step
-
     def load(self, folder: Path) -> None:
         self._reshard()
         read_training_state(folder, self.module, self.optimizer, fused=self.fused)
