@@ -39,6 +39,11 @@ class EngineChoice:
         return self.sharding.parameters
 
     @property
+    def has_copies(self) -> bool:
+        """Whether groups of processes hold a copy of the weights each, cut within the group."""
+        return 0 < self.sharding.over < self.processes
+
+    @property
     def reduces_in_backward(self) -> bool:
         """Whether a backward moves gradients away from the device that made them: to a rank's shard, to the host."""
         cut = self.sharding.parameters or (self.sharding.gradients and self.processes > 1)

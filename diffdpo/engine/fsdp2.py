@@ -109,7 +109,7 @@ class Fsdp2Engine:
         write_tensors(folder, training_state(self.module, self.optimizer))
 
     def snapshot(self) -> None:
-        return None  # every rank writes its shards
+        return None  # every rank writes its shards, and they agree on the files: collectives beside those of a step
 
     def load(self, folder: Path) -> None:
         self._reshard()

@@ -124,7 +124,7 @@ def _mesh(choice: EngineChoice, world: World) -> DeviceMesh:
 def _mesh_of(group: Any, kind: str, processes: int, over: int) -> DeviceMesh:
     """The processes as copies x shards; made once a process group, as it makes groups of its own."""
     if over == processes:
-        return init_device_mesh(kind, (processes,), mesh_dim_names=("shard",))
+        return init_device_mesh(kind, (processes,), mesh_dim_names=("fsdp",))  # peft knows it by the name
     return init_device_mesh(kind, (processes // over, over), mesh_dim_names=("copy", "shard"))
 
 

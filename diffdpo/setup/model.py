@@ -23,8 +23,8 @@ def load_policy(config: TrainConfig, choice: EngineChoice, world: World) -> Load
         dtype=dtype_name(choice.reads_bf16(trained=not config.use_peft)),
         device=load_device(choice, world),
         load_in_4bit=config.load_in_4bit,
-        # DoRA starts from the norms of whole rows and columns, so a shard is not enough
-        shards=None if config.use_dora else weight_shards(choice, world),
+        # DoRA starts from norms of whole weights; and on a mesh of copies peft takes a shard's size for the weight's
+        shards=None if config.use_dora or (config.use_peft and choice.has_copies) else weight_shards(choice, world),
     )
     if not config.use_peft:
         return replace(loaded, model=loaded.model.requires_grad_(True))

@@ -17,6 +17,7 @@ from diffdpo.engine.plain import PlainEngine
 from diffdpo.engine.world import World, init_distributed, shutdown_distributed
 from diffdpo.errors import UserError
 from diffdpo.models.load import LoadedModel, load_model
+from diffdpo.models.lora.adapters import add_lora
 from diffdpo.sampling.decode import sample
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 
@@ -184,13 +185,26 @@ def a_frozen_module_is_let_go(folders, scratch, world):
     return [float((score - expected).abs().max()), held.module is None]
 
 
+def an_adapter_on_shards(folders, scratch, world):
+    """Put on a model that was read into its shards: it starts and trains as on a whole one."""
+    made = []
+    for shards in (ShardedWeights(choice := fsdp2_choice(processes=world.size), world), None):
+        loaded = load_model(folders[0], shards=shards)
+        torch.manual_seed(0)
+        module = MaskedLogProbs(add_lora(loaded.model, loaded.spec, r=2), loaded.spec)
+        engine = Fsdp2Engine(module, world, OPTIONS, choice=choice) if shards else PlainEngine(module, world, OPTIONS)
+        steps(engine, world, 1, 2)
+        made.append(engine)
+    return difference(*made)
+
+
 def _in_bf16(folder: str) -> MaskedLogProbs:
     loaded = load_model(folder, dtype="bfloat16")
     return MaskedLogProbs(loaded.model, loaded.spec)
 
 
 CHECKS = (read_into_shards, train_as_plain, sample_as_plain, kept_weights_are_not_stale, resume, resume_elsewhere)
-CHECKS += (a_frozen_module_is_let_go,)
+CHECKS += (a_frozen_module_is_let_go, an_adapter_on_shards)
 
 
 def main() -> None:

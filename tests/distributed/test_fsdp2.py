@@ -89,3 +89,8 @@ def test_two_processes_read_what_one_has_saved(found):
 def test_a_frozen_module_scores_in_bf16_and_is_let_go(found, processes):
     difference, released = found[processes]["a_frozen_module_is_let_go"]
     assert difference == 0 and released
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_adapter_goes_on_a_model_in_shards(found, processes):
+    assert found[processes]["an_adapter_on_shards"] < 2e-6

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffdpo.config import ScoreConfig
 from diffdpo.errors import UserError
+from diffdpo.evaluation.score_models import load_models
+from diffdpo.evaluation.score_pairs import Scorer
 from diffdpo.models.architecture.from_scratch import new_model, train_tokenizer
 from diffdpo.models.load import save_model
 from launch import score
@@ -195,9 +198,9 @@ def command(*flags: str) -> subprocess.CompletedProcess:
         (("--pairs", "nowhere.jsonl"), "nowhere.jsonl"),
         (("--pairs", "x", "--score_estimator", "elbo"), "mask_count_mirror"),
         (("--pairs", "x", "--num_mc_samples", "0"), "at least 1"),
-        (("--pairs", "x", "--num_mc", "4"), "unrecognized"),
+        (("--pairs", "x", "--num_mc", "4"), "--num_mc_samples"),
         (("--pairs", "x", "--batch_size", "0"), "--batch_size"),
-        (("--pairs", "x", "--max_length", "64"), "leave no room"),
+        (("--pairs", "x", "--max_length", "64"), "leaves no room"),
         (("--pairs", "x", "--device", "tpu"), "cuda:N"),
         (("--pairs", "x", "--output", "no/such/folder/f"), "no folder"),
     ],
@@ -222,9 +225,10 @@ def test_help_imports_no_torch():
 
 
 def test_models_are_in_eval_mode(folder):
-    args = score.build_parser().parse_args(["--pairs", "x", "--model_name_or_path", str(folder / "model")])
-    models, _, _ = score.load_models(args)
-    assert not models[0].training and next(models[0].parameters()).dtype == torch.float32
+    config = ScoreConfig(pairs="x", model_name_or_path=str(folder / "model"))
+    (model,) = Scorer(load_models([str(folder / "model")], config), config).models
+    assert not any(module.training for module in model.modules())
+    assert next(model.parameters()).dtype == torch.float32
 
 
 @pytest.mark.slow

@@ -273,7 +273,7 @@ def test_deepspeed_is_the_json(tmp_path):
         (["--reference_free", "--precompute_ref_log_probs"], "--reference_free sets too; leave one out"),
         (["--torch_dtype", "float16"], "allowed: bfloat16, float32, auto"),
         (["--loss_type", "alphapo"], "choose among sigmoid"),
-        (["--fsdp", "full_shard"], "--ds_config"),
+        (["--fsdp", "full_shard"], "--engine fsdp2"),
         (["--gradient_checkpointing_kwargs", '{"use_reentrant": true}'], "in no other way"),
     ],
 )
