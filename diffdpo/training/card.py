@@ -82,7 +82,7 @@ def _model_index(results: Results) -> list[EvalResult]:
             task_type="text-generation",
             dataset_type="held-out",
             dataset_name=f"held out (n = {results[key]['after']['count']})",
-            metric_type=key.rpartition("/")[2],
+            metric_type=key,
             metric_name=title,
             metric_value=round(results[key]["after"]["mean"], 6),
         )

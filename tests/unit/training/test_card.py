@@ -41,7 +41,7 @@ def test_the_head_is_what_the_hub_reads(tmp_path):
     assert data.datasets == ["org/pairs", "other/set"] and data.model_name == "my-run"
     assert "diffusion-dpo" in data.tags
     found = {result.metric_type: result.metric_value for result in data.eval_results}
-    assert found == {"accuracies": 0.75, "margins": pytest.approx(0.2)}
+    assert found == {"rewards/accuracies": 0.75, "rewards/margins": pytest.approx(0.2)}
     assert "diffdpo generate" in card.text and "| 50.0 ± 0.0 % | 75.0 ±" in card.text
 
 
