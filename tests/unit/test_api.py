@@ -1,4 +1,4 @@
-"""Whatever a caller of ``import diffdpo`` gives by mistake is a UserError (or DataError) of one line, before any work."""
+"""Whatever a caller of ``import diffdpo`` gives by mistake is a UserError or DataError of one line, before any work."""
 
 import pytest
 import torch
