@@ -8,6 +8,8 @@ from typing import NoReturn
 
 from data_pipeline.errors import DataError
 
+LIKE = 0.75  # of difflib; words that differ by more are other words
+
 
 class Parser(argparse.ArgumentParser):
     """``argparse`` without abbreviations, whose errors are one line; ``--a-flag`` is ``--a_flag``."""
@@ -65,5 +67,12 @@ def unknown(rest: Sequence[str], known: Iterable[str]) -> str:
     first = rest[0].partition("=")[0]
     if not first.startswith("-"):
         return f"{first!r} belongs to no flag"
-    near = get_close_matches(first, list(known), 1)
-    return f"there is no {first}" + (f"; is {near[0]} meant?" if near else "")
+    near = nearest(first, known)
+    return f"there is no {first}" + (f"; is {near} meant?" if near else "")
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that ``name`` may be meant for: one that begins with it, or is written almost like it."""
+    names = [each for each in known if each not in ("-h", "--help", "--help_all")]
+    begins = [each for each in names if each.startswith(name)]
+    return next(iter(begins or get_close_matches(name, names, 1, LIKE)), None)

@@ -5,16 +5,16 @@ records (dicts) or a ``datasets.Dataset``; a model is a name, a folder or what :
 is raised as ``UserError`` or ``DataError`` (both are ``ValueError``); the interpreter is never ended.
 """
 
-import difflib
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import torch
 
+from data_pipeline.cli import nearest
 from data_pipeline.errors import DataError
 from data_pipeline.records import Record
 from diffdpo.cli.flags import own_names, own_settings, with_bundled_recipe
@@ -26,11 +26,11 @@ from diffdpo.models.bundled import model_or_bundled
 from diffdpo.models.load import LoadedModel, load_model
 from diffdpo.noise.estimators import check_estimator
 from diffdpo.sampling.decode import Decoding, sample
-from diffdpo.sampling.prompt import encode_prompt
-from diffdpo.settings.base import Settings
-from diffdpo.setup.handed_over import data_as_source, model_as_folder, records_of
+from diffdpo.sampling.prompt import encode_prompt, prompts_of
+from diffdpo.settings.base import Settings, converted, field_of, kind_of, of_kind
+from diffdpo.setup.handed_over import data_as_source, model_as_folder, name_of, records_of
 from diffdpo.training import preference, supervised
-from diffdpo.training.callbacks import Callback
+from diffdpo.training.callbacks import Callback, each_of
 from diffdpo.training.run import Result
 
 if not torch.cuda.is_available():
@@ -50,7 +50,7 @@ def train(
     *,
     eval_data: Data | None = None,
     reference_model: Model | None = None,
-    callbacks: Sequence[Callback] = (),
+    callbacks: Callback | Sequence[Callback] = (),
     **settings: Any,
 ) -> Result:
     """Align ``model`` with preference pairs; ``launch/train.py`` in Python. ``settings`` are its flags.
@@ -59,11 +59,11 @@ def train(
     reference, by default the model as it starts. Under a launcher every process calls it alike. A ``datasets`` stream
     is read as far as ``max_steps`` needs.
     """
-    values = dict(settings)
+    told, values = each_of(callbacks), dict(settings)
     if reference_model is not None:
         values["ref_model_name_or_path"] = reference_model
     config = _config(TrainConfig, model, train_data, eval_data, with_bundled_recipe, values)
-    return preference.train(config, callbacks=callbacks)
+    return preference.train(config, callbacks=told)
 
 
 def sft(
@@ -71,15 +71,16 @@ def sft(
     train_data: Data | None = None,
     *,
     eval_data: Data | None = None,
-    callbacks: Sequence[Callback] = (),
+    callbacks: Callback | Sequence[Callback] = (),
     **settings: Any,
 ) -> Result:
     """Supervised training with the masked-diffusion loss; ``launch/sft.py`` in Python. ``settings`` are its flags.
 
     Without a model a new one is made, of the size that ``width``, ``layers`` and ``heads`` say.
     """
+    told = each_of(callbacks)
     config = _config(SftConfig, model, train_data, eval_data, lambda values: values, settings)
-    return supervised.sft(config, callbacks=callbacks)
+    return supervised.sft(config, callbacks=told)
 
 
 def score(
@@ -97,7 +98,7 @@ def score(
         config.score_estimator, num_samples=config.num_mc_samples, num_diffusion_steps=config.num_diffusion_steps
     )
     named = [each for each in (model if model is not None else model_or_bundled(None), reference) if each is not None]
-    models = [each if isinstance(each, LoadedModel) else load_models([str(each)], config)[0] for each in named]
+    models = [each if isinstance(each, LoadedModel) else load_models([name_of(each)], config)[0] for each in named]
     if models[0].tokenizer.get_vocab() != models[-1].tokenizer.get_vocab():
         raise UserError("the reference has another vocabulary than the model; their scores do not compare")
     scorer = Scorer(models, config)
@@ -130,13 +131,15 @@ def generate(
     known = {item.name for item in fields(Decoding)}
     if unknown := sorted(set(settings) - known):
         raise UserError(f"generate knows no setting {unknown[0]}; known: {', '.join(sorted(known))}")
+    seed, batch_size = of_kind("seed", seed, int), of_kind("batch_size", batch_size, int)
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; it must be at least 1")
-    length = settings.get("gen_length", Decoding.gen_length)
-    settings = {"steps": length, **settings}
-    Decoding(**{"block_length": length} | settings)  # what is wrong with them is told before a model is loaded
+    settings = {name: _of_decoding(name, value) for name, value in settings.items()}
+    settings = {"steps": settings.get("gen_length", Decoding.gen_length), **settings}
+    # what is wrong with them is told before a model is loaded
+    Decoding(**{"block_length": settings.get("gen_length", Decoding.gen_length)} | settings)
+    each_prompt = prompts_of(prompts)
     loaded = _loaded(model, device=device, dtype=dtype)
-    each_prompt = [prompts] if isinstance(prompts, str) else list(prompts)
     encoded = [encode_prompt(prompt, loaded, template) for prompt in each_prompt]
     answers = sample(loaded.model, loaded.spec, encoded, seed=seed, batch_size=batch_size, **settings)
     return [str(loaded.tokenizer.decode(ids, skip_special_tokens=True)) for ids in answers]
@@ -147,8 +150,13 @@ def load(
 ) -> LoadedModel:
     """A model with its tokenizer and the facts of its family: a folder, a hub name, an adapter's folder (with its
     base), by default the bundled model."""
-    name = model_or_bundled(None if model is None else str(model))
+    name = model_or_bundled(None if model is None else name_of(model))
     return load_model(name, device=device_named(device), dtype=dtype, load_in_4bit=load_in_4bit)
+
+
+def _of_decoding(name: str, value: Any) -> Any:
+    hint = get_type_hints(Decoding)[name]
+    return None if value is None and type(None) in get_args(hint) else of_kind(name, value, kind_of(hint))
 
 
 def _loaded(model: Model | None, *, device: str, dtype: str) -> LoadedModel:
@@ -170,7 +178,11 @@ def _config(
             raise UserError(f"{name} is given twice; leave one out")
         if value is not None:
             values[name] = value
-    values = own_names(config_class, values)
+    objects = ("model_name_or_path", "ref_model_name_or_path", "train_data", "eval_data")
+    values = {
+        name: value if name in objects else converted(config_class, name, value)
+        for name, value in own_names(config_class, values).items()
+    }
     cache = _cache_of(values)
     needed = _records_needed(config_class, values) if values.get("max_steps") else None
     for name in ("train_data", "eval_data"):
@@ -194,7 +206,8 @@ def _records_needed(config_class: type, values: Mapping[str, Any]) -> int:
     """Records that ``max_steps`` steps read of a stream, for one process of each device."""
 
     def of(name: str) -> int:
-        return int(values.get(name) or getattr(config_class, name))
+        default: Any = field_of(config_class, name).default
+        return int(values.get(name, default))
 
     per_step = of("per_device_train_batch_size") * of("gradient_accumulation_steps")
     return of("max_steps") * per_step * int(os.environ.get("WORLD_SIZE", 1))
@@ -205,6 +218,6 @@ def _checked(config_class: type, settings: Mapping[str, Any]) -> Mapping[str, An
     known = [item.name for item in fields(config_class)]
     for name in settings:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise UserError(f"{name} is no setting{f'; {near[0]} is meant?' if near else ', see docs/python.md'}")
+            near = nearest(name, known)
+            raise UserError(f"{name} is no setting{f'; is {near} meant?' if near else ', see docs/python.md'}")
     return settings

@@ -8,12 +8,12 @@ import dataclasses
 import textwrap
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from data_pipeline.cli import nearest
 from diffdpo.cli import trl
 from diffdpo.command import Parser
 from diffdpo.config import RunConfig, SftConfig, TrainConfig, make_config
@@ -96,8 +96,8 @@ def _check_name(config_class: type[Settings], name: str) -> None:
     for other, command in ((TrainConfig, "train"), (SftConfig, "sft")):
         if name in _names(other):
             raise UserError(f"--{name} is a flag of `{command}`, not of this command (see --help_all)")
-    near = get_close_matches(name, [*ours, *(trl.TABLE if takes_theirs(config_class) else ())], 1)
-    raise UserError(f"there is no --{name}" + (f"; is --{near[0]} meant?" if near else " (see --help_all)"))
+    near = nearest(name, [*ours, *(trl.TABLE if takes_theirs(config_class) else ())])
+    raise UserError(f"there is no --{name}" + (f"; is --{near} meant?" if near else " (see --help_all)"))
 
 
 def _names(config_class: type[Settings]) -> list[str]:
@@ -205,7 +205,7 @@ def _line(config_class: type[Settings], item: dataclasses.Field, everything: boo
         default = str(item.default).lower() if isinstance(item.default, bool) else item.default
         text += f" (default: {default})"
     lines = [f"  --{item.name} {_metavar(config_class, item)}".ljust(NAMES) + f"  {text}"]
-    if everything and choices:
+    if choices:
         allowed = f"{'each one of' if item.metadata['many'] else 'one of'}: {', '.join(choices)}"
         lines += textwrap.wrap(allowed, WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 10)
     return "\n".join(lines)

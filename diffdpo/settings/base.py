@@ -10,7 +10,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -142,10 +142,16 @@ def converted(settings_class: type[Settings], name: str, value: Any) -> Any:
         return _joined(name, value)
     if kind is str and isinstance(value, Mapping):
         return json.dumps(value)
+    return of_kind(f"--{name}", value, kind, convert=_steps if item.metadata.get("share") else None)
+
+
+def of_kind(name: str, value: Any, kind: type, *, convert: Callable[[Any], Any] | None = None) -> Any:
+    """``value`` as a bool, int, float or str, or what ``convert`` makes of it. UserError, with ``name``, where it
+    cannot be one."""
     try:
-        return _steps(value) if item.metadata.get("share") else _of_kind(value, kind)
+        return convert(value) if convert else _of_kind(value, kind)
     except (TypeError, ValueError, OverflowError, KeyError):
-        raise UserError(f"--{name} is {value!r}; it must be {KINDS[kind]}") from None
+        raise UserError(f"{name} is {value!r}; it must be {KINDS[kind]}") from None
 
 
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}

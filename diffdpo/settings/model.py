@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from data_pipeline.hub import pinned
 from diffdpo.errors import UserError
-from diffdpo.settings.base import Settings, setting
+from diffdpo.settings.base import Settings, field_of, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +63,8 @@ class LoraSettings(ModelSettings):
         if self.load_in_4bit and self.torch_compile:
             raise UserError("--torch_compile has not been seen to work with --load_in_4bit; leave one of the two out")
         for name, given in (
+            ("lora_r", self.lora_r != field_of(type(self), "lora_r").default),
+            ("lora_alpha", self.lora_alpha != field_of(type(self), "lora_alpha").default),
             ("use_dora", self.use_dora),
             ("use_rslora", self.use_rslora),
             ("lora_target_modules", self.lora_target_modules),

@@ -47,7 +47,10 @@ class ScheduleSettings(Settings):
     title: ClassVar[str] = "learning rate"
 
     learning_rate: float | None = setting(
-        None, "peak; default: 5e-7, 5e-6 with --use_peft, 1e-4 for the bundled model", at_least=0, common=True
+        None,
+        "peak; default: 5e-7, 5e-6 with --use_peft, 1e-4 for the bundled model on your data",
+        at_least=0,
+        common=True,
     )
     lr_scheduler_type: str = setting(
         "cosine", "the rate after the warm-up", choices=tuple(SCHEDULES), refused=NOT_OFFERED

@@ -1,5 +1,6 @@
 """Where a run happens: its processes and its folder, and how it talks to the user."""
 
+import itertools
 import os
 import time
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ def open_context(config: RunConfig, command: str) -> RunContext:
     world = init_distributed(always_distributed=engine_kind(config) != PLAIN)
     if world.device.type == "cpu":
         keep_freed_memory()
-    name = world.broadcast(config.run_name or f"{command}-{time.strftime('%Y%m%d-%H%M%S')}")
+    name = world.broadcast(config.run_name or _new_name(command, Path("outputs")))
     output_dir = Path(config.output_dir or Path("outputs") / name).resolve()
     _check_output_dir(output_dir, config.resume_from_checkpoint)
     tracking_uri(config.tracking_uri, output_dir)  # a wrong one is refused here, before a model is loaded
@@ -45,6 +46,13 @@ def open_context(config: RunConfig, command: str) -> RunContext:
     world.barrier()  # no rank may write there before all have looked
     cache_dir = Path(config.data_cache_dir) if config.data_cache_dir else output_dir.parent / "data_cache"
     return RunContext(world, output_dir, cache_dir, name)
+
+
+def _new_name(command: str, outputs: Path) -> str:
+    """A name by the clock, with a number after it where a run began in the same second."""
+    now = f"{command}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = itertools.chain([now], (f"{now}-{number}" for number in itertools.count(2)))
+    return next(name for name in names if not (outputs / name).exists())
 
 
 def _check_output_dir(output_dir: Path, resume: str | None) -> None:

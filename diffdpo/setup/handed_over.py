@@ -67,11 +67,15 @@ def _written(rows: Iterable[Any], folder: Path, name: str) -> Path:
         partial.unlink(missing_ok=True)
 
 
-def _line(row: Any, where: str) -> bytes:
+def _row(row: Any, where: str) -> dict[str, Any]:
     if not isinstance(row, Mapping):
         raise DataError(f"{where} is a {type(row).__name__}; give dicts with prompt, chosen and rejected")
+    return dict(row)
+
+
+def _line(row: Any, where: str) -> bytes:
     try:
-        return (json.dumps(dict(row), ensure_ascii=False) + "\n").encode()
+        return (json.dumps(_row(row, where), ensure_ascii=False) + "\n").encode()
     except (TypeError, ValueError) as error:
         raise DataError(f"{where} cannot be written as JSON ({error}); give texts, numbers, lists and dicts") from None
 
@@ -81,7 +85,7 @@ def records_of(data: Any) -> Iterator[Record]:
     if isinstance(data, (str, Path)):
         parsed = ((row.where, row.parsed()) for row in open_rows(str(data), SourceOptions()))
     else:
-        parsed = ((f"record {n}", dict(row)) for n, row in enumerate(_rows_of(data, "pairs", None), start=1))
+        parsed = ((f"record {n}", _row(row, f"record {n}")) for n, row in enumerate(_rows_of(data, "pairs", None), 1))
     for where, row in parsed:
         try:
             yield from convert(row)
@@ -89,12 +93,17 @@ def records_of(data: Any) -> Iterator[Record]:
             raise DataError(f"{where}: {error}") from None
 
 
+def name_of(model: Any) -> str:
+    """A model's name or folder as text. UserError for anything else."""
+    if not isinstance(model, (str, Path)):
+        raise UserError(f"a model is a name, a folder or what diffdpo.load gave, not a {type(model).__name__}")
+    return str(model)
+
+
 def model_as_folder(model: Any, cache_dir: Path) -> str:
     """The name of a model; a loaded one is saved into the cache, as the weights it has now."""
-    if isinstance(model, (str, Path)):
-        return str(model)
     if not isinstance(model, LoadedModel):
-        raise UserError(f"a model is a name, a folder or what diffdpo.load gave, not a {type(model).__name__}")
+        return name_of(model)
     if hasattr(model.model, "peft_config"):
         raise UserError("a loaded adapter cannot be trained on yet: merge it first (diffdpo export --adapter FOLDER)")
     from diffdpo.reference.identity import weights_digest

@@ -1,8 +1,10 @@
 """What a caller of ``diffdpo.train`` may hear of a run, and the one thing it may ask: to stop."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from diffdpo.errors import UserError
 from diffdpo.step.report import StepReport
 
 
@@ -23,6 +25,16 @@ class Callback:
 
     def on_end(self, step: int) -> None:
         """After the last step of this run, complete or stopped; not after an error."""
+
+
+def each_of(callbacks: Any) -> tuple[Callback, ...]:
+    """One callback or several as a tuple. UserError for what is none."""
+    each = tuple(callbacks) if isinstance(callbacks, Iterable) else (callbacks,)
+    for one in each:
+        if not isinstance(one, Callback):
+            what = f"the class {one.__name__}" if isinstance(one, type) else f"a {type(one).__name__}"
+            raise UserError(f"callbacks holds {what}; give objects of classes derived from diffdpo.Callback")
+    return each
 
 
 class Callbacks(Callback):
