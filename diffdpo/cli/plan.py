@@ -62,12 +62,14 @@ def main(argv: list[str]) -> None:
     gpu = find_gpu(args.gpu, memory, rates)
     host = Host(parse_size(args.host_memory, "host_memory")) if args.host_memory else None
     from diffdpo.planner.advise import advise
-    from diffdpo.planner.plan import Machine, make_plan
+    from diffdpo.planner.plan import Machine, check_plannable, make_plan
     from diffdpo.planner.report import as_json, as_text
 
+    machine = Machine(gpu, host, args.num_gpus)
+    check_plannable(config, machine)
     print("planning: a step is traced without its numbers at several sizes, which can take minutes", file=sys.stderr)
     try:
-        plan = make_plan(config, Machine(gpu, host, args.num_gpus), scored=args.answer_tokens)
+        plan = make_plan(config, machine, scored=args.answer_tokens)
         advice = advise(plan, scored=args.answer_tokens) if plan.short() else None
     except RuntimeError as error:
         if not out_of_memory(error):

@@ -66,6 +66,13 @@ class Plan:
         return step_time(self.job, self.numbers, self.run, gpu, self.machine.host or Host(0))
 
 
+def check_plannable(config: TrainConfig, machine: Machine) -> None:
+    """UserError for what can be known to be missing before the minutes of planning."""
+    if config.max_memory and machine.gpu is None:
+        raise UserError("--max_memory is a share of a GPU's memory; give --gpu or --gpu_memory to plan it")
+    read_shape(model_or_bundled(config.policy))
+
+
 def make_plan(
     config: TrainConfig, machine: Machine, *, cuda: bool = True, scored: int | None = None, timed: bool = True
 ) -> Plan:
@@ -95,8 +102,8 @@ def make_plan(
 
 def _sized(config: TrainConfig, machine: Machine, *, cuda: bool) -> tuple[Fit, TrainConfig]:
     """The run's own search with planned peaks in place of measured ones, and what it chooses as settings."""
-    if machine.gpu is None:
-        raise UserError("--max_memory is a share of a GPU's memory; give --gpu or --gpu_memory to plan it")
+    check_plannable(config, machine)
+    assert machine.gpu is not None
     shape = micro_batch_shape(config, couples_pairs=config.loss().couples_pairs)
     choice = planned_engine(config, cuda=cuda, processes=machine.gpus)
     free = not shape.couples_pairs and config.segmentation != "deferred" and not choice.fixes_batch_sizes
