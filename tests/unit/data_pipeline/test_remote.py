@@ -165,7 +165,7 @@ def test_a_missing_protocol_package_is_named(cache, monkeypatch):
         raise ImportError("Install s3fs to access S3")
 
     monkeypatch.setattr(fsspec, "open", no_package)
-    with pytest.raises(DataError, match="Install s3fs.*pip install s3fs"):
+    with pytest.raises(DataError, match=r"Install s3fs.*pip install s3fs"):
         open_dataset("s3://bucket/pairs.jsonl", cache_dir=cache)
 
 
