@@ -5,14 +5,14 @@ import logging
 import sys
 from pathlib import Path
 
-from data_pipeline.cli import Parser, exit_code
+from data_pipeline.cli import Parser, exit_code, program
 from data_pipeline.errors import DataError
 from data_pipeline.sources.candidates import POLICIES
 from data_pipeline.sources.formats import FORMATS
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m data_pipeline", description="Preference data: build, look at, check, generate.")
+    parser = Parser(prog=program(), description="Preference data: build, look at, check, generate.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
     _add_build(commands.add_parser("build", help="any source -> shards with an index", description=BUILD_HELP))
     inspect = commands.add_parser("inspect", help="show records, also in tokens", description="Show records readably.")

@@ -8,6 +8,12 @@ from typing import NoReturn
 
 from data_pipeline.errors import DataError
 
+
+def program() -> str:
+    """What the user typed to get here: ``diffdpo data`` or this package's own name."""
+    return sys.argv[0] if sys.argv[0] == "diffdpo data" else "python -m data_pipeline"
+
+
 LIKE = 0.75  # of difflib; words that differ by more are other words
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.arithmetic import FLAWS, LARGEST_NUMBER, PROBLEM_KINDS, Problem, clear_answer, draw_problem
-from data_pipeline.cli import Parser
+from data_pipeline.cli import Parser, program
 from data_pipeline.errors import DataError
 from data_pipeline.files import whole_or_absent
 
@@ -130,7 +130,7 @@ def _chosen_from(text: str, allowed: Sequence[str], option: str) -> list[str]:
 def main(argv: list[str]) -> int:
     """``python -m data_pipeline generate``."""
     parser = Parser(
-        prog="python -m data_pipeline generate",
+        prog=f"{program()} generate",
         description="Write arithmetic-reasoning preference pairs (or, with --corpus, single answers) as JSON lines.",
     )
     parser.add_argument("--out", default="-", help="a .jsonl or .jsonl.gz file; - is standard output")
