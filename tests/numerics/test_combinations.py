@@ -41,7 +41,8 @@ class Runs:
         out = self.folder / f"{loss}-{lora}-{reference}-{strategy}-{segment_rows}"
         names = loss.split(",")
         settings = {"model_name_or_path": self.model, "train_data": self.pairs, "output_dir": str(out)}
-        settings |= {"loss_type": names[0], "sft_weight": 0.3 if len(names) > 1 else 0.0, "use_peft": lora, "lora_r": 4}
+        settings |= {"loss_type": names[0], "sft_weight": 0.3 if len(names) > 1 else 0.0}
+        settings |= {"use_peft": True, "lora_r": 4} if lora else {}
         settings |= {"reference": reference, "segmentation": strategy, "segment_rows": segment_rows, "beta": 0.5}
         settings |= {"max_steps": STEPS, "learning_rate": 5e-3, "warmup_steps": 0, "num_mc_samples": 2}
         settings |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "eval_fraction": 0.0}
