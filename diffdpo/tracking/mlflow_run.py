@@ -184,7 +184,7 @@ class MlflowRun:
 
     def _connect(self) -> None:
         if self._client is None:
-            _quiet_mlflow()
+            quiet_mlflow()
             import mlflow
 
             for name in ("mlflow", "alembic"):  # mlflow's import has set its own level
@@ -277,7 +277,7 @@ class MlflowRun:
         self._monitor.start()
 
 
-def _quiet_mlflow() -> None:
+def quiet_mlflow() -> None:
     """Our own loop does the retrying; MLflow's would hold a call for minutes."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from diffdpo.evaluation.heldout import SampledAnswers
-from diffdpo.evaluation.items import ItemFile
+from diffdpo.evaluation.item_file import ItemFile
 from diffdpo.evaluation.result import Evaluation
 from diffdpo.evaluation.samples import SampleFile
 from diffdpo.tracking.run import Tracking
