@@ -44,8 +44,8 @@ def test_asked_for_is_what_was_typed_and_not_the_bundled_recipe(pairs_file):
     assert asked() == {}
     assert asked("--beta", "0.3", "--max_length", "128") == {"beta": 0.3}  # 128 is what the bundled recipe has
     assert asked("--max_length", str(TrainConfig.max_length)) == {"max_length": TrainConfig.max_length}
-    of_data = {"train_data": str(pairs_file), "max_length": 128}
-    assert asked("--train_data", str(pairs_file), "--max_length", "128") == of_data
+    of_data = {"train_data": str(pairs_file), "num_train_epochs": 2}
+    assert asked("--train_data", str(pairs_file), "--num_train_epochs", "2") == of_data
 
 
 def test_flags_of_both_spellings_of_true():
