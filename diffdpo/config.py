@@ -17,7 +17,7 @@ from diffdpo.engine.choice import shards_parameters
 from diffdpo.errors import UserError
 from diffdpo.losses.settings import LossSettings
 from diffdpo.models.checkpoint.adapter_folder import is_adapter
-from diffdpo.settings.base import Settings, check_settings, public, setting
+from diffdpo.settings.base import Settings, check_settings, converted, public, setting
 from diffdpo.settings.credentials import taken
 from diffdpo.settings.data import DataSettings, EncodingSettings
 from diffdpo.settings.engine import EngineSettings
@@ -30,6 +30,8 @@ from diffdpo.settings.reference import ReferenceSettings
 from diffdpo.settings.segments import MemorySettings, SegmentSettings
 from diffdpo.settings.tracking import TrackingSettings
 
+# What preference training takes where neither a model nor data is named: settings that suit what comes with diffdpo
+BUNDLED_RECIPE = Path(__file__).parent / "pretrained" / "arithmetic" / "train.yaml"
 FULL_RATE, LORA_RATE, BUNDLED_RATE = 5e-7, 5e-6, 1e-4  # VRPO's for 8B; the usual tenfold for LoRA; for 1M parameters
 
 
@@ -192,6 +194,28 @@ def resolve(config: RunConfig) -> RunConfig:
         rate = LORA_RATE
     config.check_peak(rate)
     return dataclasses.replace(config, learning_rate=rate)
+
+
+def bundled_settings() -> dict[str, Any]:
+    """The settings of preference training where neither a model nor data is named."""
+    recipe = yaml.safe_load(BUNDLED_RECIPE.read_text())
+    return {name: converted(TrainConfig, name, value) for name, value in recipe.items()}
+
+
+def with_bundled_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Preference training's settings, with the bundled ones where neither a model nor data is named."""
+    if given.get("model_name_or_path") or given.get("train_data"):
+        return dict(given)
+    bundled = bundled_settings()
+    if "loss_type" in given:
+        bundled.pop("sft_weight", None)  # it goes with the loss of the recipe
+    return {**bundled, **given}
+
+
+def usual_settings(config: RunConfig) -> dict[str, Any]:
+    """What a command would have taken by itself in place of these settings, where that is not a field's default."""
+    of_training = isinstance(config, TrainConfig) and not (config.model_name_or_path or config.train_data)
+    return bundled_settings() if of_training else {}
 
 
 def to_yaml(config: RunConfig) -> str:

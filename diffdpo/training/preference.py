@@ -11,8 +11,8 @@ from torch import nn
 from data_pipeline.facts import refuse_unusable
 from diffdpo.config import TrainConfig, resolve
 from diffdpo.engine.base import Engine, FrozenModule, count_parameters
-from diffdpo.engine.choice import EngineChoice, choose_engine
-from diffdpo.engine.make import bf16_able, make_engine
+from diffdpo.engine.choice import EngineChoice
+from diffdpo.engine.make import choice_for, make_engine
 from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.evaluation.heldout import HeldOutPairs, SampledAnswers
 from diffdpo.losses.options import LossOptions
@@ -59,10 +59,7 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Result:
 def _train(
     config: TrainConfig, asked: TrainConfig, context: RunContext, watch: Watch, callbacks: Sequence[Callback]
 ) -> Result:
-    device = context.world.device
-    choice = choose_engine(
-        config, processes=context.world.size, cuda=device.type == "cuda", bf16_able=bf16_able(device)
-    )
+    choice = choice_for(config, context.world)
     check_before_weights(config, choice)
     if (finished := finished_before(config, context)) is not None:
         return finished

@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from diffdpo import __version__
-from diffdpo.config import RunConfig, to_yaml
+from diffdpo.config import RunConfig, to_yaml, usual_settings
 from diffdpo.engine.world import World
 from diffdpo.settings.base import changed
 
@@ -39,8 +39,8 @@ def write_record(
 
 
 def settings_text(asked: RunConfig) -> str:
-    """What was asked for, as YAML: the settings that are not at their default."""
-    return yaml.safe_dump(changed(asked), sort_keys=False)
+    """What was asked for, as YAML: the settings that are not what the command takes by itself."""
+    return yaml.safe_dump(changed(asked, usual_settings(asked)), sort_keys=False)
 
 
 def environment_of(world: World, command: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from data_pipeline.records import AnswerRecord
 from data_pipeline.stages import RecordReader
 from diffdpo.config import SftConfig, resolve
 from diffdpo.engine.base import count_parameters
-from diffdpo.engine.choice import EngineChoice, choose_engine
-from diffdpo.engine.make import bf16_able, load_device, make_engine, weight_shards
+from diffdpo.engine.choice import EngineChoice
+from diffdpo.engine.make import choice_for, load_device, make_engine, weight_shards
 from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.errors import UserError
 from diffdpo.evaluation.heldout import HeldOutAnswers, SampledAnswers
@@ -63,10 +63,7 @@ def sft(config: SftConfig, *, callbacks: Sequence[Callback] = ()) -> Result:
 def _sft(
     config: SftConfig, asked: SftConfig, context: RunContext, watch: Watch, callbacks: Sequence[Callback]
 ) -> Result:
-    device = context.world.device
-    choice = choose_engine(
-        config, processes=context.world.size, cuda=device.type == "cuda", bf16_able=bf16_able(device)
-    )
+    choice = choice_for(config, context.world)
     check_before_weights(config, choice)
     if (finished := finished_before(config, context)) is not None:
         return finished
