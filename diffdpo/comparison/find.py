@@ -12,6 +12,7 @@ from diffdpo.settings.credentials import STORE, taken
 from diffdpo.tracking.mlflow_run import check_tracking_uri, sqlite_uri
 
 DEPTH = 3  # folders below one that is named
+NOT_RUNS = ("mlartifacts", "mlruns", "checkpoints", "final", "start", "plots")  # MLflow's copies, and parts of a run
 DEFAULT_STORE = Path("outputs/mlflow.db")
 
 
@@ -45,7 +46,9 @@ def folders_of(path: Path) -> list[Path]:
     found: list[Path] = []
     for _ in range(DEPTH):
         try:
-            below = sorted(child for folder in below for child in folder.iterdir() if child.is_dir())
+            below = sorted(
+                child for folder in below for child in folder.iterdir() if child.is_dir() and child.name not in NOT_RUNS
+            )
         except PermissionError as error:
             raise UserError(f"{error.filename} cannot be read ({error.strerror})") from None
         found += [folder for folder in below if is_run(folder)]

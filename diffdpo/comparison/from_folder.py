@@ -35,7 +35,7 @@ def read_folder(folder: Path) -> RecordedRun:
         gaps.append(f"{len(read) - len(lines)} of {len(read)} lines of {JOURNAL} are torn or damaged and left out")
     if not lines:
         gaps.append(f"no line of {JOURNAL}")
-    config, asked = _yaml(folder / "config.yaml", gaps), _yaml(folder / "asked.yaml", gaps)
+    config, asked = _yaml(folder / "config.yaml", gaps), _yaml(folder / "asked.yaml", [])
     environment, summary = _json(folder / "environment.json", gaps), _json(folder / "summary.json")
     shipped, running = _json(folder / STATE_FILE), lock.is_held(folder)
     if running:
@@ -118,16 +118,12 @@ def _status(running: bool, summary: Mapping[str, Any], shipped: Mapping[str, Any
 def _yaml(path: Path, gaps: list[str]) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        gaps.append(f"no {path.name}")
-        return {}
     except (OSError, ValueError, yaml.YAMLError):
         content = None
-    if not isinstance(content, dict):
-        if path.name != "asked.yaml":  # that of a run without flags is empty
-            gaps.append(f"{path.name} cannot be read")
-        return {}
-    return content
+    if isinstance(content, dict):
+        return content
+    gaps.append(f"{path.name} is missing or cannot be read")
+    return {}
 
 
 def _json(path: Path, gaps: list[str] | None = None) -> dict[str, Any]:

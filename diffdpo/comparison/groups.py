@@ -1,6 +1,7 @@
 """What differs between runs, and which of them differ by their seed alone."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,16 +40,21 @@ class Group:
         """Stands for the group where its settings are asked for."""
         return self.runs[0]
 
+    @property
+    def measured(self) -> tuple[RecordedRun, ...]:
+        """Those whose figures are averaged: the finished ones, where there are any."""
+        return tuple(run for run in self.runs if run.status == "finished") or self.runs
+
     @cached_property
     def after(self) -> dict[str, Estimate]:
         """Final held-out figures. Of several seeds: their mean and its standard error over seeds; of one run its own,
         over held-out items."""
-        if len(self.runs) == 1:
-            return dict(self.first.after)
-        names = dict.fromkeys(name for run in self.runs for name in run.after)
+        if len(self.measured) == 1:
+            return dict(self.measured[0].after)
+        names = dict.fromkeys(name for run in self.measured for name in run.after)
         found = {}
         for name in names:
-            means = [run.after[name].mean for run in self.runs if name in run.after]
+            means = [run.after[name].mean for run in self.measured if name in run.after]
             finite = [mean for mean in means if math.isfinite(mean)]
             found[name] = Estimate.of(finite if len(finite) == len(means) else [math.nan])
         return found
@@ -66,12 +72,11 @@ def group_runs(runs: Sequence[RecordedRun]) -> list[Group]:
 
 
 def _name_of(members: Sequence[RecordedRun]) -> str:
+    """What the names have in common, or else the first, and the seeds."""
     if len(members) == 1:
         return members[0].name
-    seeds = ", ".join(run.params.get("seed", "?") for run in members)
     common = members[0].name
     while not all(run.name.startswith(common) for run in members):
         common = common[:-1]
-    common = common.rstrip("-_ .=(")
-    common = common.removesuffix("seed").removesuffix("-s").rstrip("-_ .") or members[0].name
-    return f"{common} (seeds {seeds})"
+    common = re.sub(r"[-_ .=(/]*(s|seed)?[-_ .=(/]*$", "", common) or members[0].name
+    return f"{common} (seeds {', '.join(run.params.get('seed', '?') for run in members)})"

@@ -8,16 +8,17 @@ all runs that are set against the same one.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
 from diffdpo.comparison.groups import ABSENT, Group
 from diffdpo.comparison.recorded import RecordedRun
 from diffdpo.evaluation.estimate import Estimate, paired_difference
+from diffdpo.losses.settings import LossSettings
 
 FLIPS = 20_000
-LOSS_SETTINGS = ("loss_type", "loss_weights", "label_smoothing", "discopop_tau", "simpo_gamma", "beta")
+LOSS_SETTINGS = tuple(item.name for item in fields(LossSettings) if item.name != "sft_weight")
 REWARD_SETTINGS = ("beta", "model_name_or_path", "ref_model_name_or_path")
 MEANS_DEPEND_ON = {
     "loss": LOSS_SETTINGS,
@@ -74,7 +75,7 @@ def unlike_settings(metric: str, runs: Sequence[RecordedRun]) -> list[str]:
 
 def _values(group: Group, metric: str) -> tuple[object, dict[object, float]] | None:
     """(what the items are of, the mean over seeds of each item's value by its name); None where they are not kept."""
-    parts = [_own_values(run, metric) for run in group.runs]
+    parts = [_own_values(run, metric) for run in group.measured]
     known = [part for part in parts if part is not None]
     if not known or len(known) < len(parts) or len({str(part[0]) for part in known}) > 1:
         return None

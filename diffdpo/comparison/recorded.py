@@ -9,10 +9,31 @@ from typing import Any
 from diffdpo.evaluation.estimate import Estimate
 
 NOT_SETTINGS = frozenset(
-    ("output_dir", "run_name", "experiment_name", "tracking_uri", "tracking_timeout", "report_to", "run_tags")
-    + ("parent_run", "register_model", "resume_from_checkpoint", "save_steps", "save_minutes", "save_total_limit")
-    + ("save_on_full_disk", "logging_steps", "stop_seconds", "hang_timeout", "data_cache_dir", "dataset_num_workers")
-    + ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_token")
+    {
+        "output_dir",
+        "run_name",
+        "experiment_name",
+        "tracking_uri",
+        "tracking_timeout",
+        "report_to",
+        "run_tags",
+        "parent_run",
+        "register_model",
+        "resume_from_checkpoint",
+        "save_steps",
+        "save_minutes",
+        "save_total_limit",
+        "save_on_full_disk",
+        "logging_steps",
+        "stop_seconds",
+        "hang_timeout",
+        "data_cache_dir",
+        "dataset_num_workers",
+        "push_to_hub",
+        "hub_model_id",
+        "hub_private_repo",
+        "hub_token",
+    }
 )
 """Settings that say where and how a run is recorded: what they are changes no result."""
 
@@ -119,9 +140,13 @@ def _sorted(found: Mapping[int, Any]) -> tuple[tuple[int, ...], tuple[Any, ...]]
 
 
 def last_held_out(curves: Mapping[str, Curve]) -> dict[str, Estimate]:
-    """The newest held-out means of a run that has not ended; their error bars are not known."""
-    newest = {key.removeprefix("eval/"): curve.finite() for key, curve in curves.items() if key.startswith("eval/")}
-    return {key: Estimate(points[-1][1], math.nan, 0) for key, points in newest.items() if points}
+    """The newest held-out means of a run that has not ended; their error bars are not known. NaN is one too."""
+    found = {}
+    for key, curve in curves.items():
+        if key.startswith("eval/") and curve.steps[-1] > 0:  # that of step 0 is of before training
+            mean = curve.values[-1]
+            found[key.removeprefix("eval/")] = Estimate(math.nan if mean is None else mean, math.nan, 0)
+    return found
 
 
 def rate_of(curves: Mapping[str, Curve]) -> float | None:

@@ -85,9 +85,10 @@ def _baseline(groups: Sequence[Group], name: str | None) -> Group:
     raise UserError(f"--baseline {name}: no such run; there are {', '.join(group.name for group in groups)}")
 
 
-def runs_table(found: Comparison) -> Table:
-    """What differs, and what each run cost."""
-    names = [*found.settings, *(["seed"] if len({run.params.get("seed") for run in found.runs}) > 1 else [])]
+def runs_table(found: Comparison, *, most: int | None = None) -> Table:
+    """What differs, and what each run cost. ``most``: columns of settings; further ones are told in the note."""
+    shown, rest = found.settings[:most], found.settings[len(found.settings[:most]) :]
+    names = [*shown, *(["seed"] if len({run.params.get("seed") for run in found.runs}) > 1 else [])]
     columns = ("run", *names, "state", "steps", "records/s", "GiB", "time")
     rows = []
     for run in found.runs:
@@ -96,7 +97,7 @@ def runs_table(found: Comparison) -> Table:
         cost = (_number(run.rate, 1), _number(run.memory, 2), duration(run.seconds))
         rows.append((run.name, *values, run.status, steps, *cost))
     same = "" if found.settings else "No setting differs but the seed and where the runs lie. "
-    return Table("What differs", columns, tuple(rows), (same + _also(found)).strip())
+    return Table("What differs", columns, tuple(rows), (same + _also(found, rest)).strip())
 
 
 def results_table(found: Comparison) -> Table:
@@ -141,7 +142,7 @@ def verdict(found: Comparison) -> list[str]:
     lines = []
     if len(measured) < len(found.groups):
         without = [group.name for group in found.groups if group not in measured]
-        lines.append(f"No finite {title_of(name)} of {', '.join(without)}.")
+        lines.append(f"No {title_of(name)} that is a number: {', '.join(without)}.")
     if not measured:
         return lines
     sign = -1 if lower_is_better(name) else 1
@@ -160,7 +161,10 @@ def verdict(found: Comparison) -> list[str]:
         lines.insert(1, f"Next is {second.name}, {estimate_cell(name, second.after[name])}: {tail}.")
     unfinished = [run.name for run in found.runs if run.status != "finished"]
     if unfinished:
-        lines.append(f"Not finished: {', '.join(unfinished)}; their figures are the newest on the way.")
+        lines.append(
+            f"Not finished: {', '.join(unfinished)}. Their figures, if any, are the newest on the way; where other "
+            "seeds have finished, these alone are averaged."
+        )
     return lines
 
 
@@ -200,10 +204,10 @@ def _final_and_best(group: Group, metric: str) -> str:
     if metric not in group.after:
         return ABSENT
     cell = estimate_cell(metric, group.after[metric])
-    bests = [best for run in group.runs if (best := run.best(metric)) is not None]
-    if len(group.runs) > 1 or not bests or bests[0][1] == group.first.steps:
+    best = group.measured[0].best(metric) if len(group.measured) == 1 else None
+    if best is None or math.isclose(best[0], group.after[metric].mean, rel_tol=1e-6):
         return cell
-    value, step = bests[0]
+    value, step = best
     return f"{cell} ({estimate_cell(metric, Estimate(value, math.nan, 0))} @ {step})"
 
 
@@ -225,10 +229,10 @@ def shortened(text: str) -> str:
     return text if len(text) <= LONGEST else f"…{text[-LONGEST + 1 :]}"
 
 
-def _also(found: Comparison) -> str:
-    differ = differing_facts(found.runs)
-    differ.pop("data_fingerprint", None) if "seed" in {*found.settings} else None
-    if not differ:
-        return ""
-    words = [f"{name} ({', '.join(dict.fromkeys(values))})" for name, values in differ.items()]
-    return f"Also different: {'; '.join(words)}."
+def _also(found: Comparison, settings: Sequence[str]) -> str:
+    differ = {name: [run.params.get(name, ABSENT) for run in found.runs] for name in settings}
+    differ |= differing_facts(found.runs)
+    if all(run.params.get("train_data") in (None, "None") for run in found.runs):
+        differ.pop("data_fingerprint", None)  # generated: it follows from the settings and the seed
+    words = [f"{name} ({', '.join(dict.fromkeys(map(shortened, values)))})" for name, values in differ.items()]
+    return f"Also different: {'; '.join(words)}." if words else ""

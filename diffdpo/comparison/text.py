@@ -9,6 +9,7 @@ from rich.table import Table as RichTable
 from diffdpo.comparison.tables import Comparison, Table, differences_table, gaps, results_table, runs_table, verdict
 
 NARROWEST = 160  # columns where the output is no terminal
+MOST_SETTINGS = 6  # columns
 
 
 def print_comparison(found: Comparison) -> None:
@@ -18,7 +19,7 @@ def print_comparison(found: Comparison) -> None:
         console = Console(highlight=False, width=NARROWEST)
     for line in verdict(found):
         console.print(line, markup=False)
-    for table in (runs_table(found), results_table(found), differences_table(found)):
+    for table in (runs_table(found, most=MOST_SETTINGS), results_table(found), differences_table(found)):
         if table is not None and len(table.columns) > 1:
             console.print()
             _print(console, table)

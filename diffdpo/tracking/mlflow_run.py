@@ -23,7 +23,16 @@ from diffdpo.tracking.journal import FILE, NOTE, parsed, read_journal
 from diffdpo.tracking.lock import is_held
 
 STATE_FILE = "mlflow.json"
-ARTIFACTS = ("config.yaml", "environment.json", "ds_config.json", "summary.json", FILE, "plots")
+ARTIFACTS = (
+    "config.yaml",
+    "asked.yaml",
+    "environment.json",
+    "ds_config.json",
+    "summary.json",
+    "held_out.json",
+    FILE,
+    "plots",
+)
 BATCH = 900  # the server takes at most 1000 metrics a call
 LARGEST_LINE = 100  # metrics in one line of the journal
 INTERVAL = 2.0  # seconds between shipments
