@@ -17,6 +17,7 @@ COMMANDS = {
     "generate": "answers sampled from a model",
     "export": "an adapter merged, weights in another dtype",
     "compare": "runs beside each other: what differs, which is better, a page with curves",
+    "sweep": "a grid of runs, one after the other or several at a time, and their comparison",
     "plan": "does a run fit a machine, how long does a step take",
     "data": "build, inspect, stats, verify, generate: shards and a look into them",
 }

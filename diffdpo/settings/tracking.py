@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from diffdpo.errors import UserError
 from diffdpo.settings.base import Settings, setting
 
 
@@ -23,3 +24,18 @@ class TrackingSettings(Settings):
         "seconds the end of a run waits for a server; the rest is sent later by `python -m diffdpo.tracking`",
         at_least=0,
     )
+    run_tags: str | None = setting(None, "tags of the MLflow run, such as team=nlp data=v2", many=True)
+
+    def check(self) -> None:
+        """Every tag has a name."""
+        self.tags()
+
+    def tags(self) -> dict[str, str]:
+        """``--run_tags`` by name. UserError for one without a name or a value."""
+        found = {}
+        for word in (self.run_tags or "").split(",") if self.run_tags else ():
+            name, equals, value = word.partition("=")
+            if not equals or not name.strip():
+                raise UserError(f"--run_tags {word!r} is no tag; write name=value")
+            found[name.strip()] = value.strip()
+        return found

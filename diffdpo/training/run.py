@@ -216,7 +216,7 @@ def start_tracking(run: Run, *, state: Mapping[str, Any], changes: Sequence[str]
         if uri is not None:
             params = {**public(config), **environment, "ds_config_json": json.dumps(ds_config)}
             texts = {key: str(value) for key, value in params.items()}
-            shipped = Shipped(uri, config.experiment_name, context.run_name, texts, run_tags())
+            shipped = Shipped(uri, config.experiment_name, context.run_name, texts, run_tags() | config.tags())
             if named_elsewhere(run.asked.tracking_uri):
                 context.print(f"mlflow  {uri}, as {STORE} says")
             tracking.start_mlflow(shipped, elsewhere=run.asked.tracking_uri is not None)
