@@ -25,10 +25,17 @@ class TrackingSettings(Settings):
         at_least=0,
     )
     run_tags: str | None = setting(None, "tags of the MLflow run, such as team=nlp data=v2", many=True)
+    register_model: str | None = setting(
+        None, "make the final model a version of this name in MLflow's registry (or NAME@ALIAS); default: not"
+    )
 
     def check(self) -> None:
-        """Every tag has a name."""
+        """Every tag has a name, and a model to be registered has a store."""
         self.tags()
+        if self.register_model and self.tracking_uri == "none":
+            raise UserError("--register_model needs MLflow; leave out --tracking_uri none")
+        if self.register_model and ("/" in self.register_model or ":" in self.register_model):
+            raise UserError(f"--register_model {self.register_model!r}: MLflow takes no / and : in a name")
 
     def tags(self) -> dict[str, str]:
         """``--run_tags`` by name. UserError for one without a name or a value."""
