@@ -11,8 +11,9 @@ from diffdpo.evaluation.result import cell, titles
 from diffdpo.evaluation.samples import read_samples
 
 NOTE, CHANGED, TABLES = "mlflow.note.content", "changed", "mlflow.loggedArtifacts"
-ANSWERS = "answers.json"
-NAMES = ("output_dir", "run_name", "run_tags", "experiment_name", "tracking_uri")  # MLflow shows them elsewhere
+ANSWERS, VERDICT = "answers.json", "verdict.md"
+NAMES = ("output_dir", "run_name", "run_tags", "experiment_name", "tracking_uri", "resume_from_checkpoint")
+"""Settings that MLflow shows elsewhere, or that say nothing of a result."""
 LONGEST = 4000  # of a tag, in characters
 
 
@@ -35,7 +36,9 @@ def changed_settings(output_dir: Path) -> dict[str, Any]:
 
 
 def description(output_dir: Path, changed: Mapping[str, Any]) -> str:
-    """Markdown; '' where there is nothing to tell."""
+    """Markdown; '' where there is nothing to tell. Of a sweep what its comparison says (``verdict.md``)."""
+    if (output_dir / VERDICT).exists():
+        return (output_dir / VERDICT).read_text()
     parts = []
     try:
         summary = json.loads((output_dir / "summary.json").read_text())
