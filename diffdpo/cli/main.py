@@ -16,6 +16,7 @@ COMMANDS = {
     "score": "diffusion scores of pairs under a model",
     "generate": "answers sampled from a model",
     "export": "an adapter merged, weights in another dtype",
+    "compare": "runs beside each other: what differs, which is better, a page with curves",
     "plan": "does a run fit a machine, how long does a step take",
     "data": "build, inspect, stats, verify, generate: shards and a look into them",
 }

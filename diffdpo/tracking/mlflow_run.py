@@ -23,7 +23,16 @@ from diffdpo.tracking.journal import FILE, NOTE, parsed, read_journal
 from diffdpo.tracking.lock import is_held
 
 STATE_FILE = "mlflow.json"
-ARTIFACTS = ("config.yaml", "environment.json", "ds_config.json", "summary.json", FILE, "plots")
+ARTIFACTS = (
+    "config.yaml",
+    "asked.yaml",
+    "environment.json",
+    "ds_config.json",
+    "summary.json",
+    "held_out.json",
+    FILE,
+    "plots",
+)
 BATCH = 900  # the server takes at most 1000 metrics a call
 LARGEST_LINE = 100  # metrics in one line of the journal
 INTERVAL = 2.0  # seconds between shipments
@@ -184,7 +193,7 @@ class MlflowRun:
 
     def _connect(self) -> None:
         if self._client is None:
-            _quiet_mlflow()
+            quiet_mlflow()
             import mlflow
 
             for name in ("mlflow", "alembic"):  # mlflow's import has set its own level
@@ -277,7 +286,7 @@ class MlflowRun:
         self._monitor.start()
 
 
-def _quiet_mlflow() -> None:
+def quiet_mlflow() -> None:
     """Our own loop does the retrying; MLflow's would hold a call for minutes."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")

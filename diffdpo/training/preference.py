@@ -224,6 +224,7 @@ class _Training:
             "trained_parameters": trained,
             "pairs": len(self.parts.train_set),
             "held_out_pairs": len(self.parts.eval_set) if self.parts.eval_set is not None else 0,
+            "held_out_fingerprint": self.parts.eval_set.fingerprint if self.parts.eval_set is not None else None,
             "dtype": dtype_name(self.choice.bf16),
             "reference_model": self.reference_text,
             "why_reference": self.why_mode,

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -37,22 +37,11 @@ from diffdpo.training.finish import finish
 from diffdpo.training.guard import Watch
 from diffdpo.training.loop import EVALUATION, Loop, StepFunction
 from diffdpo.training.manifest import publish, sync_tree
+from diffdpo.training.measured import HeldOut, Measured
 from diffdpo.training.record import environment_of, write_record
 from diffdpo.training.resume import finished_summary, held_by, resume_parts
 from diffdpo.training.room import check_guards, check_room
 from diffdpo.training.schedule import in_steps
-
-
-class HeldOut(Protocol):
-    """What a command measures on held-out data."""
-
-    def evaluate(self, when: str) -> Evaluation:
-        """Everything, before or after."""
-        ...
-
-    def quick(self) -> dict[str, float]:
-        """Means of what is cheap enough for between steps."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -113,8 +102,10 @@ def carry_out(run: Run) -> Result:
     tracking = start_tracking(run, state=state, changes=changes)
     with finish(context, tracking, run.watch, config) as end:
         run.watch.pulse.beat(EVALUATION, state.get("step", 0))
-        before = Evaluation(state["before"]) if run.resume else held_out.evaluate("before")
+        measured = Measured(held_out, tracking, data=run.facts["held_out_fingerprint"], resume_step=state.get("step"))
+        before = measured.again(Evaluation(state["before"])) if run.resume else measured.evaluate("before")
         loop = _loop_of(run, tracking, before, done=state.get("step", 0))
+        measured.follow(loop)
         if not run.resume:
             loop.record_evaluation(before.means())
         end.phase = "in training"
@@ -127,7 +118,7 @@ def carry_out(run: Run) -> Result:
             _save_whole(folder, engine, run.loaded)
             end.phase = f"in the evaluation after training; the trained model is in {folder}"
             run.watch.pulse.beat(EVALUATION, loop.done)
-            after = held_out.evaluate("after")
+            after = measured.evaluate("after")
             loop.record_evaluation(after.means())
             end.write_card(folder, run.base, run.asked, before, after)
             end.completed(steps=loop.done, engine=engine)

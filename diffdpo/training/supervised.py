@@ -114,7 +114,8 @@ def _build(
     return Run(
         config=replace(config, **chosen, segmentation=strategy, eval_task=held_out.answers.task),
         asked=config,
-        facts=_facts(loaded, choice, answers=len(train_set), why=why),
+        facts=_facts(loaded, choice, answers=len(train_set), why=why)
+        | {"held_out_fingerprint": eval_set.fingerprint if eval_set is not None else None},
         context=context,
         watch=watch,
         resume=resume,
