@@ -27,7 +27,9 @@ from diffdpo.settings.model import LoraSettings, ModelSettings
 from diffdpo.settings.noise import ESTIMATORS, NoiseSettings
 from diffdpo.settings.output import OutputSettings
 from diffdpo.settings.reference import ReferenceSettings
+from diffdpo.settings.sampling import SamplerSettings
 from diffdpo.settings.segments import MemorySettings, SegmentSettings
+from diffdpo.settings.tasks import PAIRS, task_names
 from diffdpo.settings.tracking import TrackingSettings
 
 # What preference training takes where neither a model nor data is named: settings that suit what comes with diffdpo
@@ -160,13 +162,69 @@ class ScoreConfig(NoiseSettings, EncodingSettings):
 
     def check(self) -> None:
         """A device that torch could know, and a place for the output."""
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
-            raise UserError(f"--device {self.device}: use auto, cpu, cuda or cuda:N")
-        if self.output and not Path(self.output).absolute().parent.is_dir():
-            raise UserError(f"--output {self.output}: there is no folder {Path(self.output).parent}; make it first")
+        check_device_and_output(self.device, self.output)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(SamplerSettings, NoiseSettings, EncodingSettings):
+    """Models on tasks (``launch/evaluate.py``)."""
+
+    title: ClassVar[str] = "what is evaluated, and how"
+
+    model_name_or_path: str | None = setting(
+        None,
+        "folders, names, adapters, checkpoints/step-N or a run's folder; the first is compared with; default: bundled",
+        common=True,
+        many=True,
+    )
+    ref_model_name_or_path: str | None = setting(None, "rewards of pairs are against it; default: none", common=True)
+    task: str | None = setting(
+        None,
+        "pairs, perplexity, multiple_choice or a verifier (see docs/evaluation.md), each with @FILE for its own items",
+        common=True,
+        many=True,
+    )
+    pairs: str | None = setting(
+        None,
+        ".jsonl(.gz), .json, .csv, .parquet, folder or data set that tasks take their items from",
+        common=True,
+        many=True,
+    )
+    output: str | None = setting(
+        None,
+        "FILE.json of the results; FILE.items/ keeps every item's, where a broken-off run goes on",
+        common=True,
+    )
+    limit: int = setting(0, "the first items of each task; 0: all", at_least=0, common=True)
+    num_generated: int = setting(200, "items of arithmetic and multiple_choice where no file is named", at_least=1)
+    beta: float = setting(0.1, "of rewards under a reference, as in training", above=0)
+    num_mc_samples: int = setting(16, "forwards a score (n)", at_least=1, common=True)
+    batch_size: int = setting(8, "items of one process at a time", at_least=1, common=True)
+    segment_rows: int = setting(64, "rows in one forward of scores", at_least=1)
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...", common=True)
+    dtype: str = setting("float32", "of the weights", choices=("float32", "bfloat16"), common=True)
+    load_in_4bit: bool = setting(False, "NF4 weights (bitsandbytes)")
+    tracking_uri: str | None = setting(None, "MLflow store for the results; default: none", common=True)
+    experiment_name: str = setting("diffdpo", "MLflow experiment")
+    run_name: str | None = setting(None, "of the MLflow run; default: evaluate and the model's name")
+
+    def check(self) -> None:
+        """There are tasks, a device that torch could know and a place for the output."""
+        check_device_and_output(self.device, self.output)
+        if not self.task and not self.pairs:
+            raise UserError("nothing to evaluate on: give --pairs FILE, or --task, such as --task arithmetic")
+        task_names(self.task or PAIRS, flag="--task")
 
 
 Config = TypeVar("Config", bound=Settings)
+
+
+def check_device_and_output(device: str, output: str | None) -> None:
+    """UserError for a device that torch could not know, and for an output without a folder to stand in."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise UserError(f"--device {device}: use auto, cpu, cuda or cuda:N")
+    if output and not Path(output).absolute().parent.is_dir():
+        raise UserError(f"--output {output}: there is no folder {Path(output).parent}; make it first")
 
 
 def make_config(config_class: type[Config], values: Mapping[str, Any]) -> Config:

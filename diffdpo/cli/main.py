@@ -15,6 +15,7 @@ COMMANDS = {
     "sft": "supervised training; makes new models too",
     "score": "diffusion scores of pairs under a model",
     "generate": "answers sampled from a model",
+    "evaluate": "models on held-out pairs and tasks, compared",
     "export": "an adapter merged, weights in another dtype",
     "compare": "runs beside each other: what differs, which is better, a page with curves",
     "plan": "does a run fit a machine, how long does a step take",

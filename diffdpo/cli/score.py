@@ -40,7 +40,9 @@ def main(argv: list[str]) -> None:
     check_estimator(
         config.score_estimator, num_samples=config.num_mc_samples, num_diffusion_steps=config.num_diffusion_steps
     )
-    records = read_records(config.pairs)
+    from data_pipeline.sources.read import records_in
+
+    records = records_in(config.pairs, flag="--pairs")
     from diffdpo.evaluation.score_models import check_models, load_models, model_names
     from diffdpo.evaluation.score_pairs import Scorer
 
@@ -70,29 +72,6 @@ def open_output(config: ScoreConfig, names: list[str]) -> "ScoreFile | None":
 
     settings = {name: value for name, value in asdict(config).items() if name in SHARED}
     return ScoreFile(Path(config.output), settings | {"model_weights": [weights_digest(name) for name in names]})
-
-
-def read_records(source: str) -> Iterator:
-    """Records of --pairs, the first checked now. DataError names the place of a row that cannot be used."""
-    from itertools import chain
-
-    from data_pipeline.errors import DataError
-    from data_pipeline.records import RecordError
-    from data_pipeline.sources.files import SourceOptions, open_rows
-    from data_pipeline.sources.formats import convert
-
-    def records() -> Iterator:
-        for row in open_rows(source, SourceOptions()):
-            try:
-                yield from convert(row.parsed())
-            except RecordError as error:
-                raise DataError(f"--pairs {row.where}: {error}") from None
-
-    found = records()
-    first = next(found, None)
-    if first is None:
-        raise DataError(f"--pairs {source}: no records in it")
-    return chain([first], found)
 
 
 def unmet(records: Iterator, done: Mapping[str, str], repeated: list[str], digests: dict[str, str]) -> Iterator:
