@@ -17,6 +17,7 @@ COMMANDS = {
     "generate": "answers sampled from a model",
     "export": "an adapter merged, weights in another dtype",
     "plan": "does a run fit a machine, how long does a step take",
+    "doctor": "what this machine can do for a run, what is missing",
     "data": "build, inspect, stats, verify, generate: shards and a look into them",
 }
 
