@@ -5,8 +5,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # also where nothing has been installed yet
 
-from diffdpo.cli.doctor import main  # noqa: E402
-from diffdpo.command import run  # noqa: E402
+from diffdpo.cli.doctor import main
+from diffdpo.command import run
 
 if __name__ == "__main__":
     run(main)

@@ -55,7 +55,9 @@ def main(argv: list[str]) -> int:
 
 def _self_test(device: str, say, everything) -> list:
     """UserError where torch, or the device, is not there."""
-    if missing := [one.name for one in everything if one.state == "error" and one.name not in ("outputs", "NVMe offload")]:
+    if missing := [
+        one.name for one in everything if one.state == "error" and one.name not in ("outputs", "NVMe offload")
+    ]:
         raise UserError(f"--self_test needs what is missing: {', '.join(missing)}")
     import torch
 

@@ -1,7 +1,8 @@
 """What the self-test compares: ways to compute on the device, each with the tolerances it must keep and what it needs.
 
-Tolerances are about four times what a correct kernel shows: fp32 was measured on CPUs; bf16 keeps 8 bits, so a sum of
-rounded products is off by some 0.4 % of its parts' size. A wrong kernel (a mask, a position, a scale) is off by far more.
+Tolerances are four times or more what correct kernels show on CPUs (docs/LOG.md, 2026-11-28): fp32 rounds at 1e-7, and
+a gradient that is a difference of two alike ones loses a digit or two of that; bf16 keeps 8 bits. A wrong kernel (a
+mask, a position, a scale) is off by a hundred times as much.
 """
 
 import importlib.util
@@ -26,7 +27,7 @@ class Tolerances:
 
 
 FP32 = Tolerances(score=1e-5, gradient=1e-4, loss=1e-4)
-BF16 = Tolerances(score=1e-2, gradient=5e-2, loss=3e-2)
+BF16 = Tolerances(score=1e-2, gradient=1e-1, loss=3e-2)
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Case:
             if importlib.util.find_spec("liger_kernel") is None:
                 return "liger-kernel is not installed"
         if self.scorer.get("compile_blocks"):
+            if self.dtype != "float32" and device.type != "cuda":
+                return "compiled for a GPU only: on a CPU it takes minutes, and fp32 has shown the graph"
             try:
                 check_compiler()
             except UserError as fault:

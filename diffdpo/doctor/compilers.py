@@ -61,13 +61,17 @@ def operators(*, gpu: bool) -> Iterator[Finding]:
             yield warning(f"operator {name}", f"not for {USED_BY[name]}: {said}", advice)
     if "async_io" in to_compile and ctypes.util.find_library("aio") is None:
         to_compile.remove("async_io")
-        yield warning("operator async_io", "no libaio: no NVMe offload", "install libaio-dev, if NVMe offload is wanted")
+        yield warning(
+            "operator async_io", "no libaio: no NVMe offload", "install libaio-dev, if NVMe offload is wanted"
+        )
     yield ok("operators there", ", ".join(there) or "none")
     if to_compile:
         long = sum(SECONDS[name] for name in to_compile if name != "async_io")
         yield ok("to be compiled", f"{', '.join(to_compile)}: once, by the first run that uses it (about {long} s)")
     for lock in locked_operators([*names, "async_io"]):
-        yield warning("operator lock", f"{lock}: something compiles, or was killed", "a run waits for it, or removes it")
+        yield warning(
+            "operator lock", f"{lock}: something compiles, or was killed", "a run waits for it, or removes it"
+        )
     yield from _cache(extension_root(), bool(to_compile))
 
 

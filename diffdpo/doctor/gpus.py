@@ -42,7 +42,9 @@ def driver() -> Iterator[Finding]:
             yield ok("GPUs seen", f"{count} of {len(names)}: CUDA_VISIBLE_DEVICES is {asked!r}")
         return
     if torch.version.cuda is None:
-        yield warning("GPU", f"{names[0]} is there, and this torch is built for the CPU", "pip install torch (for CUDA)")
+        yield warning(
+            "GPU", f"{names[0]} is there, and this torch is built for the CPU", "pip install torch (for CUDA)"
+        )
     elif asked is not None:
         yield warning("GPU", f"CUDA_VISIBLE_DEVICES is {asked!r} and hides {', '.join(names)}", "unset it, or give 0")
     else:
@@ -73,7 +75,8 @@ def each() -> Iterator[Finding]:
     for index in range(visible()):
         name, properties = f"GPU {index}", torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
-        said = f"{properties.name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free, sm_{properties.major}{properties.minor}"
+        kind = f"sm_{properties.major}{properties.minor}"
+        said = f"{properties.name}, {free / GIB:.1f} of {total / GIB:.1f} GiB free, {kind}"
         if total - free > BUSY * total:
             yield warning(name, said, "others hold memory (nvidia-smi shows who); --max_memory counts them in")
         else:

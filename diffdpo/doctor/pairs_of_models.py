@@ -1,5 +1,5 @@
-"""For each case of the self-test two models with the same numbers: on the device as a run would hold it, and on the host
-in float64, padded, in one graph, which is slow and right."""
+"""For each case of the self-test two models of the same numbers: on the device as a run holds it, and on the host in
+float64, padded, in one graph, which is slow and right."""
 
 import copy
 from dataclasses import dataclass

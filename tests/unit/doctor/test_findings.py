@@ -31,7 +31,7 @@ def test_a_look_that_fails_or_hangs_is_a_line():
 def test_every_package_of_pyproject_is_looked_at(monkeypatch):
     asked = dict(software.requirements())
     assert {"torch", "deepspeed", "safetensors"} <= asked.keys() and asked["torch"].startswith(">=")
-    there = {name: "9999" for name in asked} | {"peft": None, "deepspeed": None, "torch": "2.1.0"}
+    there = dict.fromkeys(asked, "9999") | {"peft": None, "deepspeed": None, "torch": "2.1.0"}
     monkeypatch.setattr(software, "installed", there.get)
     found = by_name(software.packages())
     assert found["peft"].state == ERROR and "pip install" in found["peft"].advice
@@ -123,7 +123,9 @@ def test_the_screen_and_the_json():
 GPU_SMI = "#!/bin/sh\necho 'NVIDIA GeForce RTX 4080, 580.65.06'\n"
 
 
-@pytest.mark.parametrize(("asked", "built", "said"), [("banana", "13.0", "'banana'"), (None, None, "built for the CPU")])
+@pytest.mark.parametrize(
+    ("asked", "built", "said"), [("banana", "13.0", "'banana'"), (None, None, "built for the CPU")]
+)
 def test_a_gpu_that_torch_does_not_see_is_explained(tmp_path, monkeypatch, asked, built, said):
     from diffdpo.doctor import gpus
 
@@ -141,7 +143,8 @@ def test_a_gpu_that_torch_does_not_see_is_explained(tmp_path, monkeypatch, asked
 def test_the_command_without_torch_or_anything_else(command, tmp_path):
     """-S -I: no packages at all, as on a machine where nothing was installed."""
     root = str(software.Path(software.__file__).parents[2])
-    code = f"import sys; sys.path.insert(0, {root!r}); from diffdpo.command import run; from diffdpo.cli.doctor import main; run(main)"
+    imports = "from diffdpo.command import run; from diffdpo.cli.doctor import main"
+    code = f"import sys; sys.path.insert(0, {root!r}); {imports}; run(main)"
     done = command([sys.executable, "-S", "-I", "-c", code, "--json"], timeout=120, cwd=tmp_path)
     assert done.returncode == 1 and not done.stderr
     everything = json.loads(done.stdout)

@@ -19,7 +19,9 @@ def states(given):
 
 
 def test_a_sample_of_the_cases_passes():
-    sample = [case for case in FAST if case.name in ("fp32, deferred", "fp32, block-causal attention", "NF4 + LoRA in fp32")]
+    sample = [
+        case for case in FAST if case.name in ("fp32, deferred", "fp32, block-causal attention", "NF4 + LoRA in fp32")
+    ]
     assert len(sample) == 3
     for line in self_test.self_test(CPU, sample):
         assert line.state == self_test.PASSED, line
