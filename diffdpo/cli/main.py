@@ -19,6 +19,7 @@ COMMANDS = {
     "export": "an adapter merged, weights in another dtype",
     "compare": "runs beside each other: what differs, which is better, a page with curves",
     "plan": "does a run fit a machine, how long does a step take",
+    "doctor": "what this machine can do for a run, what is missing",
     "data": "build, inspect, stats, verify, generate: shards and a look into them",
 }
 
