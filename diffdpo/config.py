@@ -16,7 +16,7 @@ import yaml
 from diffdpo.engine.choice import shards_parameters
 from diffdpo.errors import UserError
 from diffdpo.losses.settings import LossSettings
-from diffdpo.models.checkpoint.adapter_folder import is_adapter
+from diffdpo.models.checkpoint.adapter_folder import base_of_adapter, check_adapter, is_adapter
 from diffdpo.settings.base import Settings, check_settings, converted, public, setting
 from diffdpo.settings.credentials import taken
 from diffdpo.settings.data import DataSettings, EncodingSettings
@@ -51,13 +51,22 @@ class RunConfig(
 ):
     """What ``launch/train.py`` and ``launch/sft.py`` share."""
 
+    @property
+    def policy(self) -> str | None:
+        """The model to train by one name; where none is given, the base that an adapter names."""
+        if self.adapter_name_or_path and not self.model_name_or_path:
+            return base_of_adapter(self.adapter_name_or_path)
+        return super().policy
+
     def check(self) -> None:
-        """An adapter cannot be trained on: it has no weights of its own to start from."""
+        """A model is no adapter, which has no weights of its own to start from, and an adapter is one."""
+        if self.adapter_name_or_path:
+            check_adapter(self.adapter_name_or_path)
         policy = self.model_name_or_path
         if policy and is_adapter(policy):
             raise UserError(
-                f"--model_name_or_path {policy} is a LoRA adapter; merge it first: "
-                f"python launch/export.py --adapter {policy} --output FOLDER"
+                f"--model_name_or_path {policy} is a LoRA adapter; go on with it as --adapter_name_or_path, or merge "
+                f"it first: python launch/export.py --adapter {policy} --output FOLDER"
             )
 
 
@@ -71,8 +80,13 @@ class TrainConfig(RunConfig, MemorySettings, ReferenceSettings, LossSettings, Lo
 
     def check(self) -> None:
         """What two subjects say against each other."""
-        if self.reference == "adapter_off" and not self.use_peft:
+        if self.reference == "adapter_off" and not self.adapts:
             raise UserError("--reference adapter_off needs --use_peft; without an adapter use --reference copy")
+        if self.reference == "adapter_start" and not self.adapter_name_or_path:
+            raise UserError(
+                "--reference adapter_start is the adapter that training goes on with; name it as "
+                "--adapter_name_or_path, or use --reference adapter_off"
+            )
         if self.load_in_4bit and self.engine == "fsdp2":
             raise UserError(
                 "--load_in_4bit: bitsandbytes keeps the scales of a whole matrix beside its 4-bit numbers, and FSDP2 "
@@ -122,10 +136,10 @@ class SftConfig(RunConfig):
 
     def check(self) -> None:
         """A new model has heads of one even size and blocks of its own, and answers on a canvas fit in a row."""
-        if self.block_size and self.model_name_or_path:
-            raise UserError("--block_size is of a new model; config.json says what blocks --model_name_or_path has")
+        if self.block_size and self.policy:
+            raise UserError("--block_size is of a new model; config.json says what blocks a model that is there has")
         size, rest = divmod(self.width, self.heads)
-        if not self.model_name_or_path and (rest or size % 2):
+        if not self.policy and (rest or size % 2):
             raise UserError(
                 f"--width {self.width} and --heads {self.heads}: the width must be an even number for each head, such "
                 f"as --width {self.heads * max(2, size + size % 2)}"
@@ -148,6 +162,9 @@ class ScoreConfig(NoiseSettings, EncodingSettings):
     model_name_or_path: str | None = setting(
         None, "folder, hub name or adapter folder; default: the bundled model", common=True
     )
+    adapter_name_or_path: str | None = setting(
+        None, "folder of a LoRA adapter on --model_name_or_path; default of that: the base the adapter names"
+    )
     ref_model_name_or_path: str | None = setting(
         None, "a second model to compare with, under the same noise; default: none", common=True
     )
@@ -161,7 +178,9 @@ class ScoreConfig(NoiseSettings, EncodingSettings):
     dtype: str = setting("float32", "of the weights", choices=("float32", "bfloat16"), common=True)
 
     def check(self) -> None:
-        """A device that torch could know, and a place for the output."""
+        """A device that torch could know, an adapter that is there, and a place for the output."""
+        if self.adapter_name_or_path:
+            check_adapter(self.adapter_name_or_path)
         check_device_and_output(self.device, self.output)
 
 
@@ -247,8 +266,8 @@ def resolve(config: RunConfig) -> RunConfig:
     """The learning rate, where none is given, follows what is trained. UserError where the schedule ends above it."""
     if config.learning_rate is not None:
         return config
-    rate = FULL_RATE if config.model_name_or_path else BUNDLED_RATE
-    if isinstance(config, TrainConfig) and config.use_peft:
+    rate = FULL_RATE if config.policy else BUNDLED_RATE
+    if config.adapts:
         rate = LORA_RATE
     config.check_peak(rate)
     return dataclasses.replace(config, learning_rate=rate)

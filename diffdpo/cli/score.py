@@ -24,7 +24,14 @@ if TYPE_CHECKING:
     from diffdpo.evaluation.score_pairs import Scorer
 
 SHARED = (
-    *("model_name_or_path", "ref_model_name_or_path", "score_estimator", "num_mc_samples", "num_diffusion_steps"),
+    *(
+        "model_name_or_path",
+        "adapter_name_or_path",
+        "ref_model_name_or_path",
+        "score_estimator",
+        "num_mc_samples",
+        "num_diffusion_steps",
+    ),
     *("seed", "max_length", "max_prompt_length", "truncation", "answer_truncation", "template", "dtype"),
 )
 """Settings that the scores in one file must have in common."""
@@ -68,10 +75,16 @@ def open_output(config: ScoreConfig, names: list[str]) -> "ScoreFile | None":
     if not config.output:
         return None
     from diffdpo.evaluation.score_file import ScoreFile
-    from diffdpo.reference.identity import weights_digest
 
     settings = {name: value for name, value in asdict(config).items() if name in SHARED}
-    return ScoreFile(Path(config.output), settings | {"model_weights": [weights_digest(name) for name in names]})
+    return ScoreFile(Path(config.output), settings | {"model_weights": _digests(names, config)})
+
+
+def _digests(names: list[str], config: ScoreConfig) -> list[str]:
+    from diffdpo.reference.identity import weights_digest
+
+    base = config.model_name_or_path if config.adapter_name_or_path else None
+    return [weights_digest(names[0], base=base), *(weights_digest(name) for name in names[1:])]
 
 
 def unmet(records: Iterator, done: Mapping[str, str], repeated: list[str], digests: dict[str, str]) -> Iterator:
