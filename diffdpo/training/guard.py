@@ -37,7 +37,7 @@ def guarded(
 
     UserError where another run has the folder.
     """
-    whole = True
+    whole, context = True, None
     with stop_on_signals(StopRequest(config.stop_seconds)) as stop:
         try:
             watch_launcher(_end_without)  # before the processes meet: that may take as long as they are patient
@@ -53,6 +53,8 @@ def guarded(
             whole = False
             raise
         finally:
+            if context is not None and context.world.companions is not None:
+                context.world.companions.ended.set()  # from here on each ends by itself
             if whole:  # the end of a group that has lost a member may wait for it
                 shutdown_distributed()
             stop.ended.set()
