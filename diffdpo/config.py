@@ -163,7 +163,7 @@ class ScoreConfig(NoiseSettings, EncodingSettings):
         None, "folder, hub name or adapter folder; default: the bundled model", common=True
     )
     adapter_name_or_path: str | None = setting(
-        None, "folder of a LoRA adapter on --model_name_or_path; default of that: the base the adapter names"
+        None, "folder of a LoRA adapter; without a model it is on the base that it names; default: none"
     )
     ref_model_name_or_path: str | None = setting(
         None, "a second model to compare with, under the same noise; default: none", common=True
