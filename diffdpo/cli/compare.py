@@ -13,8 +13,7 @@ from diffdpo.errors import UserError
 
 def build_parser() -> Parser:
     """The flags of the command."""
-    parser = Parser(description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "runs",
         nargs="*",

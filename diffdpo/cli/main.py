@@ -18,6 +18,7 @@ COMMANDS = {
     "evaluate": "models on held-out pairs and tasks, compared",
     "export": "an adapter merged, weights in another dtype",
     "compare": "runs beside each other: what differs, which is better, a page with curves",
+    "sweep": "a grid of runs, one after the other or several at a time, and their comparison",
     "plan": "does a run fit a machine, how long does a step take",
     "doctor": "what this machine can do for a run, what is missing",
     "data": "build, inspect, stats, verify, generate: shards and a look into them",

@@ -36,6 +36,16 @@ def one_run_in(output_dir: Path, world: "World") -> Iterator[None]:
             _release(held, output_dir)
 
 
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """The same for a process that is no rank, such as that of a sweep."""
+    held = _take(folder)
+    try:
+        yield
+    finally:
+        _release(held, folder)
+
+
 def _take(output_dir: Path) -> int:
     """The locked file. A lock is on a file, not on a name: the holder before us may just have removed it."""
     path = output_dir / FILE

@@ -1,6 +1,5 @@
 """The beginning and the end of a run, whatever it trains: its record is opened, and closed on every way out."""
 
-import json
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -38,7 +37,7 @@ from diffdpo.training.guard import Watch
 from diffdpo.training.loop import EVALUATION, Loop, StepFunction
 from diffdpo.training.manifest import publish, sync_tree
 from diffdpo.training.measured import HeldOut, Measured
-from diffdpo.training.record import environment_of, write_record
+from diffdpo.training.record import data_inputs, environment_of, parameters_of, write_record
 from diffdpo.training.resume import finished_summary, held_by, resume_parts
 from diffdpo.training.room import check_guards, check_room
 from diffdpo.training.schedule import in_steps
@@ -214,9 +213,14 @@ def start_tracking(run: Run, *, state: Mapping[str, Any], changes: Sequence[str]
             journal.note(step or 0, change)
         tracking = Tracking(output_dir, journal)
         if uri is not None:
-            params = {**public(config), **environment, "ds_config_json": json.dumps(ds_config)}
-            texts = {key: str(value) for key, value in params.items()}
-            shipped = Shipped(uri, config.experiment_name, context.run_name, texts, run_tags())
+            shipped = Shipped(
+                uri,
+                config.experiment_name,
+                context.run_name,
+                parameters_of(config, environment),
+                run_tags(environment["git"]) | config.tags(),
+                datasets=data_inputs(config, environment),
+            )
             if named_elsewhere(run.asked.tracking_uri):
                 context.print(f"mlflow  {uri}, as {STORE} says")
             tracking.start_mlflow(shipped, elsewhere=run.asked.tracking_uri is not None)

@@ -116,7 +116,8 @@ def _build(
         config=replace(config, **chosen, segmentation=strategy, eval_task=held_out.answers.task),
         asked=config,
         facts=_facts(loaded, choice, answers=len(train_set), why=why)
-        | {"held_out_fingerprint": eval_set.fingerprint if eval_set is not None else None},
+        | {"held_out_fingerprint": eval_set.fingerprint if eval_set is not None else None}
+        | {"held_out_pairs": len(eval_set) if eval_set is not None else 0},
         context=context,
         watch=watch,
         resume=resume,

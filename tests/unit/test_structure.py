@@ -29,6 +29,7 @@ FLOORS = (
     {"tracking"},
     {"setup"},
     {"training", "planner", "comparison", "doctor"},
+    {"sweep"},
     {"cli"},
     {"api"},
 )
