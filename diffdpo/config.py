@@ -26,7 +26,9 @@ from diffdpo.settings.hub import HubSettings
 from diffdpo.settings.model import LoraSettings, ModelSettings
 from diffdpo.settings.noise import ESTIMATORS, NoiseSettings
 from diffdpo.settings.output import OutputSettings
+from diffdpo.settings.pairs import PairingSettings
 from diffdpo.settings.reference import ReferenceSettings
+from diffdpo.settings.sampling import SamplingSettings
 from diffdpo.settings.segments import MemorySettings, SegmentSettings
 from diffdpo.settings.tracking import TrackingSettings
 
@@ -184,6 +186,39 @@ class ScoreConfig(NoiseSettings, EncodingSettings):
 
 
 Config = TypeVar("Config", bound=Settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsConfig(PairingSettings, SamplingSettings):
+    """Pairs of a model's own answers (``launch/make_pairs.py``)."""
+
+    title: ClassVar[str] = "what is asked, of whom"
+
+    prompts: str | None = setting(
+        None, "prompts (.txt, JSON lines) or training data; default: generated problems in arithmetic", common=True
+    )
+    num_prompts: int | None = setting(
+        None, "the first so many; default: all, of generated ones 200", at_least=1, common=True
+    )
+    output_dir: str | None = setting(None, "folder of answers, pairs and shards; required", common=True)
+    model_name_or_path: str | None = setting(
+        None, "folder, hub name or adapter folder; default: the bundled model", common=True
+    )
+    adapter_name_or_path: str | None = setting(
+        None, "folder of a LoRA adapter on --model_name_or_path; default of that: the base the adapter names"
+    )
+    template: str = setting("auto", "auto: chat if there is one", choices=("auto", "chat", "plain"))
+    seed: int = setting(0, "of the sampling noise, of which pairs are taken, and of generated problems", at_least=0)
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
+    dtype: str = setting("float32", "of the weights", choices=("float32", "bfloat16", "float16"))
+    load_in_4bit: bool = setting(False, "NF4 weights (bitsandbytes)")
+
+    def check(self) -> None:
+        """An adapter that is there; and several answers to a prompt that can differ."""
+        if self.adapter_name_or_path:
+            check_adapter(self.adapter_name_or_path)
+        if not self.temperature and self.remasking != "random":
+            raise UserError("--temperature 0 gives the same answer every time, and a pair needs two; make it larger")
 
 
 def make_config(config_class: type[Config], values: Mapping[str, Any]) -> Config:

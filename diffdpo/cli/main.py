@@ -15,6 +15,7 @@ COMMANDS = {
     "sft": "supervised training; makes new models too",
     "score": "diffusion scores of pairs under a model",
     "generate": "answers sampled from a model",
+    "make_pairs": "preference pairs of a model's own answers",
     "export": "an adapter merged, weights in another dtype",
     "plan": "does a run fit a machine, how long does a step take",
     "data": "build, inspect, stats, verify, generate: shards and a look into them",
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> int | None:
 
 def usage() -> str:
     """What there is, a line a command."""
-    lines = [f"  {name.replace('_', '-'):<10} {what}" for name, what in COMMANDS.items()]
+    lines = [f"  {name.replace('_', '-'):<11} {what}" for name, what in COMMANDS.items()]
     return os.linesep.join(
         [
             "usage: diffdpo COMMAND [flags]      (diffdpo COMMAND --help tells its flags)",

@@ -28,7 +28,7 @@ FLOORS = (
     {"evaluation"},
     {"tracking"},
     {"setup"},
-    {"training", "planner"},
+    {"training", "planner", "onpolicy"},
     {"cli"},
     {"api"},
 )
