@@ -221,6 +221,44 @@ class PairsConfig(PairingSettings, SamplingSettings):
             raise UserError("--temperature 0 gives the same answer every time, and a pair needs two; make it larger")
 
 
+@dataclass(frozen=True, kw_only=True)
+class RoundsConfig(Settings):
+    """Rounds of sample, pair and train (``launch/iterate.py``), beside the settings of the two commands they run."""
+
+    title: ClassVar[str] = "rounds"
+
+    output_dir: str | None = setting(None, "folder of all rounds; required", common=True)
+    rounds: int = setting(4, "how many", at_least=1, common=True)
+    model_name_or_path: str | None = setting(None, "the model to start from; default: the bundled one", common=True)
+    adapter_name_or_path: str | None = setting(None, "LoRA adapter to start from: every round goes on with the last's")
+    prompts: str | None = setting(
+        None, "prompts (.txt, JSON lines) or training data; default: generated problems in arithmetic", common=True
+    )
+    prompts_per_round: int | None = setting(
+        None, "no prompt comes twice; default: all prompts over all rounds, of generated ones 200", at_least=1
+    )
+    round_reference: str = setting(
+        "last",
+        "the reference of a round: the model it starts from, the first model, or a moving average of all so far",
+        choices=("last", "start", "average"),
+        common=True,
+    )
+    average_decay: float = setting(0.5, "of --round_reference average: weight of the average so far", above=0, below=1)
+    launcher: str | None = setting(None, "what starts several processes, such as torchrun --nproc_per_node 8")
+    seed: int = setting(0, "of all rounds", at_least=0)
+    tracking_uri: str | None = setting(None, "as train's; one parent run, a child run a round")
+    experiment_name: str = setting("diffdpo", "as train's")
+
+    def check(self) -> None:
+        """A folder, and a start that is there."""
+        if not self.output_dir:
+            raise UserError("output_dir is missing: name the folder of all rounds, in the recipe or as --output_dir")
+        if self.adapter_name_or_path:
+            check_adapter(self.adapter_name_or_path)
+        if self.model_name_or_path and is_adapter(self.model_name_or_path):
+            raise UserError(f"model_name_or_path {self.model_name_or_path} is an adapter: use adapter_name_or_path")
+
+
 def make_config(config_class: type[Config], values: Mapping[str, Any]) -> Config:
     """The checked dataclass; what can be known wrong without opening a model ends here.
 

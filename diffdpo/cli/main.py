@@ -16,6 +16,7 @@ COMMANDS = {
     "score": "diffusion scores of pairs under a model",
     "generate": "answers sampled from a model",
     "make_pairs": "preference pairs of a model's own answers",
+    "iterate": "rounds of make-pairs and train, each from the last",
     "export": "an adapter merged, weights in another dtype",
     "plan": "does a run fit a machine, how long does a step take",
     "data": "build, inspect, stats, verify, generate: shards and a look into them",

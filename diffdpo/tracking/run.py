@@ -22,6 +22,9 @@ from diffdpo.tracking.plots import plot_curves
 
 log = logging.getLogger(__name__)
 
+PARENT = "DIFFDPO_PARENT_RUN"
+"""Environment variable with the id of the MLflow run that a run belongs to: set by who starts several."""
+
 
 class Tracking:
     """``journal`` is written by the loop; MLflow is fed from it in the background."""
@@ -81,6 +84,8 @@ def named_elsewhere(given: str | None) -> bool:
 def run_tags() -> dict[str, str]:
     """Versions, and the commit of the code where it is a git checkout."""
     tags = {"diffdpo.version": __version__, "mlflow.source.name": "diffdpo"}
+    if parent := os.environ.get(PARENT):
+        tags["mlflow.parentRunId"] = parent
     root = Path(__file__).parents[2]
     try:
         commit = subprocess.run(
