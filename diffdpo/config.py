@@ -26,8 +26,9 @@ from diffdpo.settings.hub import HubSettings
 from diffdpo.settings.model import LoraSettings, ModelSettings
 from diffdpo.settings.noise import ESTIMATORS, NoiseSettings
 from diffdpo.settings.output import OutputSettings
+from diffdpo.settings.pairs import PairingSettings
 from diffdpo.settings.reference import ReferenceSettings
-from diffdpo.settings.sampling import SamplerSettings
+from diffdpo.settings.sampling import SamplerGridSettings, SamplingSettings
 from diffdpo.settings.segments import MemorySettings, SegmentSettings
 from diffdpo.settings.tasks import PAIRS, task_names
 from diffdpo.settings.tracking import TrackingSettings
@@ -185,7 +186,7 @@ class ScoreConfig(NoiseSettings, EncodingSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(SamplerSettings, NoiseSettings, EncodingSettings):
+class EvaluateConfig(SamplerGridSettings, NoiseSettings, EncodingSettings):
     """Models on tasks (``launch/evaluate.py``)."""
 
     title: ClassVar[str] = "what is evaluated, and how"
@@ -233,6 +234,79 @@ class EvaluateConfig(SamplerSettings, NoiseSettings, EncodingSettings):
         if not self.task and not self.pairs:
             raise UserError("nothing to evaluate on: give --pairs FILE, or --task, such as --task arithmetic")
         task_names(self.task or PAIRS, flag="--task")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsConfig(PairingSettings, SamplingSettings):
+    """Pairs of a model's own answers (``launch/make_pairs.py``)."""
+
+    title: ClassVar[str] = "what is asked, of whom"
+
+    prompts: str | None = setting(
+        None, "prompts (.txt, JSON lines) or training data; default: generated problems in arithmetic", common=True
+    )
+    num_prompts: int | None = setting(
+        None, "the first so many; default: all, of generated ones 200", at_least=1, common=True
+    )
+    output_dir: str | None = setting(None, "folder of answers, pairs and shards; required", common=True)
+    model_name_or_path: str | None = setting(
+        None, "folder, hub name or adapter folder; default: the bundled model", common=True
+    )
+    adapter_name_or_path: str | None = setting(
+        None, "folder of a LoRA adapter; without a model it is on the base that it names; default: none"
+    )
+    template: str = setting("auto", "auto: chat if there is one", choices=("auto", "chat", "plain"))
+    seed: int = setting(0, "of the sampling noise, of which pairs are taken, and of generated problems", at_least=0)
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
+    dtype: str = setting("float32", "of the weights", choices=("float32", "bfloat16", "float16"))
+    load_in_4bit: bool = setting(False, "NF4 weights (bitsandbytes)")
+
+    def check(self) -> None:
+        """An adapter that is there; and several answers to a prompt that can differ."""
+        if self.adapter_name_or_path:
+            check_adapter(self.adapter_name_or_path)
+        if not self.temperature and self.remasking != "random":
+            raise UserError("--temperature 0 gives the same answer every time, and a pair needs two; make it larger")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundsConfig(Settings):
+    """Rounds of sample, pair and train (``launch/iterate.py``), beside the settings of the two commands they run."""
+
+    title: ClassVar[str] = "rounds"
+
+    output_dir: str | None = setting(None, "folder of all rounds; required", common=True)
+    rounds: int = setting(4, "how many", at_least=1, common=True)
+    model_name_or_path: str | None = setting(None, "the model to start from; default: the bundled one", common=True)
+    adapter_name_or_path: str | None = setting(
+        None, "LoRA adapter to start from: every round goes on with the last's; default: none"
+    )
+    prompts: str | None = setting(
+        None, "prompts (.txt, JSON lines) or training data; default: generated problems in arithmetic", common=True
+    )
+    prompts_per_round: int | None = setting(
+        None, "no prompt comes twice; default: all prompts over all rounds, of generated ones 200", at_least=1
+    )
+    round_reference: str = setting(
+        "last",
+        "the reference of a round: the model it starts from, the first model, or a moving average of all so far",
+        choices=("last", "start", "average"),
+        common=True,
+    )
+    average_decay: float = setting(0.5, "of --round_reference average: weight of the average so far", above=0, below=1)
+    launcher: str | None = setting(None, "what starts several processes, such as torchrun --nproc_per_node 8")
+    seed: int = setting(0, "of all rounds", at_least=0)
+    tracking_uri: str | None = setting(None, "as train's; one parent run, a child run a round")
+    experiment_name: str = setting("diffdpo", "as train's")
+
+    def check(self) -> None:
+        """A folder, and a start that is there."""
+        if not self.output_dir:
+            raise UserError("output_dir is missing: name the folder of all rounds, in the recipe or as --output_dir")
+        if self.adapter_name_or_path:
+            check_adapter(self.adapter_name_or_path)
+        if self.model_name_or_path and is_adapter(self.model_name_or_path):
+            raise UserError(f"model_name_or_path {self.model_name_or_path} is an adapter: use adapter_name_or_path")
 
 
 Config = TypeVar("Config", bound=Settings)

@@ -12,7 +12,7 @@ BIN = Path(sys.executable).parent
 PLAIN = [sys.executable, "launch/train.py"]
 TWO = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port"]
 ENGINES = {
-    "ZeRO-2 offload": (PLAIN, ["--ds_config", "ds_configs/4080_offload.json"], 1),
+    "ZeRO-2": (PLAIN, ["--ds_config", "ds_configs/zero2.json", "--bf16", "false"], 1),
     "ZeRO-3": (PLAIN, ["--ds_config", "ds_configs/zero3.json", "--bf16", "false"], 1),
     "FSDP2, 2 processes": (TWO, ["--engine", "fsdp2"], 2),
 }
