@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,11 +32,12 @@ def training_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     return tensors
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Each process its shards, rank 0 what all have whole. Every rank calls; what fails on one is raised on all."""
+def write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], group: Any = None) -> None:
+    """Each process its shards, rank 0 what all have whole. Every rank calls, and talks in ``group`` (by default that of
+    all); what fails on one is raised on all."""
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     with _first_failure():
-        dcp.save(dict(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
+        dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
 
 
 def read_training_state(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, *, fused: bool) -> None:

@@ -44,7 +44,8 @@ def open_context(config: RunConfig, command: str) -> RunContext:
         keep_freed_memory()
     name = world.broadcast(config.run_name or _new_name(command, Path("outputs")))
     output_dir = Path(config.output_dir or Path("outputs") / name).resolve()
-    _check_output_dir(output_dir, config.resume_from_checkpoint)
+    # a replay reads what is there and writes nothing
+    _check_output_dir(output_dir, "latest" if config.replay else config.resume_from_checkpoint)
     tracking_uri(config.tracking_uri, output_dir)  # a wrong one is refused here, before a model is loaded
     check_hub(config, world)
     world.barrier()  # no rank may write there before all have looked

@@ -201,6 +201,7 @@ class _Training:
             held_out=self.held_out,
             check_first=self._check_first,
             unit="answers" if self.loss.unpaired else "pairs",
+            step_is_of_records=not (self.loss.couples_pairs or self.loss.needs_reference_point),
             base=model_or_bundled(config.policy),
             callbacks=callbacks,
         )
