@@ -10,7 +10,7 @@ from diffdpo.engine.choice import DEEPSPEED, FSDP2, EngineChoice, choose_engine
 from diffdpo.engine.deepspeed import DeepSpeedEngine, frozen_by_deepspeed
 from diffdpo.engine.fsdp2 import Fsdp2Engine, Fsdp2Frozen
 from diffdpo.engine.fsdp2_units import ShardedWeights
-from diffdpo.engine.operators import prepare_operators
+from diffdpo.engine.operators import missing_operators, needed_operators, prepare_operators
 from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.plain import PlainEngine, PlainFrozen
 from diffdpo.engine.preflight import check_nvme, check_values, check_zeropp
@@ -22,6 +22,7 @@ def check_host(choice: EngineChoice) -> None:
     """UserError for what the engine would ask of this host in vain, or not accept; before a model is loaded."""
     if choice.kind == DEEPSPEED:
         check_values(choice.ds_config)
+        missing_operators(needed_operators(choice.ds_config))
         check_nvme(choice.ds_config)
         check_zeropp(choice.ds_config, processes=choice.processes, cuda=torch.cuda.is_available())
 

@@ -6,19 +6,17 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
 from diffdpo.engine.base import parameter_groups, sum_gradients, trained_parameters
 from diffdpo.engine.choice import PLAIN, EngineChoice
 from diffdpo.engine.optimizer import OptimizerOptions
-from diffdpo.engine.saved import save_tensors, trained_by_name
+from diffdpo.engine.saved import fits_beside, save_tensors, trained_by_name
 from diffdpo.engine.tensor_files import read_training_state
 from diffdpo.engine.world import World
 
 WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
-SNAPSHOT_SHARE = 0.3  # of the host's free memory that a copy for a checkpoint may take
 
 
 class PlainFrozen:
@@ -96,12 +94,12 @@ class PlainEngine:
         moments = {f"{name}.{key}": value for name, state in states.items() for key, value in state.items()}
         return {WEIGHTS: {name: p.detach() for name, p in trained.items()}, OPTIMIZER: moments}
 
-    def snapshot(self) -> Callable[[Path], None] | None:
+    def snapshot(self, beside: World) -> Callable[[Path], None] | None:
         if not self.world.is_main:
-            return None
+            return lambda folder: None
         saved = self._saved()
         size = sum(tensor.nbytes for file in saved.values() for tensor in file.values())
-        if size > SNAPSHOT_SHARE * psutil.virtual_memory().available:
+        if not fits_beside(size):
             return None
         copy = {
             file: {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}

@@ -23,6 +23,7 @@ from diffdpo.training.guard import Watch
 from diffdpo.training.result import print_comparison, write_summary
 from diffdpo.training.resume import asked_of
 
+CLOSING = "the end of the record"  # a stage of the pulse
 LOCAL_SECONDS = 60.0  # for an sqlite file
 
 
@@ -140,5 +141,8 @@ def finish(context: RunContext, tracking: Tracking | None, watch: Watch, config:
         end.interrupted()
         raise
     finally:
+        watch.pulse.beat(CLOSING, watch.pulse.step)  # drawing and sending have no usual time
+        if context.world.companions is not None:
+            context.world.companions.ended.set()  # who has gone is known, or does not matter any more
         with watch.stop.set_deferred(True):
             end.close()

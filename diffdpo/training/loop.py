@@ -4,7 +4,6 @@ The same loop runs preference training and supervised training; they differ in t
 evaluated.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +25,7 @@ from diffdpo.step.report import StepReport
 from diffdpo.tracking.journal import Journal
 from diffdpo.training.callbacks import Callbacks
 from diffdpo.training.checkpoint import NotSaved, list_checkpoints, told_if_unwritable
+from diffdpo.training.culprit import keep_culprit, keep_state
 from diffdpo.training.guard import Watch
 from diffdpo.training.norms import NormHistory
 from diffdpo.training.saver import Saver
@@ -88,7 +88,7 @@ class Loop:
             self._tell(report)
             if self.done == 1:
                 self.check_first(report)
-            finite = self._is_finite(report, micro_batches)
+            finite = self._is_finite(report, micro_batches, rate)
             stop, due, written = self._agreed(self.callbacks.on_step(self.done, report), time.monotonic() - saved)
             if written:
                 self.saver.settle()
@@ -106,7 +106,7 @@ class Loop:
                 return False
         return True
 
-    def _is_finite(self, report: StepReport, micro_batches: Sequence[PairBatch]) -> bool:
+    def _is_finite(self, report: StepReport, micro_batches: Sequence[PairBatch], rate: float) -> bool:
         """Whether a step's loss and gradient are finite. Where they are not, or the norm is far from those before, the
         records of the step are told; all ranks see the same numbers and do the same."""
         # a step without records has no loss, and is no sign of a run that diverges
@@ -122,10 +122,11 @@ class Loop:
             what = f"loss {report.loss}, gradient norm {report.grad_norm}"
         flat = [name for rank in ids for micro_batch in rank for name in micro_batch]
         self._note(f"{what}; records {', '.join(flat[:16])}{' ...' if len(flat) > 16 else ''}")
-        if not finite and self.engine.world.is_main:
-            culprit = {"step": self.done, "loss": report.loss, "grad_norm": report.grad_norm, "records": ids}
+        if not finite:
             with told_if_unwritable(self.output_dir):
-                (self.output_dir / f"culprit-step-{self.done}.json").write_text(json.dumps(culprit, indent=1))
+                path = keep_culprit(self.output_dir, self.done, report, rate, micro_batches, self.engine)
+                if self.config.on_nonfinite == "stop":
+                    keep_state(path, self.engine)
         return finite
 
     def _note(self, text: str) -> None:
@@ -227,9 +228,9 @@ class Loop:
     def _diverged(self, report: StepReport) -> TrainingError:
         saved = list_checkpoints(self.output_dir)
         return TrainingError(
-            f"step {self.done}: loss {report.loss}, gradient norm {report.grad_norm} (its records: "
-            f"culprit-step-{self.done}.json); a smaller --learning_rate or --max_grad_norm may help; newest "
-            f"checkpoint: {saved[-1] if saved else 'none (see --save_steps)'}"
+            f"step {self.done}: loss {report.loss}, gradient norm {report.grad_norm}; which records: the same command "
+            f"with --replay {self.output_dir}/culprit-step-{self.done}.json; a smaller --learning_rate or "
+            f"--max_grad_norm may help; newest checkpoint: {saved[-1] if saved else 'none (see --save_steps)'}"
         )
 
 

@@ -128,7 +128,7 @@ class _Training:
         # before another model is in memory
         self.scores = parts.precompute() if self.mode == "precomputed" else None
         self.context.print(reading_of(config))
-        self.loaded = load_policy(config, choice, world)
+        self.loaded = load_policy(config, choice, world, with_start=self.mode == "adapter_start")
         self.noise = NoiseOptions.of(config, self.loaded.spec)
         module = MaskedLogProbs.of(self.loaded.model, self.loaded.spec, config)
         frozen = make_frozen(config, module, choice, world) if self.mode == "copy" else None
@@ -201,6 +201,7 @@ class _Training:
             held_out=self.held_out,
             check_first=self._check_first,
             unit="answers" if self.loss.unpaired else "pairs",
+            step_is_of_records=not (self.loss.couples_pairs or self.loss.needs_reference_point),
             base=model_or_bundled(config.policy),
             callbacks=callbacks,
         )
@@ -289,7 +290,8 @@ class _Training:
     def _check_first(self, report: StepReport) -> None:
         """With policy = reference and shared noise every preference logit is 0, so the sigmoid loss is ln 2."""
         config, loss = self.config, self.loss
-        if config.ref_model_name_or_path or self.mode == "none" or "sigmoid" not in loss.names:
+        apart = self.mode == "adapter_off" and config.adapter_name_or_path  # the policy starts with an adapter
+        if config.ref_model_name_or_path or apart or self.mode == "none" or "sigmoid" not in loss.names:
             return
         if not report.records or not math.isfinite(report.loss):
             return  # told of by the loop: there is no loss to compare

@@ -22,6 +22,7 @@ from diffdpo.config import RunConfig, to_yaml, usual_settings
 from diffdpo.engine.world import World
 from diffdpo.settings.base import changed, public
 from diffdpo.settings.credentials import hidden, untold
+from diffdpo.tracking.commit import git_state
 
 LONGEST_DIFF = 1_000_000  # characters
 
@@ -96,23 +97,6 @@ def _name(requirement: str) -> str:
     for stop in " <>=!~[;":
         requirement = requirement.split(stop)[0]
     return requirement
-
-
-def git_state() -> dict[str, Any] | None:
-    """Commit of the code and whether the tree had changes; None outside a git checkout."""
-    root = Path(__file__).parents[2]
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")) != root:
-            return None  # installed into somebody else's checkout
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def _device_name(device: torch.device) -> str:

@@ -38,6 +38,7 @@ from diffdpo.training.loop import EVALUATION, Loop, StepFunction
 from diffdpo.training.manifest import publish, sync_tree
 from diffdpo.training.measured import HeldOut, Measured
 from diffdpo.training.record import data_inputs, environment_of, parameters_of, write_record
+from diffdpo.training.replay import replay
 from diffdpo.training.resume import finished_summary, held_by, resume_parts
 from diffdpo.training.room import check_guards, check_room
 from diffdpo.training.schedule import in_steps
@@ -86,6 +87,7 @@ class Run:
     held_out: HeldOut
     check_first: Callable[[StepReport], None]
     unit: str  # what a record is called
+    step_is_of_records: bool  # whether the loss of a record depends on that record alone
     base: str | None  # folder or name of what was trained, for the model card; None: random weights
     callbacks: Sequence[Callback] = ()
 
@@ -93,6 +95,9 @@ class Run:
 def carry_out(run: Run) -> Result:
     """Before, train, after; the record of it and the final model."""
     config, context, engine, held_out = run.config, run.context, run.engine, run.held_out
+    if config.replay is not None:
+        replay(Path(config.replay), context, engine, run.step, alone=run.step_is_of_records)
+        return Result(context.output_dir, steps=0, complete=True)
     state, changes = (read_state(run.resume) if run.resume else {}), []
     if run.resume:  # before anything of the run's record is touched: a refusal must leave it as it was
         changes = resume_parts(config, context, run.resume, engine, run.loader)

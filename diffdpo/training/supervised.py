@@ -32,7 +32,7 @@ from diffdpo.scores.segments import make_segments
 from diffdpo.setup import data as run_data
 from diffdpo.setup.chosen import chosen_settings
 from diffdpo.setup.context import RunContext
-from diffdpo.setup.model import reading_of
+from diffdpo.setup.model import describe_model, load_policy, reading_of
 from diffdpo.setup.preflight import check_before_weights, check_settings_meet, doubts
 from diffdpo.step.report import StepReport
 from diffdpo.step.step import PreferenceStep
@@ -45,6 +45,7 @@ from diffdpo.training.loop import StepFunction
 from diffdpo.training.run import Result, Run, carry_out, finished_before
 
 CONTEXT = 1024  # of a new model, unless its rows are longer
+SUPERVISED = LossOptions(("sft",), (1.0,), beta=1.0)
 TOKENIZER_RECORDS = 20_000  # the tokenizer of a new model is trained on the first of the data
 
 
@@ -108,9 +109,9 @@ def _build(
         segments=make_segments(config, choice, world.device, world=world),
     )
     context.print(_announcement(config, context, choice, loaded, answers, f"'{strategy}' ({why})"))
-    loss = LossOptions(("sft",), (1.0,), beta=1.0)
-    step = PreferenceStep(engine, no_reference, noise, loss, strategy=strategy, segments=segments, compared=False)
-    chosen = chosen_settings(config, context, choice, encoder) | {"model_name_or_path": config.model_name_or_path}
+    step = PreferenceStep(engine, no_reference, noise, SUPERVISED, strategy=strategy, segments=segments, compared=False)
+    named = {"model_name_or_path": config.model_name_or_path or config.policy}  # None: a new one
+    chosen = chosen_settings(config, context, choice, encoder) | named
     return Run(
         config=replace(config, **chosen, segmentation=strategy, eval_task=held_out.answers.task),
         asked=config,
@@ -126,6 +127,7 @@ def _build(
         held_out=held_out,
         check_first=_nothing_to_check,
         unit="answers",
+        step_is_of_records=True,
         base=config.policy,
         callbacks=callbacks,
     )
@@ -156,8 +158,9 @@ def _facts(
 def _announcement(
     config: SftConfig, context: RunContext, choice: EngineChoice, loaded: LoadedModel, answers: str, strategy: str
 ) -> str:
+    model = describe_model(config) if config.policy else "new"
     return (
-        f"model    {config.policy or 'new'}, {count_parameters(loaded.model)[0]:,} parameters\n"
+        f"model    {model}, {count_parameters(loaded.model)[0]:,} parameters\n"
         f"data     {config.train_data or 'generated arithmetic-reasoning answers'}: {answers}\n"
         f"engine   {choice.describe()}; segmentation {strategy}\n"
         f"output   {context.output_dir}"
@@ -189,10 +192,7 @@ def _load_or_make(
     device, shards = load_device(choice, context.world), weight_shards(choice, context.world)
     if config.policy:
         context.print(reading_of(config))
-        dtype = dtype_name(choice.reads_bf16(trained=True))
-        loaded = load_model(config.policy, dtype=dtype, device=device, shards=shards)
-        loaded.model.requires_grad_(True)
-        return loaded
+        return load_policy(config, choice, context.world)
     folder = context.output_dir / "start"
     if context.world.is_main and not (keep and folder.exists()):
         shutil.rmtree(folder, ignore_errors=True)  # of a start that was broken off, perhaps with other settings

@@ -28,7 +28,7 @@ FLOORS = (
     {"evaluation"},
     {"tracking"},
     {"setup"},
-    {"training", "planner", "comparison"},
+    {"training", "planner", "comparison", "doctor", "onpolicy"},
     {"sweep"},
     {"cli"},
     {"api"},
