@@ -33,7 +33,8 @@ class Fsdp2Engine:
         self.choice, self.world, self.module, self.options = choice, world, module, options
         frozen = any(not p.requires_grad for p in module.parameters())
         self.adapter = trained_parameters(module) if frozen else []
-        shard(module, world, choice, whole=self.adapter)
+        kept = [p for p in module.parameters() if getattr(p, "stays_whole", False)]  # the adapter as it started
+        shard(module, world, choice, whole=[*self.adapter, *kept])
         self.parameters = trained_parameters(module)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(module, options.weight_decay),

@@ -7,12 +7,13 @@ import torch
 from diffdpo.config import ScoreConfig
 from diffdpo.errors import UserError
 from diffdpo.models.bundled import model_or_bundled
-from diffdpo.models.load import LoadedModel, load_model, load_tokenizer_and_spec
+from diffdpo.models.load import LoadedModel, load_model, load_tokenizer_and_spec, load_with_adapter
 
 
 def model_names(config: ScoreConfig) -> list[str]:
-    """The model, and the reference if one is named."""
-    named = model_or_bundled(config.model_name_or_path), config.ref_model_name_or_path
+    """The model (its adapter's folder, where one is put on it), and the reference if one is named."""
+    policy = config.adapter_name_or_path or model_or_bundled(config.model_name_or_path)
+    named = policy, config.ref_model_name_or_path
     return [name for name in named if name]
 
 
@@ -26,6 +27,11 @@ def check_models(names: Sequence[str]) -> None:
 def load_models(names: Sequence[str], config: ScoreConfig) -> list[LoadedModel]:
     """The models on ``--device``. UserError where that is not here."""
     device = device_named(config.device)
+    if config.adapter_name_or_path:
+        policy = load_with_adapter(
+            config.model_name_or_path, config.adapter_name_or_path, dtype=config.dtype, device=device
+        )
+        return [policy, *(load_model(name, dtype=config.dtype, device=device) for name in names[1:])]
     return [load_model(name, dtype=config.dtype, device=device) for name in names]
 
 

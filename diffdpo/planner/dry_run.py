@@ -176,7 +176,7 @@ def dry_run(module: MaskedLogProbs, numbers: Numbers, job: PlannedRun, *, timed:
         for kind in set(once.work) | set(twice.work):
             work[kind] += round(extra * (twice.work[kind] - once.work[kind]))
     reference, reference_work = None, Counter[Work]()
-    if job.reference in ("copy", "adapter_off"):
+    if job.reference in ("copy", "adapter_off", "adapter_start"):
         reference = _reference(module, numbers, job)
         passes = job.rows / job.reference_rows
         reference_work = Counter({kind: round(times * passes) for kind, times in reference.work.items()})

@@ -54,7 +54,7 @@ class PlannedRun:
     @property
     def adapter_is_whole(self) -> bool:
         """Whether what is trained is on every process, beside frozen weights in shards."""
-        return self.choice.kind == FSDP2 and self.config.use_peft
+        return self.choice.kind == FSDP2 and self.config.adapts
 
     @property
     def pairs(self) -> int:

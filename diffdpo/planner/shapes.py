@@ -83,7 +83,9 @@ def skeleton(family: Family, shape: PreTrainedConfig, config: TrainConfig, *, bf
     spec = FamilySpec(shape.model_type, 0, 1, 1, "", family.lora_targets, logit_shift=0)
     if config.load_in_4bit:
         quantise(model)
-    if config.use_peft:
+    if config.adapter_name_or_path:
+        model = with_adapter(model, config.adapter_name_or_path)
+    elif config.use_peft:
         with torch.device("meta"):
             model = add_lora(
                 model,
@@ -98,6 +100,17 @@ def skeleton(family: Family, shape: PreTrainedConfig, config: TrainConfig, *, bf
         model.requires_grad_(True)
     module = MaskedLogProbs(model, spec, layer_checkpointing=config.gradient_checkpointing)
     return module.to(torch.bfloat16) if cast else module  # packed 4-bit weights are integers and stay
+
+
+def with_adapter(model: Any, folder: str) -> Any:
+    """The shapes of an adapter that training goes on with. (The frozen copy of it that the reference takes is as large,
+    without moments: a tenth of a percent of a model, which is not counted.)"""
+    from peft import PeftConfig, get_peft_model
+
+    shape = PeftConfig.from_pretrained(folder)
+    shape.lora_dropout, shape.inference_mode = 0.0, False
+    with torch.device("meta"):
+        return get_peft_model(model, shape)
 
 
 def quantise(model: nn.Module) -> None:

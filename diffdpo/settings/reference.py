@@ -17,7 +17,7 @@ class ReferenceSettings(Settings):
     reference: str = setting(
         "auto",
         "where reference scores come from; see docs/training.md",
-        choices=("auto", "copy", "adapter_off", "precomputed", "none"),
+        choices=("auto", "copy", "adapter_off", "adapter_start", "precomputed", "none"),
         common=True,
     )
     reference_cache: str | None = setting(

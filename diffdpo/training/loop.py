@@ -195,8 +195,10 @@ class Loop:
         at_end = step == self.total_steps
         if config.eval_steps and step % config.eval_steps == 0 and not at_end:
             self.watch.pulse.beat("evaluation in between", step)
+            started = time.perf_counter()
             with self.watch.stop.set_deferred(False):  # it may take long; the newest checkpoint stays
-                self.record_evaluation(self.evaluate())
+                metrics = self.evaluate()
+                self.record_evaluation(metrics, seconds=time.perf_counter() - started)
         if save and (stop or not at_end):  # at the end the final model follows, unless told to stop
             self._save(step, wait=stop)
 
@@ -216,10 +218,11 @@ class Loop:
         if self.engine.world.is_main:
             tqdm.write(f"step {step}: trains on without this checkpoint: {error}")
 
-    def record_evaluation(self, metrics: Mapping[str, float]) -> None:
-        """Write held-out metrics at the current step."""
+    def record_evaluation(self, metrics: Mapping[str, float], *, seconds: float | None = None) -> None:
+        """Write held-out metrics at the current step, and how long they took where that is known."""
         if self.journal is not None:
-            self.journal.write(self.done, {f"eval/{key}": value for key, value in metrics.items()})
+            took = {} if seconds is None else {"seconds/evaluation": seconds}
+            self.journal.write(self.done, {f"eval/{key}": value for key, value in metrics.items()} | took)
         self.callbacks.on_evaluation(self.done, metrics)
 
     def _diverged(self, report: StepReport) -> TrainingError:
@@ -259,6 +262,8 @@ class _Window:
             f"{unit}_per_second": records / self.seconds,
             "tokens_per_second": sum(report.tokens for report in self.reports) / self.seconds,
             "step_seconds": self.seconds / count,
+            "seconds/data": self.waited / count,
+            **{f"seconds/{part}": sum(r.seconds.get(part, 0.0) for r in self.reports) / count for part in last.seconds},
             "data/padding_share": sum(r.padding_tokens for r in self.reports)
             / max(1, sum(r.computed_tokens for r in self.reports)),
             "data/empty_steps": count - len(losses),

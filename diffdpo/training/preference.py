@@ -11,8 +11,8 @@ from torch import nn
 from data_pipeline.facts import refuse_unusable
 from diffdpo.config import TrainConfig, resolve
 from diffdpo.engine.base import Engine, FrozenModule, count_parameters
-from diffdpo.engine.choice import EngineChoice, choose_engine
-from diffdpo.engine.make import bf16_able, make_engine
+from diffdpo.engine.choice import EngineChoice
+from diffdpo.engine.make import choice_for, make_engine
 from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.evaluation.heldout import HeldOutPairs, SampledAnswers
 from diffdpo.losses.options import LossOptions
@@ -59,10 +59,7 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Result:
 def _train(
     config: TrainConfig, asked: TrainConfig, context: RunContext, watch: Watch, callbacks: Sequence[Callback]
 ) -> Result:
-    device = context.world.device
-    choice = choose_engine(
-        config, processes=context.world.size, cuda=device.type == "cuda", bf16_able=bf16_able(device)
-    )
+    choice = choice_for(config, context.world)
     check_before_weights(config, choice)
     if (finished := finished_before(config, context)) is not None:
         return finished
@@ -131,7 +128,7 @@ class _Training:
         # before another model is in memory
         self.scores = parts.precompute() if self.mode == "precomputed" else None
         self.context.print(reading_of(config))
-        self.loaded = load_policy(config, choice, world)
+        self.loaded = load_policy(config, choice, world, with_start=self.mode == "adapter_start")
         self.noise = NoiseOptions.of(config, self.loaded.spec)
         module = MaskedLogProbs.of(self.loaded.model, self.loaded.spec, config)
         frozen = make_frozen(config, module, choice, world) if self.mode == "copy" else None
@@ -228,6 +225,7 @@ class _Training:
             "trained_parameters": trained,
             "pairs": len(self.parts.train_set),
             "held_out_pairs": len(self.parts.eval_set) if self.parts.eval_set is not None else 0,
+            "held_out_fingerprint": self.parts.eval_set.fingerprint if self.parts.eval_set is not None else None,
             "dtype": dtype_name(self.choice.bf16),
             "reference_model": self.reference_text,
             "why_reference": self.why_mode,
@@ -292,7 +290,8 @@ class _Training:
     def _check_first(self, report: StepReport) -> None:
         """With policy = reference and shared noise every preference logit is 0, so the sigmoid loss is ln 2."""
         config, loss = self.config, self.loss
-        if config.ref_model_name_or_path or self.mode == "none" or "sigmoid" not in loss.names:
+        apart = self.mode == "adapter_off" and config.adapter_name_or_path  # the policy starts with an adapter
+        if config.ref_model_name_or_path or apart or self.mode == "none" or "sigmoid" not in loss.names:
             return
         if not report.records or not math.isfinite(report.loss):
             return  # told of by the loop: there is no loss to compare

@@ -28,7 +28,8 @@ FLOORS = (
     {"evaluation"},
     {"tracking"},
     {"setup"},
-    {"training", "planner"},
+    {"training", "planner", "comparison", "doctor", "onpolicy"},
+    {"sweep"},
     {"cli"},
     {"api"},
 )
