@@ -39,7 +39,7 @@ def open_context(config: RunConfig, command: str) -> RunContext:
     _set_threads()
     # processes start apart: a container is fetched, torch is read from a slow disk
     patience = MEETINGS * config.hang_timeout or TIMEOUT.total_seconds()
-    world = init_distributed(always_distributed=engine_kind(config) != PLAIN, patience=patience)
+    world = init_distributed(always_distributed=engine_kind(config) != PLAIN, patience=patience, watched=True)
     if world.device.type == "cpu":
         keep_freed_memory()
     name = world.broadcast(config.run_name or _new_name(command, Path("outputs")))

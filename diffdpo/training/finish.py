@@ -8,6 +8,7 @@ from typing import Any
 
 from diffdpo.config import RunConfig
 from diffdpo.engine.base import Engine
+from diffdpo.engine.world import part
 from diffdpo.errors import Stopped, TrainingError, UserError
 from diffdpo.evaluation.result import Evaluation, comparison
 from diffdpo.memory.peak import peak_memory_gib
@@ -142,7 +143,6 @@ def finish(context: RunContext, tracking: Tracking | None, watch: Watch, config:
         raise
     finally:
         watch.pulse.beat(CLOSING, watch.pulse.step)  # drawing and sending have no usual time
-        if context.world.companions is not None:
-            context.world.companions.ended.set()  # who has gone is known, or does not matter any more
+        part()  # who has gone is known, or does not matter any more
         with watch.stop.set_deferred(True):
             end.close()
