@@ -25,7 +25,16 @@ if TYPE_CHECKING:
 
 SHARED = (
     *("model_name_or_path", "ref_model_name_or_path", "score_estimator", "num_mc_samples", "num_diffusion_steps"),
-    *("seed", "max_length", "max_prompt_length", "truncation", "answer_truncation", "template", "dtype"),
+    *(
+        "seed",
+        "max_length",
+        "max_prompt_length",
+        "truncation",
+        "answer_truncation",
+        "template",
+        "dtype",
+        "load_in_4bit",
+    ),
 )
 """Settings that the scores in one file must have in common."""
 
@@ -41,10 +50,10 @@ def main(argv: list[str]) -> None:
         config.score_estimator, num_samples=config.num_mc_samples, num_diffusion_steps=config.num_diffusion_steps
     )
     records = read_records(config.pairs)
-    from diffdpo.evaluation.score_models import check_models, load_models, model_names
+    from diffdpo.evaluation.score_models import check_models, load_models, model_names, settled
     from diffdpo.evaluation.score_pairs import Scorer
 
-    names = model_names(config)
+    config, names = settled(config), model_names(config)
     check_models(names)
     file = open_output(config, names)
     done = len(file.done) if file else 0

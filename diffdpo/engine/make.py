@@ -15,6 +15,7 @@ from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.plain import PlainEngine, PlainFrozen
 from diffdpo.engine.preflight import check_nvme, check_values, check_zeropp
 from diffdpo.engine.world import World
+from diffdpo.gpus import is_gpu, kind_of
 
 
 def check_host(choice: EngineChoice) -> None:
@@ -35,7 +36,7 @@ def make_engine(
         return DeepSpeedEngine(module, world, options, choice=choice)
     if choice.kind == FSDP2:
         return Fsdp2Engine(module, world, options, choice=choice)
-    return PlainEngine(module, world, options)
+    return PlainEngine(module, world, options, choice=choice)
 
 
 def hold_frozen(choice: EngineChoice, module: nn.Module, world: World) -> FrozenModule:
@@ -59,4 +60,4 @@ def weight_shards(choice: EngineChoice, world: World) -> ShardedWeights | None:
 
 def bf16_able(device: torch.device) -> bool:
     """Whether a device computes in bfloat16 at its full speed."""
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return is_gpu(device) and kind_of(device).has_bf16(device)

@@ -16,6 +16,7 @@ from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.saved import save_tensors, trained_by_name
 from diffdpo.engine.tensor_files import read_training_state
 from diffdpo.engine.world import World
+from diffdpo.gpus import is_gpu
 
 WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
 SNAPSHOT_SHARE = 0.3  # of the host's free memory that a copy for a checkpoint may take
@@ -38,11 +39,13 @@ class PlainFrozen:
 class PlainEngine:
     """torch's AdamW on a module that every rank holds whole."""
 
-    def __init__(self, module: nn.Module, world: World, options: OptimizerOptions):
-        self.choice = EngineChoice(PLAIN, world.size)
+    def __init__(
+        self, module: nn.Module, world: World, options: OptimizerOptions, *, choice: EngineChoice | None = None
+    ):
+        self.choice = choice or EngineChoice(PLAIN, world.size)
         self.module, self.world, self.options = module.to(world.device), world, options
         self.parameters = trained_parameters(module)
-        self.fused = world.device.type == "cuda"
+        self.fused = is_gpu(world.device)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(module, options.weight_decay),
             lr=options.learning_rate,

@@ -50,6 +50,8 @@ class PreferenceStep:
     ):
         self.engine, self.reference, self.noise, self.loss = engine, reference, noise, loss
         self.strategy, self.segments = strategy, segments
+        # the reference runs rows in the same shapes as the policy: log-ratios of equal models are 0 to the bit
+        segments.answers_apart = strategy == "deferred"
         self.compared, self.max_length = compared, max_length
 
     def __call__(self, micro_batches: Sequence[PairBatch], learning_rate: float) -> StepReport:

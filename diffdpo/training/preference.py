@@ -10,11 +10,12 @@ from torch import nn
 
 from data_pipeline.facts import refuse_unusable
 from diffdpo.config import TrainConfig, resolve
-from diffdpo.engine.base import Engine, FrozenModule, count_parameters
+from diffdpo.engine.base import Engine, FrozenModule, count_parameters, trains_few
 from diffdpo.engine.choice import EngineChoice, choose_engine
 from diffdpo.engine.make import bf16_able, make_engine
 from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.evaluation.heldout import HeldOutPairs, SampledAnswers
+from diffdpo.gpus import is_gpu
 from diffdpo.losses.options import LossOptions
 from diffdpo.models.bundled import model_or_bundled
 from diffdpo.models.encoder import make_encoder
@@ -61,7 +62,7 @@ def _train(
 ) -> Result:
     device = context.world.device
     choice = choose_engine(
-        config, processes=context.world.size, cuda=device.type == "cuda", bf16_able=bf16_able(device)
+        config, processes=context.world.size, cuda=is_gpu(device), bf16_able=bf16_able(device), adapter=config.use_peft
     )
     check_before_weights(config, choice)
     if (finished := finished_before(config, context)) is not None:
@@ -177,6 +178,7 @@ class _Training:
             reduces_in_backward=self.choice.reduces_in_backward,
             segments=self.segments,
             shape=self._shape(),
+            few=trains_few(self.engine.module),
         )
         self.context.print(self._announcement(strategy, why, measured))
         step = PreferenceStep(
@@ -302,7 +304,8 @@ class _Training:
                 "scores, more than rounding makes: policy and reference do not compute the same numbers"
             )
         elif _is_plain_sigmoid(loss):
-            self.context.print(f"step 1: loss {report.loss:.6f}, ln 2 as it must be while policy = reference")
+            off = f" (log-ratios of up to {report.largest_logit:.1e} nats: rounding)" if report.largest_logit else ""
+            self.context.print(f"step 1: loss {report.loss:.6f}, ln 2 as it must be while policy = reference{off}")
 
 
 def _is_plain_sigmoid(loss: LossOptions) -> bool:

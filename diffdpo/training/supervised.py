@@ -21,6 +21,7 @@ from diffdpo.engine.make import bf16_able, load_device, make_engine, weight_shar
 from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.errors import UserError
 from diffdpo.evaluation.heldout import HeldOutAnswers, SampledAnswers
+from diffdpo.gpus import is_gpu
 from diffdpo.losses.options import LossOptions
 from diffdpo.models.architecture.from_scratch import new_model, train_tokenizer
 from diffdpo.models.encoder import make_encoder
@@ -64,9 +65,7 @@ def _sft(
     config: SftConfig, asked: SftConfig, context: RunContext, watch: Watch, callbacks: Sequence[Callback]
 ) -> Result:
     device = context.world.device
-    choice = choose_engine(
-        config, processes=context.world.size, cuda=device.type == "cuda", bf16_able=bf16_able(device)
-    )
+    choice = choose_engine(config, processes=context.world.size, cuda=is_gpu(device), bf16_able=bf16_able(device))
     check_before_weights(config, choice)
     if (finished := finished_before(config, context)) is not None:
         return finished
