@@ -1,8 +1,8 @@
 """A second device for machines that have none: tensors that say they live on `away:0` and hold numbers of the host.
 
 Inside ``second_device()`` every operation that mixes the two (numbers without a dimension aside, as on a GPU), reads an
-away tensor as numpy or writes into one from the other side fails. `away` goes the ways of a GPU (``diffdpo.gpus``): packed
-attention without padding, fused AdamW, fused norms, unrounded half-precision products, its own memory figures.
+away tensor as numpy or writes into one from the other side fails. `away` goes the ways of a GPU (``diffdpo.gpus``):
+packed attention without padding, fused AdamW, fused norms, unrounded half-precision products, its own memory figures.
 
 Not covered, because below the dispatcher: streams, page-locked memory, DeepSpeed, collectives. What has no kernel on a
 CPU is computed from what has one (``EMULATED``).
@@ -57,8 +57,8 @@ MEMORY = Memory()
 
 
 class AwayKind:
-    """As ``diffdpo.gpus.Cuda``. Flash attention over rows of unequal length has no kernel on a CPU: a test puts a function
-    of the same arguments in its place, and ``flash`` on."""
+    """As ``diffdpo.gpus.Cuda``. Flash attention over rows of unequal length has no kernel on a CPU: a test puts a
+    function of the same arguments in its place, and ``flash`` on."""
 
     flash = False
 
