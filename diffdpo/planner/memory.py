@@ -71,7 +71,7 @@ def _whole(job: PlannedRun, n: Numbers) -> list[Part]:
     """torch's AdamW on whole weights; DeepSpeed's stage 0 holds the same."""
     parts = [
         Part("weights", DEVICE, n.trained_bytes + n.frozen_bytes),
-        Part("optimizer", DEVICE, 8 * n.trained, STEP),
+        Part("optimizer", DEVICE, n.state_bytes, STEP),
         Part("gradients", DEVICE, n.trained_bytes, ("update",)),
     ]
     if job.world > 1:
