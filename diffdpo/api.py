@@ -20,7 +20,7 @@ from data_pipeline.records import Record
 from diffdpo.cli.flags import own_names, own_settings
 from diffdpo.config import ScoreConfig, SftConfig, TrainConfig, make_config, with_bundled_settings
 from diffdpo.errors import UserError
-from diffdpo.evaluation.score_models import device_named, load_models
+from diffdpo.evaluation.score_models import device_named, load_models, settled
 from diffdpo.evaluation.score_pairs import Scorer
 from diffdpo.models.bundled import model_or_bundled
 from diffdpo.models.load import LoadedModel, load_model
@@ -93,7 +93,7 @@ def score(
     ``reference_score``, ``log_ratio`` and ``log_ratio_stderr``. Records that cannot be scored are left out, with one
     warning that counts them.
     """
-    config = make_config(ScoreConfig, own_settings(ScoreConfig, _checked(ScoreConfig, settings)))
+    config = settled(make_config(ScoreConfig, own_settings(ScoreConfig, _checked(ScoreConfig, settings))))
     check_estimator(
         config.score_estimator, num_samples=config.num_mc_samples, num_diffusion_steps=config.num_diffusion_steps
     )

@@ -329,10 +329,6 @@ TABLE: dict[str, Entry] = {
     "debug": only("", "none", why="a loss or gradient that is not finite ends the run with its step"),
     # transformers: optimisation
     "warmup_ratio": renamed("warmup_steps"),
-    "optim": only(
-        *("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw"),
-        why="the optimizer is AdamW; --ds_config moves its state to the host",
-    ),
     "optim_args": answered("see --adam_beta1, --adam_beta2, --adam_epsilon and --weight_decay"),
     "optim_target_modules": answered("GaLore and APOLLO are not offered; --use_peft trains few parameters"),
     "label_smoothing_factor": only("0", why="--label_smoothing is that of preference losses"),

@@ -111,6 +111,7 @@ def init_distributed(
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # or long sums are rounded on the way
         device, backend = torch.device("cuda", local_rank), "nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"

@@ -10,7 +10,7 @@ from torch import nn
 
 from data_pipeline.facts import refuse_unusable
 from diffdpo.config import TrainConfig, resolve
-from diffdpo.engine.base import Engine, FrozenModule, count_parameters
+from diffdpo.engine.base import Engine, FrozenModule, count_parameters, trains_few
 from diffdpo.engine.choice import EngineChoice
 from diffdpo.engine.make import choice_for, make_engine
 from diffdpo.engine.optimizer import OptimizerOptions
@@ -59,7 +59,7 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Result:
 def _train(
     config: TrainConfig, asked: TrainConfig, context: RunContext, watch: Watch, callbacks: Sequence[Callback]
 ) -> Result:
-    choice = choice_for(config, context.world)
+    choice = choice_for(config, context.world, adapter=config.adapts)
     check_before_weights(config, choice)
     if (finished := finished_before(config, context)) is not None:
         return finished
@@ -174,6 +174,7 @@ class _Training:
             reduces_in_backward=self.choice.reduces_in_backward,
             segments=self.segments,
             shape=self._shape(),
+            few=trains_few(self.engine.module),
         )
         self.context.print(self._announcement(strategy, why, measured))
         step = PreferenceStep(
@@ -302,7 +303,8 @@ class _Training:
                 "scores, more than rounding makes: policy and reference do not compute the same numbers"
             )
         elif _is_plain_sigmoid(loss):
-            self.context.print(f"step 1: loss {report.loss:.6f}, ln 2 as it must be while policy = reference")
+            off = f" (log-ratios of up to {report.largest_logit:.1e} nats: rounding)" if report.largest_logit else ""
+            self.context.print(f"step 1: loss {report.loss:.6f}, ln 2 as it must be while policy = reference{off}")
 
 
 def _is_plain_sigmoid(loss: LossOptions) -> bool:
