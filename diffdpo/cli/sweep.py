@@ -97,7 +97,7 @@ def _compare(args, folder: Path) -> None:
     """The tables, and the page and the CSV file in the sweep's folder; nothing where no run has begun."""
     from diffdpo.comparison.find import find_runs
     from diffdpo.comparison.page import write_page
-    from diffdpo.comparison.tables import compare
+    from diffdpo.comparison.tables import compare, verdict
     from diffdpo.comparison.text import print_comparison, write_csv
 
     try:
@@ -109,6 +109,7 @@ def _compare(args, folder: Path) -> None:
     print_comparison(found)
     write_csv(found, folder / "comparison.csv")
     write_page(found, folder / "comparison.html")
+    (folder / "verdict.md").write_text("\n\n".join(verdict(found)))
     print(f"page    {folder / 'comparison.html'}")
 
 

@@ -187,13 +187,6 @@ def _deepspeed(name: str, value: Any, beside: Given) -> dict[str, Any]:
     return {"ds_config": value}
 
 
-@custom("none: `--tracking_uri none`; mlflow: the default store")
-def _report_to(name: str, value: Any, beside: Given) -> dict[str, Any]:
-    if word(value).lower() not in ("none", "mlflow"):
-        raise UserError(f"--{name} {word(value)}: runs are recorded by MLflow (--tracking_uri) and in metrics.jsonl")
-    return {"tracking_uri": "none"} if word(value).lower() == "none" else {}
-
-
 # ------------------------------------------------------------------------------------------------------ the tables
 
 SAME = (
@@ -202,7 +195,7 @@ SAME = (
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
     *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
     *("bf16", "gradient_checkpointing", "torch_compile", "use_liger_kernel"),
-    *("logging_steps", "eval_steps", "save_steps", "save_total_limit"),
+    *("logging_steps", "eval_steps", "save_steps", "save_total_limit", "report_to"),
     *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_token"),
     *("model_name_or_path", "model_revision", "adapter_name_or_path", "load_in_4bit"),
     *("use_peft", "lora_r", "lora_alpha", "lora_target_modules", "lora_modules_to_save", "use_dora", "use_rslora"),
@@ -360,7 +353,6 @@ TABLE: dict[str, Entry] = {
     "include_num_input_tokens_seen": only("no", "false", why="tokens_per_second is in metrics.jsonl"),
     "include_tokens_per_second": only("true", why="tokens_per_second is in metrics.jsonl"),
     "skip_memory_metrics": answered("peak_memory_gib is in metrics.jsonl always; it costs nothing"),
-    "report_to": _report_to,
     "project": renamed("experiment_name"),
     "trackio_space_id": answered(_TRACKIO),
     "trackio_bucket_id": answered(_TRACKIO),

@@ -217,7 +217,8 @@ def start_tracking(run: Run, *, state: Mapping[str, Any], changes: Sequence[str]
         for change in changes:
             journal.note(step or 0, change)
         tracking = Tracking(output_dir, journal)
-        if uri is not None:
+        tracking.start_readers(config.trackers(), context.run_name, config.experiment_name, public(config))
+        if uri is not None and "mlflow" in config.trackers():
             shipped = Shipped(
                 uri,
                 config.experiment_name,

@@ -115,9 +115,7 @@ def _build(
     return Run(
         config=replace(config, **chosen, segmentation=strategy, eval_task=held_out.answers.task),
         asked=config,
-        facts=_facts(loaded, choice, answers=len(train_set), why=why)
-        | {"held_out_fingerprint": eval_set.fingerprint if eval_set is not None else None}
-        | {"held_out_pairs": len(eval_set) if eval_set is not None else 0},
+        facts=_facts(loaded, choice, (train_set, eval_set), why=why),
         context=context,
         watch=watch,
         resume=resume,
@@ -141,10 +139,20 @@ def _with_canvas(step: PreferenceStep, config: SftConfig, loaded: LoadedModel) -
     return lambda micro_batches, rate: step([fill_canvas(batch, **canvas) for batch in micro_batches], rate)
 
 
-def _facts(loaded: LoadedModel, choice: EngineChoice, *, answers: int, why: str) -> dict[str, Any]:
+def _facts(
+    loaded: LoadedModel, choice: EngineChoice, data: tuple[ShardedDataset, ShardedDataset | None], *, why: str
+) -> dict[str, Any]:
     total, trained = count_parameters(loaded.model)
-    facts = {"parameters": total, "trained_parameters": trained, "answers": answers}
-    return facts | {"dtype": dtype_name(choice.bf16), "why_segmentation": why}
+    answers, held_out = data
+    return {
+        "parameters": total,
+        "trained_parameters": trained,
+        "answers": len(answers),
+        "held_out_pairs": len(held_out) if held_out is not None else 0,
+        "held_out_fingerprint": held_out.fingerprint if held_out is not None else None,
+        "dtype": dtype_name(choice.bf16),
+        "why_segmentation": why,
+    }
 
 
 def _announcement(
