@@ -16,6 +16,7 @@ COMMANDS = {
     "score": "diffusion scores of pairs under a model",
     "generate": "answers sampled from a model",
     "evaluate": "models on held-out pairs and tasks, compared",
+    "lm_eval": "lm-evaluation-harness with these models",
     "export": "an adapter merged, weights in another dtype",
     "plan": "does a run fit a machine, how long does a step take",
     "data": "build, inspect, stats, verify, generate: shards and a look into them",
