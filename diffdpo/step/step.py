@@ -141,5 +141,5 @@ class PreferenceStep:
         """z of ``kto`` over the global step; None for other losses."""
         if not self.loss.needs_reference_point:
             return None
-        how = {"segments": self.segments, "max_length": self.max_length}
-        return reference_point(self.engine, self.reference, self._rows, micro_batches, **how)
+        how = (self.engine, self.reference, self._rows, micro_batches)
+        return reference_point(*how, segments=self.segments, max_length=self.max_length)

@@ -14,7 +14,8 @@ from diffdpo.engine.base import Engine, FrozenModule, count_parameters, trains_f
 from diffdpo.engine.choice import EngineChoice
 from diffdpo.engine.make import choice_for, make_engine
 from diffdpo.engine.optimizer import OptimizerOptions
-from diffdpo.evaluation.heldout import HeldOutPairs, SampledAnswers
+from diffdpo.evaluation.heldout import HeldOutPairs
+from diffdpo.evaluation.heldout_tasks import HeldOutTasks
 from diffdpo.losses.options import LossOptions
 from diffdpo.models.bundled import model_or_bundled
 from diffdpo.models.encoder import make_encoder
@@ -152,7 +153,15 @@ class _Training:
             self.noise,
             self.loss,
             batches,
-            SampledAnswers(config, self.engine, self.loaded, batches),
+            HeldOutTasks(
+                config,
+                self.engine,
+                self.loaded,
+                parts.encoder,
+                records=run_data.held_out_records(parts.eval_set, batches, world),
+                batches=batches,
+                segments=segments,
+            ),
             segments=segments,
             max_length=config.max_length,
         )
@@ -216,7 +225,7 @@ class _Training:
             reference=self.mode,
             segmentation=strategy,
             score_estimator=self.noise.estimator,
-            eval_task=self.held_out.answers.task,
+            eval_task=self.held_out.tasks.task,
         )
 
     def _facts(self, why: str) -> dict[str, Any]:
