@@ -88,9 +88,10 @@ class TrainConfig(RunConfig, MemorySettings, ReferenceSettings, LossSettings, Lo
                 "--reference adapter_start is the adapter that training goes on with; name it as "
                 "--adapter_name_or_path, or use --reference adapter_off"
             )
-        if self.load_in_4bit and self.engine == "fsdp2":
+        if self.load_in_4bit and shards_parameters(self):
+            cuts = "FSDP2" if self.engine == "fsdp2" else "ZeRO-3"
             raise UserError(
-                "--load_in_4bit: bitsandbytes keeps the scales of a whole matrix beside its 4-bit numbers, and FSDP2 "
+                f"--load_in_4bit: bitsandbytes keeps the scales of a whole matrix beside its 4-bit numbers, and {cuts} "
                 "would cut the numbers alone; use --ds_config ds_configs/zero2.json, or leave --load_in_4bit out"
             )
 
@@ -176,7 +177,13 @@ class ScoreConfig(NoiseSettings, EncodingSettings):
     batch_size: int = setting(8, "records scored at a time", at_least=1, common=True)
     segment_rows: int = setting(64, "rows in one forward", at_least=1, common=True)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...", common=True)
-    dtype: str = setting("float32", "of the weights", choices=("float32", "bfloat16"), common=True)
+    dtype: str = setting(
+        "auto",
+        "of the weights; auto: bfloat16 on a GPU that has it, else float32",
+        choices=("auto", "float32", "bfloat16"),
+        common=True,
+    )
+    load_in_4bit: bool = setting(False, "hold the weights in NF4 (bitsandbytes)", common=True)
 
     def check(self) -> None:
         """A device that torch could know, an adapter that is there, and a place for the output."""

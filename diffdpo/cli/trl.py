@@ -206,7 +206,6 @@ SAME = (
 
 _ONE_SCRIPT = "`diffdpo train` trains and scores held-out data before and after"
 _METRICS = "there are no metrics of one's own; held-out data are scored as --help_all's group evaluation says"
-_LAST = "the last model is kept and its change told with an error; the best of several would look better than it is"
 _READER = "records are read ahead by --dataset_num_workers processes, in an order that the seed alone sets"
 _MEMORY = "--gradient_checkpointing, --segmentation and --max_memory save memory; see docs/memory.md"
 _IDS = "the model's family and tokenizer say which tokens these are"
@@ -322,10 +321,6 @@ TABLE: dict[str, Entry] = {
     "debug": only("", "none", why="a loss or gradient that is not finite ends the run with its step"),
     # transformers: optimisation
     "warmup_ratio": renamed("warmup_steps"),
-    "optim": only(
-        *("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw"),
-        why="the optimizer is AdamW; --ds_config moves its state to the host",
-    ),
     "optim_args": answered("see --adam_beta1, --adam_beta2, --adam_epsilon and --weight_decay"),
     "optim_target_modules": answered("GaLore and APOLLO are not offered; --use_peft trains few parameters"),
     "label_smoothing_factor": only("0", why="--label_smoothing is that of preference losses"),
@@ -378,9 +373,6 @@ TABLE: dict[str, Entry] = {
     "save_on_each_node": only("false", why="one process writes"),
     "save_safetensors": only("true", why="weights are written as safetensors"),
     "enable_jit_checkpoint": only("true", why="SIGTERM always ends a run with a checkpoint"),
-    "load_best_model_at_end": only("false", why=_LAST),
-    "metric_for_best_model": answered(_LAST),
-    "greater_is_better": answered(_LAST),
     "ignore_data_skip": only("false", why="a resumed run goes on at the record where it stopped"),
     "restore_callback_states_from_checkpoint": only("false", why="callbacks have no state here"),
     # transformers: the hub

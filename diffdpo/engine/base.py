@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from diffdpo.engine.choice import EngineChoice
+from diffdpo.engine.choice import SMALL_SHARE, EngineChoice
 from diffdpo.engine.world import World
 
 
@@ -97,6 +97,12 @@ def count_parameters(module: nn.Module) -> tuple[int, int]:
     """(all, trained): numbers of weights, also of those that ZeRO-3 holds in shards."""
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in module.parameters()]
     return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+
+
+def trains_few(module: nn.Module) -> bool:
+    """Whether what is trained is small beside the rest, as a LoRA adapter: whole gradients of it hardly count."""
+    everything, trained = count_parameters(module)
+    return trained <= SMALL_SHARE * everything
 
 
 def trained_parameters(module: nn.Module) -> list[nn.Parameter]:

@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from diffdpo.engine.adam_clock import wind_up
-from diffdpo.engine.base import FrozenModule, count_parameters, parameter_groups, trained_parameters
-from diffdpo.engine.choice import SMALL_SHARE, EngineChoice
+from diffdpo.engine.base import FrozenModule, count_parameters, parameter_groups, trained_parameters, trains_few
+from diffdpo.engine.choice import EngineChoice
 from diffdpo.engine.deepspeed_files import TAG, CheckpointFiles, write_files
 from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.plain import PlainFrozen
@@ -60,8 +60,7 @@ class DeepSpeedEngine:
     def no_sync_obstacle(self) -> str | None:
         if getattr(self.optimizer, "use_grad_accum_attribute", False):
             return "DeepSpeed's fp32 accumulation (data_types.grad_accum_dtype) keeps gradients out of .grad"
-        everything, trained = count_parameters(self.module)
-        return self.choice.no_sync_obstacle(few=trained <= SMALL_SHARE * everything)
+        return self.choice.no_sync_obstacle(few=trains_few(self.module))
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -161,7 +160,8 @@ def _placed(module: nn.Module, world: World, choice: EngineChoice) -> nn.Module:
         return module.to(world.device)
     if choice.bf16:  # what DeepSpeed does to a module that is not in shards yet
         for parameter in module.parameters():
-            parameter.data = parameter.data.bfloat16()
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.bfloat16()
     for buffer in module.buffers():
         buffer.data = buffer.data.to(world.device)
     import_deepspeed().zero.Init(module=module, config_dict_or_path=copy.deepcopy(dict(choice.ds_config)))

@@ -23,6 +23,7 @@ from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.saved import fits_beside
 from diffdpo.engine.tensor_files import read_training_state, training_state, write_tensors
 from diffdpo.engine.world import World
+from diffdpo.gpus import is_gpu
 from diffdpo.models.architecture.backbone import native
 
 
@@ -47,7 +48,7 @@ class Fsdp2Engine:
     @property
     def fused(self) -> bool:
         """Whether one kernel takes all of AdamW's step: on a GPU, and on the host for shards that live there."""
-        return self.world.device.type == "cuda" or self.choice.sharding.offloads_optimizer
+        return is_gpu(self.world.device) or self.choice.sharding.offloads_optimizer
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         return self.module(*inputs)

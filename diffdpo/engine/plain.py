@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffdpo.engine.base import parameter_groups, sum_gradients, trained_parameters
+from diffdpo.engine.base import sum_gradients, trained_parameters
 from diffdpo.engine.choice import PLAIN, EngineChoice
 from diffdpo.engine.optimizer import OptimizerOptions
+from diffdpo.engine.optimizer_kinds import make_optimizer, state_tensors
 from diffdpo.engine.saved import fits_beside, save_tensors, trained_by_name
 from diffdpo.engine.tensor_files import read_training_state
 from diffdpo.engine.world import World
+from diffdpo.gpus import is_gpu
 
 WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
 
@@ -34,20 +36,16 @@ class PlainFrozen:
 
 
 class PlainEngine:
-    """torch's AdamW on a module that every rank holds whole."""
+    """An optimizer on a module that every rank holds whole."""
 
-    def __init__(self, module: nn.Module, world: World, options: OptimizerOptions):
-        self.choice = EngineChoice(PLAIN, world.size)
+    def __init__(
+        self, module: nn.Module, world: World, options: OptimizerOptions, *, choice: EngineChoice | None = None
+    ):
+        self.choice = choice or EngineChoice(PLAIN, world.size)
         self.module, self.world, self.options = module.to(world.device), world, options
         self.parameters = trained_parameters(module)
-        self.fused = world.device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(module, options.weight_decay),
-            lr=options.learning_rate,
-            betas=options.betas,
-            eps=options.epsilon,
-            fused=self.fused or None,
-        )
+        self.fused = is_gpu(world.device)
+        self.optimizer = make_optimizer(self.module, options, world.device)
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         return self.module(*inputs)
@@ -90,7 +88,7 @@ class PlainEngine:
     def _saved(self) -> dict[str, dict[str, torch.Tensor]]:
         """By file: the trained weights, and what the optimizer keeps of each."""
         trained = trained_by_name(self.module)
-        states = {name: self.optimizer.state.get(p, {}) for name, p in trained.items()}
+        states = {name: state_tensors(self.optimizer, p) for name, p in trained.items()}
         moments = {f"{name}.{key}": value for name, state in states.items() for key, value in state.items()}
         return {WEIGHTS: {name: p.detach() for name, p in trained.items()}, OPTIMIZER: moments}
 

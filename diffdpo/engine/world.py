@@ -94,9 +94,14 @@ class World:
         return replace(self, group=group, device=torch.device("cpu"))
 
 
-def init_distributed(*, always_distributed: bool = False, patience: float = MEETING_SECONDS) -> World:
+_watching: list[Companions] = []  # of this process
+
+
+def init_distributed(
+    *, always_distributed: bool = False, patience: float = MEETING_SECONDS, watched: bool = False
+) -> World:
     """Read the launcher's environment, pick the device and, with several processes, join the process group, waiting at
-    most ``patience`` seconds for the others.
+    most ``patience`` seconds for the others. ``watched``: end this process when another goes, until ``part`` is called.
 
     ``always_distributed`` fills in the environment of a single process started by plain ``python``, which DeepSpeed
     needs (it looks for MPI otherwise). UserError when the port that several processes meet at is taken, TrainingError
@@ -106,6 +111,7 @@ def init_distributed(*, always_distributed: bool = False, patience: float = MEET
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # or long sums are rounded on the way
         device, backend = torch.device("cuda", local_rank), "nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
@@ -124,13 +130,22 @@ def init_distributed(*, always_distributed: bool = False, patience: float = MEET
                 f"port {os.environ['MASTER_PORT']} is taken, perhaps by another run on this host; give the launcher "
                 "(deepspeed or torchrun) another one with --master_port"
             ) from None
-        companions.start()
+        if watched:
+            _watching.append(companions)
+            companions.start()
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     return World(rank, local_rank, size, device, companions=companions)
 
 
+def part() -> None:
+    """From here on each process ends by itself."""
+    while _watching:
+        _watching.pop().ended.set()
+
+
 def shutdown_distributed() -> None:
     """Leave the process group, if there is one."""
+    part()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 

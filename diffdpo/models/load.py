@@ -16,6 +16,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.hub import at_revision
 from data_pipeline.tokenizer import first_id, name_mask, read_tokenizer
 from diffdpo.errors import UserError
+from diffdpo.gpus import KINDS
 from diffdpo.models.architecture.block_families import (
     Fast_dLLM_QwenForCausalLM,
     FastDLLMQwenConfig,
@@ -148,7 +149,7 @@ def check_device(device: str) -> None:
         kind = torch.device(device).type
     except RuntimeError as error:
         raise UserError(f"device {device!r} is unknown; use cpu, cuda, cuda:0, ...") from error
-    if kind not in ("cpu", "cuda"):
+    if kind not in ("cpu", *KINDS):
         raise UserError(f"device {device!r} is not supported; use cpu, cuda, cuda:0, ...")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device {device!r}: no GPU is to be found here; use cpu")

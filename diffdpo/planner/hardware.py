@@ -14,8 +14,8 @@ BANDWIDTH_SHARE = 0.8
 """Of memory bandwidth, in elementwise passes."""
 LINK_SHARE = 0.8
 """Of PCIe bandwidth, from page-locked memory."""
-CONTEXT = int(0.6 * GIB)
-"""CUDA context, cuBLAS workspaces and library code on a GPU."""
+CONTEXT = int(1.2 * GIB)
+"""CUDA context, library code, workspaces of cuBLAS, NCCL and bitsandbytes on a GPU; assumed, not measured."""
 SLACK = 0.05
 """Of what is allocated and freed within a step, lost to fragmentation in torch's caching allocator."""
 PROCESS = 4 * GIB

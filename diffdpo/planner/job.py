@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from diffdpo.config import TrainConfig, resolve
-from diffdpo.engine.base import count_parameters
-from diffdpo.engine.choice import FSDP2, SMALL_SHARE, EngineChoice, choose_engine
+from diffdpo.engine.base import trains_few
+from diffdpo.engine.choice import FSDP2, EngineChoice, choose_engine
 from diffdpo.engine.sharding import Sharding
 from diffdpo.reference.modes import check_reference, choose_mode
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
@@ -108,8 +108,8 @@ def plan_run(
     """Settings → what a process would do. ``module``: what would be trained, on the meta device. ``second_model()``:
     the part of the memory that a copy of it would take, for ``--reference auto``. ``scored``: scored positions of a
     row; default: all of the longest answer."""
-    everything, trained = count_parameters(module)
-    obstacle = choice.no_sync_obstacle(few=trained <= SMALL_SHARE * everything)
+    few = trains_few(module)
+    obstacle = choice.no_sync_obstacle(few=few)
     loss = config.loss()
     check_reference(config, loss)
     segments = make_segments(config, choice, torch.device("cuda" if cuda else "cpu"))
@@ -120,6 +120,7 @@ def plan_run(
         reduces_in_backward=choice.reduces_in_backward,
         segments=segments,
         shape=shape,
+        few=few,
     )
     return PlannedRun(
         config=config,
@@ -138,4 +139,4 @@ def plan_run(
 
 def planned_engine(config: TrainConfig, *, cuda: bool, processes: int) -> EngineChoice:
     """The engine that the run would choose on such a machine. A GPU is taken to have bfloat16."""
-    return choose_engine(resolve(config), processes=processes, cuda=cuda, bf16_able=cuda)  # type: ignore[arg-type]
+    return choose_engine(resolve(config), processes=processes, cuda=cuda, bf16_able=cuda, adapter=config.use_peft)  # type: ignore[arg-type]

@@ -95,7 +95,7 @@ def make_plan(
     choice = planned_engine(config, cuda=cuda, processes=machine.gpus)
     module = skeleton(family, shape, config, bf16=choice.bf16, cast=choice.bf16 and choice.kind == DEEPSPEED)
     job = plan_run(config, module, choice, cuda=cuda, second_model=second_model, scored=scored)
-    numbers = count(module)
+    numbers = count(module, optim=config.optim)
     context = getattr(shape, "max_position_embeddings", None)
     return Plan(job, numbers, dry_run(module, numbers, job, timed=timed), machine, fit, context)
 

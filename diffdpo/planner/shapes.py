@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from diffdpo.config import TrainConfig
+from diffdpo.engine.optimizer import state_bytes
 from diffdpo.errors import UserError
 from diffdpo.models.architecture.backbone import native
 from diffdpo.models.architecture.spec import FamilySpec
@@ -32,6 +33,7 @@ class Numbers:
     vocabulary: int
     layers: int
     largest_module: int  # elements of the module with the most parameters of its own
+    state_bytes: int  # of the optimizer on whole weights
     largest_unit: int  # of what FSDP2 gathers at a time: a block, the embedding, the head
 
 
@@ -121,8 +123,8 @@ def quantise(model: nn.Module) -> None:
                 setattr(parent, name, Nf4Linear(child))
 
 
-def count(module: MaskedLogProbs) -> Numbers:
-    """What is in a skeleton."""
+def count(module: MaskedLogProbs, *, optim: str = "adamw_torch") -> Numbers:
+    """What is in a skeleton; ``optim``: whose state is counted."""
     base = native(module.model)
     trained = [p for p in module.parameters() if p.requires_grad]
     frozen = [p for p in module.parameters() if not p.requires_grad]
@@ -130,6 +132,7 @@ def count(module: MaskedLogProbs) -> Numbers:
     elements = sum(p.numel() for p in (*trained, *frozen))
     elements += sum(m.unpacked.numel() - m.weight.numel() - m.absmax.numel() - m.nested.numel() for m in packed)
     units = (*base.blocks, base.embed, base.final_norm, base.head)
+    outside = {p for m in (base.embed, base.head) for p in m.parameters()}
     return Numbers(
         total=elements,
         trained=sum(p.numel() for p in trained),
@@ -140,5 +143,6 @@ def count(module: MaskedLogProbs) -> Numbers:
         vocabulary=base.head.weight.shape[0],
         layers=len(base.blocks),
         largest_module=max(sum(p.numel() for p in m.parameters(recurse=False)) for m in module.modules()),
+        state_bytes=sum(state_bytes(optim, p.shape, in_block=p not in outside) for p in trained),
         largest_unit=max(sum(p.numel() for p in unit.parameters()) for unit in units),
     )

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from functools import partial
 
 import psutil
-import torch
 from torch import nn
 
 from diffdpo.config import TrainConfig
@@ -19,6 +18,7 @@ from diffdpo.engine.choice import EngineChoice
 from diffdpo.engine.make import weight_shards
 from diffdpo.engine.world import World
 from diffdpo.errors import UserError
+from diffdpo.gpus import is_gpu, kind_of
 from diffdpo.losses.options import LossOptions
 from diffdpo.losses.preference import LOSSES
 from diffdpo.models.bundled import model_or_bundled
@@ -80,8 +80,8 @@ def second_model_share(config: TrainConfig, choice: EngineChoice, world: World) 
     name = config.ref_model_name_or_path or model_or_bundled(config.policy)
     folder = checkpoint_folder(base_of_adapter(name) if is_adapter(name) else name)
     size = sum(path.stat().st_size for path in shard_files(folder))
-    if world.device.type == "cuda":
-        memory = torch.cuda.get_device_properties(world.device).total_memory
+    if is_gpu(world.device):
+        memory = kind_of(world.device).total_memory(world.device)
     else:
         memory = psutil.virtual_memory().total // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return share_of_memory(choice, size, memory=memory)

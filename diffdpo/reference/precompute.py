@@ -5,7 +5,6 @@ The rows are those of training: the same readers, micro-batches, noise and segme
 the step; so a pass that was killed goes on, and a longer run adds to a shorter one's scores.
 """
 
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from diffdpo.config import TrainConfig
 from diffdpo.engine.choice import EngineChoice
 from diffdpo.engine.make import hold_frozen
 from diffdpo.engine.world import World
-from diffdpo.memory.exhausted import told_if_exhausted
+from diffdpo.memory.exhausted import release_memory, told_if_exhausted
 from diffdpo.models.architecture.spec import FamilySpec
 from diffdpo.models.bundled import model_or_bundled
 from diffdpo.models.load import dtype_name
@@ -141,9 +140,7 @@ class ReferencePass:
             _score_all(todo, forward, self.noise, self.world, segments=self.segments)
         forward.release()
         del module, forward
-        gc.collect()
-        if self.world.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release_memory()
 
 
 def shapes_of(loader: PairLoader, segments: Segments, device: torch.device) -> dict[str, Any]:

@@ -73,8 +73,6 @@ class LoraSettings(ModelSettings):
         """What is about an adapter needs one; frozen NF4 weights need one to have something to train."""
         if self.load_in_4bit and not self.adapts:
             raise UserError("--load_in_4bit freezes the weights, so there is nothing to train; add --use_peft")
-        if self.load_in_4bit and self.torch_compile:
-            raise UserError("--torch_compile has not been seen to work with --load_in_4bit; leave one of the two out")
         for name, given in (
             ("lora_r", self.lora_r != field_of(type(self), "lora_r").default),
             ("lora_alpha", self.lora_alpha != field_of(type(self), "lora_alpha").default),

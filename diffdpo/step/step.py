@@ -50,8 +50,9 @@ class PreferenceStep:
         max_length: int | None = None,
     ):
         self.engine, self.reference, self.noise, self.loss = engine, reference, noise, loss
-        self.strategy, self.segments = strategy, segments
-        self.compared, self.max_length, self.clock = compared, max_length, Clock(engine.world.device)
+        self.strategy, self.segments, self.clock = strategy, segments, Clock(engine.world.device)
+        segments.answers_apart = strategy == "deferred"  # for the reference too: equal models differ by 0 to the bit
+        self.compared, self.max_length = compared, max_length
 
     def __call__(self, micro_batches: Sequence[PairBatch], learning_rate: float) -> StepReport:
         world = self.engine.world
@@ -140,11 +141,5 @@ class PreferenceStep:
         """z of ``kto`` over the global step; None for other losses."""
         if not self.loss.needs_reference_point:
             return None
-        return reference_point(
-            self.engine,
-            self.reference,
-            self._rows,
-            micro_batches,
-            segments=self.segments,
-            max_length=self.max_length,
-        )
+        how = (self.engine, self.reference, self._rows, micro_batches)
+        return reference_point(*how, segments=self.segments, max_length=self.max_length)

@@ -40,8 +40,9 @@ def models_of_run(folder: str) -> list[tuple[int, str]]:
     path = Path(folder)
     found = [(int(each.name.split("-")[1]), str(each)) for each in list_checkpoints(path)]
     if (path / "final").is_dir() and (path / "summary.json").is_file():
-        step = json.loads((path / "summary.json").read_text())["steps"]
-        found = [each for each in found if each[0] != step] + [(step, str(path / "final"))]
+        summary = json.loads((path / "summary.json").read_text())
+        step = summary.get("kept_step", summary["steps"])
+        found = sorted([each for each in found if each[0] != step] + [(step, str(path / "final"))])
     if not found:
         raise UserError(
             f"{folder} is the folder of a run without checkpoints or a final model; nothing can be evaluated"

@@ -90,8 +90,8 @@ def _as_lists(batch: PairBatch) -> dict[str, Any]:
 
 
 def _as_batch(told: dict[str, Any]) -> PairBatch:
-    tensors = {name: torch.tensor(told.pop(name), dtype=dtype) for name, dtype in TENSORS.items()}
-    names = {name: tuple(told.pop(name)) for name in ("ids", "records")}
+    tensors: dict[str, Any] = {name: torch.tensor(told.pop(name), dtype=dtype) for name, dtype in TENSORS.items()}
+    names: dict[str, Any] = {name: tuple(told.pop(name)) for name in ("ids", "records")}
     return PairBatch(**tensors, **names, **told)
 
 
@@ -100,8 +100,8 @@ def each_record(batch: PairBatch) -> list[PairBatch]:
     alone = []
     for b, name in enumerate(batch.ids):
         if name:
-            tensors = {key: getattr(batch, key)[b : b + 1] for key in TENSORS}
-            own = {"ids": (name,), "records": batch.records[b : b + 1], "last_micro": True}
+            tensors: dict[str, Any] = {key: getattr(batch, key)[b : b + 1] for key in TENSORS}
+            own: dict[str, Any] = {"ids": (name,), "records": batch.records[b : b + 1], "last_micro": True}
             rest = {key: getattr(batch, key) for key in ("epoch", "step", "micro")}
             alone.append(PairBatch(**tensors, **own, **rest))
     return alone

@@ -40,6 +40,7 @@ from diffdpo.training.checkpoint_model import (
     models_of_run,
 )
 
+IN_MEMORY = "the model in memory"
 ENCODING = ("max_length", "max_prompt_length", "truncation", "answer_truncation", "template", "dtype", "load_in_4bit")
 """Settings that a line depends on beside those of its task."""
 
@@ -79,7 +80,7 @@ def evaluate(config: EvaluateConfig, world: World, *, given: LoadedModel | None 
     ``given``: a model in memory, in the place of the one that is named. UserError or DataError for what a user can
     mend; no weights are read before all names, sources and tokenizers have been looked at.
     """
-    candidates = candidates_of(config)
+    candidates = candidates_of(config) if given is None else [Candidate(IN_MEMORY, IN_MEMORY, IN_MEMORY)]
     if given is None:
         check_candidates(candidates, config.ref_model_name_or_path)
     device = str(world.device) if world.size > 1 else device_named(config.device)

@@ -8,6 +8,7 @@ from typing import Any
 
 from diffdpo.config import RunConfig
 from diffdpo.engine.base import Engine
+from diffdpo.engine.world import part
 from diffdpo.errors import Stopped, TrainingError, UserError
 from diffdpo.evaluation.result import Evaluation, comparison
 from diffdpo.memory.peak import peak_memory_gib
@@ -66,8 +67,8 @@ class Finish:
                 f"--output_dir {self.context.output_dir} --resume_from_checkpoint latest"
             )
 
-    def completed(self, *, steps: int, engine: Engine) -> None:
-        """``summary.json``; the table is printed when the record is closed."""
+    def completed(self, *, steps: int, kept: int, engine: Engine) -> None:
+        """``summary.json``; the table is printed when the record is closed. ``kept``: the step of the final model."""
         self.status = "FINISHED"
         peaks = engine.world.all_gather_object(peak_memory_gib(engine.world.device))
         if self.tracking is None:
@@ -77,6 +78,7 @@ class Finish:
         summary = {
             "run_name": self.context.run_name,
             "steps": steps,
+            "kept_step": kept,
             "asked": asked_of(self.config),
             "seconds": round(time.time() - self.started, 1),
             **{key: value for key, value in rates.items() if value is not None},
@@ -142,7 +144,6 @@ def finish(context: RunContext, tracking: Tracking | None, watch: Watch, config:
         raise
     finally:
         watch.pulse.beat(CLOSING, watch.pulse.step)  # drawing and sending have no usual time
-        if context.world.companions is not None:
-            context.world.companions.ended.set()  # who has gone is known, or does not matter any more
+        part()  # who has gone is known, or does not matter any more
         with watch.stop.set_deferred(True):
             end.close()

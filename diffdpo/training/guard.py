@@ -9,7 +9,7 @@ from typing import TypeVar
 from diffdpo.config import RunConfig
 from diffdpo.engine.companions import ATTEMPT
 from diffdpo.engine.launcher import watch_launcher
-from diffdpo.engine.world import shutdown_distributed
+from diffdpo.engine.world import part, shutdown_distributed
 from diffdpo.errors import Stopped, UserError
 from diffdpo.setup.context import RunContext, open_context
 from diffdpo.tracking.lock import one_run_in
@@ -40,7 +40,7 @@ def guarded(
     """
     if config.max_restarts and ATTEMPT not in os.environ:
         raise UserError("--max_restarts starts the command again, and there is none from Python; leave it out")
-    whole, context = True, None
+    whole = True
     with stop_on_signals(StopRequest(config.stop_seconds)) as stop:
         try:
             watch_launcher(_end_without)  # before the processes meet: that may take as long as they are patient
@@ -56,8 +56,7 @@ def guarded(
             whole = False
             raise
         finally:
-            if context is not None and context.world.companions is not None:
-                context.world.companions.ended.set()  # from here on each ends by itself
+            part()
             if whole:  # the end of a group that has lost a member may wait for it
                 shutdown_distributed()
             stop.ended.set()

@@ -23,8 +23,9 @@ from diffdpo.memory.peak import peak_memory_gib
 from diffdpo.progress import bar_of
 from diffdpo.step.report import StepReport
 from diffdpo.tracking.journal import Journal
+from diffdpo.training.best import Best
 from diffdpo.training.callbacks import Callbacks
-from diffdpo.training.checkpoint import NotSaved, list_checkpoints, told_if_unwritable
+from diffdpo.training.checkpoint import FOLDER, NotSaved, list_checkpoints, told_if_unreadable, told_if_unwritable
 from diffdpo.training.culprit import keep_culprit, keep_state
 from diffdpo.training.guard import Watch
 from diffdpo.training.norms import NormHistory
@@ -53,6 +54,7 @@ class Loop:
     watch: Watch
     callbacks: Callbacks = field(default_factory=Callbacks)
     unit: str = "pairs"  # what a record is called
+    best: Best | None = None  # where something depends on which evaluation was the best
     state: dict[str, Any] = field(default_factory=dict)
     done: int = 0  # steps taken, also by the run that is resumed
     skipped: int = 0  # of them, by this run, as they were not finite
@@ -76,7 +78,7 @@ class Loop:
     def _run(self, bar: tqdm) -> bool:
         config, pulse = self.config, self.watch.pulse
         window, steps, saved = _Window(), self.loader.steps(), time.monotonic()
-        while self.done < self.total_steps:
+        while not self._is_over():
             started = time.perf_counter()
             pulse.beat("step", self.done + 1)
             micro_batches = next(steps)
@@ -94,17 +96,22 @@ class Loop:
                 self.saver.settle()
             save = stop or due or bool(config.save_steps and self.done % config.save_steps == 0)
             # before a checkpoint too: what a resumed run goes on with is an empty window
-            if self.done % config.logging_steps == 0 or self.done == self.total_steps or save or not finite:
+            evaluates = self._evaluates()
+            logs = self.done % config.logging_steps == 0 or self.done == self.total_steps
+            if logs or save or not finite or (evaluates and self.best):
                 self._log(window, rate, bar)
                 window = _Window()
             bar.update()
             if not finite and (self.config.on_nonfinite == "stop" or self.skipped > self.config.nonfinite_limit):
                 raise self._diverged(report)
-            self._evaluate_and_save(save, stop)
-            saved = time.monotonic() if save else saved
-            if stop and self.done < self.total_steps:
+            if self._evaluate_and_save(evaluates, save, stop):
+                saved = time.monotonic()
+            if stop and not self._is_over():
                 return False
         return True
+
+    def _is_over(self) -> bool:
+        return self.done >= self.total_steps or (self.best is not None and self.best.stops)
 
     def _is_finite(self, report: StepReport, micro_batches: Sequence[PairBatch], rate: float) -> bool:
         """Whether a step's loss and gradient are finite. Where they are not, or the norm is far from those before, the
@@ -190,22 +197,53 @@ class Loop:
         shown = {short: f"{metrics[key]:.3f}" for key, short in ON_THE_BAR.items() if key in metrics}
         bar.set_postfix(shown | {f"{self.unit}/s": f"{metrics[f'{self.unit}_per_second']:.1f}"}, refresh=False)
 
-    def _evaluate_and_save(self, save: bool, stop: bool) -> None:
-        config, step = self.config, self.done
-        at_end = step == self.total_steps
-        if config.eval_steps and step % config.eval_steps == 0 and not at_end:
+    def _evaluates(self) -> bool:
+        """Whether there is an evaluation after this step; the one at the end is the run's, unless it decides."""
+        if self.done == self.total_steps:
+            return self.best is not None
+        return bool(self.config.eval_steps) and self.done % self.config.eval_steps == 0
+
+    def _evaluate_and_save(self, evaluates: bool, save: bool, stop: bool) -> bool:
+        """Whether a checkpoint was written."""
+        step, at_end = self.done, self.done == self.total_steps
+        if evaluates:
             self.watch.pulse.beat("evaluation in between", step)
             started = time.perf_counter()
             with self.watch.stop.set_deferred(False):  # it may take long; the newest checkpoint stays
                 metrics = self.evaluate()
                 self.record_evaluation(metrics, seconds=time.perf_counter() - started)
+            if self.best is not None and self.best.add(step, metrics):
+                save = save or self.best.keeps
         if save and (stop or not at_end):  # at the end the final model follows, unless told to stop
             self._save(step, wait=stop)
+            return True
+        return False
+
+    def settle_for_the_best(self) -> int:
+        """At the end: put the best model in place of the last where that was asked for. The step of what stays."""
+        if self.best is None:
+            return self.done
+        metric, standing = self.best.metric, self.best.standing
+        if self.done < self.total_steps:
+            self._note(f"stopped early: {standing.without_gain} evaluations without a better {metric}")
+        if not self.best.keeps or standing.step in (0, self.done):
+            return self.done
+        folder = self.output_dir / FOLDER / f"step-{standing.step}"
+        if not self.engine.world.broadcast(folder.is_dir()):
+            self._note(f"step {standing.step} was the best by {metric}, but there was no room to keep it")
+            return self.done
+        with told_if_unreadable(folder):
+            self.engine.load(folder)
+        self._note(
+            f"went back to step {standing.step}, the best of {standing.evaluations} evaluations by {metric} "
+            f"({standing.value:.4f}); chosen by it, it looks better in it than on new data"
+        )
+        return standing.step
 
     def _save(self, step: int, *, wait: bool) -> None:
         self.watch.pulse.beat("save", step)
         loader = self.loader.state_dict(self.engine.world.all_reduce_sums)
-        state = self.state | {"step": step, "loader": loader}
+        state = self.state | {"step": step, "loader": loader, "best": self.best.state() if self.best else None}
         if self.journal is not None:
             self.journal.sync()
             state["journal"] = self.journal.position()

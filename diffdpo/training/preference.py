@@ -10,11 +10,12 @@ from torch import nn
 
 from data_pipeline.facts import refuse_unusable
 from diffdpo.config import TrainConfig, resolve
-from diffdpo.engine.base import Engine, FrozenModule, count_parameters
+from diffdpo.engine.base import Engine, FrozenModule, count_parameters, trains_few
 from diffdpo.engine.choice import EngineChoice
 from diffdpo.engine.make import choice_for, make_engine
 from diffdpo.engine.optimizer import OptimizerOptions
-from diffdpo.evaluation.heldout import HeldOutPairs, SampledAnswers
+from diffdpo.evaluation.heldout import HeldOutPairs
+from diffdpo.evaluation.heldout_tasks import HeldOutTasks
 from diffdpo.losses.options import LossOptions
 from diffdpo.models.bundled import model_or_bundled
 from diffdpo.models.encoder import make_encoder
@@ -59,7 +60,7 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Result:
 def _train(
     config: TrainConfig, asked: TrainConfig, context: RunContext, watch: Watch, callbacks: Sequence[Callback]
 ) -> Result:
-    choice = choice_for(config, context.world)
+    choice = choice_for(config, context.world, adapter=config.adapts)
     check_before_weights(config, choice)
     if (finished := finished_before(config, context)) is not None:
         return finished
@@ -152,7 +153,15 @@ class _Training:
             self.noise,
             self.loss,
             batches,
-            SampledAnswers(config, self.engine, self.loaded, batches),
+            HeldOutTasks(
+                config,
+                self.engine,
+                self.loaded,
+                parts.encoder,
+                records=run_data.held_out_records(parts.eval_set, batches, world),
+                batches=batches,
+                segments=segments,
+            ),
             segments=segments,
             max_length=config.max_length,
         )
@@ -174,6 +183,7 @@ class _Training:
             reduces_in_backward=self.choice.reduces_in_backward,
             segments=self.segments,
             shape=self._shape(),
+            few=trains_few(self.engine.module),
         )
         self.context.print(self._announcement(strategy, why, measured))
         step = PreferenceStep(
@@ -215,7 +225,7 @@ class _Training:
             reference=self.mode,
             segmentation=strategy,
             score_estimator=self.noise.estimator,
-            eval_task=self.held_out.answers.task,
+            eval_task=self.held_out.tasks.task,
         )
 
     def _facts(self, why: str) -> dict[str, Any]:
@@ -302,7 +312,8 @@ class _Training:
                 "scores, more than rounding makes: policy and reference do not compute the same numbers"
             )
         elif _is_plain_sigmoid(loss):
-            self.context.print(f"step 1: loss {report.loss:.6f}, ln 2 as it must be while policy = reference")
+            off = f" (log-ratios of up to {report.largest_logit:.1e} nats: rounding)" if report.largest_logit else ""
+            self.context.print(f"step 1: loss {report.loss:.6f}, ln 2 as it must be while policy = reference{off}")
 
 
 def _is_plain_sigmoid(loss: LossOptions) -> bool:

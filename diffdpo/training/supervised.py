@@ -20,7 +20,8 @@ from diffdpo.engine.choice import EngineChoice
 from diffdpo.engine.make import choice_for, load_device, make_engine, weight_shards
 from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.errors import UserError
-from diffdpo.evaluation.heldout import HeldOutAnswers, SampledAnswers
+from diffdpo.evaluation.heldout import HeldOutAnswers
+from diffdpo.evaluation.heldout_tasks import HeldOutTasks
 from diffdpo.losses.options import LossOptions
 from diffdpo.models.architecture.from_scratch import new_model, train_tokenizer
 from diffdpo.models.encoder import make_encoder
@@ -101,19 +102,16 @@ def _build(
         segments=segments,
         shape=micro_batch_shape(config, couples_pairs=False, block_size=loaded.spec.block_size),
     )
-    held_out = HeldOutAnswers(
-        engine,
-        noise,
-        batches,
-        SampledAnswers(config, engine, loaded, batches),
-        segments=make_segments(config, choice, world.device, world=world),
-    )
+    eval_segments = make_segments(config, choice, world.device, world=world)
+    records = run_data.held_out_records(eval_set, batches, world)
+    tasks = HeldOutTasks(config, engine, loaded, encoder, records=records, batches=batches, segments=eval_segments)
+    held_out = HeldOutAnswers(engine, noise, batches, tasks, segments=eval_segments)
     context.print(_announcement(config, context, choice, loaded, answers, f"'{strategy}' ({why})"))
     step = PreferenceStep(engine, no_reference, noise, SUPERVISED, strategy=strategy, segments=segments, compared=False)
     named = {"model_name_or_path": config.model_name_or_path or config.policy}  # None: a new one
     chosen = chosen_settings(config, context, choice, encoder) | named
     return Run(
-        config=replace(config, **chosen, segmentation=strategy, eval_task=held_out.answers.task),
+        config=replace(config, **chosen, segmentation=strategy, eval_task=held_out.tasks.task),
         asked=config,
         facts=_facts(loaded, choice, (train_set, eval_set), why=why),
         context=context,

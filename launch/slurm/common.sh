@@ -52,8 +52,8 @@ start() {
 }
 
 # until_stopped COMMAND...: run it, hand SIGTERM on to it, and put the job into the queue again if it was stopped on the
-# way (exit code 3, or SIGTERM came: torchrun keeps the code of its ranks to itself), or hung (exit code 4; three times
-# at most, as the next nodes may be better ones). A job that was cancelled is not RUNNING any more and stays away.
+# way (exit code 3, or SIGTERM came: torchrun and deepspeed, sent it, keep the code of their ranks to themselves), or hung
+# (exit code 4; three times at most: the next nodes may be better ones). A job that was cancelled is not RUNNING any more and stays away.
 until_stopped() {
     local code step signals=0 seen
     trap 'signals=$((signals + 1)); kill -TERM "$step" 2>/dev/null || true' TERM
