@@ -75,7 +75,7 @@ def _save(final: Path, folder: Path) -> None:
     mlflow.pyfunc.save_model(
         str(folder),
         python_model=str(Path(__file__).with_name("pyfunc_model.py")),
-        artifacts={"model": str(final)},
+        artifacts={"model": str(final.resolve())},
         signature=ModelSignature(Schema([ColSpec("string")]), Schema([ColSpec("string")]), ParamSchema(params)),
         pip_requirements=["diffdpo"],
     )
