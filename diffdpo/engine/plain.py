@@ -8,6 +8,7 @@ from typing import Any
 
 import psutil
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from diffdpo.engine.base import parameter_groups, sum_gradients, trained_parameters
@@ -16,6 +17,7 @@ from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.saved import save_tensors, trained_by_name
 from diffdpo.engine.tensor_files import read_training_state
 from diffdpo.engine.world import World
+from diffdpo.errors import UserError
 
 WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
 SNAPSHOT_SHARE = 0.3  # of the host's free memory that a copy for a checkpoint may take
@@ -42,6 +44,7 @@ class PlainEngine:
         self.choice = EngineChoice(PLAIN, world.size)
         self.module, self.world, self.options = module.to(world.device), world, options
         self.parameters = trained_parameters(module)
+        self.beside: dict[str, nn.Module] = {}  # modules that change without being trained, saved with the rest
         self.fused = world.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
             parameter_groups(module, options.weight_decay),
@@ -94,7 +97,10 @@ class PlainEngine:
         trained = trained_by_name(self.module)
         states = {name: self.optimizer.state.get(p, {}) for name, p in trained.items()}
         moments = {f"{name}.{key}": value for name, state in states.items() for key, value in state.items()}
-        return {WEIGHTS: {name: p.detach() for name, p in trained.items()}, OPTIMIZER: moments}
+        saved = {WEIGHTS: {name: p.detach() for name, p in trained.items()}, OPTIMIZER: moments}
+        for name, module in self.beside.items():  # in a folder: the files here are read as one state
+            saved[f"{name}/{WEIGHTS}"] = {key: p.detach() for key, p in module.named_parameters()}
+        return saved
 
     def snapshot(self) -> Callable[[Path], None] | None:
         if not self.world.is_main:
@@ -111,6 +117,14 @@ class PlainEngine:
 
     def load(self, folder: Path) -> None:
         read_training_state(folder, self.module, self.optimizer, fused=self.fused)
+        for name, module in self.beside.items():
+            file = folder / name / WEIGHTS
+            if not file.is_file():
+                raise UserError(f"{folder} holds no {name} that moves; resume the run that wrote it with its settings")
+            tensors = load_file(file, device=str(self.world.device))
+            with torch.no_grad():
+                for key, parameter in module.named_parameters():
+                    parameter.copy_(tensors[key])
 
     def full_state_dict(self) -> Mapping[str, Any] | None:
         return self.module.state_dict() if self.world.is_main else None
@@ -118,4 +132,5 @@ class PlainEngine:
 
 def _write(saved: Mapping[str, Mapping[str, torch.Tensor]], folder: Path) -> None:
     for file, tensors in saved.items():
+        (folder / file).parent.mkdir(exist_ok=True)
         save_tensors(tensors, folder / file)

@@ -28,7 +28,8 @@ FLOORS = (
     {"evaluation"},
     {"tracking"},
     {"setup"},
-    {"training", "planner", "onpolicy"},
+    {"training", "planner"},
+    {"onpolicy"},
     {"cli"},
     {"api"},
 )
