@@ -17,8 +17,8 @@ import torch
 from data_pipeline.cli import nearest
 from data_pipeline.errors import DataError
 from data_pipeline.records import Record
-from diffdpo.cli.flags import own_names, own_settings, with_bundled_recipe
-from diffdpo.config import ScoreConfig, SftConfig, TrainConfig, make_config
+from diffdpo.cli.flags import own_names, own_settings
+from diffdpo.config import ScoreConfig, SftConfig, TrainConfig, make_config, with_bundled_settings
 from diffdpo.errors import UserError
 from diffdpo.evaluation.score_models import device_named, load_models
 from diffdpo.evaluation.score_pairs import Scorer
@@ -62,7 +62,7 @@ def train(
     told, values = each_of(callbacks), dict(settings)
     if reference_model is not None:
         values["ref_model_name_or_path"] = reference_model
-    config = _config(TrainConfig, model, train_data, eval_data, with_bundled_recipe, values)
+    config = _config(TrainConfig, model, train_data, eval_data, with_bundled_settings, values)
     return preference.train(config, callbacks=told)
 
 

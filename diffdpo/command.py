@@ -15,6 +15,7 @@ from diffdpo.errors import RESUMABLE, Stopped, TrainingError, UserError
 from diffdpo.quiet import hush
 
 SECONDS_BEHIND = 3.0
+AT_KEYBOARD = 130  # the exit code after Ctrl-C
 
 
 class Parser(data_pipeline.cli.Parser):

@@ -17,7 +17,7 @@ from diffdpo.engine.choice import shards_parameters
 from diffdpo.errors import UserError
 from diffdpo.losses.settings import LossSettings
 from diffdpo.models.checkpoint.adapter_folder import base_of_adapter, check_adapter, is_adapter
-from diffdpo.settings.base import Settings, check_settings, public, setting
+from diffdpo.settings.base import Settings, check_settings, converted, public, setting
 from diffdpo.settings.credentials import taken
 from diffdpo.settings.data import DataSettings, EncodingSettings
 from diffdpo.settings.engine import EngineSettings
@@ -28,10 +28,13 @@ from diffdpo.settings.noise import ESTIMATORS, NoiseSettings
 from diffdpo.settings.output import OutputSettings
 from diffdpo.settings.pairs import PairingSettings
 from diffdpo.settings.reference import ReferenceSettings
-from diffdpo.settings.sampling import SamplingSettings
+from diffdpo.settings.sampling import SamplerGridSettings, SamplingSettings
 from diffdpo.settings.segments import MemorySettings, SegmentSettings
+from diffdpo.settings.tasks import PAIRS, task_names
 from diffdpo.settings.tracking import TrackingSettings
 
+# What preference training takes where neither a model nor data is named: settings that suit what comes with diffdpo
+BUNDLED_RECIPE = Path(__file__).parent / "pretrained" / "arithmetic" / "train.yaml"
 FULL_RATE, LORA_RATE, BUNDLED_RATE = 5e-7, 5e-6, 1e-4  # VRPO's for 8B; the usual tenfold for LoRA; for 1M parameters
 
 
@@ -161,7 +164,7 @@ class ScoreConfig(NoiseSettings, EncodingSettings):
         None, "folder, hub name or adapter folder; default: the bundled model", common=True
     )
     adapter_name_or_path: str | None = setting(
-        None, "folder of a LoRA adapter on --model_name_or_path; default of that: the base the adapter names"
+        None, "folder of a LoRA adapter; without a model it is on the base that it names; default: none"
     )
     ref_model_name_or_path: str | None = setting(
         None, "a second model to compare with, under the same noise; default: none", common=True
@@ -179,13 +182,58 @@ class ScoreConfig(NoiseSettings, EncodingSettings):
         """A device that torch could know, an adapter that is there, and a place for the output."""
         if self.adapter_name_or_path:
             check_adapter(self.adapter_name_or_path)
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
-            raise UserError(f"--device {self.device}: use auto, cpu, cuda or cuda:N")
-        if self.output and not Path(self.output).absolute().parent.is_dir():
-            raise UserError(f"--output {self.output}: there is no folder {Path(self.output).parent}; make it first")
+        check_device_and_output(self.device, self.output)
 
 
-Config = TypeVar("Config", bound=Settings)
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(SamplerGridSettings, NoiseSettings, EncodingSettings):
+    """Models on tasks (``launch/evaluate.py``)."""
+
+    title: ClassVar[str] = "what is evaluated, and how"
+
+    model_name_or_path: str | None = setting(
+        None,
+        "folders, names, adapters, checkpoints/step-N or a run's folder; the first is compared with; default: bundled",
+        common=True,
+        many=True,
+    )
+    ref_model_name_or_path: str | None = setting(None, "rewards of pairs are against it; default: none", common=True)
+    task: str | None = setting(
+        None,
+        "pairs, perplexity, multiple_choice or a verifier (see docs/evaluation.md), each with @FILE for its own items",
+        common=True,
+        many=True,
+    )
+    pairs: str | None = setting(
+        None,
+        ".jsonl(.gz), .json, .csv, .parquet, folder or data set that tasks take their items from",
+        common=True,
+        many=True,
+    )
+    output: str | None = setting(
+        None,
+        "FILE.json of the results; FILE.items/ keeps every item's, where a broken-off run goes on",
+        common=True,
+    )
+    limit: int = setting(0, "the first items of each task; 0: all", at_least=0, common=True)
+    num_generated: int = setting(200, "items of arithmetic and multiple_choice where no file is named", at_least=1)
+    beta: float = setting(0.1, "of rewards under a reference, as in training", above=0)
+    num_mc_samples: int = setting(16, "forwards a score (n)", at_least=1, common=True)
+    batch_size: int = setting(8, "items of one process at a time", at_least=1, common=True)
+    segment_rows: int = setting(64, "rows in one forward of scores", at_least=1)
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...", common=True)
+    dtype: str = setting("float32", "of the weights", choices=("float32", "bfloat16"), common=True)
+    load_in_4bit: bool = setting(False, "NF4 weights (bitsandbytes)")
+    tracking_uri: str | None = setting(None, "MLflow store for the results; default: none", common=True)
+    experiment_name: str = setting("diffdpo", "MLflow experiment")
+    run_name: str | None = setting(None, "of the MLflow run; default: evaluate and the model's name")
+
+    def check(self) -> None:
+        """There are tasks, a device that torch could know and a place for the output."""
+        check_device_and_output(self.device, self.output)
+        if not self.task and not self.pairs:
+            raise UserError("nothing to evaluate on: give --pairs FILE, or --task, such as --task arithmetic")
+        task_names(self.task or PAIRS, flag="--task")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +253,7 @@ class PairsConfig(PairingSettings, SamplingSettings):
         None, "folder, hub name or adapter folder; default: the bundled model", common=True
     )
     adapter_name_or_path: str | None = setting(
-        None, "folder of a LoRA adapter on --model_name_or_path; default of that: the base the adapter names"
+        None, "folder of a LoRA adapter; without a model it is on the base that it names; default: none"
     )
     template: str = setting("auto", "auto: chat if there is one", choices=("auto", "chat", "plain"))
     seed: int = setting(0, "of the sampling noise, of which pairs are taken, and of generated problems", at_least=0)
@@ -230,7 +278,9 @@ class RoundsConfig(Settings):
     output_dir: str | None = setting(None, "folder of all rounds; required", common=True)
     rounds: int = setting(4, "how many", at_least=1, common=True)
     model_name_or_path: str | None = setting(None, "the model to start from; default: the bundled one", common=True)
-    adapter_name_or_path: str | None = setting(None, "LoRA adapter to start from: every round goes on with the last's")
+    adapter_name_or_path: str | None = setting(
+        None, "LoRA adapter to start from: every round goes on with the last's; default: none"
+    )
     prompts: str | None = setting(
         None, "prompts (.txt, JSON lines) or training data; default: generated problems in arithmetic", common=True
     )
@@ -259,6 +309,17 @@ class RoundsConfig(Settings):
             raise UserError(f"model_name_or_path {self.model_name_or_path} is an adapter: use adapter_name_or_path")
 
 
+Config = TypeVar("Config", bound=Settings)
+
+
+def check_device_and_output(device: str, output: str | None) -> None:
+    """UserError for a device that torch could not know, and for an output without a folder to stand in."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise UserError(f"--device {device}: use auto, cpu, cuda or cuda:N")
+    if output and not Path(output).absolute().parent.is_dir():
+        raise UserError(f"--output {output}: there is no folder {Path(output).parent}; make it first")
+
+
 def make_config(config_class: type[Config], values: Mapping[str, Any]) -> Config:
     """The checked dataclass; what can be known wrong without opening a model ends here.
 
@@ -284,6 +345,28 @@ def resolve(config: RunConfig) -> RunConfig:
         rate = LORA_RATE
     config.check_peak(rate)
     return dataclasses.replace(config, learning_rate=rate)
+
+
+def bundled_settings() -> dict[str, Any]:
+    """The settings of preference training where neither a model nor data is named."""
+    recipe = yaml.safe_load(BUNDLED_RECIPE.read_text())
+    return {name: converted(TrainConfig, name, value) for name, value in recipe.items()}
+
+
+def with_bundled_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Preference training's settings, with the bundled ones where neither a model nor data is named."""
+    if given.get("model_name_or_path") or given.get("train_data"):
+        return dict(given)
+    bundled = bundled_settings()
+    if "loss_type" in given:
+        bundled.pop("sft_weight", None)  # it goes with the loss of the recipe
+    return {**bundled, **given}
+
+
+def usual_settings(config: RunConfig) -> dict[str, Any]:
+    """What a command would have taken by itself in place of these settings, where that is not a field's default."""
+    of_training = isinstance(config, TrainConfig) and not (config.model_name_or_path or config.train_data)
+    return bundled_settings() if of_training else {}
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -26,7 +26,7 @@ def build_parser() -> Parser:
     """The flags."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--adapter", help="folder of a LoRA adapter, to be merged")
-    parser.add_argument("--model_name_or_path", help="folder or hub name; None: the base that --adapter names")
+    parser.add_argument("--model_name_or_path", help="folder or hub name; default: the base that --adapter names")
     parser.add_argument("--output", required=True, help="folder to make")
     parser.add_argument(
         "--dtype", default="auto", choices=DTYPES, help="of the written weights; auto: as they are read"

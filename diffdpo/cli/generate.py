@@ -28,8 +28,8 @@ def build_parser() -> Parser:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be given several times")
     parser.add_argument("--prompts", help="file of prompts: text with one a line, or .jsonl")
-    parser.add_argument("--output", help="file for JSON lines; None: print the answers")
-    parser.add_argument("--model_name_or_path", help="folder, hub name or adapter folder; None: the bundled model")
+    parser.add_argument("--output", help="file for JSON lines; default: print the answers")
+    parser.add_argument("--model_name_or_path", help="folder, hub name or adapter folder; default: the bundled model")
     parser.add_argument("--adapter_name_or_path", help="LoRA adapter on it; without a model: on the base it names")
     parser.add_argument(
         "--template", default="auto", choices=("auto", "chat", "plain"), help="auto: chat if there is one"
@@ -39,7 +39,7 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--block_length", type=int, default=0, help="blocks are filled from left to right; 0: 32, or the model's"
     )
-    parser.add_argument("--steps", type=int, help="over the whole answer; None: one token a step")
+    parser.add_argument("--steps", type=int, help="over the whole answer; default: one token a step")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token")
     parser.add_argument("--cfg_scale", type=float, default=0.0, help="classifier-free guidance; doubles the forwards")
     parser.add_argument("--remasking", default="low_confidence", choices=ORDERS, help="what is unmasked first")

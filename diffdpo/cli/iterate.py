@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from diffdpo.cli.flags import BUNDLED_RECIPE, build_parser, own_settings, read_recipe
-from diffdpo.config import PairsConfig, RoundsConfig, TrainConfig, make_config
+from diffdpo.cli.flags import build_parser, own_settings
+from diffdpo.config import PairsConfig, RoundsConfig, TrainConfig, bundled_settings, make_config
 from diffdpo.errors import UserError
 from diffdpo.shipped import find_shipped
 
@@ -71,6 +71,6 @@ def section(name: str, given: Any, recipe: str | None) -> dict[str, Any]:
 
 def bundled() -> dict[str, Any]:
     """What suits the bundled model, where it is what is trained."""
-    settings = read_recipe(TrainConfig, BUNDLED_RECIPE)
+    settings = bundled_settings()
     settings.pop("num_generated_pairs", None)
     return settings

@@ -47,7 +47,9 @@ def main(argv: list[str]) -> None:
     check_estimator(
         config.score_estimator, num_samples=config.num_mc_samples, num_diffusion_steps=config.num_diffusion_steps
     )
-    records = read_records(config.pairs)
+    from data_pipeline.sources.read import records_in
+
+    records = records_in(config.pairs, flag="--pairs")
     from diffdpo.evaluation.score_models import check_models, load_models, model_names
     from diffdpo.evaluation.score_pairs import Scorer
 
@@ -83,29 +85,6 @@ def _digests(names: list[str], config: ScoreConfig) -> list[str]:
 
     base = config.model_name_or_path if config.adapter_name_or_path else None
     return [weights_digest(names[0], base=base), *(weights_digest(name) for name in names[1:])]
-
-
-def read_records(source: str) -> Iterator:
-    """Records of --pairs, the first checked now. DataError names the place of a row that cannot be used."""
-    from itertools import chain
-
-    from data_pipeline.errors import DataError
-    from data_pipeline.records import RecordError
-    from data_pipeline.sources.files import SourceOptions, open_rows
-    from data_pipeline.sources.formats import convert
-
-    def records() -> Iterator:
-        for row in open_rows(source, SourceOptions()):
-            try:
-                yield from convert(row.parsed())
-            except RecordError as error:
-                raise DataError(f"--pairs {row.where}: {error}") from None
-
-    found = records()
-    first = next(found, None)
-    if first is None:
-        raise DataError(f"--pairs {source}: no records in it")
-    return chain([first], found)
 
 
 def unmet(records: Iterator, done: Mapping[str, str], repeated: list[str], digests: dict[str, str]) -> Iterator:

@@ -6,7 +6,7 @@ and fp32 on every process; its gradients are summed once a step, as by the plain
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +20,7 @@ from diffdpo.engine.base import parameter_groups, sum_gradients, trained_paramet
 from diffdpo.engine.choice import EngineChoice
 from diffdpo.engine.fsdp2_units import cut_units, gathered, is_cut, own_part
 from diffdpo.engine.optimizer import OptimizerOptions
+from diffdpo.engine.saved import fits_beside
 from diffdpo.engine.tensor_files import read_training_state, training_state, write_tensors
 from diffdpo.engine.world import World
 from diffdpo.models.architecture.backbone import native
@@ -109,8 +110,13 @@ class Fsdp2Engine:
         self._reshard()
         write_tensors(folder, training_state(self.module, self.optimizer))
 
-    def snapshot(self) -> None:
-        return None  # every rank writes its shards, and they agree on the files: collectives beside those of a step
+    def snapshot(self, beside: World) -> Callable[[Path], None] | None:
+        self._reshard()
+        saved = training_state(self.module, self.optimizer)
+        if not fits_beside(sum(own_part(tensor).nbytes for tensor in saved.values())):
+            return None
+        copy = {name: tensor.detach().to("cpu", copy=True) for name, tensor in saved.items()}
+        return lambda folder: write_tensors(folder, copy, beside.group)
 
     def load(self, folder: Path) -> None:
         self._reshard()

@@ -6,21 +6,23 @@ import torch
 from torch import nn
 
 from diffdpo.engine.base import Engine, FrozenModule
-from diffdpo.engine.choice import DEEPSPEED, FSDP2, EngineChoice
+from diffdpo.engine.choice import DEEPSPEED, FSDP2, EngineChoice, choose_engine
 from diffdpo.engine.deepspeed import DeepSpeedEngine, frozen_by_deepspeed
 from diffdpo.engine.fsdp2 import Fsdp2Engine, Fsdp2Frozen
 from diffdpo.engine.fsdp2_units import ShardedWeights
-from diffdpo.engine.operators import prepare_operators
+from diffdpo.engine.operators import missing_operators, needed_operators, prepare_operators
 from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.plain import PlainEngine, PlainFrozen
 from diffdpo.engine.preflight import check_nvme, check_values, check_zeropp
 from diffdpo.engine.world import World
+from diffdpo.settings.engine import EngineSettings
 
 
 def check_host(choice: EngineChoice) -> None:
     """UserError for what the engine would ask of this host in vain, or not accept; before a model is loaded."""
     if choice.kind == DEEPSPEED:
         check_values(choice.ds_config)
+        missing_operators(needed_operators(choice.ds_config))
         check_nvme(choice.ds_config)
         check_zeropp(choice.ds_config, processes=choice.processes, cuda=torch.cuda.is_available())
 
@@ -54,6 +56,12 @@ def load_device(choice: EngineChoice, world: World) -> str:
 def weight_shards(choice: EngineChoice, world: World) -> ShardedWeights | None:
     """What has a model hold its shards as its weights are read; None where they are read whole."""
     return ShardedWeights(choice, world) if choice.kind == FSDP2 else None
+
+
+def choice_for(settings: EngineSettings, world: World) -> EngineChoice:
+    """The engine of a run in these processes, on their device. UserError as of :func:`choose_engine`."""
+    device = world.device
+    return choose_engine(settings, processes=world.size, cuda=device.type == "cuda", bf16_able=bf16_able(device))
 
 
 def bf16_able(device: torch.device) -> bool:

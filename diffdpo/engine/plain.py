@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -14,13 +13,12 @@ from torch import nn
 from diffdpo.engine.base import parameter_groups, sum_gradients, trained_parameters
 from diffdpo.engine.choice import PLAIN, EngineChoice
 from diffdpo.engine.optimizer import OptimizerOptions
-from diffdpo.engine.saved import save_tensors, trained_by_name
+from diffdpo.engine.saved import fits_beside, save_tensors, trained_by_name
 from diffdpo.engine.tensor_files import read_training_state
 from diffdpo.engine.world import World
 from diffdpo.errors import UserError
 
 WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
-SNAPSHOT_SHARE = 0.3  # of the host's free memory that a copy for a checkpoint may take
 
 
 class PlainFrozen:
@@ -102,12 +100,12 @@ class PlainEngine:
             saved[f"{name}/{WEIGHTS}"] = {key: p.detach() for key, p in module.named_parameters()}
         return saved
 
-    def snapshot(self) -> Callable[[Path], None] | None:
+    def snapshot(self, beside: World) -> Callable[[Path], None] | None:
         if not self.world.is_main:
-            return None
+            return lambda folder: None
         saved = self._saved()
         size = sum(tensor.nbytes for file in saved.values() for tensor in file.values())
-        if size > SNAPSHOT_SHARE * psutil.virtual_memory().available:
+        if not fits_beside(size):
             return None
         copy = {
             file: {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}

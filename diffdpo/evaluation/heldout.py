@@ -1,12 +1,14 @@
 """All that is measured on held-out data, before, during and after training."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from data_pipeline.batch import PairBatch
 from diffdpo.config import RunConfig
 from diffdpo.engine.base import Engine
 from diffdpo.errors import UserError
 from diffdpo.evaluation.answers import answer_length, distinct, exact_match, problems_of
+from diffdpo.evaluation.items import problem_names, record_names
 from diffdpo.evaluation.preferences import answer_losses, score_held_out
 from diffdpo.evaluation.result import Evaluation
 from diffdpo.losses.options import LossOptions
@@ -28,6 +30,7 @@ class SampledAnswers:
 
     def __init__(self, config: RunConfig, engine: Engine, loaded: LoadedModel, batches: Sequence[PairBatch]):
         self.engine, self.loaded = engine, loaded
+        self.on_sampled: Callable[[str, list[dict[str, Any]]], None] = lambda when, samples: None  # on rank 0
         self.task = config.eval_task
         if self.task == "auto":
             self.task = "none" if config.train_data else "arithmetic"
@@ -48,7 +51,7 @@ class SampledAnswers:
         if not self.problems:
             return {}
         with told_if_exhausted("while answers are sampled", "give --num_eval_problems 0, or a smaller --max_length"):
-            right, _ = exact_match(
+            right, texts = exact_match(
                 self.loaded.model,
                 self.loaded.spec,
                 self.loaded.tokenizer,
@@ -61,7 +64,25 @@ class SampledAnswers:
                 seed=SAMPLING_SEED,
                 title=f"answers {when}",
             )
+        if self.engine.world.is_main:
+            self.on_sampled(when, self._samples(texts, right.tolist()))
         return {"exact_match": right.tolist()}
+
+    def names(self) -> list[str]:
+        """Of the problems, in the order of the values."""
+        return problem_names(self.problems, self.loaded.tokenizer)
+
+    def _samples(self, texts: Sequence[str], right: Sequence[float]) -> list[dict[str, Any]]:
+        decode = self.loaded.tokenizer.decode
+        return [
+            {
+                "prompt": decode(list(problem.prompt), skip_special_tokens=True),
+                "right_answer": problem.truth,
+                "sampled": text,
+                "is_right": bool(value),
+            }
+            for problem, text, value in zip(self.problems, texts, right, strict=True)
+        ]
 
 
 class HeldOutPairs:
@@ -93,6 +114,12 @@ class HeldOutPairs:
     def quick(self) -> dict[str, float]:
         """Means over the pairs: what is cheap enough to measure during training."""
         return Evaluation(self._values()).means()
+
+    def names(self) -> Mapping[str, list[str]]:
+        """The items of an evaluation, in the order of its values. Every rank calls."""
+        counts = [batch.weight_B2.amax(1) for batch in self.batches]
+        records = record_names(self.batches, counts, self.engine.world)
+        return {"records": records, "problems": self.answers.names()}
 
     def _values(self) -> dict[str, list[float]]:
         if not self.batches:
@@ -131,6 +158,12 @@ class HeldOutAnswers:
     def quick(self) -> dict[str, float]:
         """Mean loss, and exact match: supervised runs are long, so this too can be afforded."""
         return Evaluation(self._values() | self.answers.exact_match("so far")).means()
+
+    def names(self) -> Mapping[str, list[str]]:
+        """The items of an evaluation, in the order of its values. Every rank calls."""
+        counts = [batch.weight_B2[:, 0] for batch in self.batches]
+        records = record_names(self.batches, counts, self.engine.world)
+        return {"records": records, "problems": self.answers.names()}
 
     def _values(self) -> dict[str, list[float]]:
         if not self.batches:

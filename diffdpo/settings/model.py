@@ -22,7 +22,7 @@ class ModelSettings(Settings):
         None, "branch, tag or commit of --model_name_or_path on the hub; default: its main branch"
     )
     adapter_name_or_path: str | None = setting(
-        None, "folder of a LoRA adapter that training goes on with; the reference is the adapter as it starts"
+        None, "LoRA adapter that training goes on with; the reference is the adapter as it starts; default: none"
     )
     gradient_checkpointing: bool = setting(False, "recompute each layer in the backward pass (saves memory)")
     torch_compile: bool = setting(False, "compile the layers: minutes at the start, then less time and memory")

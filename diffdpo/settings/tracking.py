@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from diffdpo.errors import UserError
 from diffdpo.settings.base import Settings, setting
 
 
@@ -23,3 +24,25 @@ class TrackingSettings(Settings):
         "seconds the end of a run waits for a server; the rest is sent later by `python -m diffdpo.tracking`",
         at_least=0,
     )
+    run_tags: str | None = setting(None, "tags of the MLflow run, such as team=nlp data=v2", many=True)
+    register_model: str | None = setting(
+        None, "make the final model a version of this name in MLflow's registry (or NAME@ALIAS); default: not"
+    )
+
+    def check(self) -> None:
+        """Every tag has a name, and a model to be registered has a store."""
+        self.tags()
+        if self.register_model and self.tracking_uri == "none":
+            raise UserError("--register_model needs MLflow; leave out --tracking_uri none")
+        if self.register_model and ("/" in self.register_model or ":" in self.register_model):
+            raise UserError(f"--register_model {self.register_model!r}: MLflow takes no / and : in a name")
+
+    def tags(self) -> dict[str, str]:
+        """``--run_tags`` by name. UserError for one without a name or a value."""
+        found = {}
+        for word in (self.run_tags or "").split(",") if self.run_tags else ():
+            name, equals, value = word.partition("=")
+            if not equals or not name.strip():
+                raise UserError(f"--run_tags {word!r} is no tag; write name=value")
+            found[name.strip()] = value.strip()
+        return found

@@ -5,7 +5,7 @@ Shape suffixes: B pairs, 2 sides, R rows.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -50,6 +50,7 @@ class StepReport:
     padding_tokens: int = 0  # ... and the padding among them
     segment_rows: int = 0  # size of a segment, where it is a number of rows,
     segment_tokens: int = 0  # or of tokens
+    seconds: Mapping[str, float] = field(default_factory=dict)  # of this rank, by part of the step
     notes: tuple[str, ...] = ()  # what the user should be told
 
 

@@ -24,6 +24,7 @@ from diffdpo.scores.fold import fold
 from diffdpo.scores.reference import Reference
 from diffdpo.scores.segments import Segments
 from diffdpo.step.backward import STRATEGIES, Backward, LossOf
+from diffdpo.step.clock import Clock
 from diffdpo.step.coupled import coupled_gradients
 from diffdpo.step.kto import reference_point
 from diffdpo.step.report import MicroScores, StepReport, report_of
@@ -50,14 +51,13 @@ class PreferenceStep:
     ):
         self.engine, self.reference, self.noise, self.loss = engine, reference, noise, loss
         self.strategy, self.segments = strategy, segments
-        self.compared, self.max_length = compared, max_length
+        self.compared, self.max_length, self.clock = compared, max_length, Clock(engine.world.device)
 
     def __call__(self, micro_batches: Sequence[PairBatch], learning_rate: float) -> StepReport:
         world = self.engine.world
         count = sum(loss_count(self.loss.names, batch.weight_B2) for batch in micro_batches)
         whole = world.all_reduce_sum(torch.as_tensor(count, device=world.device).double())
-        # a step without a pair has a gradient of 0 / 1, not 0 / 0
-        total = whole.clamp(min=1).float()
+        total = whole.clamp(min=1).float()  # a step without a pair has a gradient of 0 / 1, not 0 / 0
         notes: list[str] = []
         while True:
             try:
@@ -67,18 +67,18 @@ class PreferenceStep:
                 self.engine.abort_step()  # all of it: what a broken backward left cannot be told from the rest
                 notes.append(halve_segments(self.engine, self.segments, failure))
                 self.strategy = "two_pass" if self.strategy == "none" else self.strategy
-        norm = self.engine.step(learning_rate)
         report = report_of(
             scored,
             engine=self.engine,
             loss=self.loss,
             compared=self.compared,
-            grad_norm=norm,
+            grad_norm=self.clock("optimizer", self.engine.step, learning_rate),
             records=int(whole),
             reference_point=point,
         )
         return replace(
             report,
+            seconds=self.clock.taken(),
             num_samples=self.noise.num_samples,
             segment_rows=self.segments.rows,
             segment_tokens=self.segments.tokens,
@@ -105,11 +105,11 @@ class PreferenceStep:
         self, micro_batches: Sequence[PairBatch], total: torch.Tensor, point: torch.Tensor | None
     ) -> list[MicroScores]:
         rows = [self._rows(batch) for batch in micro_batches]
-        how = (total, point, self.segments)
-        return coupled_gradients(self.engine, self.reference, self.loss, micro_batches, rows, *how)
+        how = (self.engine, self.reference, self.loss, micro_batches, rows, total, point, self.segments)
+        return self.clock("policy", coupled_gradients, *how)  # and the reference
 
     def _rows(self, batch: PairBatch) -> NoisyRows:
-        return self.noise.draw_rows(batch, self.engine.world.device)
+        return self.clock("noise", self.noise.draw_rows, batch, self.engine.world.device)
 
     def _waits(self) -> bool:
         """Whether gradients are reduced at the end of the step: where that is free, so that ranks can repeat it."""
@@ -120,10 +120,10 @@ class PreferenceStep:
         scored = []
         for index, batch in enumerate(micro_batches):
             rows = self._rows(batch)
-            reference_R = self.reference(rows, batch)
+            reference_R = self.clock("reference", self.reference, rows, batch)
             loss_of = self._loss_of(rows, batch, reference_R, total)
-            last = index == len(micro_batches) - 1
-            policy_R = self._backward_of(rows)(self.engine, rows, loss_of, segments=self.segments, last=last)
+            how = {"segments": self.segments, "last": index == len(micro_batches) - 1}
+            policy_R = self.clock("policy", self._backward_of(rows), self.engine, rows, loss_of, **how)
             scored.append(MicroScores(batch, rows, reference_R, policy_R, loss_of(policy_R)))
         return scored
 

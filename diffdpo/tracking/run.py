@@ -3,8 +3,9 @@
 import logging
 import os
 import shlex
-import subprocess
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from diffdpo import __version__
 from diffdpo.errors import UserError
@@ -18,12 +19,9 @@ from diffdpo.tracking.mlflow_run import (
     missing_credentials,
     sqlite_uri,
 )
-from diffdpo.tracking.plots import plot_curves
+from diffdpo.tracking.plots import plot_curves, plot_time
 
 log = logging.getLogger(__name__)
-
-PARENT = "DIFFDPO_PARENT_RUN"
-"""Environment variable with the id of the MLflow run that a run belongs to: set by who starts several."""
 
 
 class Tracking:
@@ -54,12 +52,15 @@ class Tracking:
     def close(self, status: str, *, timeout: float, curves: bool) -> bool:
         """Draw the curves, ship what is left and the run's files, set the final status, in about ``timeout`` seconds
         however long the server takes. True when all arrived."""
-        for work in (self.journal.close, *((lambda: plot_curves(self.output_dir),) if curves else ())):
+        for work in (self.journal.close, *(self._plots() if curves else ())):
             try:
                 work()
             except OSError as error:  # a full disk must not hide what has ended the run
                 log.warning("the record of the run in %s is not whole: %s", self.output_dir, error)
         return self.mlflow is None or self.mlflow.close(status, timeout=timeout)
+
+    def _plots(self) -> tuple[Callable[[], object], ...]:
+        return (lambda: plot_curves(self.output_dir), lambda: plot_time(self.output_dir))
 
 
 def tracking_uri(given: str | None, output_dir: Path) -> str | None:
@@ -81,19 +82,12 @@ def named_elsewhere(given: str | None) -> bool:
     return given is None and bool(os.environ.get(STORE))
 
 
-def run_tags() -> dict[str, str]:
-    """Versions, and the commit of the code where it is a git checkout."""
+def run_tags(git: Mapping[str, Any] | None) -> dict[str, str]:
+    """Version, and the commit of the code where it is a git checkout (``git``: {commit, dirty})."""
     tags = {"diffdpo.version": __version__, "mlflow.source.name": "diffdpo"}
-    if parent := os.environ.get(PARENT):
-        tags["mlflow.parentRunId"] = parent
-    root = Path(__file__).parents[2]
-    try:
-        commit = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
+    if git is None:
         return tags  # installed from a wheel, or no git
-    return tags | {"mlflow.source.git.commit": commit}
+    return tags | {"mlflow.source.git.commit": git["commit"], "git.dirty": str(git["dirty"]).lower()}
 
 
 def open_command(uri: str) -> str:

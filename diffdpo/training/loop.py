@@ -4,7 +4,6 @@ The same loop runs preference training and supervised training; they differ in t
 evaluated.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +25,7 @@ from diffdpo.step.report import StepReport
 from diffdpo.tracking.journal import Journal
 from diffdpo.training.callbacks import Callbacks
 from diffdpo.training.checkpoint import NotSaved, list_checkpoints, told_if_unwritable
+from diffdpo.training.culprit import keep_culprit, keep_state
 from diffdpo.training.guard import Watch
 from diffdpo.training.norms import NormHistory
 from diffdpo.training.saver import Saver
@@ -88,7 +88,7 @@ class Loop:
             self._tell(report)
             if self.done == 1:
                 self.check_first(report)
-            finite = self._is_finite(report, micro_batches)
+            finite = self._is_finite(report, micro_batches, rate)
             stop, due, written = self._agreed(self.callbacks.on_step(self.done, report), time.monotonic() - saved)
             if written:
                 self.saver.settle()
@@ -106,7 +106,7 @@ class Loop:
                 return False
         return True
 
-    def _is_finite(self, report: StepReport, micro_batches: Sequence[PairBatch]) -> bool:
+    def _is_finite(self, report: StepReport, micro_batches: Sequence[PairBatch], rate: float) -> bool:
         """Whether a step's loss and gradient are finite. Where they are not, or the norm is far from those before, the
         records of the step are told; all ranks see the same numbers and do the same."""
         # a step without records has no loss, and is no sign of a run that diverges
@@ -122,10 +122,11 @@ class Loop:
             what = f"loss {report.loss}, gradient norm {report.grad_norm}"
         flat = [name for rank in ids for micro_batch in rank for name in micro_batch]
         self._note(f"{what}; records {', '.join(flat[:16])}{' ...' if len(flat) > 16 else ''}")
-        if not finite and self.engine.world.is_main:
-            culprit = {"step": self.done, "loss": report.loss, "grad_norm": report.grad_norm, "records": ids}
+        if not finite:
             with told_if_unwritable(self.output_dir):
-                (self.output_dir / f"culprit-step-{self.done}.json").write_text(json.dumps(culprit, indent=1))
+                path = keep_culprit(self.output_dir, self.done, report, rate, micro_batches, self.engine)
+                if self.config.on_nonfinite == "stop":
+                    keep_state(path, self.engine)
         return finite
 
     def _note(self, text: str) -> None:
@@ -194,8 +195,10 @@ class Loop:
         at_end = step == self.total_steps
         if config.eval_steps and step % config.eval_steps == 0 and not at_end:
             self.watch.pulse.beat("evaluation in between", step)
+            started = time.perf_counter()
             with self.watch.stop.set_deferred(False):  # it may take long; the newest checkpoint stays
-                self.record_evaluation(self.evaluate())
+                metrics = self.evaluate()
+                self.record_evaluation(metrics, seconds=time.perf_counter() - started)
         if save and (stop or not at_end):  # at the end the final model follows, unless told to stop
             self._save(step, wait=stop)
 
@@ -215,18 +218,19 @@ class Loop:
         if self.engine.world.is_main:
             tqdm.write(f"step {step}: trains on without this checkpoint: {error}")
 
-    def record_evaluation(self, metrics: Mapping[str, float]) -> None:
-        """Write held-out metrics at the current step."""
+    def record_evaluation(self, metrics: Mapping[str, float], *, seconds: float | None = None) -> None:
+        """Write held-out metrics at the current step, and how long they took where that is known."""
         if self.journal is not None:
-            self.journal.write(self.done, {f"eval/{key}": value for key, value in metrics.items()})
+            took = {} if seconds is None else {"seconds/evaluation": seconds}
+            self.journal.write(self.done, {f"eval/{key}": value for key, value in metrics.items()} | took)
         self.callbacks.on_evaluation(self.done, metrics)
 
     def _diverged(self, report: StepReport) -> TrainingError:
         saved = list_checkpoints(self.output_dir)
         return TrainingError(
-            f"step {self.done}: loss {report.loss}, gradient norm {report.grad_norm} (its records: "
-            f"culprit-step-{self.done}.json); a smaller --learning_rate or --max_grad_norm may help; newest "
-            f"checkpoint: {saved[-1] if saved else 'none (see --save_steps)'}"
+            f"step {self.done}: loss {report.loss}, gradient norm {report.grad_norm}; which records: the same command "
+            f"with --replay {self.output_dir}/culprit-step-{self.done}.json; a smaller --learning_rate or "
+            f"--max_grad_norm may help; newest checkpoint: {saved[-1] if saved else 'none (see --save_steps)'}"
         )
 
 
@@ -258,6 +262,8 @@ class _Window:
             f"{unit}_per_second": records / self.seconds,
             "tokens_per_second": sum(report.tokens for report in self.reports) / self.seconds,
             "step_seconds": self.seconds / count,
+            "seconds/data": self.waited / count,
+            **{f"seconds/{part}": sum(r.seconds.get(part, 0.0) for r in self.reports) / count for part in last.seconds},
             "data/padding_share": sum(r.padding_tokens for r in self.reports)
             / max(1, sum(r.computed_tokens for r in self.reports)),
             "data/empty_steps": count - len(losses),

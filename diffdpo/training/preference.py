@@ -11,8 +11,8 @@ from torch import nn
 from data_pipeline.facts import refuse_unusable
 from diffdpo.config import TrainConfig, resolve
 from diffdpo.engine.base import Engine, FrozenModule, count_parameters
-from diffdpo.engine.choice import EngineChoice, choose_engine
-from diffdpo.engine.make import bf16_able, make_engine
+from diffdpo.engine.choice import EngineChoice
+from diffdpo.engine.make import choice_for, make_engine
 from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.plain import PlainEngine
 from diffdpo.evaluation.heldout import HeldOutPairs, SampledAnswers
@@ -61,10 +61,7 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Result:
 def _train(
     config: TrainConfig, asked: TrainConfig, context: RunContext, watch: Watch, callbacks: Sequence[Callback]
 ) -> Result:
-    device = context.world.device
-    choice = choose_engine(
-        config, processes=context.world.size, cuda=device.type == "cuda", bf16_able=bf16_able(device)
-    )
+    choice = choice_for(config, context.world)
     check_before_weights(config, choice)
     if (finished := finished_before(config, context)) is not None:
         return finished
@@ -210,6 +207,7 @@ class _Training:
             held_out=self.held_out,
             check_first=self._check_first,
             unit="answers" if self.loss.unpaired else "pairs",
+            step_is_of_records=not (self.loss.couples_pairs or self.loss.needs_reference_point),
             base=model_or_bundled(config.policy),
             callbacks=callbacks,
         )
@@ -240,6 +238,7 @@ class _Training:
             "trained_parameters": trained,
             "pairs": len(self.parts.train_set),
             "held_out_pairs": len(self.parts.eval_set) if self.parts.eval_set is not None else 0,
+            "held_out_fingerprint": self.parts.eval_set.fingerprint if self.parts.eval_set is not None else None,
             "dtype": dtype_name(self.choice.bf16),
             "reference_model": self.reference_text,
             "why_reference": self.why_mode,

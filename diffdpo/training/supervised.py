@@ -16,8 +16,8 @@ from data_pipeline.records import AnswerRecord
 from data_pipeline.stages import RecordReader
 from diffdpo.config import SftConfig, resolve
 from diffdpo.engine.base import count_parameters
-from diffdpo.engine.choice import EngineChoice, choose_engine
-from diffdpo.engine.make import bf16_able, load_device, make_engine, weight_shards
+from diffdpo.engine.choice import EngineChoice
+from diffdpo.engine.make import choice_for, load_device, make_engine, weight_shards
 from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.errors import UserError
 from diffdpo.evaluation.heldout import HeldOutAnswers, SampledAnswers
@@ -64,10 +64,7 @@ def sft(config: SftConfig, *, callbacks: Sequence[Callback] = ()) -> Result:
 def _sft(
     config: SftConfig, asked: SftConfig, context: RunContext, watch: Watch, callbacks: Sequence[Callback]
 ) -> Result:
-    device = context.world.device
-    choice = choose_engine(
-        config, processes=context.world.size, cuda=device.type == "cuda", bf16_able=bf16_able(device)
-    )
+    choice = choice_for(config, context.world)
     check_before_weights(config, choice)
     if (finished := finished_before(config, context)) is not None:
         return finished
@@ -118,7 +115,7 @@ def _build(
     return Run(
         config=replace(config, **chosen, segmentation=strategy, eval_task=held_out.answers.task),
         asked=config,
-        facts=_facts(loaded, choice, answers=len(train_set), why=why),
+        facts=_facts(loaded, choice, answers=len(train_set), why=why) | _held_out_facts(eval_set),
         context=context,
         watch=watch,
         resume=resume,
@@ -130,6 +127,7 @@ def _build(
         held_out=held_out,
         check_first=_nothing_to_check,
         unit="answers",
+        step_is_of_records=True,
         base=config.policy,
         callbacks=callbacks,
     )
@@ -145,6 +143,12 @@ def _facts(loaded: LoadedModel, choice: EngineChoice, *, answers: int, why: str)
     total, trained = count_parameters(loaded.model)
     facts = {"parameters": total, "trained_parameters": trained, "answers": answers}
     return facts | {"dtype": dtype_name(choice.bf16), "why_segmentation": why}
+
+
+def _held_out_facts(eval_set: ShardedDataset | None) -> dict[str, Any]:
+    if eval_set is None:
+        return {"held_out_fingerprint": None, "held_out_pairs": 0}
+    return {"held_out_fingerprint": eval_set.fingerprint, "held_out_pairs": len(eval_set)}
 
 
 def _announcement(

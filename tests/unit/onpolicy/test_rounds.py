@@ -46,7 +46,7 @@ def recipe(tiny_model, pairs_file, tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("".join(f"{i} + {i} =\n" for i in range(9)))
     stages: list[str] = []
 
-    def run_here(name, argv, *, launcher, env):
+    def run_here(name, argv, *, launcher):
         stages.append(name)
         if name == recipe_of.dies_at:
             recipe_of.dies_at = None
