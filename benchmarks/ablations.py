@@ -29,6 +29,13 @@ METRICS = {
     "rewards/accuracies": "preference accuracy",
     "scores/accuracies": "chosen likelier",
 }
+CURVES = {
+    "rewards/margins": "reward margin",
+    "scores/chosen": "score of the chosen answer, nats",
+    "scores/displacement": "chosen answers less likely than at the start",
+    "rewards/length_correlation": "correlation of reward and length",
+}
+"""What to look at when a margin rises and answers get worse."""
 COMMON = {"per_device_train_batch_size": 8, "max_length": 128, "max_prompt_length": 64, "warmup_steps": 5}
 COMMON |= {"learning_rate": 3e-4, "tracking_uri": "none", "eval_steps": 0, "num_mc_samples": 4}
 
@@ -57,7 +64,9 @@ def cells() -> Iterator[Cell]:
     for estimator in ("uniform_t", "stratified_t", "mask_count", "mask_count_mirror", "balanced", "paired"):
         flags = {"score_estimator": estimator}
         yield Cell("estimator", estimator, flags, in_quick=estimator in ("uniform_t", "balanced"))
-    yield Cell("estimator", "uniform_t, n = 8", {"score_estimator": "uniform_t", "num_mc_samples": 8}, in_quick=False)
+    for n in (1, 8):
+        flags = {"score_estimator": "uniform_t", "num_mc_samples": n}
+        yield Cell("estimator", f"uniform_t, n = {n}", flags, in_quick=False)
     for flaw in FLAWS:
         yield Cell("pairs", flaw, {}, flaws=(flaw,), in_quick=flaw == "wrong_step")
     yield Cell("pairs", "all four", {})
@@ -124,9 +133,16 @@ def run(cell: Cell, seed: int, steps: int, problems: int, out: Path) -> None:
         return
     summary = json.loads((folder / "summary.json").read_text())
     kept = {"question": cell.question, "name": cell.name, "seed": seed, "steps": steps, "summary": summary}
+    kept["curves"] = curves_of(folder)
     result.parent.mkdir(parents=True, exist_ok=True)
     write_whole(result, (json.dumps(kept, indent=1) + "\n").encode())
     shutil.rmtree(folder)
+
+
+def curves_of(folder: Path) -> dict[str, list[float]]:
+    """What CURVES say at every step of a run."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {name: [line[name] for line in lines if line.get(name) is not None] for name in CURVES}
 
 
 def pairs_of(cell: Cell, seed: int, steps: int, out: Path) -> Path:
@@ -214,6 +230,7 @@ def draw(out: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    draw_curves(out, plt)
     for question in question_names():
         rows = {key: ones for key, ones in rows_of(results(out)).items() if key[0] == question}
         points = {
@@ -230,6 +247,27 @@ def draw(out: Path) -> None:
         axes.set_xlabel("exact match, held out")
         figure.savefig(out / f"{question}.png", dpi=120, bbox_inches="tight")
         plt.close(figure)
+
+
+def draw_curves(out: Path, plt: Any) -> None:
+    """Over training, for each objective: means over seeds of what CURVES say, smoothed over 5 steps."""
+    rows = {key: ones for key, ones in rows_of(results(out)).items() if key[0] == "objective"}
+    if not rows:
+        return
+    figure, axes = plt.subplots(1, len(CURVES), figsize=(4 * len(CURVES), 3.2))
+    for place, (metric, title) in zip(axes, CURVES.items(), strict=True):
+        for (_, name, _), ones in rows.items():
+            found = [one["curves"][metric] for one in ones if one["curves"][metric]]
+            if found:
+                length = min(map(len, found))
+                mean = [sum(curve[i] for curve in found) / len(found) for i in range(length)]
+                smooth = [sum(mean[max(0, i - 4) : i + 1]) / len(mean[max(0, i - 4) : i + 1]) for i in range(length)]
+                place.plot(range(1, length + 1), smooth, label=name)
+        place.set_title(title, fontsize=9)
+        place.set_xlabel("step")
+    axes[0].legend(fontsize=7)
+    figure.savefig(out / "displacement.png", dpi=120, bbox_inches="tight")
+    plt.close(figure)
 
 
 if __name__ == "__main__":
