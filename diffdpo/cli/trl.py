@@ -200,6 +200,8 @@ SAME = (
     *("model_name_or_path", "model_revision", "adapter_name_or_path", "load_in_4bit"),
     *("use_peft", "lora_r", "lora_alpha", "lora_target_modules", "lora_modules_to_save", "use_dora", "use_rslora"),
     *("max_length", "max_prompt_length"),
+    *("f_divergence_type", "f_alpha_divergence_coef", "use_weighting", "ld_alpha"),
+    *("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
     *("beta", "loss_type", "loss_weights", *DEFAULTS),  # the losses' own parameters have TRL's names
 )
 """Names that are flags here with the same meaning. (Defaults differ: see --help_all.)"""
@@ -282,14 +284,7 @@ TABLE: dict[str, Entry] = {
     "label_pad_token_id": answered(_IDS),
     "pad_token": answered(_IDS),
     "eos_token": answered(_IDS),
-    "ld_alpha": answered("LD-DPO weighs tokens by their place, and a diffusion score has no order of tokens"),
-    "f_divergence_type": only("reverse_kl", why="losses are of log-ratios; see docs/losses.md for those there are"),
-    "f_alpha_divergence_coef": answered("losses are of log-ratios; see docs/losses.md for those there are"),
-    "use_weighting": only("false", why="WPO weighs by probabilities of whole answers, of which a bound alone is known"),
     "activation_offloading": only("false", why=_MEMORY),
-    "sync_ref_model": only("false", why=_FROZEN),
-    "ref_model_mixup_alpha": answered(_FROZEN),
-    "ref_model_sync_steps": answered(_FROZEN),
     "generate_during_eval": answered("answers are sampled before and after: --num_eval_problems and --eval_task"),
     "is_encoder_decoder": only("false", why="a masked diffusion model has no decoder of its own"),
     "tools": answered("put them into the prompt's messages"),

@@ -14,6 +14,7 @@ from diffdpo.engine.base import Engine, FrozenModule, count_parameters, trains_f
 from diffdpo.engine.choice import EngineChoice
 from diffdpo.engine.make import choice_for, make_engine
 from diffdpo.engine.optimizer import OptimizerOptions
+from diffdpo.engine.plain import PlainEngine
 from diffdpo.evaluation.heldout import HeldOutPairs
 from diffdpo.evaluation.heldout_tasks import HeldOutTasks
 from diffdpo.losses.options import LossOptions
@@ -24,6 +25,7 @@ from diffdpo.noise.block_score import resolved
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.reference.modes import choose_mode, make_frozen, make_reference, second_model_share
 from diffdpo.reference.precompute import Precomputed, ReferencePass
+from diffdpo.reference.refresh import RefreshingStep
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.scores.reference import Reference
 from diffdpo.scores.rounding import RELATIVE
@@ -130,7 +132,7 @@ class _Training:
         self.scores = parts.precompute() if self.mode == "precomputed" else None
         self.context.print(reading_of(config))
         self.loaded = load_policy(config, choice, world, with_start=self.mode == "adapter_start")
-        self.noise = NoiseOptions.of(config, self.loaded.spec)
+        self.noise = NoiseOptions.of(config, self.loaded.spec, ld_alpha=config.ld_alpha)
         module = MaskedLogProbs.of(self.loaded.model, self.loaded.spec, config)
         frozen = make_frozen(config, module, choice, world) if self.mode == "copy" else None
         options = OptimizerOptions.of(config)
@@ -143,6 +145,9 @@ class _Training:
         """The references, and what evaluations measure under them."""
         config, parts, world = self.config, self.parts, self.context.world
         held = self.engine.freeze(frozen) if frozen is not None else None
+        if config.sync_ref_model:
+            assert isinstance(self.engine, PlainEngine) and frozen is not None
+            self.engine.beside["reference"] = frozen
         # evaluations keep the shapes that scores made before were made in, whatever --max_memory finds for steps
         segments = make_segments(config, self.choice, world.device, world=world)
         self.reference, held_out_reference, self.reference_text = self._references(held, segments)
@@ -164,6 +169,7 @@ class _Training:
             ),
             segments=segments,
             max_length=config.max_length,
+            moves=config.sync_ref_model,
         )
 
     def _references(self, frozen: FrozenModule | None, eval_segments: Segments) -> tuple[Reference, Reference, str]:
@@ -207,7 +213,7 @@ class _Training:
             loader=self.loader,
             loaded=self.loaded,
             engine=self.engine,
-            step=step,
+            step=self._refreshing(step) if config.sync_ref_model else step,
             held_out=self.held_out,
             check_first=self._check_first,
             unit="answers" if self.loss.unpaired else "pairs",
@@ -215,6 +221,13 @@ class _Training:
             base=model_or_bundled(config.policy),
             callbacks=callbacks,
         )
+
+    def _refreshing(self, step: PreferenceStep) -> RefreshingStep:
+        """The step with a reference that follows the policy (``--sync_ref_model``)."""
+        assert isinstance(self.engine, PlainEngine)
+        alpha, every = self.config.ref_model_mixup_alpha, self.config.ref_model_sync_steps
+        moving = self.engine.beside["reference"]
+        return RefreshingStep(step, moving, alpha=alpha, every=every, steps_per_epoch=len(self.loader))
 
     def _resolved(self, strategy: str) -> TrainConfig:
         """The settings with all that was chosen, so that they repeat the run."""

@@ -28,8 +28,8 @@ FLOORS = (
     {"evaluation"},
     {"tracking"},
     {"setup"},
-    {"training", "planner", "comparison", "doctor", "onpolicy"},
-    {"sweep"},
+    {"training", "planner", "comparison", "doctor"},
+    {"sweep", "onpolicy"},
     {"cli"},
     {"api"},
 )
