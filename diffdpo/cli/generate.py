@@ -51,6 +51,7 @@ def build_parser() -> Parser:
     parser.add_argument("--stream", action="store_true", help=f"show the unmasking; {MASKED} is a mask")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights")
+    parser.add_argument("--block_size", type=int, help="of the model, where config.json does not say (a2d-*); 0: full")
     parser.add_argument("--load_in_4bit", action="store_true", help="NF4 weights (bitsandbytes)")
     return parser
 
@@ -216,7 +217,8 @@ def load(args):
     from diffdpo.models.load import load_model
 
     name, device = model_or_bundled(args.model_name_or_path), device_named(args.device)
-    return load_model(name, dtype=args.dtype, device=device, load_in_4bit=args.load_in_4bit)
+    options = {"load_in_4bit": args.load_in_4bit, "block_size": args.block_size}
+    return load_model(name, dtype=args.dtype, device=device, **options)
 
 
 class Display:

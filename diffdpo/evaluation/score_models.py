@@ -16,9 +16,9 @@ def model_names(config: ScoreConfig) -> list[str]:
     return [name for name in named if name]
 
 
-def check_models(names: Sequence[str]) -> None:
+def check_models(names: Sequence[str], *, block_size: int | None = None) -> None:
     """UserError for a model without config or tokenizer, and for two of different vocabularies: no weights are read."""
-    vocabularies = [load_tokenizer_and_spec(name)[0].get_vocab() for name in names]
+    vocabularies = [load_tokenizer_and_spec(name, block_size=block_size)[0].get_vocab() for name in names]
     if vocabularies[0] != vocabularies[-1]:
         raise UserError("--ref_model_name_or_path has another vocabulary than the model; their scores do not compare")
 
@@ -26,7 +26,7 @@ def check_models(names: Sequence[str]) -> None:
 def load_models(names: Sequence[str], config: ScoreConfig) -> list[LoadedModel]:
     """The models on ``--device``. UserError where that is not here."""
     device = device_named(config.device)
-    return [load_model(name, dtype=config.dtype, device=device) for name in names]
+    return [load_model(name, dtype=config.dtype, device=device, block_size=config.block_size) for name in names]
 
 
 def device_named(name: str) -> str:

@@ -90,6 +90,7 @@ def load_reference(config: TrainConfig, choice: EngineChoice, world: World, *, m
         named or model_or_bundled(config.policy),
         dtype=dtype_name(choice.bf16),
         load_in_4bit=config.load_in_4bit and not named,
+        block_size=config.block_size,
         shards=weight_shards(choice, world),
     )
     if loaded.spec.mask_token_id != mask_token_id:

@@ -21,6 +21,9 @@ class ModelSettings(Settings):
     model_revision: str | None = setting(
         None, "branch, tag or commit of --model_name_or_path on the hub; default: its main branch"
     )
+    block_size: int | None = setting(
+        None, "tokens of a block, where config.json does not say (a2d-*); 0: full attention", at_least=0
+    )
     gradient_checkpointing: bool = setting(False, "recompute each layer in the backward pass (saves memory)")
     torch_compile: bool = setting(False, "compile the layers: minutes at the start, then less time and memory")
     use_liger_kernel: bool = setting(False, "LM head through Liger's fused kernel (GPU; for trained heads)")

@@ -23,6 +23,7 @@ def load_policy(config: TrainConfig, choice: EngineChoice, world: World) -> Load
         dtype=dtype_name(choice.reads_bf16(trained=not config.use_peft)),
         device=load_device(choice, world),
         load_in_4bit=config.load_in_4bit,
+        block_size=config.block_size,
         # DoRA starts from norms of whole weights; and on a mesh of copies peft takes a shard's size for the weight's
         shards=None if config.use_dora or (config.use_peft and choice.has_copies) else weight_shards(choice, world),
     )
