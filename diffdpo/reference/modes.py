@@ -115,6 +115,7 @@ def load_reference(config: TrainConfig, choice: EngineChoice, world: World, *, m
         None if named else config.adapter_name_or_path,
         dtype=dtype_name(choice.bf16),
         load_in_4bit=config.load_in_4bit and not named,
+        block_size=config.block_size,
         shards=weight_shards(choice, world),
     )
     if loaded.spec.mask_token_id != mask_token_id:

@@ -85,9 +85,10 @@ class _Data:
         self.train_set, self.eval_set = run_data.open_data(config, context, run_data.generated(config))
         run_data.check_kind_of_records(self.train_set, self.loss)
         run_data.check_batch_size(config, self.loss, world)
-        tokenizer, self.spec = load_tokenizer_and_spec(model_or_bundled(config.policy))
+        policy = model_or_bundled(config.policy)
+        tokenizer, self.spec = load_tokenizer_and_spec(policy, block_size=config.block_size)
         self.encoder = make_encoder(config, tokenizer, self.spec)
-        longest = model_context(model_or_bundled(config.policy))
+        longest = model_context(policy, block_size=config.block_size)
         run_data.warn_of_data(config, context, (self.train_set, self.eval_set), self.loss, longest)
         refuse_unusable(self.train_set, self.encoder)
         if not self.spec.block_size:  # of blocks the masks of each block are enumerated

@@ -197,7 +197,8 @@ def _load_or_make(
         tokenizer = train_tokenizer(_texts(data), vocab_size=config.vocab_size)
         sizes = {"width": config.width, "layers": config.layers, "heads": config.heads}
         context_length = max(CONTEXT, config.max_length)
-        model = new_model(tokenizer, **sizes, seed=config.seed, max_length=context_length, block_size=config.block_size)
+        sizes |= {"max_length": context_length, "block_size": config.block_size or 0}
+        model = new_model(tokenizer, **sizes, seed=config.seed)
         partial = folder.with_name("start.partial")  # renamed when whole: an interrupted one is never taken for it
         save_model(model, tokenizer, partial)
         partial.rename(folder)
