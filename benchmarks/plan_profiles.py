@@ -11,7 +11,8 @@ from pathlib import Path
 
 from diffdpo.cli.flags import parse_config
 from diffdpo.config import TrainConfig
-from diffdpo.planner.hardware import GPUS, Host
+from diffdpo.gpus import GPUS
+from diffdpo.planner.hardware import Host
 from diffdpo.planner.memory import DEVICE, DISK, HOST, needed
 from diffdpo.planner.plan import Machine, Plan, make_plan
 from diffdpo.planner.sizes import GIB, gib

@@ -12,6 +12,7 @@ from torch import nn
 
 from diffdpo.engine.base import parameter_groups, sum_gradients, trained_parameters
 from diffdpo.engine.choice import PLAIN, EngineChoice
+from diffdpo.engine.clock import timed
 from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.saved import save_tensors, trained_by_name
 from diffdpo.engine.tensor_files import read_training_state
@@ -51,9 +52,11 @@ class PlainEngine:
             fused=self.fused or None,
         )
 
+    @timed("forward")
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         return self.module(*inputs)
 
+    @timed("backward")
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         loss.backward()
 
@@ -69,6 +72,7 @@ class PlainEngine:
     def abort_step(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
+    @timed("optimizer")
     def step(self, learning_rate: float) -> float:
         sum_gradients(self.world, self.parameters)
         limit = self.options.max_grad_norm or float("inf")

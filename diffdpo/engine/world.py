@@ -6,13 +6,14 @@ A launcher (deepspeed, torchrun) tells the rank through the environment; without
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from diffdpo.engine.clock import Clock, count_waits
 from diffdpo.errors import UserError
 
 TIMEOUT = timedelta(minutes=30)
@@ -26,6 +27,7 @@ class World:
     local_rank: int
     size: int
     device: torch.device
+    clock: Clock = field(default_factory=Clock, compare=False, repr=False)  # where this process spends a step
 
     @property
     def is_main(self) -> bool:
@@ -109,12 +111,16 @@ def init_distributed(*, always_distributed: bool = False) -> World:
                 f"port {os.environ['MASTER_PORT']} is taken, perhaps by another run on this host; give the launcher "
                 "(deepspeed or torchrun) another one with --master_port"
             ) from None
-    return World(rank, local_rank, size, device)
+    clock = Clock(cuda=device.type == "cuda")
+    if size > 1:
+        count_waits(clock)
+    return World(rank, local_rank, size, device, clock)
 
 
 def shutdown_distributed() -> None:
     """Leave the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
+        count_waits(None)
         dist.destroy_process_group()
 
 

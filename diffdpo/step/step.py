@@ -21,7 +21,7 @@ from diffdpo.losses.preference import loss_count
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.noise.rows import NoisyRows
 from diffdpo.scores.fold import fold
-from diffdpo.scores.reference import Reference
+from diffdpo.scores.reference import Reference, timed_reference
 from diffdpo.scores.segments import Segments
 from diffdpo.step.backward import STRATEGIES, Backward, LossOf
 from diffdpo.step.coupled import coupled_gradients
@@ -34,6 +34,7 @@ class PreferenceStep:
     """``step(micro_batches, learning_rate)`` → StepReport.
 
     ``compared``: whether there is a reference (its scores are 0 otherwise). ``max_length``: of rows joined by kto.
+    ``reference_forwards``: of the reference model in a step, 0 or 1; for the report of work done.
     """
 
     def __init__(
@@ -47,10 +48,12 @@ class PreferenceStep:
         segments: Segments,
         compared: bool = True,
         max_length: int | None = None,
+        reference_forwards: int = 0,
     ):
-        self.engine, self.reference, self.noise, self.loss = engine, reference, noise, loss
+        self.engine, self.noise, self.loss = engine, noise, loss
+        self.reference = timed_reference(reference, engine.world.clock)
         self.strategy, self.segments = strategy, segments
-        self.compared, self.max_length = compared, max_length
+        self.compared, self.max_length, self.reference_forwards = compared, max_length, reference_forwards
 
     def __call__(self, micro_batches: Sequence[PairBatch], learning_rate: float) -> StepReport:
         world = self.engine.world
@@ -76,6 +79,7 @@ class PreferenceStep:
             grad_norm=norm,
             records=int(whole),
             reference_point=point,
+            reference_forwards=self.reference_forwards,
         )
         return replace(
             report,
@@ -122,8 +126,8 @@ class PreferenceStep:
             rows = self._rows(batch)
             reference_R = self.reference(rows, batch)
             loss_of = self._loss_of(rows, batch, reference_R, total)
-            last = index == len(micro_batches) - 1
-            policy_R = self._backward_of(rows)(self.engine, rows, loss_of, segments=self.segments, last=last)
+            how = {"segments": self.segments, "last": index == len(micro_batches) - 1}
+            policy_R = self._backward_of(rows)(self.engine, rows, loss_of, **how)
             scored.append(MicroScores(batch, rows, reference_R, policy_R, loss_of(policy_R)))
         return scored
 
@@ -141,10 +145,5 @@ class PreferenceStep:
         if not self.loss.needs_reference_point:
             return None
         return reference_point(
-            self.engine,
-            self.reference,
-            self._rows,
-            micro_batches,
-            segments=self.segments,
-            max_length=self.max_length,
+            self.engine, self.reference, self._rows, micro_batches, segments=self.segments, max_length=self.max_length
         )

@@ -14,7 +14,7 @@ GRAPH = graph_of(ROOT, TOPS)
 FLOORS = (
     {"errors", "quiet"},
     {"command"},
-    {"shipped", "memory", "progress"},
+    {"shipped", "memory", "progress", "gpus"},
     {"settings"},
     {"models"},
     {"noise"},
