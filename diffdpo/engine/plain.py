@@ -12,6 +12,7 @@ from torch import nn
 
 from diffdpo.engine.base import sum_gradients, trained_parameters
 from diffdpo.engine.choice import PLAIN, EngineChoice
+from diffdpo.engine.clock import timed
 from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.optimizer_kinds import make_optimizer, state_tensors
 from diffdpo.engine.saved import fits_beside, save_tensors, trained_by_name
@@ -50,9 +51,11 @@ class PlainEngine:
         self.fused = is_gpu(world.device)
         self.optimizer = make_optimizer(self.module, options, world.device)
 
+    @timed("forward")
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         return self.module(*inputs)
 
+    @timed("backward")
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         loss.backward()
 
@@ -68,6 +71,7 @@ class PlainEngine:
     def abort_step(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
+    @timed("optimizer")
     def step(self, learning_rate: float) -> float:
         sum_gradients(self.world, self.parameters)
         limit = self.options.max_grad_norm or float("inf")

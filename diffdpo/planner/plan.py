@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from diffdpo.cards import GPUS, Gpu
 from diffdpo.config import TrainConfig
 from diffdpo.engine.choice import DEEPSPEED
 from diffdpo.errors import UserError
@@ -10,7 +11,7 @@ from diffdpo.memory.largest_fit import Fit, largest_fit
 from diffdpo.models.bundled import model_or_bundled
 from diffdpo.models.checkpoint.adapter_folder import base_of_adapter, is_adapter
 from diffdpo.planner.dry_run import DryRun, dry_run
-from diffdpo.planner.hardware import GPUS, Gpu, Host
+from diffdpo.planner.hardware import Host
 from diffdpo.planner.job import PlannedRun, plan_run, planned_engine
 from diffdpo.planner.memory import DEVICE, HOST, Part, memory_parts, needed
 from diffdpo.planner.roofline import StepTime, step_time

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from diffdpo.cards import GPUS, Gpu
 from diffdpo.planner import hardware
 from diffdpo.planner.advise import Advice
-from diffdpo.planner.hardware import GPUS, Gpu
 from diffdpo.planner.memory import DEVICE, DISK, HOST, MOMENTS, needed
 from diffdpo.planner.plan import Plan
 from diffdpo.planner.sizes import gib

@@ -202,6 +202,7 @@ class _Training:
             segments=self.segments,
             compared=self.mode != "none",
             max_length=config.max_length,
+            reference_forwards=int(self.mode in ("copy", "adapter_off")),
         )
         return Run(
             config=self._resolved(strategy),
