@@ -17,7 +17,8 @@ from jinja2 import TemplateError
 
 from data_pipeline.errors import DataError
 from data_pipeline.records import AnswerRecord, Message, Record, Text, answers_of, aside_of, user_turn
-from data_pipeline.template import LeftOut, check_reads, check_template, has_template, render, render_answer, warn_once
+from data_pipeline.telling import warn_once
+from data_pipeline.template import LeftOut, check_reads, check_template, has_template, render, render_answer
 from data_pipeline.truncate import keep_end, keep_start
 
 TEMPLATES = ("auto", "chat", "plain")

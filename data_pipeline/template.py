@@ -4,8 +4,6 @@ What a template does not write the model does not see. So it is tried out before
 refused of which it would leave a part out.
 """
 
-import logging
-import os
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -16,8 +14,7 @@ from jinja2 import TemplateError
 
 from data_pipeline.errors import DataError
 from data_pipeline.records import Message, aside_of
-
-log = logging.getLogger(__name__)
+from data_pipeline.telling import warn_once
 
 PROBE = "\ue001"  # for private use: in no template
 NOW = datetime(2025, 1, 1)
@@ -148,10 +145,3 @@ def _pinned(source: str) -> str:
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-@cache
-def warn_once(message: str) -> None:
-    """A warning that many encoders of a process, and all ranks of a run, would give."""
-    if os.environ.get("RANK", "0") == "0":
-        log.warning("%s", message)

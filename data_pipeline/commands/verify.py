@@ -76,7 +76,7 @@ def _bad(kind: str, detail: str) -> dict:
 
 def _sources(source: str) -> list[str]:
     path = Path(source)
-    if path.is_file() and not source.endswith(TAR):
+    if path.is_file() and not source.lower().endswith(TAR):
         raise DataError(f"{source} is no shard; verify takes a folder made by build, or shards ({', '.join(TAR)})")
     sides = [str(path / side) for side in ("train", "eval") if (path / side / MANIFEST).exists()]
     return [source] if (path / MANIFEST).exists() or not sides else sides
