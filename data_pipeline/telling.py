@@ -4,6 +4,8 @@ import logging
 import os
 from functools import cache
 
+from data_pipeline.addresses import hidden
+
 log = logging.getLogger(__name__)
 
 
@@ -11,4 +13,4 @@ log = logging.getLogger(__name__)
 def warn_once(message: str) -> None:
     """Warn, unless this process has said it before or is not the first of its run."""
     if os.environ.get("RANK", "0") == "0":
-        log.warning("%s", message)
+        log.warning("%s", hidden(message))

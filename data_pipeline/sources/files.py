@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Any, NamedTuple, cast
 
+from data_pipeline.addresses import hidden
 from data_pipeline.errors import DataError
 from data_pipeline.members import Bad, read_members
 from data_pipeline.records import LABELS, RecordError, parse_json, without_repetition
@@ -86,7 +87,7 @@ def read_rows(source: RowSource) -> Iterator[Row]:
         return _hub_rows(source.name, source.options)
     if path.is_dir():
         return _saved_dataset_rows(path, source.options)
-    return _reader_of(path)(path, source.name if is_remote(source.name) else path.name)
+    return _reader_of(path)(path, hidden(source.name) if is_remote(source.name) else path.name)
 
 
 def parts_of_folder(source: RowSource) -> list[RowSource]:
