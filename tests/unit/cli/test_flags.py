@@ -263,7 +263,7 @@ def test_deepspeed_is_the_json(tmp_path):
         (["--load_in_8bit"], "--load_in_4bit"),
         (["--trust_remote_code"], "no code of a model's is ever run"),
         (["--report_to", "wandb"], "MLflow"),
-        (["--optim", "paged_adamw_8bit"], "the optimizer is AdamW"),
+        (["--optim", "lion_8bit"], "allowed: adamw_torch"),
         (["--eval_strategy", "steps"], "needs --eval_steps"),
         (["--save_strategy", "best"], "allowed: no, steps, epoch"),
         (["--eval_strategy", "epoch", "--max_steps", "9"], "does not go with --max_steps"),
