@@ -211,7 +211,7 @@ def test_what_the_answers_name_there_is():
         (["--precompute_ref_log_probs", "false"], {"reference": "auto"}),
         (["--reference_free", "true"], {"reference": "none"}),
         (["--report_to", "none"], {"report_to": "none"}),
-        (["--report_to", "mlflow", "tensorboard"], {"report_to": "mlflow,tensorboard"}),
+        (["--report_to", "tensorboard"], {"report_to": "tensorboard"}),
         (["--truncation_mode", "keep_start"], {"truncation": "keep_start"}),
         (["--dataloader_num_workers", "3"], {"dataset_num_workers": 3}),
         (["--dataloader_drop_last"], {"tail": "drop"}),
