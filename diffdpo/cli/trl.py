@@ -196,6 +196,8 @@ SAME = (
     *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
     *("bf16", "gradient_checkpointing", "torch_compile", "use_liger_kernel"),
     *("logging_steps", "eval_steps", "save_steps", "save_total_limit", "report_to"),
+    *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+    *("early_stopping_patience", "early_stopping_threshold"),
     *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_token"),
     *("model_name_or_path", "model_revision", "adapter_name_or_path", "load_in_4bit"),
     *("use_peft", "lora_r", "lora_alpha", "lora_target_modules", "lora_modules_to_save", "use_dora", "use_rslora"),
