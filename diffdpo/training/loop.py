@@ -68,7 +68,7 @@ class Loop:
         with self.watch.stop.set_deferred(True), self._bar() as bar:
             try:
                 complete = self._run(bar)
-                self.saver.settle()
+                self._settle()
                 return complete
             finally:
                 self.saver.join()
@@ -202,8 +202,15 @@ class Loop:
         if save and (stop or not at_end):  # at the end the final model follows, unless told to stop
             self._save(step, wait=stop)
 
+    def _settle(self) -> None:
+        """Wait for the checkpoint that is being written. That may take long, and is not part of a step or a copy."""
+        self.watch.pulse.beat("writing of a checkpoint", self.done)
+        self.saver.settle()
+
     def _save(self, step: int, *, wait: bool) -> None:
-        self.watch.pulse.beat("save", step)
+        self._settle()
+        # copying is one thing, writing all of it another: each has its usual time
+        self.watch.pulse.beat("save" if wait else "copy for a checkpoint", step)
         loader = self.loader.state_dict(self.engine.world.all_reduce_sums)
         state = self.state | {"step": step, "loader": loader}
         if self.journal is not None:
