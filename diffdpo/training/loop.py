@@ -61,7 +61,8 @@ class Loop:
 
     def __post_init__(self) -> None:
         keep = self.config.save_total_limit
-        self.saver = Saver(self.output_dir, self.engine, keep, self.callbacks.on_save, self._not_saved)
+        told = (self.callbacks.on_save, self._not_saved, self._waits_for_save)
+        self.saver = Saver(self.output_dir, self.engine, keep, *told)
 
     def run(self) -> bool:
         """Train to the end. False when a signal asked to stop before it; a checkpoint was then written."""
@@ -207,10 +208,12 @@ class Loop:
         self.watch.pulse.beat("writing of a checkpoint", self.done)
         self.saver.settle()
 
+    def _waits_for_save(self) -> None:
+        self.watch.pulse.beat("save", self.done)  # copying is one thing, writing all of it another
+
     def _save(self, step: int, *, wait: bool) -> None:
         self._settle()
-        # copying is one thing, writing all of it another: each has its usual time
-        self.watch.pulse.beat("save" if wait else "copy for a checkpoint", step)
+        self.watch.pulse.beat("copy for a checkpoint", step)
         loader = self.loader.state_dict(self.engine.world.all_reduce_sums)
         state = self.state | {"step": step, "loader": loader}
         if self.journal is not None:
