@@ -180,12 +180,18 @@ def generate(
 
 
 def load(
-    model: str | Path | None = None, *, device: str = "auto", dtype: str = "float32", load_in_4bit: bool = False
+    model: str | Path | None = None,
+    *,
+    device: str = "auto",
+    dtype: str = "float32",
+    load_in_4bit: bool = False,
+    block_size: int | None = None,
 ) -> LoadedModel:
     """A model with its tokenizer and the facts of its family: a folder, a hub name, an adapter's folder (with its
-    base), by default the bundled model."""
+    base), by default the bundled model. ``block_size``: where its config.json does not say."""
     name = model_or_bundled(None if model is None else name_of(model))
-    return load_model(name, device=device_named(device), dtype=dtype, load_in_4bit=load_in_4bit)
+    options = {"load_in_4bit": load_in_4bit, "block_size": block_size}
+    return load_model(name, device=device_named(device), dtype=dtype, **options)  # type: ignore[arg-type]
 
 
 def _of_decoding(name: str, value: Any) -> Any:

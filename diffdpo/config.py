@@ -128,8 +128,11 @@ class SftConfig(RunConfig):
     layers: int = setting(4, "of a new model", at_least=1)
     heads: int = setting(4, "of a new model", at_least=1)
     vocab_size: int = setting(512, "most tokens of a new model's tokenizer: 256 bytes and 3 signs first", at_least=259)
-    block_size: int = setting(
-        0, "of a new model: block diffusion in blocks of so many tokens (SDAR's layout); 0: full attention", at_least=0
+    block_size: int | None = setting(
+        None,
+        "of a new model: block diffusion in blocks of so many tokens (SDAR's layout); of a named one: what config.json "
+        "does not say; 0: full attention",
+        at_least=0,
     )
     num_generated_answers: int = setting(
         200_000, "training answers generated when --train_data is not given", at_least=1
@@ -138,8 +141,6 @@ class SftConfig(RunConfig):
 
     def check(self) -> None:
         """A new model has heads of one even size and blocks of its own, and answers on a canvas fit in a row."""
-        if self.block_size and self.policy:
-            raise UserError("--block_size is of a new model; config.json says what blocks a model that is there has")
         size, rest = divmod(self.width, self.heads)
         if not self.policy and (rest or size % 2):
             raise UserError(
@@ -169,6 +170,9 @@ class ScoreConfig(NoiseSettings, EncodingSettings):
     )
     ref_model_name_or_path: str | None = setting(
         None, "a second model to compare with, under the same noise; default: none", common=True
+    )
+    block_size: int | None = setting(
+        None, "tokens of a block, where config.json does not say (a2d-*); 0: full attention", at_least=0
     )
     output: str | None = setting(
         None, "file to append to; ids already in it are skipped; default: standard output", common=True

@@ -58,6 +58,7 @@ def build_parser() -> Parser:
         choices=("auto", "float32", "bfloat16", "float16"),
         help="of the weights; auto: bfloat16 on a GPU that has it, else float32",
     )
+    parser.add_argument("--block_size", type=int, help="of the model, where config.json does not say (a2d-*); 0: full")
     parser.add_argument("--load_in_4bit", action="store_true", help="NF4 weights (bitsandbytes)")
     return parser
 
@@ -225,6 +226,7 @@ def load(args):
 
     device = device_named(args.device)
     options = {"dtype": dtype_named(args.dtype, device), "device": device, "load_in_4bit": args.load_in_4bit}
+    options["block_size"] = args.block_size
     return load_with_adapter(args.model_name_or_path, args.adapter_name_or_path, **options)
 
 

@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     from diffdpo.evaluation.score_pairs import Scorer
 
     config, names = settled(config), model_names(config)
-    check_models(names)
+    check_models(names, block_size=config.block_size)
     file = open_output(config, names)
     done = len(file.done) if file else 0
     try:

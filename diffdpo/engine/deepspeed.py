@@ -21,6 +21,7 @@ from torch import nn
 from diffdpo.engine.adam_clock import wind_up
 from diffdpo.engine.base import FrozenModule, count_parameters, parameter_groups, trained_parameters, trains_few
 from diffdpo.engine.choice import EngineChoice
+from diffdpo.engine.clock import timed
 from diffdpo.engine.deepspeed_files import TAG, CheckpointFiles, write_files
 from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.plain import PlainFrozen
@@ -50,9 +51,11 @@ class DeepSpeedEngine:
         self.files = self.engine.checkpoint_engine = CheckpointFiles(self.engine.checkpoint_engine, module)
         self.holding = False  # inside ``no_sync``
 
+    @timed("forward")
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         return self.engine(*inputs)
 
+    @timed("backward")
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last or self.holding)
         self.engine.backward(loss * self.world.size, scale_wrt_gas=False)  # it averages over ranks: undo that
@@ -81,6 +84,7 @@ class DeepSpeedEngine:
         if self.choice.sharding.any and not self.choice.shards_parameters:
             _forget(self.optimizer)
 
+    @timed("optimizer")
     def step(self, learning_rate: float) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from diffdpo.engine.base import parameter_groups, sum_gradients, trained_parameters
 from diffdpo.engine.choice import EngineChoice
+from diffdpo.engine.clock import timed
 from diffdpo.engine.fsdp2_units import cut_units, gathered, is_cut, own_part
 from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.saved import fits_beside
@@ -50,9 +51,11 @@ class Fsdp2Engine:
         """Whether one kernel takes all of AdamW's step: on a GPU, and on the host for shards that live there."""
         return is_gpu(self.world.device) or self.choice.sharding.offloads_optimizer
 
+    @timed("forward")
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         return self.module(*inputs)
 
+    @timed("backward")
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         loss.backward()
 
@@ -69,6 +72,7 @@ class Fsdp2Engine:
         self.module.reset_iter_state()  # type: ignore[operator]
         self.optimizer.zero_grad(set_to_none=True)
 
+    @timed("optimizer")
     def step(self, learning_rate: float) -> float:
         self._reshard()
         if self.adapter:

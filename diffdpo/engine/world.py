@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from diffdpo.engine.clock import Clock, count_waits
 from diffdpo.engine.companions import Companions, meet
 from diffdpo.errors import UserError
 
@@ -33,6 +34,7 @@ class World:
     device: torch.device
     group: Any = field(default=None, compare=False, repr=False)
     companions: Companions | None = field(default=None, compare=False, repr=False)
+    clock: Clock = field(default_factory=Clock, compare=False, repr=False)  # where this process spends a step
 
     @property
     def is_main(self) -> bool:
@@ -134,7 +136,10 @@ def init_distributed(
             _watching.append(companions)
             companions.start()
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
-    return World(rank, local_rank, size, device, companions=companions)
+    clock = Clock(cuda=device.type == "cuda")
+    if size > 1:
+        count_waits(clock)
+    return World(rank, local_rank, size, device, companions=companions, clock=clock)
 
 
 def part() -> None:
@@ -147,6 +152,7 @@ def shutdown_distributed() -> None:
     """Leave the process group, if there is one."""
     part()
     if dist.is_available() and dist.is_initialized():
+        count_waits(None)
         dist.destroy_process_group()
 
 

@@ -28,9 +28,11 @@ class HeldOutPairs:
         *,
         segments: Segments,
         max_length: int,
+        moves: bool = False,
     ):
+        """``moves``: the reference changes while the policy is trained."""
         self.engine, self.noise, self.loss = engine, noise, loss
-        self.reference = remembered(reference, segments)
+        self.reference = reference if moves else remembered(reference, segments)
         self.batches, self.tasks = batches, tasks
         self.segments, self.max_length = segments, max_length
 

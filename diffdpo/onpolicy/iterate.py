@@ -24,7 +24,7 @@ from diffdpo.onpolicy.stage import run_stage
 from diffdpo.settings.base import public
 from diffdpo.setup.data import GENERATED_EVAL_PAIRS, GENERATED_EVAL_SEED
 from diffdpo.tracking.lock import one_run_in
-from diffdpo.tracking.run import PARENT, tracking_uri
+from diffdpo.tracking.run import tracking_uri
 
 RECIPE, ROUND, SUMMARY = "recipe.json", "round.json", "summary.json"
 MORE_LATER = ("rounds", "launcher", "tracking_uri", "experiment_name")  # may change between two calls
@@ -91,16 +91,15 @@ def _round(
     folder.mkdir(exist_ok=True)
     say(f"\nround {number}: {len(questions)} prompts to {' on '.join(reversed(list(rounds.policy(number).values())))}")
     write_whole(folder / "prompts.jsonl", as_json_lines([as_row(question) for question in questions]))
-    env = {PARENT: parent.run_id} if parent.run_id else {}
     stages = {
         "make-pairs": rounds.pairs_settings(number),
-        "train": rounds.train_settings(number, tracking_uri=uri or "none"),
+        "train": rounds.train_settings(number, tracking_uri=uri or "none", parent=parent.run_id),
     }
     for command, settings in stages.items():
         recipe = folder / f"{command}.yaml"
         write_whole(recipe, yaml.safe_dump(settings, sort_keys=False).encode())
         name = f"round {number}, {command}"
-        run_stage(name, [command, "--config", str(recipe)], launcher=rounds.config.launcher, env=env)
+        run_stage(name, [command, "--config", str(recipe)], launcher=rounds.config.launcher)
     if rounds.config.round_reference == "average" and not rounds.average(number).exists():
         so_far = str(rounds.average(number - 1)) if number > 1 else rounds.policy(1)["model_name_or_path"]
         write_average(so_far, rounds.final(number), rounds.average(number), decay=rounds.config.average_decay)

@@ -37,7 +37,7 @@ class Numbers:
     largest_unit: int  # of what FSDP2 gathers at a time: a block, the embedding, the head
 
 
-def read_shape(name_or_path: str) -> tuple[Family, PreTrainedConfig]:
+def read_shape(name_or_path: str, *, block_size: int | None = None) -> tuple[Family, PreTrainedConfig]:
     """Family and checked config of a config.json, a folder with one, or a hub id. UserError when there is none."""
     path = Path(name_or_path)
     if path.suffix != ".json":
@@ -45,8 +45,7 @@ def read_shape(name_or_path: str) -> tuple[Family, PreTrainedConfig]:
             raise UserError(
                 f"--model_name_or_path {path} has no config.json; give a checkpoint folder or a config.json"
             )
-        family, shape = read_config(name_or_path)
-        return family, planned(shape)
+        return read_config(name_or_path, block_size=block_size)
     try:
         raw = json.loads(path.read_text())
     except FileNotFoundError:
@@ -56,17 +55,12 @@ def read_shape(name_or_path: str) -> tuple[Family, PreTrainedConfig]:
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     if kind not in FAMILIES:
         raise UserError(f"--model_name_or_path {path} has model_type {kind!r}; supported: {', '.join(FAMILIES)}")
-    return FAMILIES[kind], planned(made_config(FAMILIES[kind], raw, str(path)))
+    return FAMILIES[kind], made_config(FAMILIES[kind], raw, str(path), block_size=block_size)
 
 
-def planned(shape: PreTrainedConfig) -> PreTrainedConfig:
-    """The config itself. UserError for a block-causal one: rows over a clean stream are not planned yet."""
-    if getattr(shape, "block_size", None):
-        raise UserError(
-            f"{shape.model_type} has blocks of {shape.block_size}: block-causal models are not planned yet; "
-            "train with --max_memory, which measures"
-        )
-    return shape
+def block_size_of(shape: PreTrainedConfig) -> int | None:
+    """Tokens of a block of a block-causal family; None where attention is full."""
+    return getattr(shape, "block_size", None) or None
 
 
 def weight_elements(family: Family, shape: PreTrainedConfig) -> int:
@@ -82,7 +76,8 @@ def skeleton(family: Family, shape: PreTrainedConfig, config: TrainConfig, *, bf
     with torch.device("meta"):
         model: Any = family.model_class(shape).to(dtype)  # type: ignore[arg-type]
     # a shifted family's positions are checked against their values, which meta tensors have not; shapes are the same
-    spec = FamilySpec(shape.model_type, 0, 1, 1, "", family.lora_targets, logit_shift=0)
+    blocks = block_size_of(shape)
+    spec = FamilySpec(shape.model_type, 0, 1, 1, "", family.lora_targets, logit_shift=0, block_size=blocks)
     if config.load_in_4bit:
         quantise(model)
     if config.adapter_name_or_path:

@@ -85,7 +85,7 @@ class ReferencePass:
     ):
         self.config, self.choice, self.world = config, choice, world
         self.encoder, self.spec, self.cache_dir, self.say = encoder, spec, cache_dir, say
-        self.noise = NoiseOptions.of(config, spec)
+        self.noise = NoiseOptions.of(config, spec, ld_alpha=config.ld_alpha)
         self.segments = make_segments(config, choice, world.device, world=world)
         adapter = None if config.ref_model_name_or_path else config.adapter_name_or_path
         self.reference = config.ref_model_name_or_path or adapter or model_or_bundled(config.policy)

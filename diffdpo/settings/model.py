@@ -24,6 +24,9 @@ class ModelSettings(Settings):
     adapter_name_or_path: str | None = setting(
         None, "LoRA adapter that training goes on with; the reference is the adapter as it starts; default: none"
     )
+    block_size: int | None = setting(
+        None, "tokens of a block, where config.json does not say (a2d-*); 0: full attention", at_least=0
+    )
     gradient_checkpointing: bool = setting(False, "recompute each layer in the backward pass (saves memory)")
     torch_compile: bool = setting(False, "compile the layers: minutes at the start, then less time and memory")
     use_liger_kernel: bool = setting(False, "LM head through Liger's fused kernel (GPU; for trained heads)")

@@ -27,6 +27,7 @@ def load_policy(config: RunConfig, choice: EngineChoice, world: World, *, with_s
         dtype=dtype_name(choice.reads_bf16(trained=not config.adapts)),
         device=load_device(choice, world),
         load_in_4bit=lora is not None and lora.load_in_4bit,
+        block_size=config.block_size,
         # DoRA starts from norms of whole weights; and on a mesh of copies peft takes a shard's size for the weight's
         shards=None if dora or (config.adapts and choice.has_copies) else weight_shards(choice, world),
     )

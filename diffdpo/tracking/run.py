@@ -25,9 +25,6 @@ from diffdpo.tracking.readers import SINKS, Reader
 
 log = logging.getLogger(__name__)
 
-PARENT = "DIFFDPO_PARENT_RUN"
-"""Environment variable with the id of the MLflow run that a run belongs to: set by who starts several."""
-
 
 class Tracking:
     """``journal`` is written by the loop; MLflow is fed from it in the background."""
@@ -102,8 +99,6 @@ def named_elsewhere(given: str | None) -> bool:
 def run_tags(git: Mapping[str, Any] | None) -> dict[str, str]:
     """Version, and the commit of the code where it is a git checkout (``git``: {commit, dirty})."""
     tags = {"diffdpo.version": __version__, "mlflow.source.name": "diffdpo"}
-    if parent := os.environ.get(PARENT):
-        tags["mlflow.parentRunId"] = parent
     if git is None:
         return tags  # installed from a wheel, or no git
     return tags | {"mlflow.source.git.commit": git["commit"], "git.dirty": str(git["dirty"]).lower()}

@@ -264,7 +264,7 @@ def test_deepspeed_is_the_json(tmp_path):
         (["--trust_remote_code"], "no code of a model's is ever run"),
         (["--report_to", "comet_ml"], "mlflow, tensorboard, wandb"),
         (["--report_to", "none", "mlflow"], "none stands alone"),
-        (["--optim", "paged_adamw_8bit"], "the optimizer is AdamW"),
+        (["--optim", "lion_8bit"], "allowed: adamw_torch"),
         (["--eval_strategy", "steps"], "needs --eval_steps"),
         (["--save_strategy", "best"], "allowed: no, steps, epoch"),
         (["--eval_strategy", "epoch", "--max_steps", "9"], "does not go with --max_steps"),
