@@ -261,7 +261,7 @@ class MlflowRun:
         """What earlier runs beside this one could not send to the same store; once."""
         others, self._others_due = self._others_due, False
         for path in self.output_dir.parent.glob(f"*/{STATE_FILE}") if others else ():
-            if path.parent == self.output_dir or self._stop.is_set():
+            if path.parent == self.output_dir or self._stop.is_set() or is_held(path.parent):  # the living send theirs
                 continue
             try:
                 other = Shipped.read(path.parent)
