@@ -17,11 +17,11 @@ import torch
 from data_pipeline.cli import nearest
 from data_pipeline.errors import DataError
 from data_pipeline.records import Record
-from diffdpo.cli.flags import own_names, own_settings, with_bundled_recipe
-from diffdpo.config import EvaluateConfig, ScoreConfig, SftConfig, TrainConfig, make_config
+from diffdpo.cli.flags import own_names, own_settings
+from diffdpo.config import EvaluateConfig, ScoreConfig, SftConfig, TrainConfig, make_config, with_bundled_settings
 from diffdpo.engine.world import init_distributed
 from diffdpo.errors import UserError
-from diffdpo.evaluation.score_models import device_named, load_models
+from diffdpo.evaluation.score_models import device_named, load_models, settled
 from diffdpo.evaluation.score_pairs import Scorer
 from diffdpo.models.bundled import model_or_bundled
 from diffdpo.models.load import LoadedModel, load_model
@@ -63,7 +63,7 @@ def train(
     told, values = each_of(callbacks), dict(settings)
     if reference_model is not None:
         values["ref_model_name_or_path"] = reference_model
-    config = _config(TrainConfig, model, train_data, eval_data, with_bundled_recipe, values)
+    config = _config(TrainConfig, model, train_data, eval_data, with_bundled_settings, values)
     return preference.train(config, callbacks=told)
 
 
@@ -94,7 +94,7 @@ def score(
     ``reference_score``, ``log_ratio`` and ``log_ratio_stderr``. Records that cannot be scored are left out, with one
     warning that counts them.
     """
-    config = make_config(ScoreConfig, own_settings(ScoreConfig, _checked(ScoreConfig, settings)))
+    config = settled(make_config(ScoreConfig, own_settings(ScoreConfig, _checked(ScoreConfig, settings))))
     check_estimator(
         config.score_estimator, num_samples=config.num_mc_samples, num_diffusion_steps=config.num_diffusion_steps
     )
@@ -180,12 +180,18 @@ def generate(
 
 
 def load(
-    model: str | Path | None = None, *, device: str = "auto", dtype: str = "float32", load_in_4bit: bool = False
+    model: str | Path | None = None,
+    *,
+    device: str = "auto",
+    dtype: str = "float32",
+    load_in_4bit: bool = False,
+    block_size: int | None = None,
 ) -> LoadedModel:
     """A model with its tokenizer and the facts of its family: a folder, a hub name, an adapter's folder (with its
-    base), by default the bundled model."""
+    base), by default the bundled model. ``block_size``: where its config.json does not say."""
     name = model_or_bundled(None if model is None else name_of(model))
-    return load_model(name, device=device_named(device), dtype=dtype, load_in_4bit=load_in_4bit)
+    options = {"load_in_4bit": load_in_4bit, "block_size": block_size}
+    return load_model(name, device=device_named(device), dtype=dtype, **options)  # type: ignore[arg-type]
 
 
 def _of_decoding(name: str, value: Any) -> Any:

@@ -1,10 +1,11 @@
 """All that is measured on held-out data, before, during and after training."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from data_pipeline.batch import PairBatch
 from diffdpo.engine.base import Engine
 from diffdpo.evaluation.heldout_tasks import HeldOutTasks
+from diffdpo.evaluation.items import record_names
 from diffdpo.evaluation.preferences import answer_losses, score_held_out
 from diffdpo.evaluation.result import Evaluation
 from diffdpo.losses.options import LossOptions
@@ -27,9 +28,11 @@ class HeldOutPairs:
         *,
         segments: Segments,
         max_length: int,
+        moves: bool = False,
     ):
+        """``moves``: the reference changes while the policy is trained."""
         self.engine, self.noise, self.loss = engine, noise, loss
-        self.reference = remembered(reference, segments)
+        self.reference = reference if moves else remembered(reference, segments)
         self.batches, self.tasks = batches, tasks
         self.segments, self.max_length = segments, max_length
 
@@ -42,6 +45,12 @@ class HeldOutPairs:
         theirs decides which model is the best."""
         tasks = self.tasks.values("so far") if self.tasks.decide else {}
         return Evaluation(self._values() | tasks).means()
+
+    def names(self) -> Mapping[str, list[str]]:
+        """The items of an evaluation, in the order of its values. Every rank calls."""
+        counts = [batch.weight_B2.amax(1) for batch in self.batches]
+        records = record_names(self.batches, counts, self.engine.world)
+        return {"records": records, **self.tasks.items()}
 
     def _values(self) -> dict[str, list[float]]:
         if not self.batches:
@@ -80,6 +89,12 @@ class HeldOutAnswers:
     def quick(self) -> dict[str, float]:
         """Mean loss, and the tasks: supervised runs are long, so this too can be afforded."""
         return Evaluation(self._values() | self.tasks.values("so far")).means()
+
+    def names(self) -> Mapping[str, list[str]]:
+        """The items of an evaluation, in the order of its values. Every rank calls."""
+        counts = [batch.weight_B2[:, 0] for batch in self.batches]
+        records = record_names(self.batches, counts, self.engine.world)
+        return {"records": records, **self.tasks.items()}
 
     def _values(self) -> dict[str, list[float]]:
         if not self.batches:

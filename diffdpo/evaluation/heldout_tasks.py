@@ -1,8 +1,9 @@
 """Tasks inside training: those of ``diffdpo evaluate``, on held-out records or on files of their own."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 from data_pipeline.batch import PairBatch
 from data_pipeline.encode import Encoder
@@ -13,8 +14,9 @@ from data_pipeline.verifiers import find_verifier
 from diffdpo.config import RunConfig
 from diffdpo.engine.base import Engine
 from diffdpo.errors import UserError
+from diffdpo.evaluation.items import problem_names
 from diffdpo.evaluation.suite import run_task
-from diffdpo.evaluation.tasks.base import Subject, Task
+from diffdpo.evaluation.tasks.base import Line, Subject, Task
 from diffdpo.evaluation.tasks.exact_match import ExactMatch
 from diffdpo.evaluation.tasks.multiple_choice import MultipleChoice
 from diffdpo.evaluation.tasks.problems import distinct, problems_of
@@ -51,6 +53,7 @@ class HeldOutTasks:
     ):
         self.config, self.engine, self.encoder, self.segments = config, engine, encoder, segments
         self.subject = Subject(loaded, engine, engine.world.device)
+        self.on_sampled: Callable[[str, list[dict[str, Any]]], None] = lambda when, samples: None  # on rank 0
         self.names = training_tasks(config.eval_task, generated=config.train_data is None)
         self.length = max(engine.world.all_gather_object(_answer_length(batches)))
         self.tasks: dict[str, Task] = {}
@@ -83,7 +86,33 @@ class HeldOutTasks:
                     shown=self.engine.world.is_main,
                 )
             found[metric] = list(task.values(lines).values())
+            if isinstance(task, ExactMatch) and self.engine.world.is_main:
+                self.on_sampled(when, self._samples(metric, task, lines))
         return found
+
+    def items(self) -> dict[str, list[str]]:
+        """By metric the names of what was asked, in the order of the values; equal in all runs that ask the same."""
+        tokenizer = self.subject.loaded.tokenizer
+        return {
+            metric: problem_names(task.problems, tokenizer)
+            if isinstance(task, ExactMatch)
+            else [key.digest for key in task.keys]
+            for metric, task in self.tasks.items()
+        }
+
+    def _samples(self, metric: str, task: ExactMatch, lines: Sequence[Line]) -> list[dict[str, Any]]:
+        """What was sampled, for people to read."""
+        decode = self.subject.loaded.tokenizer.decode
+        return [
+            {
+                "task": metric,
+                "prompt": decode(list(problem.ids), skip_special_tokens=True),
+                "right_answer": line["truth"],
+                "sampled": line["answer"],
+                "is_right": bool(line["right"]),
+            }
+            for problem, line in zip(task.problems, lines, strict=True)
+        ]
 
     def _task(self, name: TaskName, records: Sequence[Record]) -> Task:
         task = self._choices(name, records) if name.kind == MULTIPLE_CHOICE else self._sampled(name, records)

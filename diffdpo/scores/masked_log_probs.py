@@ -10,7 +10,7 @@ Shapes: R rows, T padded length, N tokens in the stream, M scored positions.
 
 import importlib.util
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffdpo.errors import UserError
+from diffdpo.gpus import is_gpu
 from diffdpo.models.architecture.backbone import RowLayout, call_block, native
 from diffdpo.models.architecture.compiled import AttentionOutside, call_compiled, check_compiler
 from diffdpo.models.architecture.layout import Layout
 from diffdpo.models.architecture.spec import FamilySpec
 from diffdpo.models.architecture.token_log_probs import check_liger
+from diffdpo.models.architecture.work import ModelWork
 from diffdpo.scores.block_log_probs import block_log_probs
 from diffdpo.settings.model import ModelSettings
 
@@ -87,6 +89,11 @@ class MaskedLogProbs(nn.Module):
             compile_blocks=settings.torch_compile,
         )
 
+    @cached_property
+    def work(self) -> ModelWork:
+        """Of the model as it is trained."""
+        return ModelWork.of(self.model)
+
     def forward(
         self,
         input_ids_RT: Tensor,
@@ -128,7 +135,7 @@ class MaskedLogProbs(nn.Module):
         return head(hidden_MK, target_M, logits_budget=self.logits_budget, use_liger=self.use_liger)
 
     def _max_waste(self, device: torch.device) -> float:
-        return 0.0 if device.type == "cuda" else self.max_waste  # varlen attention needs exact buckets
+        return 0.0 if is_gpu(device) else self.max_waste  # varlen attention needs exact buckets
 
     def _checkpointed(self, block: nn.Module, *args) -> Tensor:
         # ZeRO-3 releases frozen weights between forward and recomputation, which the default check takes for a

@@ -32,6 +32,15 @@ class SamplerSettings(Settings):
     remasking: str = setting("low_confidence", "what is unmasked first", choices=ORDERS)
     block_cache: bool = setting(False, "reuse keys outside the block; faster, approximate")
     on_eos: str = setting("allow", "when answers may end", choices=ON_EOS)
+
+
+NAMES = tuple(item.name for item in fields(SamplerSettings))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerGridSettings(SamplerSettings):
+    """One way of sampling, or several that are compared."""
+
     sampler_grid: str | None = setting(
         None,
         "evaluate with every combination of these, such as steps=32,64 threshold=none,0.9",
@@ -44,10 +53,29 @@ class SamplerSettings(Settings):
         samplers(self)
 
 
-NAMES = tuple(item.name for item in fields(SamplerSettings) if item.name != "sampler_grid")
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings(SamplerSettings):
+    """Several answers to each prompt."""
+
+    title: ClassVar[str] = "sampling"
+
+    num_samples: int = setting(8, "answers sampled to each prompt", at_least=2, common=True)
+    gen_length: int = setting(128, "tokens of the answer region", at_least=1, common=True)
+    temperature: float = setting(1.0, "0 takes the most likely token: all answers to a prompt alike", at_least=0)
+    batch_size: int = setting(64, "answers made at a time by one process: speed and memory", at_least=1)
+
+    def decoding(self) -> dict[str, Any]:
+        """The options of ``sample``."""
+        options = {name: getattr(self, name) for name in NAMES}
+        steps = self.gen_length if self.steps is None else self.steps
+        return options | {"block_length": min(self.block_length, self.gen_length), "steps": steps}
+
+    def sampler(self) -> dict[str, Any]:
+        """What tells one way to sample from another, for records: all that is not at its default, and the usual."""
+        return {name: value for name, value in self.decoding().items() if value not in (None, False)}
 
 
-def samplers(settings: SamplerSettings) -> list[dict[str, Any]]:
+def samplers(settings: SamplerGridSettings) -> list[dict[str, Any]]:
     """The ways of sampling that are asked for: the settings alone, or one for each cell of the grid, in its order."""
     base = {name: getattr(settings, name) for name in NAMES}
     grid = _grid(settings.sampler_grid) if settings.sampler_grid else {}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffdpo.errors import UserError
+from diffdpo.tracking.commit import git_state
 from diffdpo.tracking.mlflow_run import check_tracking_uri
 from diffdpo.tracking.run import run_tags
 
@@ -33,7 +34,9 @@ def log_evaluation(report: Mapping[str, Any], settings: Mapping[str, Any]) -> No
             now = made.info.start_time
             metrics = [Metric(key, value, now, step) for key, value, step in points(own)]
             params = [Param(key, str(value)[:500]) for key, value in report["settings"].items()]
-            tags = [RunTag(key, value) for key, value in (run_tags() | {"diffdpo.command": "evaluate"}).items()]
+            tags = [
+                RunTag(key, value) for key, value in (run_tags(git_state()) | {"diffdpo.command": "evaluate"}).items()
+            ]
             for start in range(0, len(metrics), 1000):  # the most that a server takes at a time
                 client.log_batch(made.info.run_id, metrics=metrics[start : start + 1000])
             client.log_batch(made.info.run_id, params=params[:100], tags=tags)

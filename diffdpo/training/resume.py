@@ -20,6 +20,8 @@ WITHOUT_EFFECT = {
     "data_cache_dir",
     "tracking_uri",
     "tracking_timeout",
+    "max_restarts",
+    "replay",
 }
 FREE_TO_CHANGE = WITHOUT_EFFECT | {
     *("dataset_num_workers", "save_minutes", "save_on_full_disk", "stop_seconds", "hang_timeout"),
