@@ -54,12 +54,16 @@ def operators(*, gpu: bool) -> Iterator[Finding]:
     names = ["cpu_adam", "fused_adam" if gpu else "deepspeed_shm_comm"]
     there: list[str] = []
     to_compile: list[str] = []
+    refused: dict[str, list[str]] = {}
     for name in (*names, "async_io"):
         try:
             (to_compile if missing_operators([name]) else there).append(name)
         except UserError as fault:
-            said, _, advice = str(fault).rpartition("; ")
-            yield warning(f"operator {name}", f"not for {USED_BY[name]}: {said}", advice)
+            refused.setdefault(str(fault), []).append(name)
+    for fault_text, those in refused.items():
+        said, _, advice = fault_text.rpartition("; ")
+        lost = ", ".join(f"{name} ({USED_BY[name]})" for name in those)
+        yield warning("operators", f"{said}; not to be had: {lost}", advice)
     if "async_io" in to_compile and ctypes.util.find_library("aio") is None:
         to_compile.remove("async_io")
         yield warning(

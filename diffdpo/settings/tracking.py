@@ -28,7 +28,7 @@ class TrackingSettings(Settings):
         "seconds the end of a run waits for a server; the rest is sent later by `python -m diffdpo.tracking`",
         at_least=0,
     )
-    run_tags: str | None = setting(None, "tags of the MLflow run, such as team=nlp data=v2", many=True)
+    run_tags: str | None = setting(None, "tags of the MLflow run, such as team=nlp data=v2; default: none", many=True)
     register_model: str | None = setting(
         None, "make the final model a version of this name in MLflow's registry (or NAME@ALIAS); default: not"
     )

@@ -83,8 +83,9 @@ def check_tracking_uri(uri: str, source: str = "--tracking_uri") -> None:
     """UserError for a store MLflow cannot use."""
     scheme = uri.partition(":")[0].partition("+")[0]
     if scheme not in SCHEMES:
+        shown = hidden(uri) if "://" in uri else uri.rpartition("@")[2]
         raise UserError(
-            f"{source} {hidden(uri)} is no MLflow store; allowed: {'none, ' if source.startswith('--') else ''}"
+            f"{source} {shown} is no MLflow store; allowed: {'none, ' if source.startswith('--') else ''}"
             "sqlite:////abs/path/mlflow.db, http(s)://host:port"
         )
 

@@ -66,14 +66,15 @@ class Loop:
 
     def __post_init__(self) -> None:
         keep = self.config.save_total_limit
-        self.saver = Saver(self.output_dir, self.engine, keep, self.callbacks.on_save, self._not_saved)
+        told = (self.callbacks.on_save, self._not_saved, self._waits_for_save)
+        self.saver = Saver(self.output_dir, self.engine, keep, *told)
 
     def run(self) -> bool:
         """Train to the end. False when a signal asked to stop before it; a checkpoint was then written."""
         with self.watch.stop.set_deferred(True), self._bar() as bar:
             try:
                 complete = self._run(bar)
-                self.saver.settle()
+                self._settle()
                 return complete
             finally:
                 self.saver.join()
@@ -259,8 +260,17 @@ class Loop:
         )
         return standing.step
 
+    def _settle(self) -> None:
+        """Wait for the checkpoint that is being written. That may take long, and is not part of a step or a copy."""
+        self.watch.pulse.beat("writing of a checkpoint", self.done)
+        self.saver.settle()
+
+    def _waits_for_save(self) -> None:
+        self.watch.pulse.beat("save", self.done)  # copying is one thing, writing all of it another
+
     def _save(self, step: int, *, wait: bool) -> None:
-        self.watch.pulse.beat("save", step)
+        self._settle()
+        self.watch.pulse.beat("copy for a checkpoint", step)
         loader = self.loader.state_dict(self.engine.world.all_reduce_sums)
         state = self.state | {"step": step, "loader": loader, "best": self.best.state() if self.best else None}
         if self.journal is not None:

@@ -8,6 +8,7 @@ from typing import Any, cast
 import numpy as np
 from torch import nn
 
+from data_pipeline.addresses import hidden
 from data_pipeline.facts import refuse_unusable
 from diffdpo.config import TrainConfig, resolve
 from diffdpo.engine.base import Engine, FrozenModule, count_parameters, trains_few
@@ -294,8 +295,8 @@ class _Training:
             f"policy     {describe_model(config)}, "
             f"{total / 1e6:.2f}M parameters, {trained / 1e6:.2f}M trained, {'bf16' if self.choice.bf16 else 'fp32'}\n"
             f"reference  {self.reference_text} ({self.why_mode})\n"
-            f"data       {config.train_data or 'generated arithmetic-reasoning pairs'}: {len(parts.train_set)} "
-            f"{'records' if self.loss.unpaired else 'pairs'}, "
+            f"data       {hidden(config.train_data or '') or 'generated arithmetic-reasoning pairs'}: "
+            f"{len(parts.train_set)} {'records' if self.loss.unpaired else 'pairs'}, "
             f"{held_out}\n"
             f"engine     {self.choice.describe()}, {context.world.size} process(es) on {context.world.device.type}\n"
             f"scores     {self._scores()}; loss {self.loss.describe()}, "

@@ -17,7 +17,8 @@ Outcome = Path | NotSaved
 class Saver:
     """Saves one checkpoint at a time. Every rank calls its methods alike, and each has a thread that writes its part.
 
-    ``on_saved``: called on every rank when a checkpoint is whole; ``on_not_saved``: where there was no room for one.
+    ``on_saved``: called on every rank when a checkpoint is whole; ``on_not_saved``: where there was no room for one;
+    ``on_waiting``: when the step is to wait for all of a save.
     """
 
     output_dir: Path
@@ -25,6 +26,7 @@ class Saver:
     keep: int
     on_saved: Callable[[int, Path], None]
     on_not_saved: Callable[[int, NotSaved], None]
+    on_waiting: Callable[[], None] = lambda: None
     step: int | None = None  # of the checkpoint that is being written
     thread: threading.Thread | None = None
     outcome: Outcome | None = None  # what the thread came to
@@ -46,6 +48,7 @@ class Saver:
         self.thread.start()
 
     def _save_now(self, step: int, state: dict[str, Any]) -> None:
+        self.on_waiting()
         try:
             self._tell(step, save_checkpoint(self.output_dir, step, self.engine, state, keep=self.keep))
         except NotSaved as error:

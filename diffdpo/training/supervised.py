@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+from data_pipeline.addresses import hidden
 from data_pipeline.batch import Fault
 from data_pipeline.dataset import ShardedDataset
 from data_pipeline.facts import count_kinds, refuse_unusable
@@ -159,7 +160,7 @@ def _announcement(
     model = describe_model(config) if config.policy else "new"
     return (
         f"model    {model}, {count_parameters(loaded.model)[0]:,} parameters\n"
-        f"data     {config.train_data or 'generated arithmetic-reasoning answers'}: {answers}\n"
+        f"data     {hidden(config.train_data or '') or 'generated arithmetic-reasoning answers'}: {answers}\n"
         f"engine   {choice.describe()}; segmentation {strategy}\n"
         f"output   {context.output_dir}"
     )

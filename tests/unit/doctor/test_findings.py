@@ -60,7 +60,7 @@ def test_operators_that_cannot_be_had_say_for_what_they_are(monkeypatch, tmp_pat
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     found = by_name(compilers.operators(gpu=False))
-    assert "g++" in found["operator cpu_adam"].advice and "optimizer on the host" in found["operator cpu_adam"].found
+    assert "g++" in found["operators"].advice and "cpu_adam (optimizer on the host)" in found["operators"].found
     assert found["operators there"].found == "none" and "to be compiled" not in found
 
 
@@ -145,8 +145,9 @@ def test_the_command_without_torch_or_anything_else(command, tmp_path):
     root = str(software.Path(software.__file__).parents[2])
     imports = "from diffdpo.command import run; from diffdpo.cli.doctor import main"
     code = f"import sys; sys.path.insert(0, {root!r}); {imports}; run(main)"
-    done = command([sys.executable, "-S", "-I", "-c", code, "--json"], timeout=120, cwd=tmp_path)
+    done = command([sys.executable, "-S", "-I", "-c", code, "--self_test", "--json"], timeout=120, cwd=tmp_path)
     assert done.returncode == 1 and not done.stderr
     everything = json.loads(done.stdout)
+    assert everything["self_test"] is None and "torch" in everything["findings"]["self-test"][0]["found"]
     states = {f["name"]: f["state"] for findings in everything["findings"].values() for f in findings}
     assert states["torch"] == ERROR and states["deepspeed"] == WARNING and states["Python"] == OK
