@@ -83,6 +83,11 @@ class TrainConfig(RunConfig, MemorySettings, ReferenceSettings, LossSettings, Lo
         """What two subjects say against each other."""
         if self.reference == "adapter_off" and not self.adapts:
             raise UserError("--reference adapter_off needs --use_peft; without an adapter use --reference copy")
+        if self.sync_ref_model and self.load_best_model_at_end:
+            raise UserError(
+                "--load_best_model_at_end goes back to an earlier policy and --sync_ref_model has moved the reference "
+                "since; leave one of them out"
+            )
         if self.reference == "adapter_start" and not self.adapter_name_or_path:
             raise UserError(
                 "--reference adapter_start is the adapter that training goes on with; name it as "
