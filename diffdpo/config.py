@@ -136,7 +136,7 @@ class SftConfig(RunConfig):
     block_size: int | None = setting(
         None,
         "of a new model: block diffusion in blocks of so many tokens (SDAR's layout); of a named one: what config.json "
-        "does not say; 0: full attention",
+        "does not say; 0: full attention; default: full, or as config.json says",
         at_least=0,
     )
     num_generated_answers: int = setting(
@@ -177,7 +177,7 @@ class ScoreConfig(NoiseSettings, EncodingSettings):
         None, "a second model to compare with, under the same noise; default: none", common=True
     )
     block_size: int | None = setting(
-        None, "tokens of a block, where config.json does not say (a2d-*); 0: full attention", at_least=0
+        None, "tokens of a block, 0: full attention; default: as config.json says, which a2d-* do not", at_least=0
     )
     output: str | None = setting(
         None, "file to append to; ids already in it are skipped; default: standard output", common=True
