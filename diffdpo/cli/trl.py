@@ -208,6 +208,7 @@ SAME = (
     *("use_peft", "lora_r", "lora_alpha", "lora_target_modules", "lora_modules_to_save", "use_dora", "use_rslora"),
     *("max_length", "max_prompt_length"),
     *("beta", "loss_type", "loss_weights", *DEFAULTS),  # the losses' own parameters have TRL's names
+    "optim",
 )
 """Names that are flags here with the same meaning. (Defaults differ: see --help_all.)"""
 
@@ -294,7 +295,9 @@ TABLE: dict[str, Entry] = {
     "f_divergence_type": only("reverse_kl", why="losses are of log-ratios; see docs/losses.md for those there are"),
     "f_alpha_divergence_coef": answered("losses are of log-ratios; see docs/losses.md for those there are"),
     "use_weighting": only("false", why="WPO weighs by probabilities of whole answers, of which a bound alone is known"),
-    "activation_offloading": only("false", why=_MEMORY),
+    "activation_offloading": words(
+        "`true`: `--activation_offload cpu`", true={"activation_offload": "cpu"}, false={"activation_offload": "none"}
+    ),
     "sync_ref_model": only("false", why=_FROZEN),
     "ref_model_mixup_alpha": answered(_FROZEN),
     "ref_model_sync_steps": answered(_FROZEN),

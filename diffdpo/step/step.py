@@ -49,10 +49,8 @@ class PreferenceStep:
         max_length: int | None = None,
     ):
         self.engine, self.reference, self.noise, self.loss = engine, reference, noise, loss
-        self.strategy, self.segments = strategy, segments
-        # the reference runs rows in the same shapes as the policy: log-ratios of equal models are 0 to the bit
-        segments.answers_apart = strategy == "deferred"
-        self.compared, self.max_length = compared, max_length
+        segments.answers_apart = strategy == "deferred"  # of the reference too: equal models give h = 0 to the bit
+        self.strategy, self.segments, self.compared, self.max_length = strategy, segments, compared, max_length
 
     def __call__(self, micro_batches: Sequence[PairBatch], learning_rate: float) -> StepReport:
         world = self.engine.world
