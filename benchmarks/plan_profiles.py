@@ -9,9 +9,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffdpo.cards import GPUS
 from diffdpo.cli.flags import parse_config
 from diffdpo.config import TrainConfig
-from diffdpo.planner.hardware import GPUS, Host
+from diffdpo.planner.hardware import Host
 from diffdpo.planner.memory import DEVICE, DISK, HOST, needed
 from diffdpo.planner.plan import Machine, Plan, make_plan
 from diffdpo.planner.sizes import GIB, gib

@@ -17,6 +17,7 @@ from diffdpo.errors import RESUMABLE, Stopped, TrainingError, UserError
 from diffdpo.quiet import hush
 
 SECONDS_BEHIND = 3.0
+AT_KEYBOARD = 130  # the exit code after Ctrl-C
 ALLOCATORS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 ALLOCATOR = "expandable_segments:True,pinned_max_round_threshold_mb:64,pinned_max_cached_size_mb:64"
 """Rows differ in every step, which fragments fixed segments; and page-locked memory comes in powers of two unless told

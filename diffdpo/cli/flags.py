@@ -16,13 +16,10 @@ import yaml
 from data_pipeline.cli import nearest
 from diffdpo.cli import trl
 from diffdpo.command import Parser
-from diffdpo.config import RunConfig, SftConfig, TrainConfig, make_config
+from diffdpo.config import RunConfig, SftConfig, TrainConfig, bundled_settings, make_config, with_bundled_settings
 from diffdpo.errors import UserError
 from diffdpo.settings.base import Settings, converted, kind_of
 from diffdpo.shipped import find_shipped
-
-# The settings when neither a model nor data is named: those that suit what comes with diffdpo
-BUNDLED_RECIPE = Path(__file__).parents[1] / "pretrained" / "arithmetic" / "train.yaml"
 
 
 def parse_config(config_class: type[Settings], argv: Sequence[str], description: str) -> Any:
@@ -35,17 +32,7 @@ def parse_config(config_class: type[Settings], argv: Sequence[str], description:
         **own_settings(config_class, in_recipe, beside=together, where=f"--config {recipe}: "),
         **own_settings(config_class, flags, beside=together),
     }
-    return make_config(config_class, with_bundled_recipe(given) if config_class is TrainConfig else given)
-
-
-def with_bundled_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Preference training's settings, with those of the bundled recipe where neither a model nor data is named."""
-    if given.get("model_name_or_path") or given.get("train_data"):
-        return dict(given)
-    bundled = read_recipe(TrainConfig, BUNDLED_RECIPE)
-    if "loss_type" in given:
-        bundled.pop("sft_weight", None)  # it goes with the loss of the recipe
-    return {**bundled, **given}
+    return make_config(config_class, with_bundled_settings(given) if config_class is TrainConfig else given)
 
 
 def read_recipe(config_class: type[Settings], path: Path) -> dict[str, Any]:
@@ -226,7 +213,7 @@ def _metavar(config_class: type[Settings], item: dataclasses.Field) -> str:
 
 
 def _epilog() -> str:
-    bundled = ", ".join(f"{name} {value}" for name, value in read_recipe(TrainConfig, BUNDLED_RECIPE).items())
+    bundled = ", ".join(f"{name} {value}" for name, value in bundled_settings().items())
     text = (
         f"Without --model_name_or_path and --train_data these are the defaults: {bundled}. The sft_weight is left out "
         "where --loss_type is given."

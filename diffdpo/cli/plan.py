@@ -6,7 +6,6 @@
 Every flag of launch/train.py is read as there (see its --help), so a training command can be pasted behind this one.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -28,13 +27,12 @@ RATES = {
 def build_parser() -> Parser:
     """The planner's own flags."""
     parser = Parser(description=__doc__.splitlines()[0], epilog="All flags of launch/train.py are read as well.")
-    parser.formatter_class = argparse.HelpFormatter
     parser.add_argument("--gpu", help='"RTX 4080", "RTX 4090", A100, H100 or H200')
     parser.add_argument("--gpu_memory", help="memory of a GPU, like 16GiB; default: that of --gpu")
     for flag, (_, what) in RATES.items():
         parser.add_argument(f"--{flag}", help=f"{what}; default: that of --gpu")
     parser.add_argument("--host_memory", help="memory of the host, like 64GiB; default: not judged")
-    parser.add_argument("--num_gpus", type=int, default=1, help="GPUs, all on one host (default: 1)")
+    parser.add_argument("--num_gpus", type=int, default=1, help="GPUs, all on one host")
     parser.add_argument("--answer_tokens", type=int, help="longest answer; default: what --max_prompt_length leaves")
     parser.add_argument("--save_json", type=Path, help="write the plan to this file as well")
     return parser

@@ -78,9 +78,10 @@ class Engine(Protocol):
         """Write weights and optimizer state into an empty folder; every rank calls."""
         ...
 
-    def snapshot(self) -> Callable[[Path], None] | None:
-        """What ``save`` would write now, copied, as a function that writes it into a folder: steps can go on meanwhile,
-        on rank 0 in a thread of its own. None where saving needs the other ranks, or the copy too much memory."""
+    def snapshot(self, beside: World) -> Callable[[Path], None] | None:
+        """What ``save`` would write now, copied, as a function that writes it into a folder: every rank calls it in a
+        thread while steps go on, and it talks to the others through ``beside`` alone. None where the copy needs too
+        much memory, or what is saved lies on a disk."""
         ...
 
     def load(self, folder: Path) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from diffdpo.engine.base import Engine, FrozenModule
-from diffdpo.engine.choice import DEEPSPEED, FSDP2, EngineChoice
+from diffdpo.engine.choice import DEEPSPEED, FSDP2, EngineChoice, choose_engine
 from diffdpo.engine.deepspeed import DeepSpeedEngine, frozen_by_deepspeed
 from diffdpo.engine.fsdp2 import Fsdp2Engine, Fsdp2Frozen
 from diffdpo.engine.fsdp2_units import ShardedWeights
@@ -16,6 +16,7 @@ from diffdpo.engine.plain import PlainEngine, PlainFrozen
 from diffdpo.engine.preflight import check_nvme, check_values, check_zeropp
 from diffdpo.engine.world import World
 from diffdpo.gpus import is_gpu, kind_of
+from diffdpo.settings.engine import EngineSettings
 
 
 def check_host(choice: EngineChoice) -> None:
@@ -56,6 +57,12 @@ def load_device(choice: EngineChoice, world: World) -> str:
 def weight_shards(choice: EngineChoice, world: World) -> ShardedWeights | None:
     """What has a model hold its shards as its weights are read; None where they are read whole."""
     return ShardedWeights(choice, world) if choice.kind == FSDP2 else None
+
+
+def choice_for(settings: EngineSettings, world: World, *, adapter: bool = False) -> EngineChoice:
+    """The engine of a run in these processes, on their device. UserError as of :func:`choose_engine`."""
+    able = {"cuda": is_gpu(world.device), "bf16_able": bf16_able(world.device)}
+    return choose_engine(settings, processes=world.size, adapter=adapter, **able)
 
 
 def bf16_able(device: torch.device) -> bool:

@@ -4,9 +4,11 @@ Written and read by torch.distributed.checkpoint, whose safetensors storage hold
 its AdamW state NAME.exp_avg, NAME.exp_avg_sq and NAME.step, whichever engine wrote it; so each reads the others' files.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,11 +36,12 @@ def training_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     return tensors
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Each process its shards, rank 0 what all have whole. Every rank calls; what fails on one is raised on all."""
+def write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], group: Any = None) -> None:
+    """Each process its shards, rank 0 what all have whole. Every rank calls, and talks in ``group`` (by default that of
+    all); what fails on one is raised on all."""
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     with _first_failure():
-        dcp.save(dict(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
+        dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
 
 
 def read_training_state(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, *, fused: bool) -> None:
@@ -69,6 +72,26 @@ def read_training_state(folder: Path, module: nn.Module, optimizer: torch.optim.
         return
     with _first_failure():
         dcp.load(tensors, storage_reader=_reader(folder), no_dist=not dist.is_initialized())
+
+
+def read_weights(folder: Path, module: nn.Module) -> None:
+    """Put the trained weights of a checkpoint in place, whatever engine wrote it; this process alone, no engine needed.
+
+    ValueError where they cannot be read without DeepSpeed (ZeRO stage 0), UserError where the folder holds other
+    weights than those trained in the module.
+    """
+    zero = ZeroFiles(folder / TAG) if (folder / TAG).is_dir() else None
+    saved = zero.shapes if zero else saved_shapes(folder)
+    check_trained({name: shape for name, shape in saved.items() if name.rpartition(".")[2] not in MOMENTS}, module)
+    weights = {name: parameter.detach() for name, parameter in trained_by_name(module).items()}
+    if zero:
+        for name, whole in zero.tensors():
+            if name in weights:
+                weights[name].copy_(whole)
+        return
+    with _first_failure(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as is meant here
+        dcp.load(weights, storage_reader=_reader(folder), no_dist=True)
 
 
 def _read_other(

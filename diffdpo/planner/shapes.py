@@ -38,7 +38,7 @@ class Numbers:
     largest_unit: int  # of what FSDP2 gathers at a time: a block, the embedding, the head
 
 
-def read_shape(name_or_path: str) -> tuple[Family, PreTrainedConfig]:
+def read_shape(name_or_path: str, *, block_size: int | None = None) -> tuple[Family, PreTrainedConfig]:
     """Family and checked config of a config.json, a folder with one, or a hub id. UserError when there is none."""
     path = Path(name_or_path)
     if path.suffix != ".json":
@@ -46,8 +46,7 @@ def read_shape(name_or_path: str) -> tuple[Family, PreTrainedConfig]:
             raise UserError(
                 f"--model_name_or_path {path} has no config.json; give a checkpoint folder or a config.json"
             )
-        family, shape = read_config(name_or_path)
-        return family, planned(shape)
+        return read_config(name_or_path, block_size=block_size)
     try:
         raw = json.loads(path.read_text())
     except FileNotFoundError:
@@ -57,17 +56,12 @@ def read_shape(name_or_path: str) -> tuple[Family, PreTrainedConfig]:
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     if kind not in FAMILIES:
         raise UserError(f"--model_name_or_path {path} has model_type {kind!r}; supported: {', '.join(FAMILIES)}")
-    return FAMILIES[kind], planned(made_config(FAMILIES[kind], raw, str(path)))
+    return FAMILIES[kind], made_config(FAMILIES[kind], raw, str(path), block_size=block_size)
 
 
-def planned(shape: PreTrainedConfig) -> PreTrainedConfig:
-    """The config itself. UserError for a block-causal one: rows over a clean stream are not planned yet."""
-    if getattr(shape, "block_size", None):
-        raise UserError(
-            f"{shape.model_type} has blocks of {shape.block_size}: block-causal models are not planned yet; "
-            "train with --max_memory, which measures"
-        )
-    return shape
+def block_size_of(shape: PreTrainedConfig) -> int | None:
+    """Tokens of a block of a block-causal family; None where attention is full."""
+    return getattr(shape, "block_size", None) or None
 
 
 def weight_elements(family: Family, shape: PreTrainedConfig) -> int:
@@ -86,10 +80,13 @@ def skeleton(
     with torch.device("meta"):
         model: Any = family.model_class(shape).to(dtype)  # type: ignore[arg-type]
     # a shifted family's positions are checked against their values, which meta tensors have not; shapes are the same
-    spec = FamilySpec(shape.model_type, 0, 1, 1, "", family.lora_targets, logit_shift=0)
+    blocks = block_size_of(shape)
+    spec = FamilySpec(shape.model_type, 0, 1, 1, "", family.lora_targets, logit_shift=0, block_size=blocks)
     if config.load_in_4bit:
         quantise(model)
-    if config.use_peft:
+    if config.adapter_name_or_path:
+        model = with_adapter(model, config.adapter_name_or_path)
+    elif config.use_peft:
         with torch.device("meta"):
             model = add_lora(
                 model,
@@ -104,6 +101,17 @@ def skeleton(
         model.requires_grad_(True)
     module = MaskedLogProbs(model, spec, layer_checkpointing=config.gradient_checkpointing, offload=offload)
     return module.to(torch.bfloat16) if cast else module  # packed 4-bit weights are integers and stay
+
+
+def with_adapter(model: Any, folder: str) -> Any:
+    """The shapes of an adapter that training goes on with. (The frozen copy of it that the reference takes is as large,
+    without moments: a tenth of a percent of a model, which is not counted.)"""
+    from peft import PeftConfig, get_peft_model
+
+    shape = PeftConfig.from_pretrained(folder)
+    shape.lora_dropout, shape.inference_mode = 0.0, False
+    with torch.device("meta"):
+        return get_peft_model(model, shape)
 
 
 def quantise(model: nn.Module) -> None:

@@ -85,10 +85,12 @@ class ReferencePass:
     ):
         self.config, self.choice, self.world = config, choice, world
         self.encoder, self.spec, self.cache_dir, self.say = encoder, spec, cache_dir, say
-        self.noise = NoiseOptions.of(config, spec)
+        self.noise = NoiseOptions.of(config, spec, ld_alpha=config.ld_alpha)
         self.segments = make_segments(config, choice, world.device, world=world)
-        self.reference = config.ref_model_name_or_path or model_or_bundled(config.policy)
-        self.weights = world.broadcast(weights_digest(self.reference) if world.is_main else None)
+        adapter = None if config.ref_model_name_or_path else config.adapter_name_or_path
+        self.reference = config.ref_model_name_or_path or adapter or model_or_bundled(config.policy)
+        base = config.policy if adapter else None
+        self.weights = world.broadcast(weights_digest(self.reference, base=base) if world.is_main else None)
 
     def training(self, loader: PairLoader, *, last: int) -> Stream:
         """What the run trains on from where the loader stands, to step ``last``."""

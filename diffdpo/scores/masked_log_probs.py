@@ -11,7 +11,7 @@ Shapes: R rows, T padded length, N tokens in the stream, M scored positions.
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from diffdpo.models.architecture.compiled import AttentionOutside, call_compiled
 from diffdpo.models.architecture.layout import Layout
 from diffdpo.models.architecture.spec import FamilySpec
 from diffdpo.models.architecture.token_log_probs import check_liger
+from diffdpo.models.architecture.work import ModelWork
 from diffdpo.scores.block_log_probs import block_log_probs
 from diffdpo.settings.model import ModelSettings
 
@@ -92,6 +93,11 @@ class MaskedLogProbs(nn.Module):
             use_liger=settings.use_liger_kernel,
             compile_blocks=settings.torch_compile,
         )
+
+    @cached_property
+    def work(self) -> ModelWork:
+        """Of the model as it is trained."""
+        return ModelWork.of(self.model)
 
     def forward(
         self,

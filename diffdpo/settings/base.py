@@ -97,13 +97,14 @@ def check_field(item: dataclasses.Field, value: Any) -> None:
         raise UserError(f"--{name} is {value}; give a whole number of steps, or a share of all that is below 1")
 
 
-def changed(settings: Settings) -> dict[str, Any]:
-    """The fields that are not at their default, as they may be shown."""
-    shown = public(settings)
+def changed(settings: Settings, usual: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The fields that are not at their default, or at the one of ``usual`` where that has another, as they may be
+    shown."""
+    shown, usual = public(settings), usual or {}
     return {
         item.name: shown[item.name]
         for item in dataclasses.fields(settings)
-        if getattr(settings, item.name) != item.default
+        if getattr(settings, item.name) != usual.get(item.name, item.default)
     }
 
 

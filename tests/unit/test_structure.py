@@ -14,7 +14,7 @@ GRAPH = graph_of(ROOT, TOPS)
 FLOORS = (
     {"errors", "quiet", "gpus"},
     {"command"},
-    {"shipped", "memory", "progress"},
+    {"shipped", "memory", "progress", "gpus"},
     {"settings"},
     {"models"},
     {"noise"},
@@ -28,7 +28,8 @@ FLOORS = (
     {"evaluation"},
     {"tracking"},
     {"setup"},
-    {"training", "planner", "doctor"},
+    {"training", "planner", "comparison", "doctor"},
+    {"sweep", "onpolicy"},
     {"cli"},
     {"api"},
 )

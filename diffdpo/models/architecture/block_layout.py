@@ -288,8 +288,16 @@ class _Prefixes(torch.autograd.Function):
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """q [R, S, H, D], k and v [R, S', G, D], mask [S, S'] → [R, S, H*D]."""
-    grouped = q.shape[2] != k.shape[2]
+    """q [R, S, H, D], k and v [R, S', G, D], mask [S, S'] → [R, S, H*D].
+
+    Query heads of a group are a call's heads, and groups stand beside the rows: the GPU kernels that take a mask know
+    no grouped queries, and would fall back to one that holds all scores.
+    """
+    (rows, _, heads, _), groups = q.shape, k.shape[2]
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+    if heads != groups:
+        q = q.unflatten(1, (groups, -1)).flatten(0, 1)
+        k, v = (t.flatten(0, 1)[:, None].expand(-1, heads // groups, -1, -1) for t in (k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    out = out if heads == groups else out.unflatten(0, (rows, groups)).flatten(1, 2)
     return out.transpose(1, 2).flatten(2)

@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from diffdpo.models.architecture.from_scratch import new_model
+from diffdpo.models.bundled import model_or_bundled
 from diffdpo.models.checkpoint.tokenizer_files import CONFIG, TEMPLATE, save_tokenizer
 from diffdpo.models.load import load_model, load_tokenizer, save_model
 from diffdpo.models.lora.adapters import add_lora
@@ -75,7 +77,7 @@ def test_files_that_changed_since_are_not_taken(published, tmp_path):
 OLD = """
 import json, sys, transformers
 from transformers import AutoTokenizer
-assert transformers.__version__.startswith("4.57"), transformers.__version__
+assert transformers.__version__.startswith(sys.argv[3]), transformers.__version__
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 turns = [{"role": "user", "content": "1"}]
 chat = tokenizer.apply_chat_template(turns, tokenize=False) if tokenizer.chat_template else ""
@@ -83,19 +85,20 @@ print(json.dumps([tokenizer(sys.argv[2]).input_ids, tokenizer.eos_token_id, toke
 """
 
 
-@pytest.fixture(scope="module")
-def transformers_4(tmp_path_factory):
-    """A folder with transformers 4.57, for PYTHONPATH."""
+@pytest.fixture(scope="module", params=[("4.46", "0.21"), ("4.57", "0.23")], ids=["4.46", "4.57"])
+def transformers_4(request, tmp_path_factory):
+    """A version of transformers, and a folder with it for PYTHONPATH: the oldest and the newest that are pinned."""
+    version, below = request.param
     folder = tmp_path_factory.mktemp("transformers_4")
-    packages = ["transformers==4.57.*", "huggingface_hub<1", "tokenizers<0.23"]
+    packages = [f"transformers=={version}.*", "huggingface_hub<1", f"tokenizers<{below}"]
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), *packages]
     if subprocess.run(command, timeout=500).returncode:
-        pytest.skip("transformers 4.57 cannot be had here")
-    return folder
+        pytest.skip(f"transformers {version} cannot be had here")
+    return version, folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["new", "kept", "more tokens", "adapter"])
+@pytest.mark.parametrize("kind", ["new", "kept", "more tokens", "adapter", "bundled"])
 def test_transformers_4_reads_it_alike(command, published, tokenizer, tmp_path, transformers_4, kind):
     folder = tmp_path / "saved"
     ours = tokenizer if kind in ("new", "adapter") else load_tokenizer(str(published))
@@ -105,10 +108,15 @@ def test_transformers_4_reads_it_alike(command, published, tokenizer, tmp_path, 
         save_model(new_model(tokenizer, width=32, layers=1, heads=2, seed=0), tokenizer, tmp_path / "base")
         loaded = load_model(tmp_path / "base")
         save_model(add_lora(loaded.model, loaded.spec, r=2), loaded.tokenizer, folder)
+    elif kind == "bundled":
+        folder = Path(model_or_bundled(None))
+        ours = load_tokenizer(str(folder))
     else:
         save_tokenizer(ours, folder)
     text = TEXT + ("<|new|>" if kind == "more tokens" else "")
-    done = command([sys.executable, "-c", OLD, str(folder), text], PYTHONPATH=str(transformers_4), HF_HUB_OFFLINE="1")
+    version, packages = transformers_4
+    line = [sys.executable, "-c", OLD, str(folder), text, version]
+    done = command(line, PYTHONPATH=str(packages), HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr
     chat = "<user>1" if kind in ("kept", "more tokens") else ""
     assert json.loads(done.stdout) == [ours(text).input_ids, ours.eos_token_id, ours.pad_token_id, chat]
