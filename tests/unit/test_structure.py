@@ -14,7 +14,7 @@ GRAPH = graph_of(ROOT, TOPS)
 FLOORS = (
     {"errors", "quiet", "gpus"},
     {"command"},
-    {"shipped", "memory", "progress", "gpus"},
+    {"shipped", "memory", "progress"},
     {"settings"},
     {"models"},
     {"noise"},
