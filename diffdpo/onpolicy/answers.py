@@ -32,10 +32,10 @@ def open_folder(folder: Path, identity: dict[str, Any], world: World) -> None:
         text = json.dumps(identity, indent=1, sort_keys=True) + "\n"
         if file.exists():
             fault = _difference(json.loads(file.read_text()), json.loads(text), folder)
-        elif folder.exists() and any(folder.iterdir()):
+        elif folder.exists() and any(path.suffix != ".partial" for path in folder.iterdir()):
             fault = f"--output_dir {folder} holds other files; give another"
         else:
-            (folder / PARTS).mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
             write_whole(file, text.encode())
     if fault := world.broadcast(fault):
         raise UserError(fault)
@@ -65,6 +65,7 @@ def sample_answers(
     the model cannot be asked. The model is loaded only if something is missing."""
     if world.broadcast((folder / ANSWERS).exists()):
         return
+    (folder / PARTS).mkdir(exist_ok=True)
     size = max(1, BATCHES_A_PART * settings.batch_size // settings.num_samples)
     starts = range(0, len(questions), size)
     missing = world.broadcast([start for start in starts if not _part(folder, start).exists()])
