@@ -71,12 +71,13 @@ def sample_answers(
     missing = world.broadcast([start for start in starts if not _part(folder, start).exists()])
     mine = missing[world.rank :: world.size]
     loaded = load() if mine else None
-    with bar_of(len(mine) * size, "sampling", unit="prompt", shown=world.is_main) as bar:
+    total = sum(len(questions[start : start + size]) for start in mine)
+    with bar_of(total, "sampling", unit="prompt", shown=world.is_main) as bar:
         for start in mine:
             assert loaded is not None
             lines = _answer(questions[start : start + size], start, loaded, settings, seed=seed, template=template)
             write_whole(_part(folder, start), as_json_lines(lines))
-            bar.update(size)
+            bar.update(len(questions[start : start + size]))
     world.barrier()
     if world.is_main:
         with whole_or_absent(folder / ANSWERS) as partial, partial.open("wb") as file:
