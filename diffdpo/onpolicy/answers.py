@@ -64,6 +64,8 @@ def sample_answers(
     """Make ``answers.jsonl``: a line an answer, {id, prompt, answer, tokens}; {id, prompt, left_out} of a prompt that
     the model cannot be asked. The model is loaded only if something is missing."""
     if world.broadcast((folder / ANSWERS).exists()):
+        if world.is_main:  # of a kill just after the file was whole
+            shutil.rmtree(folder / PARTS, ignore_errors=True)
         return
     (folder / PARTS).mkdir(exist_ok=True)
     size = max(1, BATCHES_A_PART * settings.batch_size // settings.num_samples)
