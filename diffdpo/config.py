@@ -371,7 +371,7 @@ def bundled_settings() -> dict[str, Any]:
 
 def with_bundled_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     """Preference training's settings, with the bundled ones where neither a model nor data is named."""
-    if given.get("model_name_or_path") or given.get("train_data"):
+    if any(given.get(name) for name in ("model_name_or_path", "adapter_name_or_path", "train_data")):
         return dict(given)
     bundled = bundled_settings()
     if "loss_type" in given:
