@@ -101,15 +101,13 @@ class DeepSpeedEngine:
 
     def snapshot(self, beside: World) -> Callable[[Path], None] | None:
         own = -(-count_parameters(self.module)[1] // self.world.size) * STATE_BYTES
-        if "nvme" in self.choice.identity().values() or not fits_beside(
-            2 * own
-        ):  # what it makes of it in memory grows by copying
+        if "nvme" in self.choice.identity().values() or not fits_beside(own):
             return None
         # DeepSpeed's own way to its checkpoint, collectives and all, but for the disk
         with tempfile.TemporaryDirectory() as name, self.files.kept_in_memory(Path(name)) as kept:
             self.save(Path(name))
             others = {path.relative_to(name): path.read_bytes() for path in Path(name).rglob("*") if path.is_file()}
-        return lambda folder: write_files(folder, {**others, **kept})
+        return lambda folder: write_files(folder, kept, others)
 
     def load(self, folder: Path) -> None:
         # not strictly: weights that are not trained are in no checkpoint
