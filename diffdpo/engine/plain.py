@@ -38,6 +38,8 @@ class PlainFrozen:
 class PlainEngine:
     """torch's AdamW on a module that every rank holds whole."""
 
+    loss_factor = 1.0
+
     def __init__(self, module: nn.Module, world: World, options: OptimizerOptions):
         self.choice = EngineChoice(PLAIN, world.size)
         self.module, self.world, self.options = module.to(world.device), world, options
