@@ -50,6 +50,7 @@ class DeepSpeedEngine:
         self.module, self.parameters = module, trained_parameters(module)
         self.files = self.engine.checkpoint_engine = CheckpointFiles(self.engine.checkpoint_engine, module)
         self.holding = False  # inside ``no_sync``
+        self.loss_factor = float(world.size)  # gradients of parameters are averaged over ranks: undo that
 
     @timed("forward")
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
@@ -58,7 +59,7 @@ class DeepSpeedEngine:
     @timed("backward")
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last or self.holding)
-        self.engine.backward(loss * self.world.size, scale_wrt_gas=False)  # it averages over ranks: undo that
+        self.engine.backward(loss * self.loss_factor, scale_wrt_gas=False)
 
     def no_sync_obstacle(self) -> str | None:
         if getattr(self.optimizer, "use_grad_accum_attribute", False):
