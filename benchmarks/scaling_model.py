@@ -88,7 +88,7 @@ def forecast(rows: list[dict]) -> str:
     lines = [
         f"Assumed: {Job.__doc__} A step of {job.global_pairs} pairs however many GPUs (strong scaling). H100, "
         f"{GPUS['H100'].half / 1e12:.0f} TFLOP/s of which {MATMUL_SHARE:.0%} are reached; links at {LINK_SHARE:.0%} of "
-        f"their rate; {LATENCY * 1e6:.0f} us a collective and the root of its ring's length; FSDP2, bf16 gathered, fp32 "
+        f"their rate; {LATENCY * 1e6:.0f} us a collective times the root of the ring; FSDP2, bf16 gathered, fp32 "
         f"summed, bytes {factor:.2f} times theory as measured; no waiting for uneven ranks (measured with four times "
         f"the tokens on one rank: {lost:.0%} of the other's step).",
         "",

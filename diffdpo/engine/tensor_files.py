@@ -17,6 +17,7 @@ from diffdpo.engine.deepspeed_files import TAG
 from diffdpo.engine.fsdp2_units import fill
 from diffdpo.engine.saved import check_trained, trained_by_name
 from diffdpo.engine.zero_files import ZeroFiles
+from diffdpo.errors import UserError
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -59,6 +60,27 @@ def read_training_state(folder: Path, module: nn.Module, optimizer: torch.optim.
         return
     with _first_failure():
         dcp.load(tensors, storage_reader=_reader(folder), no_dist=not dist.is_initialized())
+
+
+def read_weights(folder: Path, module: nn.Module) -> None:
+    """Put the trained weights of a checkpoint of any engine in place, in one process, tensor by tensor.
+
+    UserError where it holds other weights than those trained here, or none that can be read.
+    """
+    trained = {name: parameter.detach() for name, parameter in trained_by_name(module).items()}
+    if not (folder / TAG).is_dir():
+        saved = saved_shapes(folder)
+        check_trained({name: shape for name, shape in saved.items() if name.rpartition(".")[2] not in MOMENTS}, module)
+        with _first_failure():
+            dcp.load(dict(trained), storage_reader=_reader(folder), no_dist=True)
+        return
+    try:
+        zero = ZeroFiles(folder / TAG)
+    except ValueError as error:
+        raise UserError(f"{error}; go on with the run that wrote it and export its final/") from None
+    check_trained({name: shape for group in zero.groups for name, shape in group.items()}, module)
+    for name, whole in zero.weights():
+        fill(trained[name], whole)
 
 
 def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
