@@ -69,9 +69,10 @@ def step_seconds(job: Job, gpus: int, link: Link, *, factor: float, hybrid: bool
     compute = micro * job.flops / (MATMUL_SHARE * GPUS["H100"].half)
     inside = gpus <= A_HOST
     ring = A_HOST if hybrid else gpus
-    rate = LINK_SHARE * (link.inside if inside or hybrid else link.between)
+    # a ring leaves a host once: what it carries goes over the links of all GPUs of the host together
+    rate = link.inside if inside or hybrid else min(link.inside, A_HOST * link.between)
     sent = factor * theory("fsdp2", job.weights, ring, micro, width=2)
-    talk = sent / rate + 3 * job.layers * micro * LATENCY * (ring - 1) ** 0.5
+    talk = sent / (LINK_SHARE * rate) + 3 * job.layers * micro * LATENCY * (ring - 1) ** 0.5
     if hybrid and not inside:
         hosts = gpus // A_HOST
         talk += micro * 2 * (hosts - 1) / hosts * job.weights * 4 / A_HOST / (LINK_SHARE * link.between)
@@ -84,13 +85,16 @@ def forecast(rows: list[dict]) -> str:
     ratios = [r["bytes"] / r["theory"] for r in rows if r["engine"] == "fsdp2" and r["processes"] > 1]
     factor = max(ratios, default=1.0)
     uneven = {r["run"]: r for r in rows if r["engine"] == "fsdp2"}
-    lost = max(uneven["uneven"]["waiting"]) / uneven["uneven"]["seconds"] if "uneven" in uneven else 0.0
+    lost = "not measured"
+    if "uneven" in uneven:
+        share = max(uneven["uneven"]["waiting"]) / uneven["uneven"]["seconds"]
+        lost = f"measured with a quarter of the tokens on one of two ranks: it waits {share:.0%} of the step"
     lines = [
         f"Assumed: {Job.__doc__} A step of {job.global_pairs} pairs however many GPUs (strong scaling). H100, "
         f"{GPUS['H100'].half / 1e12:.0f} TFLOP/s of which {MATMUL_SHARE:.0%} are reached; links at {LINK_SHARE:.0%} of "
         f"their rate; {LATENCY * 1e6:.0f} us a collective times the root of the ring; FSDP2, bf16 gathered, fp32 "
-        f"summed, bytes {factor:.2f} times theory as measured; no waiting for uneven ranks (measured with four times "
-        f"the tokens on one rank: {lost:.0%} of the other's step).",
+        f"summed, bytes {factor:.2f} times theory as measured; no waiting for uneven ranks "
+        f"({lost}).",
         "",
         "| GPUs | links | cut over | s a step, all hidden | none hidden | pairs/s | share of 8 GPUs' rate a GPU |",
         "|---|---|---|---|---|---|---|",
