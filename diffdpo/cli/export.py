@@ -31,6 +31,7 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--dtype", default="auto", choices=DTYPES, help="of the written weights; auto: as they are read"
     )
+    parser.add_argument("--block_size", type=int, help="of the model, where config.json does not say (a2d-*); 0: full")
     parser.add_argument("--max_shard_size", default="5GB", help="of a safetensors file")
     return parser
 
@@ -48,7 +49,8 @@ def main(argv: list[str]) -> None:
     if args.adapter and (unknown := check_base(args.adapter, base)):
         print(f"warning: {unknown}", file=sys.stderr)
     dtype = stored_dtype(base) if args.dtype == "auto" else args.dtype
-    loaded = load_adapter(args.adapter, base=base, dtype=dtype) if args.adapter else load_model(base, dtype=dtype)
+    options = {"dtype": dtype, "block_size": args.block_size}
+    loaded = load_adapter(args.adapter, base=base, **options) if args.adapter else load_model(base, **options)
     model = merge(loaded.model) if args.adapter else loaded.model
     with folder_in_one_piece(Path(args.output)) as folder:
         save_model(model, loaded.tokenizer, folder, max_shard_size=args.max_shard_size)

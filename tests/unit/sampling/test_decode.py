@@ -275,4 +275,4 @@ def test_a_model_whose_logits_are_not_finite_answers_nothing(model, damage, orde
     damaged = copy.deepcopy(model)
     next(damaged.parameters()).data[7] = damage
     with pytest.raises(UserError, match="not finite"):
-        sample(damaged, SPEC, PROMPTS, Decoding(**SMALL, remasking=order))
+        sample(damaged, SPEC, PROMPTS, **SMALL, remasking=order)
