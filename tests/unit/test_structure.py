@@ -12,9 +12,9 @@ from tests.support.paths import ROOT
 TOPS = ("diffdpo", "data_pipeline")
 GRAPH = graph_of(ROOT, TOPS)
 FLOORS = (
-    {"errors", "quiet", "gpus"},
+    {"errors", "quiet", "gpus", "cards"},
     {"command"},
-    {"shipped", "memory", "progress", "gpus"},
+    {"shipped", "memory", "progress"},
     {"settings"},
     {"models"},
     {"noise"},
