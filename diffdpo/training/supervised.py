@@ -115,9 +115,7 @@ def _build(
     return Run(
         config=replace(config, **chosen, segmentation=strategy, eval_task=held_out.answers.task),
         asked=config,
-        facts=_facts(loaded, choice, answers=len(train_set), why=why)
-        | {"held_out_fingerprint": eval_set.fingerprint if eval_set is not None else None}
-        | {"held_out_pairs": len(eval_set) if eval_set is not None else 0},
+        facts=_facts(loaded, choice, answers=len(train_set), why=why) | _facts_of_held_out(eval_set),
         context=context,
         watch=watch,
         resume=resume,
@@ -129,7 +127,6 @@ def _build(
         held_out=held_out,
         check_first=_nothing_to_check,
         unit="answers",
-        step_is_of_records=True,
         base=config.policy,
         callbacks=callbacks,
     )
@@ -145,6 +142,12 @@ def _facts(loaded: LoadedModel, choice: EngineChoice, *, answers: int, why: str)
     total, trained = count_parameters(loaded.model)
     facts = {"parameters": total, "trained_parameters": trained, "answers": answers}
     return facts | {"dtype": dtype_name(choice.bf16), "why_segmentation": why}
+
+
+def _facts_of_held_out(held_out: ShardedDataset | None) -> dict[str, Any]:
+    if held_out is None:
+        return {"held_out_fingerprint": None, "held_out_pairs": 0}
+    return {"held_out_fingerprint": held_out.fingerprint, "held_out_pairs": len(held_out)}
 
 
 def _announcement(
