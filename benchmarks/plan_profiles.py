@@ -9,9 +9,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffdpo.cards import GPUS
 from diffdpo.cli.flags import parse_config
 from diffdpo.config import TrainConfig
-from diffdpo.gpus import GPUS
 from diffdpo.planner.hardware import Host
 from diffdpo.planner.memory import DEVICE, DISK, HOST, needed
 from diffdpo.planner.plan import Machine, Plan, make_plan
@@ -40,7 +40,7 @@ class Profile:
 
 
 PROFILES = (
-    Profile("LLaDA-8B, QLoRA", "llada8b.json", "llada8b_qlora.yaml", "4080_offload.json", 14.5),
+    Profile("LLaDA-8B, QLoRA", "llada8b.json", "llada8b_qlora.yaml", "4080_qlora.json", 14.5),
     Profile("3B, all parameters", "qwen3b.json", "full3b.yaml", "4080_offload.json", 15.0),
     Profile("LLaDA-8B, all parameters", "llada8b.json", "llada8b_full.yaml", "zero3_nvme.json", None),
 )

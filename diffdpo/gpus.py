@@ -1,46 +1,88 @@
-"""GPUs and what their makers say of them (dense, no sparsity)."""
+"""Which kinds of device go a GPU's ways, and what each kind has.
 
-from dataclasses import dataclass
+Asked here alone, so that a test can send another device the same ways.
+"""
 
-T, G, GIB = 1e12, 1e9, 1 << 30
+from typing import Protocol
 
-
-@dataclass(frozen=True)
-class Gpu:
-    """``memory`` bytes; rates in FLOP/s for 16-bit matrix products with fp32 sums and for fp32 (TF32 off, torch's
-    default); ``bandwidth`` and ``link`` (host to device, one way) in bytes/s."""
-
-    name: str
-    memory: int
-    half: float
-    single: float
-    bandwidth: float
-    link: float
+import torch
 
 
-GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        Gpu("RTX 4080", 16 * GIB, 97.5 * T, 48.7 * T, 717 * G, 32 * G),
-        Gpu("RTX 4090", 24 * GIB, 165.2 * T, 82.6 * T, 1008 * G, 32 * G),
-        Gpu("A100", 80 * GIB, 312 * T, 19.5 * T, 2039 * G, 32 * G),
-        Gpu("H100", 80 * GIB, 989 * T, 67 * T, 3350 * G, 64 * G),
-        Gpu("H200", 141 * 10**9, 989 * T, 67 * T, 4800 * G, 64 * G),
-    )
-}
-SLOWER = ("pcie", "nvl", "super", "laptop", "rtx4090d")
-"""In the names of cards that bear a known one's name and have other rates."""
+class GpuKind(Protocol):
+    """What the code asks of a kind of GPU. Bytes."""
+
+    def total_memory(self, device: torch.device) -> int:
+        """All there is."""
+        ...
+
+    def held_by_others(self, device: torch.device) -> int:
+        """What this process's allocator does not hold: other programs, the driver's context, libraries."""
+        ...
+
+    def peak_allocated(self, device: torch.device) -> int:
+        """The most in tensors since the last reset."""
+        ...
+
+    def peak_reserved(self, device: torch.device) -> int:
+        """The most that the allocator took from the device since the last reset."""
+        ...
+
+    def reset_peaks(self, device: torch.device) -> None:
+        """From now on, with nothing kept that is not in use."""
+        ...
+
+    def synchronize(self, device: torch.device) -> None:
+        """Until all that was asked for is computed."""
+        ...
+
+    def tiles_flash(self, device: torch.device) -> bool:
+        """Whether flash attention over rows of unequal length runs there."""
+        ...
+
+    def has_bf16(self, device: torch.device) -> bool:
+        """Whether bfloat16 runs at full speed."""
+        ...
 
 
-def plain(name: str) -> str:
-    """A GPU's name as it is compared."""
-    return name.lower().replace(" ", "").replace("-", "").removeprefix("nvidia").removeprefix("geforce")
+class Cuda:
+    """NVIDIA's, through torch.cuda."""
+
+    def total_memory(self, device: torch.device) -> int:
+        return torch.cuda.get_device_properties(device).total_memory
+
+    def held_by_others(self, device: torch.device) -> int:
+        free, total = torch.cuda.mem_get_info(device)
+        return total - free - torch.cuda.memory_reserved(device)
+
+    def peak_allocated(self, device: torch.device) -> int:
+        return torch.cuda.max_memory_allocated(device)
+
+    def peak_reserved(self, device: torch.device) -> int:
+        return torch.cuda.max_memory_reserved(device)
+
+    def reset_peaks(self, device: torch.device) -> None:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+    def synchronize(self, device: torch.device) -> None:
+        torch.cuda.synchronize(device)
+
+    def tiles_flash(self, device: torch.device) -> bool:
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+
+    def has_bf16(self, device: torch.device) -> bool:
+        return torch.cuda.is_bf16_supported()
 
 
-def peak_of(device_name: str, *, bf16: bool) -> float | None:
-    """FLOP/s of the card that a driver calls so; None where it is not known."""
-    name = plain(device_name)
-    known = [gpu for key, gpu in GPUS.items() if name.startswith(plain(key))]
-    if not known or ("a100" not in name and any(word in name for word in SLOWER)):
-        return None
-    return known[0].half if bf16 else known[0].single
+KINDS: dict[str, GpuKind] = {"cuda": Cuda()}
+"""By torch's name of the kind of device."""
+
+
+def is_gpu(device: torch.device) -> bool:
+    """Whether it goes a GPU's ways."""
+    return device.type in KINDS
+
+
+def kind_of(device: torch.device) -> GpuKind:
+    """Of a device that is one."""
+    return KINDS[device.type]

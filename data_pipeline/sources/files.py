@@ -15,20 +15,23 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Any, NamedTuple, cast
 
+from data_pipeline.addresses import hidden
 from data_pipeline.errors import DataError
 from data_pipeline.members import Bad, read_members
-from data_pipeline.records import RecordError, parse_json
+from data_pipeline.records import LABELS, RecordError, parse_json, without_repetition
 from data_pipeline.remote import cached_file, is_remote
 from data_pipeline.shards import TAR, unpack_gzip
 from data_pipeline.sources.columns import ANSWERS, ASKED, LISTS, PAIR, TEXTS, TURNS
 from data_pipeline.sources.folders import folder_splits
 from data_pipeline.sources.hub import hub_items
+from data_pipeline.telling import warn_once
 
 csv.field_size_limit(1 << 27)
 TORN = (EOFError, gzip.BadGzipFile, zlib.error)  # what reading a cut or damaged .gz raises
 ANSWERED = (*PAIR, *ANSWERS, *TEXTS, *LISTS)
 LEFT_OUT = ("foreign_member",)  # of a tar: no record, and no damage
 DEFAULT_SPLIT = "train"  # of a data set by name and of a saved one
+NO_DATA = ("", ".md", ".py", ".sh", ".yaml", ".yml", ".toml", ".lock", ".ipynb", ".html", ".pdf", ".png", ".jpg")
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # of data, not data
 
 
@@ -84,7 +87,7 @@ def read_rows(source: RowSource) -> Iterator[Row]:
         return _hub_rows(source.name, source.options)
     if path.is_dir():
         return _saved_dataset_rows(path, source.options)
-    return _reader_of(path)(path, source.name if is_remote(source.name) else path.name)
+    return _reader_of(path)(path, hidden(source.name) if is_remote(source.name) else path.name)
 
 
 def parts_of_folder(source: RowSource) -> list[RowSource]:
@@ -102,12 +105,21 @@ def parts_of_folder(source: RowSource) -> list[RowSource]:
     files = [str(p) for p in source_files(path) if suffix_of(p) in READERS]
     if not files:
         raise DataError(f"{path}: the folder has no data file; allowed: {', '.join(sorted(READERS))}, or shards (.tar)")
-    if shards := [name for name in files if name.endswith(TAR)]:  # beside shards lies their index
+    _tell_what_is_not_read(path)
+    if shards := [name for name in files if name.lower().endswith(TAR)]:  # beside shards lies their index
         refuse_split(source.name, options)
         files = shards
     else:
         files = _files_of_split(path, files, options)
     return [RowSource(file, Path(file), SourceOptions(cache_dir=options.cache_dir)) for file in files]
+
+
+def _tell_what_is_not_read(folder: Path) -> None:
+    """Of a folder of files, those whose ending nobody reads, but for what goes with data and is none."""
+    other = [p for p in source_files(folder) if suffix_of(p) not in READERS and p.suffix.lower() not in NO_DATA]
+    if other:
+        names = ", ".join(str(p.relative_to(folder)) for p in other[:5]) + (", ..." if len(other) > 5 else "")
+        warn_once(f"{folder}: {len(other)} files are not read for their ending: {names}")
 
 
 def is_saved_dataset(folder: Path) -> bool:
@@ -122,6 +134,12 @@ def _files_of_split(folder: Path, files: list[str], options: SourceOptions) -> l
     if options.split is None and len(splits) > 1:
         raise DataError(f"{folder} holds several splits ({', '.join(splits)}); name one: {folder}:{next(iter(splits))}")
     if options.split is None and options.config is None:
+        (split, listed), *_ = splits.items()
+        if others := {Path(file).resolve() for file in files} - {file.resolve() for file in listed}:
+            raise DataError(
+                f"{folder} holds the split {split} and, besides, files of no split ({min(others).name}); name "
+                f"{folder}:{split}, or the files"
+            )
         return files
     if options.split is not None and options.split not in splits:
         raise DataError(f"{folder} has no split {options.split!r}; allowed: {', '.join(splits)}")
@@ -175,7 +193,7 @@ def source_files(path: Path) -> list[Path]:
 
 def suffix_of(path: Path) -> str:
     """The ending that tells how a file is read: the last one, with the one before ``.gz``."""
-    return "".join(path.suffixes[-2:]).lower() if path.suffix == ".gz" else path.suffix.lower()
+    return "".join(path.suffixes[-2:]).lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
 
 
 def _reader_of(path: Path) -> Callable[[Path, str], Iterator[Row]]:
@@ -188,7 +206,7 @@ def _reader_of(path: Path) -> Callable[[Path, str], Iterator[Row]]:
 
 
 def _open(path: Path) -> IO[bytes]:
-    return cast(IO[bytes], gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
+    return cast(IO[bytes], gzip.open(path, "rb")) if path.suffix.lower() == ".gz" else path.open("rb")
 
 
 def _json_line_rows(path: Path, name: str) -> Iterator[Row]:
@@ -209,7 +227,9 @@ def _torn(where: str, error: Exception) -> RecordError:
 def _json_rows(path: Path, name: str) -> Iterator[Row]:
     """A list of objects, an object whose one list is the data, or JSON lines under the wrong name."""
     try:
-        data = json.loads(path.read_bytes())
+        data = json.loads(path.read_bytes(), object_pairs_hook=without_repetition)
+    except RecordError as error:
+        raise DataError(f"{name}: {error}") from error
     except (ValueError, RecursionError) as error:
         if "Extra data" in str(error):
             yield from _json_line_rows(path, name)
@@ -234,14 +254,14 @@ def _object(item: Any, where: str) -> dict:
 def _csv_rows(path: Path, name: str) -> Iterator[Row]:
     """Cells are text; lists in them are read where rows are (``columns.Fields``). An empty cell is absent, but for the
     text that the row lacks: an empty prompt or answer."""
-    delimiter = "\t" if ".tsv" in path.name else ","
+    delimiter = "\t" if ".tsv" in path.name.lower() else ","
     with _open(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter=delimiter)
         for cells in _csv_cells(reader, name):
             where = f"{name}:{reader.line_num}"
             if None in cells:
                 raise DataError(f"{where}: more cells than the header has columns ({len(reader.fieldnames or [])})")
-            row = {column: value for column, value in cells.items() if value}
+            row = {column: value or None for column, value in cells.items() if value or column in LABELS}
             yield Row(where, row | dict.fromkeys(_empty_texts(cells), ""))
 
 

@@ -34,6 +34,7 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--dtype", default="auto", choices=DTYPES, help="of the written weights; auto: as they are read"
     )
+    parser.add_argument("--block_size", type=int, help="of the model, where config.json does not say (a2d-*); 0: full")
     parser.add_argument("--max_shard_size", default="5GB", help="of a safetensors file")
     return parser
 
@@ -53,21 +54,27 @@ def main(argv: list[str]) -> None:
     if args.adapter and (unknown := check_base(args.adapter, base)):
         print(f"warning: {unknown}", file=sys.stderr)
     dtype = stored_dtype(base) if args.dtype == "auto" else args.dtype
-    loaded = load_adapter(args.adapter, base=base, dtype=dtype) if args.adapter else load_model(base, dtype=dtype)
+    options = {"dtype": dtype, "block_size": args.block_size}
+    loaded = load_adapter(args.adapter, base=base, **options) if args.adapter else load_model(base, **options)
     model = merge(loaded.model) if args.adapter else loaded.model
     write(args, model, loaded.tokenizer, base=base, dtype=dtype)
 
 
 def export_checkpoint(args) -> None:
-    """The model of a checkpoint, an adapter merged."""
+    """The model of a checkpoint, every file of which is looked at first; an adapter merged."""
     import torch
 
+    from diffdpo.engine.world import World
     from diffdpo.models.lora.adapters import merge
-    from diffdpo.training.from_checkpoint import model_of_checkpoint
+    from diffdpo.training.checkpoint import find_checkpoint
+    from diffdpo.training.checkpoint_model import base_of_checkpoint, load_checkpoint
 
-    loaded, base = model_of_checkpoint(Path(args.checkpoint))
+    alone = World(0, 0, 1, torch.device("cpu"))
+    find_checkpoint(args.checkpoint, Path(args.checkpoint).parents[1], alone, print)
+    loaded = load_checkpoint(args.checkpoint)
     model = merge(loaded.model) if hasattr(loaded.model, "peft_config") else loaded.model
     dtype = "float32" if args.dtype == "auto" else args.dtype
+    base = base_of_checkpoint(args.checkpoint)
     write(args, model.to(getattr(torch, dtype)), loaded.tokenizer, base=base, dtype=dtype)
 
 

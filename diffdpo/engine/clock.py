@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 COMMUNICATION = "communication"
-PHASES = ("data", "reference", "forward", "backward", COMMUNICATION, "optimizer")
+PHASES = ("data", "noise", "reference", "forward", "backward", COMMUNICATION, "optimizer")
 
 Mark = Any  # a time in seconds, or a CUDA event
 

@@ -4,8 +4,11 @@ Its own reader runs whatever a pickle says. This one builds tensors, containers 
 objects, and refuses anything else before it is made.
 """
 
-from collections.abc import Mapping, Sequence
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +29,8 @@ class CheckpointFiles:
     def __init__(self, given: Any, module: nn.Module):
         self.given, self.module = given, module
         self.error: OSError | RuntimeError | None = None
+        self.kept: dict[Path, memoryview] | None = None  # in the place of files
+        self.folder = Path()  # that their names are told in
         self.saved_shapes: dict[str, Sequence[int]] = {}  # of the trained weights, in what was read last
 
     def __getattr__(self, name: str) -> Any:
@@ -36,10 +41,23 @@ class CheckpointFiles:
         if state.get("module") is not None:
             trained = trained_by_name(self.module)
             state["module"] = {name: value for name, value in state["module"].items() if name in trained}
+        if self.kept is not None:
+            torch.save(state, memory := io.BytesIO())
+            self.kept[Path(path).relative_to(self.folder)] = memory.getbuffer()
+            return
         try:
             torch.save(state, path)
         except (OSError, RuntimeError) as error:
             self.error = error
+
+    @contextmanager
+    def kept_in_memory(self, folder: Path) -> Iterator[dict[Path, memoryview]]:
+        """Inside, what would be written below ``folder`` is kept, by its name there."""
+        self.kept, self.folder = {}, folder
+        try:
+            yield self.kept
+        finally:
+            self.kept = None
 
     def load(self, path: str, map_location: Any = None) -> Any:
         state = load_safely(path, map_location=map_location)
@@ -59,6 +77,13 @@ class CheckpointFiles:
     def check_loaded(self) -> None:
         """UserError unless what was read last holds the module's trained weights."""
         check_trained(self.saved_shapes, self.module)
+
+
+def write_files(folder: Path, files: Mapping[Path, bytes | memoryview]) -> None:
+    """Files by their names in a folder. OSError where the disk fails."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
 
 
 def load_safely(path: str | PathLike[str], *, map_location: Any = "cpu", mmap: bool = False) -> Any:

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from diffdpo.cards import GPUS, Gpu, plain
 from diffdpo.errors import UserError
-from diffdpo.gpus import GPUS, Gpu, plain
 from diffdpo.planner.sizes import GIB, gib
 
 MATMUL_SHARE = 0.55
@@ -15,8 +15,8 @@ BANDWIDTH_SHARE = 0.8
 """Of memory bandwidth, in elementwise passes."""
 LINK_SHARE = 0.8
 """Of PCIe bandwidth, from page-locked memory."""
-CONTEXT = int(0.6 * GIB)
-"""CUDA context, cuBLAS workspaces and library code on a GPU."""
+CONTEXT = int(1.2 * GIB)
+"""CUDA context, library code, workspaces of cuBLAS, NCCL and bitsandbytes on a GPU; assumed, not measured."""
 SLACK = 0.05
 """Of what is allocated and freed within a step, lost to fragmentation in torch's caching allocator."""
 PROCESS = 4 * GIB

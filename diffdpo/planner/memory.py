@@ -24,6 +24,8 @@ DEVICE, HOST, DISK = "device", "host", "disk"
 PLACES = {"device": DEVICE, "cpu": HOST, "nvme": DISK}
 MOMENTS = ("start", "backward", "update")
 STEP = ("backward", "update")
+PINNED_ROUNDED = 64 * 2**20
+"""Largest page-locked buffer that is rounded up (``command.ALLOCATOR``)."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def _whole(job: PlannedRun, n: Numbers) -> list[Part]:
     """torch's AdamW on whole weights; DeepSpeed's stage 0 holds the same."""
     parts = [
         Part("weights", DEVICE, n.trained_bytes + n.frozen_bytes),
-        Part("optimizer", DEVICE, 8 * n.trained, STEP),
+        Part("optimizer", DEVICE, n.state_bytes, STEP),
         Part("gradients", DEVICE, n.trained_bytes, ("update",)),
     ]
     if job.world > 1:
@@ -197,8 +199,8 @@ def _fsdp2(job: PlannedRun, n: Numbers) -> list[Part]:
 
 
 def _pinned(size: int, zero: Sharding, place: str) -> int:
-    """torch's allocator of page-locked memory rounds up to a power of two."""
-    if not (zero.pinned and place == HOST) or size <= 1:
+    """torch's allocator of page-locked memory rounds up to a power of two, up to what ``command.ALLOCATOR`` says."""
+    if not (zero.pinned and place == HOST) or size <= 1 or size > PINNED_ROUNDED:
         return size
     return 1 << (size - 1).bit_length()
 

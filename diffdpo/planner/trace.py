@@ -114,6 +114,8 @@ class Ledger(TorchDispatchMode):
         if packet is torch.ops.diffdpo_plan.attention_work:
             q, k, matrices = args
             flops, moved = matrices * 2 * q.numel() * k.shape[-2], 2 * _bytes(q) + 2 * _bytes(k)
+        elif packet is aten._grouped_mm:  # each row by the one matrix of its group, or two stacks by groups of rows
+            flops, moved = 2 * args[0].numel() * args[1].shape[-1], sum(map(_bytes, (*inputs, *tensors)))
         else:
             flops = flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
             moved = sum(map(_bytes, inputs)) + sum(map(_bytes, tensors))

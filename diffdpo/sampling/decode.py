@@ -123,7 +123,7 @@ def sample(
     spec: FamilySpec,
     prompts: Sequence[Sequence[int]],
     *,
-    seed: int | Sequence[int | tuple[int, int]] = 0,
+    seed: int | Sequence[int | tuple[int, ...]] = 0,
     batch_size: int | None = None,
     on_step: OnTokens | None = None,
     on_answer: OnTokens | None = None,

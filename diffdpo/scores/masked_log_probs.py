@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffdpo.errors import UserError
+from diffdpo.gpus import is_gpu
 from diffdpo.models.architecture.backbone import RowLayout, call_block, native
 from diffdpo.models.architecture.compiled import AttentionOutside, call_compiled, check_compiler
 from diffdpo.models.architecture.layout import Layout
@@ -134,7 +135,7 @@ class MaskedLogProbs(nn.Module):
         return head(hidden_MK, target_M, logits_budget=self.logits_budget, use_liger=self.use_liger)
 
     def _max_waste(self, device: torch.device) -> float:
-        return 0.0 if device.type == "cuda" else self.max_waste  # varlen attention needs exact buckets
+        return 0.0 if is_gpu(device) else self.max_waste  # varlen attention needs exact buckets
 
     def _checkpointed(self, block: nn.Module, *args) -> Tensor:
         # ZeRO-3 releases frozen weights between forward and recomputation, which the default check takes for a

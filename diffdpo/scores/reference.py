@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
@@ -35,9 +36,16 @@ def frozen_reference(forward: Callable[..., torch.Tensor], segments: Segments) -
 
 def adapter_off_reference(engine: Engine, peft_model: nn.Module, segments: Segments) -> Reference:
     """The policy with its adapter switched off: no second model."""
+    return switched_reference(engine, peft_model.disable_adapter, segments)  # type: ignore[arg-type]
+
+
+def switched_reference(
+    engine: Engine, switched: Callable[[], AbstractContextManager[None]], segments: Segments
+) -> Reference:
+    """The policy's own module as it computes inside ``switched()``."""
 
     def score(rows: NoisyRows, batch: PairBatch) -> torch.Tensor:
-        with peft_model.disable_adapter():  # type: ignore[operator]
+        with switched():
             return score_rows(engine, rows, segments=segments)
 
     return score

@@ -7,6 +7,8 @@ from diffdpo.errors import UserError
 from diffdpo.settings.base import setting
 from diffdpo.settings.schedule import ScheduleSettings
 
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "adafactor", "muon")
+"""transformers' names; the first two are one: AdamW is fused where the device can."""
 FSDP_FLAGS = {"fsdp_cpu_offload": False, "fsdp_reshard_after_forward": True, "fsdp_shard_size": 0}
 
 T = TypeVar("T", bound="EngineSettings")
@@ -57,6 +59,11 @@ class EngineSettings(ScheduleSettings):
         "ones where they must; 0: what the two flags above come to",
         at_least=0,
     )
+    optim: str = setting(
+        "adamw_torch",
+        "the optimizer: AdamW, AdamW with 8-bit moments, Adafactor or Muon; all but AdamW on the plain engine only",
+        choices=OPTIMIZERS,
+    )
     weight_decay: float = setting(0.01, "AdamW's, on matrices only", at_least=0)
     adam_beta1: float = setting(0.9, "AdamW's beta1", at_least=0, below=1)
     adam_beta2: float = setting(0.95, "AdamW's beta2", at_least=0, below=1)
@@ -71,6 +78,12 @@ class EngineSettings(ScheduleSettings):
             )
         if self.engine not in ("auto", "deepspeed") and self.ds_config:
             raise UserError(f"--engine {self.engine} does not read --ds_config; leave one of the two out")
+        sharded = "FSDP2" if self.engine == "fsdp2" else ("DeepSpeed" if self.ds_config else "")
+        if not self.optim.startswith("adamw_torch") and sharded:
+            raise UserError(
+                f"--optim {self.optim} needs whole weights (rows, columns, blocks of 256), and {sharded} steps on "
+                f"shards of them; leave it out, or {'--ds_config' if self.ds_config else '--engine fsdp2'}"
+            )
         for name, usual in FSDP_FLAGS.items():
             if self.engine != "fsdp2" and getattr(self, name) != usual:
                 raise UserError(f"--{name} is about --engine fsdp2; add that, or leave it out")

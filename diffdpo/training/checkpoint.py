@@ -44,7 +44,7 @@ class NotSaved(TrainingError):
 
 
 def save_checkpoint(output_dir: Path, step: int, engine: Engine, state: dict[str, Any], *, keep: int) -> Path:
-    """Write ``checkpoints/step-N``, then drop all but the ``keep`` newest. Every rank calls.
+    """Write ``checkpoints/step-N``, then drop all but the ``keep`` newest and the best. Every rank calls.
 
     NotSaved, on every rank, where any of them could not write.
     """
@@ -98,8 +98,10 @@ def write_checkpoint(place: Place, write: Callable[[Path], None], state: dict[st
         sums.update(share)
     _on_every_rank(end, place)
     if world.is_main:
+        best = (state.get("best") or {}).get("step")  # which the run may go back to
         for old in list_checkpoints(place.output_dir)[:-keep]:  # the newest has just been read back: a sound one stays
-            shutil.rmtree(old)
+            if _step_of(old) != best:
+                shutil.rmtree(old)
     world.barrier()
     return final
 

@@ -4,7 +4,6 @@ The same loop runs preference training and supervised training; they differ in t
 evaluated.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,17 +16,19 @@ from tqdm import tqdm
 
 from data_pipeline.batch import PairBatch
 from data_pipeline.reader import PairLoader
+from diffdpo.cards import peak_of
 from diffdpo.config import RunConfig
 from diffdpo.engine.base import Engine
 from diffdpo.engine.clock import COMMUNICATION
 from diffdpo.errors import TrainingError
-from diffdpo.gpus import peak_of
 from diffdpo.memory.peak import peak_memory_gib
 from diffdpo.progress import bar_of
 from diffdpo.step.report import StepReport
 from diffdpo.tracking.journal import Journal
+from diffdpo.training.best import Best
 from diffdpo.training.callbacks import Callbacks
-from diffdpo.training.checkpoint import NotSaved, list_checkpoints, told_if_unwritable
+from diffdpo.training.checkpoint import FOLDER, NotSaved, list_checkpoints, told_if_unreadable, told_if_unwritable
+from diffdpo.training.culprit import keep_culprit, keep_state
 from diffdpo.training.guard import Watch
 from diffdpo.training.norms import NormHistory
 from diffdpo.training.saver import Saver
@@ -56,6 +57,7 @@ class Loop:
     watch: Watch
     callbacks: Callbacks = field(default_factory=Callbacks)
     unit: str = "pairs"  # what a record is called
+    best: Best | None = None  # where something depends on which evaluation was the best
     state: dict[str, Any] = field(default_factory=dict)
     done: int = 0  # steps taken, also by the run that is resumed
     skipped: int = 0  # of them, by this run, as they were not finite
@@ -64,14 +66,15 @@ class Loop:
 
     def __post_init__(self) -> None:
         keep = self.config.save_total_limit
-        self.saver = Saver(self.output_dir, self.engine, keep, self.callbacks.on_save, self._not_saved)
+        told = (self.callbacks.on_save, self._not_saved, self._waits_for_save)
+        self.saver = Saver(self.output_dir, self.engine, keep, *told)
 
     def run(self) -> bool:
         """Train to the end. False when a signal asked to stop before it; a checkpoint was then written."""
         with self.watch.stop.set_deferred(True), self._bar() as bar:
             try:
                 complete = self._run(bar)
-                self.saver.settle()
+                self._settle()
                 return complete
             finally:
                 self.saver.join()
@@ -79,7 +82,7 @@ class Loop:
     def _run(self, bar: tqdm) -> bool:
         config, pulse, clock = self.config, self.watch.pulse, self.engine.world.clock
         window, steps, saved = Window(), self.loader.steps(), time.monotonic()
-        while self.done < self.total_steps:
+        while not self._is_over():
             clock.take()  # what was spent between steps
             started = time.perf_counter()
             pulse.beat("step", self.done + 1)
@@ -94,7 +97,7 @@ class Loop:
             self._tell(report)
             if self.done == 1:
                 self.check_first(report)
-            finite = self._is_finite(report, micro_batches)
+            finite = self._is_finite(report, micro_batches, rate)
             wanted, busy = self.callbacks.on_step(self.done, report), spent - phases[COMMUNICATION]
             stop, due, written, busy_ranks = self._agreed(wanted, time.monotonic() - saved, busy)
             window.add_busy(busy_ranks)
@@ -102,19 +105,24 @@ class Loop:
                 self.saver.settle()
             save = stop or due or bool(config.save_steps and self.done % config.save_steps == 0)
             # before a checkpoint too: what a resumed run goes on with is an empty window
-            if self.done % config.logging_steps == 0 or self.done == self.total_steps or save or not finite:
+            evaluates = self._evaluates()
+            logs = self.done % config.logging_steps == 0 or self.done == self.total_steps
+            if logs or save or not finite or (evaluates and self.best):
                 self._log(window, rate, bar)
                 window = Window()
             bar.update()
             if not finite and (self.config.on_nonfinite == "stop" or self.skipped > self.config.nonfinite_limit):
                 raise self._diverged(report)
-            self._evaluate_and_save(save, stop)
-            saved = time.monotonic() if save else saved
-            if stop and self.done < self.total_steps:
+            if self._evaluate_and_save(evaluates, save, stop):
+                saved = time.monotonic()
+            if stop and not self._is_over():
                 return False
         return True
 
-    def _is_finite(self, report: StepReport, micro_batches: Sequence[PairBatch]) -> bool:
+    def _is_over(self) -> bool:
+        return self.done >= self.total_steps or (self.best is not None and self.best.stops)
+
+    def _is_finite(self, report: StepReport, micro_batches: Sequence[PairBatch], rate: float) -> bool:
         """Whether a step's loss and gradient are finite. Where they are not, or the norm is far from those before, the
         records of the step are told; all ranks see the same numbers and do the same."""
         # a step without records has no loss, and is no sign of a run that diverges
@@ -130,10 +138,11 @@ class Loop:
             what = f"loss {report.loss}, gradient norm {report.grad_norm}"
         flat = [name for rank in ids for micro_batch in rank for name in micro_batch]
         self._note(f"{what}; records {', '.join(flat[:16])}{' ...' if len(flat) > 16 else ''}")
-        if not finite and self.engine.world.is_main:
-            culprit = {"step": self.done, "loss": report.loss, "grad_norm": report.grad_norm, "records": ids}
+        if not finite:
             with told_if_unwritable(self.output_dir):
-                (self.output_dir / f"culprit-step-{self.done}.json").write_text(json.dumps(culprit, indent=1))
+                path = keep_culprit(self.output_dir, self.done, report, rate, micro_batches, self.engine)
+                if self.config.on_nonfinite == "stop":
+                    keep_state(path, self.engine)
         return finite
 
     def _note(self, text: str) -> None:
@@ -208,20 +217,62 @@ class Loop:
         shown = {short: f"{metrics[key]:.3f}" for key, short in ON_THE_BAR.items() if key in metrics}
         bar.set_postfix(shown | {f"{self.unit}/s": f"{metrics[f'{self.unit}_per_second']:.1f}"}, refresh=False)
 
-    def _evaluate_and_save(self, save: bool, stop: bool) -> None:
-        config, step = self.config, self.done
-        at_end = step == self.total_steps
-        if config.eval_steps and step % config.eval_steps == 0 and not at_end:
+    def _evaluates(self) -> bool:
+        """Whether there is an evaluation after this step; the one at the end is the run's, unless it decides."""
+        if self.done == self.total_steps:
+            return self.best is not None
+        return bool(self.config.eval_steps) and self.done % self.config.eval_steps == 0
+
+    def _evaluate_and_save(self, evaluates: bool, save: bool, stop: bool) -> bool:
+        """Whether a checkpoint was written."""
+        step, at_end = self.done, self.done == self.total_steps
+        if evaluates:
             self.watch.pulse.beat("evaluation in between", step)
+            started = time.perf_counter()
             with self.watch.stop.set_deferred(False):  # it may take long; the newest checkpoint stays
-                self.record_evaluation(self.evaluate())
+                metrics = self.evaluate()
+                self.record_evaluation(metrics, seconds=time.perf_counter() - started)
+            if self.best is not None and self.best.add(step, metrics):
+                save = save or self.best.keeps
         if save and (stop or not at_end):  # at the end the final model follows, unless told to stop
             self._save(step, wait=stop)
+            return True
+        return False
+
+    def settle_for_the_best(self) -> int:
+        """At the end: put the best model in place of the last where that was asked for. The step of what stays."""
+        if self.best is None:
+            return self.done
+        metric, standing = self.best.metric, self.best.standing
+        if self.done < self.total_steps:
+            self._note(f"stopped early: {standing.without_gain} evaluations without a better {metric}")
+        if not self.best.keeps or standing.step in (0, self.done):
+            return self.done
+        folder = self.output_dir / FOLDER / f"step-{standing.step}"
+        if not self.engine.world.broadcast(folder.is_dir()):
+            self._note(f"step {standing.step} was the best by {metric}, but there was no room to keep it")
+            return self.done
+        with told_if_unreadable(folder):
+            self.engine.load(folder)
+        self._note(
+            f"went back to step {standing.step}, the best of {standing.evaluations} evaluations by {metric} "
+            f"({standing.value:.4f}); chosen by it, it looks better in it than on new data"
+        )
+        return standing.step
+
+    def _settle(self) -> None:
+        """Wait for the checkpoint that is being written. That may take long, and is not part of a step or a copy."""
+        self.watch.pulse.beat("writing of a checkpoint", self.done)
+        self.saver.settle()
+
+    def _waits_for_save(self) -> None:
+        self.watch.pulse.beat("save", self.done)  # copying is one thing, writing all of it another
 
     def _save(self, step: int, *, wait: bool) -> None:
-        self.watch.pulse.beat("save", step)
+        self._settle()
+        self.watch.pulse.beat("copy for a checkpoint", step)
         loader = self.loader.state_dict(self.engine.world.all_reduce_sums)
-        state = self.state | {"step": step, "loader": loader}
+        state = self.state | {"step": step, "loader": loader, "best": self.best.state() if self.best else None}
         if self.journal is not None:
             self.journal.sync()
             state["journal"] = self.journal.position()
@@ -234,16 +285,17 @@ class Loop:
         if self.engine.world.is_main:
             tqdm.write(f"step {step}: trains on without this checkpoint: {error}")
 
-    def record_evaluation(self, metrics: Mapping[str, float]) -> None:
-        """Write held-out metrics at the current step."""
+    def record_evaluation(self, metrics: Mapping[str, float], *, seconds: float | None = None) -> None:
+        """Write held-out metrics at the current step, and how long they took where that is known."""
         if self.journal is not None:
-            self.journal.write(self.done, {f"eval/{key}": value for key, value in metrics.items()})
+            took = {} if seconds is None else {"time/evaluation": seconds}
+            self.journal.write(self.done, {f"eval/{key}": value for key, value in metrics.items()} | took)
         self.callbacks.on_evaluation(self.done, metrics)
 
     def _diverged(self, report: StepReport) -> TrainingError:
         saved = list_checkpoints(self.output_dir)
         return TrainingError(
-            f"step {self.done}: loss {report.loss}, gradient norm {report.grad_norm} (its records: "
-            f"culprit-step-{self.done}.json); a smaller --learning_rate or --max_grad_norm may help; newest "
-            f"checkpoint: {saved[-1] if saved else 'none (see --save_steps)'}"
+            f"step {self.done}: loss {report.loss}, gradient norm {report.grad_norm}; which records: the same command "
+            f"with --replay {self.output_dir}/culprit-step-{self.done}.json; a smaller --learning_rate or "
+            f"--max_grad_norm may help; newest checkpoint: {saved[-1] if saved else 'none (see --save_steps)'}"
         )

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import mlflow
+import psutil
 import pytest
 import torch
 
@@ -180,6 +181,37 @@ def test_a_run_that_diverges_says_so_and_is_recorded_as_failed(command, tiny_mod
     assert last["step"] > 1 and None in (last["loss"], last["grad_norm"])
     run_id = json.loads((out / "mlflow.json").read_text())["run_id"]
     assert mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_run(run_id).info.status == "FAILED"
+    # the step that ended it, taken again with the weights before it
+    culprit, before = out / f"culprit-step-{last['step']}.json", sorted(out.rglob("*"))
+    again = command([*TRAIN, "--config", str(out / "config.yaml"), "--replay", str(culprit)])
+    assert again.returncode == 0, again.stderr[-3000:]
+    then = json.loads(culprit.read_text())
+    line = next(line for line in again.stdout.splitlines() if line.startswith(f"step {last['step']}: "))
+    numbers = f"loss {then['loss']}, gradient norm {then['grad_norm']}"
+    assert line == f"step {last['step']}: {numbers}; in the run {numbers}"
+    records = [line for line in again.stdout.splitlines() if "<- not finite" in line]
+    assert records and all(any(name in line for name in then["ranks"][0][0]["ids"]) for line in records)
+    assert sorted(out.rglob("*")) == before, "a replay writes nothing"
+
+
+@pytest.mark.slow
+def test_a_killed_run_starts_itself_again_and_gives_the_curve_of_one(
+    command, tiny_model, pairs_file, tmp_path, uninterrupted
+):
+    out = tmp_path / "run"
+    line = [*TRAIN, *flags_of(tiny_model, pairs_file, out), "--max_restarts", "2"]
+    process = subprocess.Popen(line, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        until = time.monotonic() + 240
+        while not (out / "metrics.jsonl").exists() or len(losses(out)) < 4:
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.01)
+        (child,) = psutil.Process(process.pid).children()
+        child.kill()
+        assert process.wait(timeout=240) == 0
+    finally:
+        process.kill()
+    assert losses(out) == uninterrupted
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,11 @@
 import json
 import sys
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 
-from benchmarks import segment_memory, throughput
+from benchmarks import ablations, on_policy, segment_memory, throughput
 from tests.support.paths import ROOT
 
 
@@ -38,3 +39,45 @@ def test_throughput_names_the_commands_that_made_its_table():
     assert (
         "commands that were not recorded (medium (n = 4))" in text and "`python benchmarks/throughput.py`" not in text
     )
+
+
+def test_ablations_go_on_where_they_were_killed(tmp_path, monkeypatch):
+    """A run is replaced by its result; broken off at the third cell, the first two are not run again."""
+    ran = []
+
+    def run(command):
+        flags = dict(zip(command[4::2], command[5::2], strict=True))
+        if len(ran) == 2:
+            ran.append("killed")
+            raise KeyboardInterrupt
+        ran.append(flags["--beta"])
+        folder = Path(flags["--output_dir"])
+        folder.mkdir(parents=True)
+        held_out = {"exact_match": {"after": {"mean": 0.25 + 0.1 * int(flags["--seed"])}}}
+        summary = {"held_out": held_out, "pairs_per_second": 2.0, "peak_memory_gib": 1.0}
+        (folder / "summary.json").write_text(json.dumps(summary))
+        (folder / "metrics.jsonl").write_text(json.dumps({"rewards/margins": 0.5}) + "\n")
+        return Namespace(returncode=0)
+
+    monkeypatch.setattr(ablations.subprocess, "run", run)
+    monkeypatch.setattr(
+        sys, "argv", ["ablations.py", "--full", "--only", "beta", "--seeds", "2", "--out", str(tmp_path)]
+    )
+    with pytest.raises(KeyboardInterrupt):
+        ablations.main()
+    ablations.main()
+    assert ran == ["0.02", "0.1", "killed", "0.5", "2.0", "0.02", "0.1", "0.5", "2.0"]
+    assert "| 0.02 | 200 | 2 | 30.0% ± 5.0% | - | - | 2.0 | 1.00 |" in (tmp_path / "ablations.md").read_text()
+    assert (tmp_path / "beta.png").exists() and not list((tmp_path / "runs").iterdir())
+
+
+def test_rounds_are_set_beside_one_offline_run(tmp_path):
+    for seed in (0, 1):
+        for way in ("rounds", "offline"):
+            (tmp_path / f"{way}-{seed}").mkdir()
+        matched = {"before": {"mean": 0.1}, "after": {"mean": 0.3 + 0.2 * seed}}
+        rounds = [{"round": 1, "held_out": {"exact_match": matched}}]
+        (tmp_path / f"rounds-{seed}" / "summary.json").write_text(json.dumps(rounds))
+        (tmp_path / f"offline-{seed}" / "summary.json").write_text(json.dumps(rounds[0]))
+    lines = on_policy.table(tmp_path).splitlines()
+    assert "| start | 2 | 10.0% ± 0.0% |" in lines and "| round 1 | 2 | 40.0% ± 10.0% |" in lines

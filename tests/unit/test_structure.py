@@ -12,9 +12,9 @@ from tests.support.paths import ROOT
 TOPS = ("diffdpo", "data_pipeline")
 GRAPH = graph_of(ROOT, TOPS)
 FLOORS = (
-    {"errors", "quiet"},
+    {"errors", "quiet", "gpus"},
     {"command"},
-    {"shipped", "memory", "progress", "gpus"},
+    {"shipped", "memory", "progress"},
     {"settings"},
     {"models"},
     {"noise"},
@@ -28,7 +28,8 @@ FLOORS = (
     {"evaluation"},
     {"tracking"},
     {"setup"},
-    {"training", "planner"},
+    {"training", "planner", "comparison", "doctor"},
+    {"sweep", "onpolicy"},
     {"cli"},
     {"api"},
 )

@@ -6,8 +6,7 @@ within the best groups, and a shared expert sees every token. The router is froz
 so, as which experts are chosen has no gradient and a trained router would need a balance loss, which is not built
 here.
 
-Experts run one after the other over the tokens that chose them. Not here: grouped products over stacked experts, merged
-checkpoints (`llada2_moe_veomni`), biases.
+How experts are run: `experts.py`. Not here: merged checkpoints (`llada2_moe_veomni`), biases.
 
 Shapes: N tokens, K hidden size, E experts, T experts of a token, H heads, G key/value heads, D head size.
 """
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from diffdpo.models.architecture.backbone import MaskedLM, RowLayout, initialise, mark_residual
 from diffdpo.models.architecture.dream import OPTIONAL, SUPPORTED, DreamConfig, DreamModel, GatedMLP, register
+from diffdpo.models.architecture.experts import mix_experts
 from diffdpo.models.architecture.layers import RMSNorm, RotaryTable, VocabularyHead, rotate
 from diffdpo.models.architecture.published_config import Setting
 
@@ -165,19 +165,7 @@ class ExpertsMLP(nn.Module):
 
     def forward(self, h_NK: Tensor) -> Tensor:
         expert_NT, weight_NT = self.gate(h_NK)
-        out_NK = self.shared_experts(h_NK)
-        for number, expert in enumerate(self.experts):
-            token_X, place_X = (expert_NT == number).nonzero(as_tuple=True)
-            if not len(token_X) and not _must_run(expert):
-                continue
-            value_XK = expert(h_NK[token_X]) * weight_NT[token_X, place_X, None].to(h_NK.dtype)
-            out_NK = out_NK.index_add(0, token_X, value_XK)
-        return out_NK
-
-
-def _must_run(expert: nn.Module) -> bool:
-    """Also without tokens: a trained expert's gradient is then 0 and not absent; a sharded one is gathered by all."""
-    return any(p.requires_grad or hasattr(p, "ds_id") for p in expert.parameters())
+        return self.shared_experts(h_NK) + mix_experts(h_NK, self.experts, expert_NT, weight_NT)
 
 
 class LLaDA2MoeDecoderLayer(nn.Module):

@@ -284,11 +284,10 @@ def contents(folder):
 @pytest.mark.parametrize("write", [write_parquet, write_jsonl_gz])
 def test_long_rows_are_gathered_whatever_stands_before_them(tmp_path, write):
     source = write(tmp_path, [{"question": "1+1?", "answer": "2", "is_correct": None}, *GRADED])
-    build([str(source)], tmp_path / "out", BuildOptions())
-    assert contents(tmp_path / "out") == [
-        {"prompt": "1+1?", "answer": "2", "label": True},
-        {"prompt": "2+3?", "chosen": "5", "rejected": "6"},
-    ]
+    with pytest.raises(DataError, match="'is_correct' is empty"):  # and so not known to be right
+        build([str(source)], tmp_path / "out", BuildOptions())
+    build([str(source)], tmp_path / "out", BuildOptions(on_error="skip"))
+    assert contents(tmp_path / "out") == [{"prompt": "2+3?", "chosen": "5", "rejected": "6"}]
 
 
 def test_long_rows_are_gathered_behind_a_broken_one(tmp_path, jsonl):

@@ -14,11 +14,12 @@ from data_pipeline.records import (
     content_hash,
     decode_record,
     encode_record,
+    is_empty,
     prompt_hash,
     user_turn,
 )
 
-words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
+words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda text: not is_empty(text))
 turns = st.lists(
     st.builds(lambda role, content: {"role": role, "content": content}, st.sampled_from(["user", "assistant"]), words),
     min_size=1,

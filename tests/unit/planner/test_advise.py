@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from diffdpo.cards import GPUS
 from diffdpo.config import TrainConfig
 from diffdpo.errors import UserError
-from diffdpo.gpus import GPUS
 from diffdpo.planner import advise as module
 from diffdpo.planner.advise import advise
 from diffdpo.planner.hardware import Host

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
+from diffdpo.cards import GPUS
 from diffdpo.config import TrainConfig
 from diffdpo.errors import UserError
-from diffdpo.gpus import GPUS
 from diffdpo.planner.hardware import Host
 from diffdpo.planner.memory import DEVICE, DISK, HOST
 from diffdpo.planner.plan import Machine, Plan, make_plan
@@ -172,7 +172,7 @@ def test_fsdp2_reads_its_copy_of_the_reference_into_shards(small):
 
 
 def test_advice_for_fsdp2_stays_with_fsdp2(small):
-    from diffdpo.gpus import Gpu
+    from diffdpo.cards import Gpu
     from diffdpo.planner.advise import advise
 
     config = TrainConfig(model_name_or_path=small, engine="fsdp2", bf16=True, **(BASE | {"max_length": 40}))

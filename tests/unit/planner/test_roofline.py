@@ -3,8 +3,8 @@
 import json
 from dataclasses import replace
 
+from diffdpo.cards import GPUS
 from diffdpo.config import TrainConfig
-from diffdpo.gpus import GPUS
 from diffdpo.planner.hardware import Host
 from diffdpo.planner.plan import Machine, make_plan
 

@@ -2,8 +2,8 @@
 
 import pytest
 
+from diffdpo.cards import GPUS
 from diffdpo.config import TrainConfig
-from diffdpo.gpus import GPUS
 from diffdpo.planner.hardware import Host
 from diffdpo.planner.memory import DEVICE
 from diffdpo.planner.plan import Machine, make_plan

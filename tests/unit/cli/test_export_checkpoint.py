@@ -9,6 +9,7 @@ from diffdpo.cli import export
 from diffdpo.config import TrainConfig
 from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.plain import PlainEngine
+from diffdpo.engine.world import World
 from diffdpo.errors import UserError
 from diffdpo.models.load import load_model
 from diffdpo.models.lora.adapters import merge
@@ -16,7 +17,8 @@ from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.settings.base import public
 from diffdpo.setup.model import load_policy
 from diffdpo.training.checkpoint import save_checkpoint
-from diffdpo.training.from_checkpoint import ALONE, model_of_checkpoint
+
+ALONE = World(0, 0, 1, torch.device("cpu"))
 
 
 def checkpoint_of(config: TrainConfig, out: Path) -> tuple[Path, torch.nn.Module]:
@@ -50,9 +52,9 @@ def test_a_damaged_one_is_refused(tiny_model, tmp_path):
     file = folder / "weights.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"weights\.safetensors"):
-        model_of_checkpoint(folder)
+        export.main(["--checkpoint", str(folder), "--output", str(tmp_path / "out")])
     with pytest.raises(UserError, match="no such folder"):
-        model_of_checkpoint(tmp_path / "nothing" / "checkpoints" / "step-1")
+        export.main(["--checkpoint", str(tmp_path / "no/checkpoints/step-1"), "--output", str(tmp_path / "out")])
 
 
 def test_it_stands_alone(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffdpo.gpus import GPUS, peak_of
+from diffdpo.cards import GPUS, peak_of
 
 
 @pytest.mark.parametrize(
