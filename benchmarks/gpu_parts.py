@@ -92,12 +92,16 @@ def qlora(setting: Setting) -> dict[str, Any]:
     total = sum(measured[name] for name in ("weights", "live"))
     plan = planned["weights"] + planned["live"]
     summary = [
-        f"weights {measured['weights'] / GIB:.2f} GiB (planned {planned['weights'] / GIB:.2f})",
-        f"a step above them {measured['live'] / GIB:.2f} (planned {planned['live'] / GIB:.2f})",
-        f"together {total / GIB:.2f} (planned {plan / GIB:.2f})",
+        f"weights {_size(measured['weights'])} (planned {_size(planned['weights'])})",
+        f"a step above them {_size(measured['live'])} (planned {_size(planned['live'])})",
+        f"together {_size(total)} (planned {_size(plan)})",
         f"{measured['seconds']:.1f} s a pair, |h| of the first step {measured['largest_logit']:.1e}",
     ]
     return {"summary": summary, "planned": planned, "measured": measured}
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.2f} GiB" if count > GIB / 10 else f"{count / 2**20:.1f} MiB"
 
 
 def _shape(setting: Setting, folder: Path) -> tuple[TrainConfig, dict[str, Any]]:

@@ -24,6 +24,8 @@ from diffdpo import gpus
 
 NAME = "away"
 _setup_privateuseone_for_python_backend(NAME)
+# torch.utils.checkpoint asks an accelerator for it, of code on the host too
+torch.away.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]  # type: ignore[attr-defined]
 AWAY = torch.device(NAME, 0)
 GIB = 2**30
 aten = torch.ops.aten

@@ -193,7 +193,7 @@ SAME = (
     *("output_dir", "run_name", "seed", "num_train_epochs", "max_steps", "resume_from_checkpoint"),
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
-    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
+    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim"),
     *("bf16", "gradient_checkpointing", "torch_compile", "use_liger_kernel"),
     *("logging_steps", "eval_steps", "save_steps", "save_total_limit", "report_to"),
     *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
@@ -205,6 +205,7 @@ SAME = (
     *("f_divergence_type", "f_alpha_divergence_coef", "use_weighting", "ld_alpha"),
     *("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
     *("beta", "loss_type", "loss_weights", *DEFAULTS),  # the losses' own parameters have TRL's names
+    "optim",
 )
 """Names that are flags here with the same meaning. (Defaults differ: see --help_all.)"""
 
@@ -216,7 +217,6 @@ _IDS = "the model's family and tokenizer say which tokens these are"
 _TRACKIO = "runs are recorded by MLflow; see --tracking_uri and --experiment_name"
 _GRADIENTS = "there is no DistributedDataParallel: the engine sums gradients itself"
 _FSDP = "use --engine fsdp2 under torchrun; it has --fsdp_cpu_offload and --fsdp_reshard_after_forward"
-_FROZEN = "the reference is frozen"
 _ONE_MODEL = "a model is named by --model_name_or_path and --model_revision, and read with --bf16 or --load_in_4bit"
 _PACKED = "an answer is scored under its own prompt; --batching balanced and --bucket_steps lessen padding"
 _LOGGED = "metrics.jsonl is always written; see --logging_steps"
@@ -286,7 +286,9 @@ TABLE: dict[str, Entry] = {
     "label_pad_token_id": answered(_IDS),
     "pad_token": answered(_IDS),
     "eos_token": answered(_IDS),
-    "activation_offloading": only("false", why=_MEMORY),
+    "activation_offloading": words(
+        "`true`: `--activation_offload cpu`", true={"activation_offload": "cpu"}, false={"activation_offload": "none"}
+    ),
     "generate_during_eval": answered("answers are sampled before and after: --num_eval_problems and --eval_task"),
     "is_encoder_decoder": only("false", why="a masked diffusion model has no decoder of its own"),
     "tools": answered("put them into the prompt's messages"),

@@ -82,7 +82,8 @@ def read_weights(folder: Path, module: nn.Module) -> None:
     """
     zero = ZeroFiles(folder / TAG) if (folder / TAG).is_dir() else None
     saved = zero.shapes if zero else saved_shapes(folder)
-    check_trained({name: shape for name, shape in saved.items() if name.rpartition(".")[2] not in MOMENTS}, module)
+    of_optimizer = (*MOMENTS, *OTHERS)
+    check_trained({name: shape for name, shape in saved.items() if name.rpartition(".")[2] not in of_optimizer}, module)
     weights = {name: parameter.detach() for name, parameter in trained_by_name(module).items()}
     if zero:
         for name, whole in zero.weights():

@@ -51,6 +51,9 @@ def memory_parts(job: PlannedRun, numbers: Numbers, run: DryRun) -> list[Part]:
     """Everything one process holds, where and when. Parts of no bytes are left out."""
     weights = numbers.trained_bytes + numbers.frozen_bytes
     parts = [*_held(job, numbers), *_reference(job, numbers, weights), *_live(job, run)]
+    if job.cuda and job.config.activation_offload == "cpu":
+        inputs = numbers.layers * numbers.hidden * job.rows_at_once * job.length * job.width
+        parts.append(Part("layers' inputs, page-locked", HOST, inputs, ("backward",)))
     if job.cuda:
         parts += [
             Part("CUDA context and libraries", DEVICE, CONTEXT, assumed=True),

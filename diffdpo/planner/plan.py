@@ -96,7 +96,7 @@ def make_plan(
         return share_of_memory(choice, size, memory=memory)
 
     choice = planned_engine(config, cuda=cuda, processes=machine.gpus)
-    module = skeleton(family, shape, config, bf16=choice.bf16, cast=choice.bf16 and choice.kind == DEEPSPEED)
+    module = skeleton(family, shape, config, bf16=choice.bf16, cast=choice.bf16 and choice.kind == DEEPSPEED, cuda=cuda)
     options = {"second_model": second_model, "scored": scored, "block_size": block_size_of(shape)}
     job = plan_run(config, module, choice, cuda=cuda, **options)  # type: ignore[arg-type]
     numbers = count(module, optim=config.optim)

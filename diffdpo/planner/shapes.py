@@ -32,6 +32,7 @@ class Numbers:
     frozen_bytes: int
     vocabulary: int
     layers: int
+    hidden: int  # size of what passes from layer to layer
     largest_module: int  # elements of the module with the most parameters of its own
     state_bytes: int  # of the optimizer on whole weights
     largest_unit: int  # of what FSDP2 gathers at a time: a block, the embedding, the head
@@ -69,9 +70,12 @@ def weight_elements(family: Family, shape: PreTrainedConfig) -> int:
         return sum(parameter.numel() for parameter in family.model_class(shape).parameters())
 
 
-def skeleton(family: Family, shape: PreTrainedConfig, config: TrainConfig, *, bf16: bool, cast: bool) -> MaskedLogProbs:
+def skeleton(
+    family: Family, shape: PreTrainedConfig, config: TrainConfig, *, bf16: bool, cast: bool, cuda: bool = True
+) -> MaskedLogProbs:
     """What preference training hands its engine, on the meta device. ``cast``: the engine casts everything to bf16,
-    the adapter too (DeepSpeed does)."""
+    the adapter too (DeepSpeed does). ``cuda``: on a GPU, so that ``--activation_offload`` moves something."""
+    offload = cuda and config.activation_offload == "cpu"
     dtype = torch.bfloat16 if bf16 else torch.float32
     with torch.device("meta"):
         model: Any = family.model_class(shape).to(dtype)  # type: ignore[arg-type]
@@ -95,7 +99,7 @@ def skeleton(family: Family, shape: PreTrainedConfig, config: TrainConfig, *, bf
             )
     else:
         model.requires_grad_(True)
-    module = MaskedLogProbs(model, spec, layer_checkpointing=config.gradient_checkpointing)
+    module = MaskedLogProbs(model, spec, layer_checkpointing=config.gradient_checkpointing, offload=offload)
     return module.to(torch.bfloat16) if cast else module  # packed 4-bit weights are integers and stay
 
 
@@ -137,6 +141,7 @@ def count(module: MaskedLogProbs, *, optim: str = "adamw_torch") -> Numbers:
         frozen_bytes=sum(p.numel() * p.element_size() for p in frozen),
         vocabulary=base.head.weight.shape[0],
         layers=len(base.blocks),
+        hidden=base.embed.weight.shape[1],
         largest_module=max(sum(p.numel() for p in m.parameters(recurse=False)) for m in module.modules()),
         state_bytes=sum(state_bytes(optim, p.shape, in_block=p not in outside) for p in trained),
         largest_unit=max(sum(p.numel() for p in unit.parameters()) for unit in units),

@@ -25,14 +25,22 @@ class ModelSettings(Settings):
         None, "LoRA adapter that training goes on with; the reference is the adapter as it starts; default: none"
     )
     block_size: int | None = setting(
-        None, "tokens of a block, where config.json does not say (a2d-*); 0: full attention", at_least=0
+        None, "tokens of a block, 0: full attention; default: as config.json says, which a2d-* do not", at_least=0
     )
     gradient_checkpointing: bool = setting(False, "recompute each layer in the backward pass (saves memory)")
+    activation_offload: str = setting(
+        "none", "cpu: what --gradient_checkpointing keeps of each layer waits on the host", choices=("none", "cpu")
+    )
     torch_compile: bool = setting(False, "compile the layers: minutes at the start, then less time and memory")
     use_liger_kernel: bool = setting(False, "LM head through Liger's fused kernel (GPU; for trained heads)")
 
     def check(self) -> None:
         """A revision is of a model that is named, and no folder."""
+        if self.activation_offload != "none" and not self.gradient_checkpointing:
+            raise UserError(
+                f"--activation_offload {self.activation_offload} moves what --gradient_checkpointing keeps of each "
+                "layer; add --gradient_checkpointing true"
+            )
         name = self.model_name_or_path
         if self.model_revision and (not name or Path(name).exists()):
             raise UserError(f"--model_revision is of a model on the hub, and {name or 'the bundled one'} is none")

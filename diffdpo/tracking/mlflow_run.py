@@ -190,12 +190,7 @@ class MlflowRun:
 
     def _connect(self) -> None:
         if self._client is None:
-            quiet_mlflow()
-            import mlflow
-
-            for name in ("mlflow", "alembic"):  # mlflow's import has set its own level
-                logging.getLogger(name).setLevel(logging.ERROR)
-            self._client = mlflow.MlflowClient(given_back(self.shipped.tracking_uri))
+            self._client = client_of(self.shipped.tracking_uri)
         if self.shipped.run_id is None:
             self.shipped.experiment_id = self._experiment()
             run = self._client.create_run(
@@ -266,7 +261,7 @@ class MlflowRun:
         """What earlier runs beside this one could not send to the same store; once."""
         others, self._others_due = self._others_due, False
         for path in self.output_dir.parent.glob(f"*/{STATE_FILE}") if others else ():
-            if path.parent == self.output_dir or self._stop.is_set():
+            if path.parent == self.output_dir or self._stop.is_set() or is_held(path.parent):  # the living send theirs
                 continue
             try:
                 other = Shipped.read(path.parent)
@@ -289,7 +284,17 @@ class MlflowRun:
         self._monitor.start()
 
 
-def quiet_mlflow() -> None:
+def client_of(uri: str) -> Any:
+    """MLflow's client of a store, which says on the screen what went wrong and nothing else."""
+    _quiet_mlflow()
+    import mlflow
+
+    for name in ("mlflow", "alembic"):  # mlflow's import has set its own level
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return mlflow.MlflowClient(given_back(uri))
+
+
+def _quiet_mlflow() -> None:
     """Our own loop does the retrying; MLflow's would hold a call for minutes."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")

@@ -81,3 +81,60 @@ def test_rounds_are_set_beside_one_offline_run(tmp_path):
         (tmp_path / f"offline-{seed}" / "summary.json").write_text(json.dumps(rounds[0]))
     lines = on_policy.table(tmp_path).splitlines()
     assert "| start | 2 | 10.0% ± 0.0% |" in lines and "| round 1 | 2 | 40.0% ± 10.0% |" in lines
+
+
+@pytest.fixture
+def evidence(tmp_path, monkeypatch):
+    """The driver with parts that take no time, and what was run."""
+    from benchmarks import gpu_evidence
+
+    run = []
+
+    def found(part, args, left):
+        run.append(part.name)
+        return {"state": "failed" if part.name == "head" else "done", "seconds": 0, "told": "a\nlast line"}
+
+    monkeypatch.setattr(gpu_evidence, "run_part", found)
+    return gpu_evidence, tmp_path / "gpu.json", run
+
+
+def test_gpu_evidence_leaves_out_what_the_minutes_do_not_suffice_for(evidence):
+    driver, file, run = evidence
+    assert driver.main(["--minutes", "0.5", "--json", str(file), "--device", "cpu"]) == 1, "head has failed"
+    parts = json.loads(file.read_text())["parts"]
+    assert list(parts) == [part.name for part in driver.PARTS]
+    left_out = {name for name, part in parts.items() if part["state"] == "left out"}
+    assert left_out == {part.name for part in driver.PARTS if part.seconds > 27} and left_out.isdisjoint(run)
+    assert all("it needs" in parts[name]["left_out"] for name in left_out)
+
+
+def test_gpu_evidence_does_what_is_asked(evidence, capsys):
+    driver, file, run = evidence
+    assert driver.main(["--json", str(file), "--parts", "machine,attention"]) == 0
+    assert run == ["machine", "attention"]
+    with pytest.raises(SystemExit):
+        driver.main(["--json", str(file), "--parts", "everything"])
+    assert "everything" in capsys.readouterr().err
+
+
+def test_a_part_that_hangs_or_breaks_is_a_line(tmp_path, monkeypatch):
+    from benchmarks import gpu_evidence
+
+    monkeypatch.setattr(gpu_evidence, "__file__", str(tmp_path / "part.py"))
+    args, part = Namespace(device="cpu", tiny=True), gpu_evidence.Part("x", "", 0, 60)
+    (tmp_path / "part.py").write_text("print('CUDA error'); raise SystemExit(3)")
+    assert gpu_evidence.run_part(part, args, 30)["state"] == "failed"
+    (tmp_path / "part.py").write_text("import time; print('begun', flush=True); time.sleep(60)")
+    cut = gpu_evidence.run_part(part, args, 1.5)
+    assert cut["state"] == "cut short" and cut["seconds"] < 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["machine", "qlora", "throughput", "head", "attention"])
+def test_a_part_works_on_a_cpu(part, tmp_path):
+    from benchmarks import gpu_evidence
+
+    flags = ["--minutes", "5", "--json", str(tmp_path / "cpu.json"), "--device", "cpu", "--tiny", "--parts", part]
+    assert gpu_evidence.main(flags) == 0
+    found = json.loads((tmp_path / "cpu.json").read_text())["parts"][part]
+    assert found["state"] == "done" and found["summary"]
