@@ -5,7 +5,7 @@ Everything assumed is printed with the forecast. It is arithmetic, not a measure
 
 from dataclasses import dataclass
 
-from diffdpo.gpus import GPUS
+from diffdpo.cards import GPUS
 from diffdpo.planner.hardware import MATMUL_SHARE
 
 ENGINES = ("plain", "fsdp2", "zero2", "zero3")
