@@ -83,6 +83,11 @@ class TrainConfig(RunConfig, MemorySettings, ReferenceSettings, LossSettings, Lo
         """What two subjects say against each other."""
         if self.reference == "adapter_off" and not self.adapts:
             raise UserError("--reference adapter_off needs --use_peft; without an adapter use --reference copy")
+        if self.sync_ref_model and self.load_best_model_at_end:
+            raise UserError(
+                "--load_best_model_at_end goes back to an earlier policy and --sync_ref_model has moved the reference "
+                "since; leave one of them out"
+            )
         if self.reference == "adapter_start" and not self.adapter_name_or_path:
             raise UserError(
                 "--reference adapter_start is the adapter that training goes on with; name it as "
@@ -131,7 +136,7 @@ class SftConfig(RunConfig):
     block_size: int | None = setting(
         None,
         "of a new model: block diffusion in blocks of so many tokens (SDAR's layout); of a named one: what config.json "
-        "does not say; 0: full attention",
+        "does not say; 0: full attention; default: full, or as config.json says",
         at_least=0,
     )
     num_generated_answers: int = setting(
@@ -172,7 +177,7 @@ class ScoreConfig(NoiseSettings, EncodingSettings):
         None, "a second model to compare with, under the same noise; default: none", common=True
     )
     block_size: int | None = setting(
-        None, "tokens of a block, where config.json does not say (a2d-*); 0: full attention", at_least=0
+        None, "tokens of a block, 0: full attention; default: as config.json says, which a2d-* do not", at_least=0
     )
     output: str | None = setting(
         None, "file to append to; ids already in it are skipped; default: standard output", common=True
@@ -366,7 +371,7 @@ def bundled_settings() -> dict[str, Any]:
 
 def with_bundled_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     """Preference training's settings, with the bundled ones where neither a model nor data is named."""
-    if given.get("model_name_or_path") or given.get("train_data"):
+    if any(given.get(name) for name in ("model_name_or_path", "adapter_name_or_path", "train_data")):
         return dict(given)
     bundled = bundled_settings()
     if "loss_type" in given:

@@ -193,7 +193,7 @@ SAME = (
     *("output_dir", "run_name", "seed", "num_train_epochs", "max_steps", "resume_from_checkpoint"),
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
-    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
+    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim"),
     *("bf16", "gradient_checkpointing", "torch_compile", "use_liger_kernel"),
     *("logging_steps", "eval_steps", "save_steps", "save_total_limit", "report_to"),
     *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),

@@ -50,6 +50,7 @@ class DeepSpeedEngine:
         self.module, self.parameters = module, trained_parameters(module)
         self.files = self.engine.checkpoint_engine = CheckpointFiles(self.engine.checkpoint_engine, module)
         self.holding = False  # inside ``no_sync``
+        self.loss_factor = float(world.size)  # gradients of parameters are averaged over ranks: undo that
 
     @timed("forward")
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
@@ -58,7 +59,7 @@ class DeepSpeedEngine:
     @timed("backward")
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last or self.holding)
-        self.engine.backward(loss * self.world.size, scale_wrt_gas=False)  # it averages over ranks: undo that
+        self.engine.backward(loss * self.loss_factor, scale_wrt_gas=False)
 
     def no_sync_obstacle(self) -> str | None:
         if getattr(self.optimizer, "use_grad_accum_attribute", False):
@@ -101,15 +102,13 @@ class DeepSpeedEngine:
 
     def snapshot(self, beside: World) -> Callable[[Path], None] | None:
         own = -(-count_parameters(self.module)[1] // self.world.size) * STATE_BYTES
-        if "nvme" in self.choice.identity().values() or not fits_beside(
-            2 * own
-        ):  # what it makes of it in memory grows by copying
+        if "nvme" in self.choice.identity().values() or not fits_beside(own):
             return None
         # DeepSpeed's own way to its checkpoint, collectives and all, but for the disk
         with tempfile.TemporaryDirectory() as name, self.files.kept_in_memory(Path(name)) as kept:
             self.save(Path(name))
             others = {path.relative_to(name): path.read_bytes() for path in Path(name).rglob("*") if path.is_file()}
-        return lambda folder: write_files(folder, {**others, **kept})
+        return lambda folder: write_files(folder, kept, others)
 
     def load(self, folder: Path) -> None:
         # not strictly: weights that are not trained are in no checkpoint

@@ -4,7 +4,8 @@ Its own reader runs whatever a pickle says. This one builds tensors, containers 
 objects, and refuses anything else before it is made.
 """
 
-import io
+import copy
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
@@ -29,7 +30,7 @@ class CheckpointFiles:
     def __init__(self, given: Any, module: nn.Module):
         self.given, self.module = given, module
         self.error: OSError | RuntimeError | None = None
-        self.kept: dict[Path, memoryview] | None = None  # in the place of files
+        self.kept: dict[Path, Any] | None = None  # in the place of files
         self.folder = Path()  # that their names are told in
         self.saved_shapes: dict[str, Sequence[int]] = {}  # of the trained weights, in what was read last
 
@@ -42,8 +43,7 @@ class CheckpointFiles:
             trained = trained_by_name(self.module)
             state["module"] = {name: value for name, value in state["module"].items() if name in trained}
         if self.kept is not None:
-            torch.save(state, memory := io.BytesIO())
-            self.kept[Path(path).relative_to(self.folder)] = memory.getbuffer()
+            self.kept[Path(path).relative_to(self.folder)] = copied(state)
             return
         try:
             torch.save(state, path)
@@ -51,8 +51,8 @@ class CheckpointFiles:
             self.error = error
 
     @contextmanager
-    def kept_in_memory(self, folder: Path) -> Iterator[dict[Path, memoryview]]:
-        """Inside, what would be written below ``folder`` is kept, by its name there."""
+    def kept_in_memory(self, folder: Path) -> Iterator[dict[Path, Any]]:
+        """Inside, what would be written below ``folder`` is copied and kept, by its name there."""
         self.kept, self.folder = {}, folder
         try:
             yield self.kept
@@ -79,10 +79,24 @@ class CheckpointFiles:
         check_trained(self.saved_shapes, self.module)
 
 
-def write_files(folder: Path, files: Mapping[Path, bytes | memoryview]) -> None:
-    """Files by their names in a folder. OSError where the disk fails."""
-    for name, content in files.items():
+def copied(state: Any) -> Any:
+    """A state in host memory that nothing else holds."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if type(state) in (dict, OrderedDict):
+        return type(state)((key, copied(value)) for key, value in state.items())
+    if type(state) in (list, tuple):
+        return type(state)(copied(value) for value in state)
+    return copy.deepcopy(state)
+
+
+def write_files(folder: Path, states: Mapping[Path, Any], others: Mapping[Path, bytes]) -> None:
+    """Files by their names in a folder. OSError or RuntimeError where the disk fails."""
+    for name in [*states, *others]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    for name, state in states.items():
+        torch.save(state, folder / name)
+    for name, content in others.items():
         (folder / name).write_bytes(content)
 
 

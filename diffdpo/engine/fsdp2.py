@@ -31,6 +31,8 @@ from diffdpo.models.architecture.backbone import native
 class Fsdp2Engine:
     """torch's AdamW on shards."""
 
+    loss_factor = 1.0
+
     def __init__(self, module: nn.Module, world: World, options: OptimizerOptions, *, choice: EngineChoice):
         self.choice, self.world, self.module, self.options = choice, world, module, options
         frozen = any(not p.requires_grad for p in module.parameters())

@@ -41,6 +41,8 @@ class PlainFrozen:
 class PlainEngine:
     """An optimizer on a module that every rank holds whole."""
 
+    loss_factor = 1.0
+
     def __init__(
         self, module: nn.Module, world: World, options: OptimizerOptions, *, choice: EngineChoice | None = None
     ):

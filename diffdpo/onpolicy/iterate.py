@@ -62,18 +62,21 @@ def _begin(rounds: Rounds) -> None:
     file = rounds.folder / RECIPE
     if file.exists():
         was = json.loads(file.read_text())
+        dealt_by_rounds = rounds.config.prompts and not rounds.config.prompts_per_round
+        free = {*MORE_LATER, "output_dir"} - ({"rounds"} if dealt_by_rounds else set())
         for name in sorted(was.keys() | now.keys()):
-            if was.get(name) != now.get(name) and name not in (*MORE_LATER, "output_dir"):
+            if was.get(name) != now.get(name) and name not in free:
                 raise UserError(
                     f"output_dir {rounds.folder} was begun with {name} {was.get(name)}, not {now.get(name)}; give "
                     "another folder, or the recipe of that one"
                 )
-    elif any(path.name != "run.lock" for path in rounds.folder.iterdir()):
+    elif any(path.name != "run.lock" and path.suffix != ".partial" for path in rounds.folder.iterdir()):
         raise UserError(f"output_dir {rounds.folder} holds other files; give another folder")
-    if not rounds.config.prompts and not rounds.train.get("eval_data"):
-        pairs = list(generate_pairs(GENERATED_EVAL_PAIRS, seed=GENERATED_EVAL_SEED, split="eval"))
-        write_whole(rounds.folder / "held_out.jsonl", as_json_lines(pairs))
     write_whole(file, (json.dumps(now, indent=1) + "\n").encode())
+    held_out = rounds.folder / "held_out.jsonl"
+    if not rounds.config.prompts and not rounds.train.get("eval_data") and not held_out.exists():
+        pairs = list(generate_pairs(GENERATED_EVAL_PAIRS, seed=GENERATED_EVAL_SEED, split="eval"))
+        write_whole(held_out, as_json_lines(pairs))
 
 
 def _round(

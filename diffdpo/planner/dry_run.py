@@ -39,6 +39,8 @@ class DryEngine:
     """Stands in for the engine: gradients stay in ``.grad``, or leave through a bucket as in ZeRO-2 and ZeRO-3, or at
     once as in FSDP2 (whose buffers are counted on their own)."""
 
+    loss_factor = 1.0
+
     def __init__(self, module: MaskedLogProbs, job: PlannedRun, ledger: Ledger):
         self.module, self.ledger = module, ledger
         self.parameters = trained_parameters(module)

@@ -25,7 +25,7 @@ class ModelSettings(Settings):
         None, "LoRA adapter that training goes on with; the reference is the adapter as it starts; default: none"
     )
     block_size: int | None = setting(
-        None, "tokens of a block, where config.json does not say (a2d-*); 0: full attention", at_least=0
+        None, "tokens of a block, 0: full attention; default: as config.json says, which a2d-* do not", at_least=0
     )
     gradient_checkpointing: bool = setting(False, "recompute each layer in the backward pass (saves memory)")
     activation_offload: str = setting(

@@ -104,6 +104,7 @@ def test_the_model_registered_loads_and_answers(folder, command):
     assert answers.startswith("['") and len(answers) > 4
 
 
+@pytest.mark.slow
 def test_mlflow_s_page_opens(folder, free_port):
     (line,) = {line for page in ("quickstart", "tracking") for line in lines(page) if line.startswith("mlflow ui")}
     program = [str(Path(sys.executable).with_name("mlflow")), *shlex.split(line)[1:], "--port", str(free_port)]

@@ -92,6 +92,7 @@ def test_two_processes_make_what_one_makes(tiny_model, prompts, judge, tmp_path)
     questions = read_questions(str(prompts)).questions
     world = World(0, 0, 1, torch.device("cpu"))
     sampling.open_folder(tmp_path / "two", {}, world)
+    (tmp_path / "two" / sampling.PARTS).mkdir()
     starts = range(0, len(questions), sampling.BATCHES_A_PART * given.batch_size // given.num_samples)
     for rank in (1, 0):
         for start in list(starts)[rank::2]:
@@ -133,6 +134,23 @@ def test_another_sampler_in_the_same_folder_is_refused(tiny_model, prompts, judg
     make_pairs(config(tiny_model, prompts, tmp_path / "out"), say=str)
     with pytest.raises(UserError, match="temperature"):
         make_pairs(config(tiny_model, prompts, tmp_path / "out", temperature=0.5), say=str)
+
+
+def test_a_kill_before_anything_was_done_is_no_obstacle(tiny_model, prompts, judge, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "sampled_with.json.77.partial").write_text("{")
+    make_pairs(config(tiny_model, prompts, tmp_path / "out"), say=str)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="other files"):
+        make_pairs(config(tiny_model, prompts, tmp_path / "other"), say=str)
+
+
+def test_prompts_without_a_right_result_are_told_of_before_sampling(tiny_model, tmp_path):
+    (tmp_path / "prompts.txt").write_text("Why?\n")
+    with pytest.raises(UserError, match="no right result is known"):
+        make_pairs(config(tiny_model, tmp_path / "prompts.txt", tmp_path / "out", verifier="arithmetic"), say=str)
+    assert not (tmp_path / "out").exists()
 
 
 def test_prompts_are_read_as_users_write_them(tmp_path):

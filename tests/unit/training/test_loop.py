@@ -104,7 +104,7 @@ def loop(tmp_path, monkeypatch):
     def make(settings=None, *, step=lambda batches, rate: report(), total=6, callbacks=(), losses=None):
         happened = []
         monkeypatch.setattr("diffdpo.training.loop.Saver", lambda *given: FakeSaver(happened, given[3]))
-        monkeypatch.setattr("diffdpo.training.loop.means", lambda sums: {"rewards/margins": sums["margin"]})
+        monkeypatch.setattr("diffdpo.training.window.means", lambda sums: {"rewards/margins": sums["margin"]})
         made = Loop(
             config=TrainConfig(
                 **{"learning_rate": 1.0, "warmup_steps": 0, "lr_scheduler_type": "linear"} | (settings or {})
