@@ -68,6 +68,24 @@ QWEN = {
     "mask_token_id": 5,
     "eos_token_id": 6,
 }
+SDAR = {
+    "model_type": "sdar",
+    "hidden_size": 512,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "intermediate_size": 1408,
+    "vocab_size": 8192,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "block_size": 8,
+    "mask_token_id": 5,
+    "eos_token_id": 6,
+    "pad_token_id": 6,
+}
 WIDE_VOCABULARY = LLADA | {"n_layers": 4, "vocab_size": 126464, "embedding_size": 126464, "d_model": 256}
 ZERO_2 = {
     "stage": 2,
@@ -88,6 +106,7 @@ class Case:
 
 
 COMMON = {"max_length": 256, "max_prompt_length": 128, "per_device_train_batch_size": 1, "num_mc_samples": 4}
+COMMON |= {"score_estimator": "balanced"}
 CASES = {
     "full": Case(LLADA, {"segmentation": "none"}),
     "full, layers recomputed": Case(LLADA, {"segmentation": "none", "gradient_checkpointing": True}),
@@ -96,6 +115,10 @@ CASES = {
     "LoRA": Case(LLADA, {"segmentation": "none", "use_peft": True}),
     "LoRA, deferred of 2 rows, qwen2": Case(QWEN, {"segmentation": "deferred", "segment_rows": 2, "use_peft": True}),
     "LoRA, vocabulary of 126464": Case(WIDE_VOCABULARY, {"segmentation": "none", "use_peft": True}),
+    "blocks, full, two_pass of 2 rows": Case(SDAR, {"segmentation": "two_pass", "segment_rows": 2}),
+    "blocks, LoRA, deferred of 2 rows": Case(
+        SDAR, {"segmentation": "deferred", "segment_rows": 2, "use_peft": True, "gradient_checkpointing": True}
+    ),
     "full, ZeRO-2 offload": Case(LLADA, {"segmentation": "none"}, ZERO_2),
     "full, ZeRO-2 offload, two_pass of 2 rows": Case(LLADA, {"segmentation": "two_pass", "segment_rows": 2}, ZERO_2),
     "full, ZeRO-2 offload, checkpoint of 2 rows": Case(
@@ -180,7 +203,7 @@ def run(case: Case, world) -> None:
         segments = make_segments(config, choice, world.device)
         held = engine.freeze(frozen) if frozen is not None else None
         reference = make_reference(config, config.reference, engine, held)[0](segments)
-        rows = equal_rows(config, shape.vocab_size)
+        rows = equal_rows(config, shape.vocab_size, module.spec.block_size)
         for _ in range(2):
             with engine.no_sync() if config.segmentation == "deferred" else _nothing():
                 score_R = reference(rows, None)
@@ -207,37 +230,54 @@ def _nothing():
 def _model(family, shape, config) -> tuple[Any, Any]:
     from diffdpo.models.architecture.spec import FamilySpec
     from diffdpo.models.lora.adapters import add_lora
+    from diffdpo.planner.shapes import block_size_of
 
-    spec = FamilySpec(shape.model_type, 5, 6, 6, "", family.lora_targets, logit_shift=family.logit_shift)
+    spec = FamilySpec(
+        shape.model_type,
+        5,
+        6,
+        6,
+        "",
+        family.lora_targets,
+        logit_shift=family.logit_shift,
+        block_size=block_size_of(shape),
+    )
     model = family.model_class(shape)
     if config.use_peft:
         return add_lora(model, spec, r=config.lora_r, alpha=config.lora_alpha), spec
     return model.requires_grad_(True), spec
 
 
-def equal_rows(config, vocabulary: int):
-    """The micro-batch the planner assumes: every row of full length, every token of its answer scored."""
+def equal_rows(config, vocabulary: int, block: int | None = None):
+    """The micro-batch the planner assumes: every row of full length, every token of its answer scored; of blocks over
+    clean tokens, of which both answers have the prompt's whole blocks in common."""
     import torch
 
-    from diffdpo.noise.rows import NoisyRows
+    from diffdpo.noise.rows import CleanAnswers, NoisyRows
 
     count, length = 2 * config.num_mc_samples * config.per_device_train_batch_size, config.max_length
+    start = config.max_prompt_length // block * block if block else 0
     scored = length - config.max_prompt_length
-    position = torch.arange(config.max_prompt_length, length)
-    ids_RT = torch.randint(7, vocabulary, (count, length))
+    position = torch.arange(config.max_prompt_length - start, length - start)
+    ids_RT = torch.randint(7, vocabulary, (count, length - start))
+    clean, one_A = None, torch.ones(count // config.num_mc_samples, dtype=torch.long)
+    if block:
+        ids_AT = torch.randint(7, vocabulary, (len(one_A), length))
+        clean = CleanAnswers(ids_AT, one_A * ((length - 1) // block * block), one_A * start, one_A * start)
     return NoisyRows(
         input_ids_RT=ids_RT,
-        lengths_R=torch.full((count,), length),
+        lengths_R=torch.full((count,), length - start),
         answer_R=torch.arange(count) // config.num_mc_samples,
         weight_R=torch.full((count,), 1.0 / config.num_mc_samples),
         share_R=torch.full((count,), scored / config.num_mc_samples),
         row_M=torch.arange(count).repeat_interleave(scored),
         position_M=position.repeat(count),
-        target_M=ids_RT[:, config.max_prompt_length :].flatten(),
+        target_M=ids_RT[:, position].flatten(),
         scale_M=torch.ones(count * scored),
-        tokens_A=torch.full((count // config.num_mc_samples,), scored),
+        tokens_A=one_A * scored,
         block_R=torch.arange(count),
         cell_R=torch.arange(count) // config.num_mc_samples,
+        clean=clean,
     )
 
 

@@ -83,14 +83,20 @@ class TrainConfig(RunConfig, MemorySettings, ReferenceSettings, LossSettings, Lo
         """What two subjects say against each other."""
         if self.reference == "adapter_off" and not self.adapts:
             raise UserError("--reference adapter_off needs --use_peft; without an adapter use --reference copy")
+        if self.sync_ref_model and self.load_best_model_at_end:
+            raise UserError(
+                "--load_best_model_at_end goes back to an earlier policy and --sync_ref_model has moved the reference "
+                "since; leave one of them out"
+            )
         if self.reference == "adapter_start" and not self.adapter_name_or_path:
             raise UserError(
                 "--reference adapter_start is the adapter that training goes on with; name it as "
                 "--adapter_name_or_path, or use --reference adapter_off"
             )
-        if self.load_in_4bit and self.engine == "fsdp2":
+        if self.load_in_4bit and shards_parameters(self):
+            cuts = "FSDP2" if self.engine == "fsdp2" else "ZeRO-3"
             raise UserError(
-                "--load_in_4bit: bitsandbytes keeps the scales of a whole matrix beside its 4-bit numbers, and FSDP2 "
+                f"--load_in_4bit: bitsandbytes keeps the scales of a whole matrix beside its 4-bit numbers, and {cuts} "
                 "would cut the numbers alone; use --ds_config ds_configs/zero2.json, or leave --load_in_4bit out"
             )
 
@@ -127,8 +133,11 @@ class SftConfig(RunConfig):
     layers: int = setting(4, "of a new model", at_least=1)
     heads: int = setting(4, "of a new model", at_least=1)
     vocab_size: int = setting(512, "most tokens of a new model's tokenizer: 256 bytes and 3 signs first", at_least=259)
-    block_size: int = setting(
-        0, "of a new model: block diffusion in blocks of so many tokens (SDAR's layout); 0: full attention", at_least=0
+    block_size: int | None = setting(
+        None,
+        "of a new model: block diffusion in blocks of so many tokens (SDAR's layout); of a named one: what config.json "
+        "does not say; 0: full attention; default: full, or as config.json says",
+        at_least=0,
     )
     num_generated_answers: int = setting(
         200_000, "training answers generated when --train_data is not given", at_least=1
@@ -137,8 +146,6 @@ class SftConfig(RunConfig):
 
     def check(self) -> None:
         """A new model has heads of one even size and blocks of its own, and answers on a canvas fit in a row."""
-        if self.block_size and self.policy:
-            raise UserError("--block_size is of a new model; config.json says what blocks a model that is there has")
         size, rest = divmod(self.width, self.heads)
         if not self.policy and (rest or size % 2):
             raise UserError(
@@ -169,6 +176,9 @@ class ScoreConfig(NoiseSettings, EncodingSettings):
     ref_model_name_or_path: str | None = setting(
         None, "a second model to compare with, under the same noise; default: none", common=True
     )
+    block_size: int | None = setting(
+        None, "tokens of a block, 0: full attention; default: as config.json says, which a2d-* do not", at_least=0
+    )
     output: str | None = setting(
         None, "file to append to; ids already in it are skipped; default: standard output", common=True
     )
@@ -176,7 +186,13 @@ class ScoreConfig(NoiseSettings, EncodingSettings):
     batch_size: int = setting(8, "records scored at a time", at_least=1, common=True)
     segment_rows: int = setting(64, "rows in one forward", at_least=1, common=True)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...", common=True)
-    dtype: str = setting("float32", "of the weights", choices=("float32", "bfloat16"), common=True)
+    dtype: str = setting(
+        "auto",
+        "of the weights; auto: bfloat16 on a GPU that has it, else float32",
+        choices=("auto", "float32", "bfloat16"),
+        common=True,
+    )
+    load_in_4bit: bool = setting(False, "hold the weights in NF4 (bitsandbytes)", common=True)
 
     def check(self) -> None:
         """A device that torch could know, an adapter that is there, and a place for the output."""
@@ -355,7 +371,7 @@ def bundled_settings() -> dict[str, Any]:
 
 def with_bundled_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     """Preference training's settings, with the bundled ones where neither a model nor data is named."""
-    if given.get("model_name_or_path") or given.get("train_data"):
+    if any(given.get(name) for name in ("model_name_or_path", "adapter_name_or_path", "train_data")):
         return dict(given)
     bundled = bundled_settings()
     if "loss_type" in given:

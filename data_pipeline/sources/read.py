@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import TypeVar
 
-from data_pipeline.choices import ChoiceRecord, choice_records
 from data_pipeline.errors import DataError
 from data_pipeline.records import Record, RecordError
+from data_pipeline.sources.choices import ChoiceRecord, choice_records
 from data_pipeline.sources.files import SourceOptions, open_rows
 from data_pipeline.sources.formats import convert
 

@@ -8,10 +8,12 @@ Exit code 1 where no run can be, or the self-test fails.
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from diffdpo.command import Parser
-from diffdpo.errors import UserError
+
+NOT_FOR_A_TEST = ("outputs", "NVMe offload")  # findings that a self-test can do without
 
 
 def build_parser() -> Parser:
@@ -30,7 +32,7 @@ def main(argv: list[str]) -> int:
     """Look at the machine; 0 where runs can be."""
     args = build_parser().parse_args(argv)
     from diffdpo.doctor.examine import examine
-    from diffdpo.doctor.finding import ERROR, WARNING, worst
+    from diffdpo.doctor.finding import ERROR, WARNING, error, worst
     from diffdpo.doctor.report import as_json, as_text
 
     say = (lambda text: None) if args.json else (lambda text: print(text, flush=True))
@@ -40,7 +42,14 @@ def main(argv: list[str]) -> int:
         if findings:
             say(as_text(subject, findings))
     everything = [finding for findings in subjects.values() for finding in findings]
-    compared = _self_test(args.device, say, everything) if args.self_test else None
+    compared = None
+    if args.self_test:
+        if missing := [one.name for one in everything if one.state == ERROR and one.name not in NOT_FOR_A_TEST]:
+            subjects["self-test"] = [error("self-test", f"not without {', '.join(missing)}", "install what is missing")]
+            everything += subjects["self-test"]
+            say(as_text("self-test", subjects["self-test"]))
+        else:
+            compared = _self_test(args.device, say)
     failed = [line for line in compared or () if line.state == "FAILED"]
     passed = worst(everything) != ERROR and not failed
     if args.json:
@@ -53,12 +62,8 @@ def main(argv: list[str]) -> int:
     return 0 if passed else 1
 
 
-def _self_test(device: str, say, everything) -> list:
-    """UserError where torch, or the device, is not there."""
-    if missing := [
-        one.name for one in everything if one.state == "error" and one.name not in ("outputs", "NVMe offload")
-    ]:
-        raise UserError(f"--self_test needs what is missing: {', '.join(missing)}")
+def _self_test(device: str, say: Callable[[str], None]) -> list:
+    """UserError where the device is not there."""
     import torch
 
     from diffdpo.doctor.self_test import run_self_test

@@ -52,7 +52,13 @@ def build_parser() -> Parser:
     parser.add_argument("--batch_size", type=int, default=8, help="answers made at a time: speed and memory")
     parser.add_argument("--stream", action="store_true", help=f"show the unmasking; {MASKED} is a mask")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the weights; auto: bfloat16 on a GPU that has it, else float32",
+    )
+    parser.add_argument("--block_size", type=int, help="of the model, where config.json does not say (a2d-*); 0: full")
     parser.add_argument("--load_in_4bit", action="store_true", help="NF4 weights (bitsandbytes)")
     return parser
 
@@ -215,10 +221,12 @@ def sampler_options(args) -> dict:
 
 def load(args):
     """The model, its tokenizer and its spec."""
-    from diffdpo.evaluation.score_models import device_named
+    from diffdpo.evaluation.score_models import device_named, dtype_named
     from diffdpo.models.load import load_with_adapter
 
-    options = {"dtype": args.dtype, "device": device_named(args.device), "load_in_4bit": args.load_in_4bit}
+    device = device_named(args.device)
+    options = {"dtype": dtype_named(args.dtype, device), "device": device, "load_in_4bit": args.load_in_4bit}
+    options["block_size"] = args.block_size
     return load_with_adapter(args.model_name_or_path, args.adapter_name_or_path, **options)
 
 

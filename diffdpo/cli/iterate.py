@@ -39,8 +39,11 @@ def main(argv: list[str]) -> None:
     rounds = Rounds(config, sections["make_pairs"], sections["train"])
     make_config(PairsConfig, rounds.pairs_settings(1))  # wrong values end here, and not after a round
     first = rounds.train_settings(1, tracking_uri="none")
-    made = {"train_data"} | ({"eval_data"} - set(rounds.train))  # by the rounds, later
-    make_config(TrainConfig, {name: value for name, value in first.items() if name not in made})
+    if "eval_data" in rounds.train:
+        first["train_data"] = first["eval_data"]  # in the place of pairs that are not made yet
+    else:
+        first = {name: value for name, value in first.items() if name not in ("train_data", "eval_data")}
+    make_config(TrainConfig, first)
     iterate(rounds, say=lambda text: print(text, flush=True))
 
 

@@ -16,6 +16,7 @@ COMMANDS = {
     "score": "diffusion scores of pairs under a model",
     "generate": "answers sampled from a model",
     "evaluate": "models on held-out pairs and tasks, compared",
+    "lm_eval": "lm-evaluation-harness with these models",
     "make_pairs": "preference pairs of a model's own answers",
     "iterate": "rounds of make-pairs and train, each from the last",
     "export": "an adapter merged, weights in another dtype",

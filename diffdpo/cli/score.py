@@ -24,15 +24,9 @@ if TYPE_CHECKING:
     from diffdpo.evaluation.score_pairs import Scorer
 
 SHARED = (
-    *(
-        "model_name_or_path",
-        "adapter_name_or_path",
-        "ref_model_name_or_path",
-        "score_estimator",
-        "num_mc_samples",
-        "num_diffusion_steps",
-    ),
-    *("seed", "max_length", "max_prompt_length", "truncation", "answer_truncation", "template", "dtype"),
+    *("model_name_or_path", "adapter_name_or_path", "ref_model_name_or_path", "dtype", "load_in_4bit"),
+    *("score_estimator", "num_mc_samples", "num_diffusion_steps", "seed"),
+    *("max_length", "max_prompt_length", "truncation", "answer_truncation", "template"),
 )
 """Settings that the scores in one file must have in common."""
 
@@ -50,11 +44,11 @@ def main(argv: list[str]) -> None:
     from data_pipeline.sources.read import records_in
 
     records = records_in(config.pairs, flag="--pairs")
-    from diffdpo.evaluation.score_models import check_models, load_models, model_names
+    from diffdpo.evaluation.score_models import check_models, load_models, model_names, settled
     from diffdpo.evaluation.score_pairs import Scorer
 
-    names = model_names(config)
-    check_models(names)
+    config, names = settled(config), model_names(config)
+    check_models(names, block_size=config.block_size)
     file = open_output(config, names)
     done = len(file.done) if file else 0
     try:

@@ -52,30 +52,32 @@ def main(argv: list[str]) -> int:
     if launcher and not shutil.which(launcher[0]):
         raise UserError(f"--launcher: there is no program {launcher[0]}")
     from diffdpo.tracking.lock import alone_in
+    from diffdpo.tracking.run import tracking_uri
 
     folder = args.output_dir or Path("outputs") / grid.name
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output_dir {folder} is a file; give a folder")
+    uri = tracking_uri(args.tracking_uri or grid.tracking_uri, folder)
     with alone_in(folder):
-        return _sweep(args, grid, folder, launcher)
+        return _sweep(args, grid, folder, launcher, uri)
 
 
-def _sweep(args, grid: Grid, folder: Path, launcher: list[str]) -> int:
+def _sweep(args, grid: Grid, folder: Path, launcher: list[str], uri: str | None) -> int:
     from diffdpo.sweep.parent import TAG, Parent
     from diffdpo.sweep.states import read_state
     from diffdpo.sweep.work import Work
-    from diffdpo.tracking.run import tracking_uri
 
     states = {cell.name: read_state(folder, cell).word for cell in grid.cells}
     again = ("to do", "failed") if args.retry_failed else ("to do",)
     cells = [cell for cell in grid.cells if states[cell.name] in again]
     print(f"sweep   {grid.name}: {_counted(states, grid)}; {len(cells)} to run, {args.jobs} at a time, in {folder}")
     shutil.copyfile(args.grid, folder / "sweep.yaml")
-    uri = tracking_uri(args.tracking_uri or grid.tracking_uri, folder)
     parent = Parent(grid, folder, uri)
     extra = ["--tracking_uri", uri or "none"] + (["--run_tags", f"{TAG}={parent.run_id}"] if parent.run_id else [])
     work = Work(grid, folder, jobs=args.jobs, launcher=launcher, extra=extra, say=lambda line: print(line, flush=True))
     work.run(cells)
     states = {cell.name: read_state(folder, cell).word for cell in grid.cells}
-    _compare(args, folder)
+    _compare(args, folder, [folder / cell.name for cell in grid.cells])
     print(f"\nsweep   {grid.name}: {_counted(states, grid)}")
     failed = [name for name, word in states.items() if word == "failed"]
     if failed:
@@ -93,15 +95,16 @@ def _counted(states: dict[str, str], grid: Grid) -> str:
     return f"{len(grid.cells)} runs, " + ", ".join(f"{count} {word}" for word, count in sorted(counts.items()))
 
 
-def _compare(args, folder: Path) -> None:
+def _compare(args, folder: Path, cells: list[Path]) -> None:
     """The tables, and the page and the CSV file in the sweep's folder; nothing where no run has begun."""
     from diffdpo.comparison.find import find_runs
+    from diffdpo.comparison.from_folder import is_run
     from diffdpo.comparison.page import write_page
-    from diffdpo.comparison.tables import compare
+    from diffdpo.comparison.tables import compare, verdict
     from diffdpo.comparison.text import print_comparison, write_csv
 
     try:
-        found = compare(find_runs([str(folder)]), metric=args.metric)
+        found = compare(find_runs([str(cell) for cell in cells if is_run(cell)]), metric=args.metric)
     except UserError as error:
         print(f"        no comparison: {error}")
         return
@@ -109,6 +112,7 @@ def _compare(args, folder: Path) -> None:
     print_comparison(found)
     write_csv(found, folder / "comparison.csv")
     write_page(found, folder / "comparison.html")
+    (folder / "verdict.md").write_text("\n\n".join(verdict(found)))
     print(f"page    {folder / 'comparison.html'}")
 
 

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import unquote
 
 from diffdpo.comparison.from_folder import is_run, read_folder
 from diffdpo.comparison.recorded import RecordedRun
@@ -78,7 +79,12 @@ def store_of(uri: str | None) -> str:
         return sqlite_uri(DEFAULT_STORE.resolve())
     source = "--tracking_uri" if uri is not None else STORE
     store = taken(uri if uri is not None else os.environ[STORE], source)
+    if store == "none":
+        raise UserError(f"{source} none: names are looked up in a store; name one, or give folders of runs")
     check_tracking_uri(store, source)
+    file = unquote(store.removeprefix("sqlite:///").partition("?")[0])
+    if store.startswith("sqlite:///") and not Path(file).exists():  # MLflow would make it
+        raise UserError(f"{source} {store}: there is no file {file}")
     return store
 
 

@@ -12,8 +12,8 @@ from diffdpo.comparison.from_folder import FACTS, command_of, estimates, facts_o
 from diffdpo.comparison.recorded import RecordedRun, curves_of, last_held_out, peak_of, rate_of
 from diffdpo.errors import UserError
 from diffdpo.evaluation.item_file import read_items
-from diffdpo.settings.credentials import given_back, untold
-from diffdpo.tracking.mlflow_run import quiet_mlflow
+from diffdpo.settings.credentials import untold
+from diffdpo.tracking.mlflow_run import client_of
 
 STATES = {"FINISHED": "finished", "RUNNING": "running", "KILLED": "stopped", "FAILED": "failed", "SCHEDULED": "waiting"}
 FILES = ("summary.json", "held_out.json", "config.yaml", "asked.yaml", "environment.json")
@@ -22,7 +22,7 @@ MOST = 200  # runs of one look-up
 
 def by_name(uri: str, name: str) -> list[RecordedRun]:
     """The run of this id, all runs of this name, or those of the experiment of this name. UserError for none."""
-    client = _client(uri)
+    client = client_of(uri)
     try:
         return [_read(client, uri, client.get_run(name))]
     except Exception as error:
@@ -38,7 +38,7 @@ def by_name(uri: str, name: str) -> list[RecordedRun]:
 
 def search(uri: str, *, experiment: str | None, where: str | None, needed: bool = True) -> list[RecordedRun]:
     """The runs of an experiment (of all, where None) that a filter lets through, oldest first."""
-    client = _client(uri)
+    client = client_of(uri)
     try:
         known = client.search_experiments()
         chosen = [one.experiment_id for one in known if experiment is None or one.name == experiment]
@@ -55,13 +55,6 @@ def search(uri: str, *, experiment: str | None, where: str | None, needed: bool 
     if not found and needed:
         raise UserError(f"no run of {uri} fits {where or experiment}")
     return found
-
-
-def _client(uri: str) -> Any:
-    quiet_mlflow()
-    import mlflow
-
-    return mlflow.MlflowClient(given_back(uri))
 
 
 def _is_absent(error: Exception) -> bool:

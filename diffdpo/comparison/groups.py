@@ -13,10 +13,11 @@ ABSENT = "-"
 
 
 def differing_settings(runs: Sequence[RecordedRun]) -> list[str]:
-    """Names of settings, the seed aside, whose values differ: first those that a person changed in any run."""
+    """Names of settings, the seed aside, whose values differ: first those that a person changed in any run. Settings
+    that only some runs have, of another command or version, are no difference."""
     everyone = [run.settings() for run in runs if run.params]
-    names = list(dict.fromkeys(name for settings in everyone for name in settings if name != "seed"))
-    differ = [name for name in names if len({settings.get(name, ABSENT) for settings in everyone}) > 1]
+    names = [name for name in (everyone or [{}])[0] if name != "seed" and all(name in each for each in everyone)]
+    differ = [name for name in names if len({settings[name] for settings in everyone}) > 1]
     asked = {name for run in runs for name in run.asked}
     return sorted(differ, key=lambda name: name not in asked)
 

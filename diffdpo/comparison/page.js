@@ -50,9 +50,8 @@ function ticks(low, high, count) {
   if (!(high > low)) return [low];
   const rough = (high - low) / count, power = Math.pow(10, Math.floor(Math.log10(rough)));
   const step = [1, 2, 5, 10].map((one) => one * power).find((one) => one >= rough);
-  const found = [];
-  for (let tick = Math.ceil(low / step) * step; tick <= high + step * 1e-6; tick += step) found.push(tick);
-  return found;
+  const first = Math.ceil(low / step);
+  return Array.from({ length: 2 * count + 2 }, (_, i) => (first + i) * step).filter((tick) => tick <= high + step * 1e-6);
 }
 
 function shown(value) {
@@ -69,7 +68,8 @@ function draw(panel, figure) {
   const ys = lines.flatMap((line) => line.points.map((point) => state.log ? Math.log10(point.y) : point.y));
   let [x0, x1] = [Math.min(...xs), Math.max(...xs)], [y0, y1] = [Math.min(...ys), Math.max(...ys)];
   if (x0 === x1) { x0 -= 0.5; x1 += 0.5; }
-  const room = y1 > y0 ? 0.05 * (y1 - y0) : Math.abs(y0) * 0.1 || 0.5;
+  // of a curve that is flat but for rounding, rounding is not shown
+  const room = y1 - y0 > 1e-9 * Math.abs(y0) ? 0.05 * (y1 - y0) : Math.abs(y0) * 0.1 || 0.5;
   [y0, y1] = [y0 - room, y1 + room];
   const px = (x) => LEFT + (x - x0) / (x1 - x0) * (W - LEFT - RIGHT);
   const py = (y) => H - BOTTOM - ((state.log ? Math.log10(y) : y) - y0) / (y1 - y0) * (H - TOP - BOTTOM);

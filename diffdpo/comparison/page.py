@@ -27,7 +27,7 @@ SECTIONS = (
     ("Held out", ("eval/",)),
     ("Training", ("loss", "rewards/", "grad_norm", "learning_rate")),
     ("Scores and distance from the reference", ("scores/", "kl/")),
-    ("Speed", ("pairs_per_second", "answers_per_second", "tokens_per_second", "step_seconds", "seconds/", "data_wait")),
+    ("Speed", ("pairs_per_second", "answers_per_second", "tokens_per_second", "step_seconds", "time/", "data_wait")),
     ("Memory", ("peak_memory", "memory/")),
     ("Noise of the estimates", ("noise/",)),
 )

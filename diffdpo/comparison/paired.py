@@ -27,7 +27,6 @@ MEANS_DEPEND_ON = {
     "rewards/rejected": REWARD_SETTINGS,
 }
 """Settings that change what a metric's number means: where they differ, a difference of the numbers says nothing."""
-OF_PROBLEMS = ("exact_match",)  # items are problems; of all others they are records
 
 
 @dataclass(frozen=True)
@@ -89,9 +88,9 @@ def _own_values(run: RecordedRun, metric: str) -> tuple[object, dict[object, flo
     values = after.get(metric) if isinstance(after, Mapping) else None
     if not values or run.status == "running":
         return None
-    kind = "problems" if metric in OF_PROBLEMS else "records"
-    names = items.get(kind) or []
-    data = "problems" if metric in OF_PROBLEMS else items.get("data")  # a problem's name is of its text
+    of_task = metric in items  # a task's items, whose names are of what is asked; all others are held-out records
+    names = items.get(metric if of_task else "records") or []
+    data = metric if of_task else items.get("data")
     if len(names) == len(values) == len(set(names)):
         return data, dict(zip(names, values, strict=True))
     # values of another unit than a record, such as one for each answer: the same only where all records are

@@ -9,7 +9,7 @@ from diffdpo.comparison.paired import Difference, beyond_chance, differences
 from diffdpo.comparison.recorded import RecordedRun, labelled, lower_is_better
 from diffdpo.errors import UserError
 from diffdpo.evaluation.estimate import Estimate
-from diffdpo.evaluation.result import PERCENT, TITLES
+from diffdpo.evaluation.result import PERCENT, TASKS, TITLES
 
 SHORT = {
     "rewards/accuracies": "preference accuracy",
@@ -17,6 +17,7 @@ SHORT = {
     "scores/accuracies": "chosen likelier per token",
     "rewards/separation": "AUC of the reward",
     "exact_match": "exact match",
+    "multiple_choice": "multiple choice",
     "loss": "held-out loss",
 }
 LONGEST = 28  # characters of a setting's value in a table
@@ -55,6 +56,8 @@ def compare(runs: Sequence[RecordedRun], *, baseline: str | None = None, metric:
     """Set runs beside each other. ``baseline``: name of a run, by default the first; ``metric`` decides which is best,
     by default the first of the known ones that all have. UserError for a name that does not exist."""
     runs = labelled(runs)
+    if not runs:
+        raise UserError("there is no run to compare")
     groups = group_runs(runs)
     known = dict.fromkeys(name for group in groups for name in group.after)
     metrics = [name for name in TITLES if name in known]
@@ -177,13 +180,14 @@ def gaps(found: Comparison) -> list[str]:
 
 
 def title_of(metric: str) -> str:
-    """A metric for a heading."""
-    return SHORT.get(metric, metric)
+    """A metric for a heading; of several tasks of a kind, the kind and the task."""
+    kind, _, task = metric.replace("@", "/", 1).partition("/")
+    return SHORT.get(metric) or (f"{SHORT[kind]}, {task}" if kind in TASKS else metric)
 
 
 def estimate_cell(metric: str, estimate: Estimate, *, signed: bool = False) -> str:
     """``95.3 ± 1.3 %``; without ± where the error is not known."""
-    scale, unit, digits = (100.0, " %", 1) if metric in PERCENT else (1.0, "", 3)
+    scale, unit, digits = (100.0, " %", 1) if metric.replace("@", "/").startswith(PERCENT) else (1.0, "", 3)
     if not math.isfinite(estimate.mean):
         return "not finite"
     mean = f"{scale * estimate.mean:{'+' if signed else ''}.{digits}f}"
@@ -232,6 +236,8 @@ def shortened(text: str) -> str:
 def _also(found: Comparison, settings: Sequence[str]) -> str:
     differ = {name: [run.params.get(name, ABSENT) for run in found.runs] for name in settings}
     differ |= differing_facts(found.runs)
+    if len({run.command for run in found.runs}) > 1:
+        differ = {"command": [run.command for run in found.runs]} | differ
     if all(run.params.get("train_data") in (None, "None") for run in found.runs):
         differ.pop("data_fingerprint", None)  # generated: it follows from the settings and the seed
     words = [f"{name} ({', '.join(dict.fromkeys(map(shortened, values)))})" for name, values in differ.items()]

@@ -52,13 +52,18 @@ def operators(*, gpu: bool) -> Iterator[Finding]:
     from diffdpo.errors import UserError
 
     names = ["cpu_adam", "fused_adam" if gpu else "deepspeed_shm_comm"]
-    there, to_compile = [], []
+    there: list[str] = []
+    to_compile: list[str] = []
+    refused: dict[str, list[str]] = {}
     for name in (*names, "async_io"):
         try:
             (to_compile if missing_operators([name]) else there).append(name)
         except UserError as fault:
-            said, _, advice = str(fault).rpartition("; ")
-            yield warning(f"operator {name}", f"not for {USED_BY[name]}: {said}", advice)
+            refused.setdefault(str(fault), []).append(name)
+    for fault_text, those in refused.items():
+        said, _, advice = fault_text.rpartition("; ")
+        lost = ", ".join(f"{name} ({USED_BY[name]})" for name in those)
+        yield warning("operators", f"{said}; not to be had: {lost}", advice)
     if "async_io" in to_compile and ctypes.util.find_library("aio") is None:
         to_compile.remove("async_io")
         yield warning(
@@ -66,16 +71,16 @@ def operators(*, gpu: bool) -> Iterator[Finding]:
         )
     yield ok("operators there", ", ".join(there) or "none")
     if to_compile:
-        long = sum(SECONDS[name] for name in to_compile if name != "async_io")
+        long = sum(seconds for name, seconds in SECONDS.items() if name in to_compile and name != "async_io")
         yield ok("to be compiled", f"{', '.join(to_compile)}: once, by the first run that uses it (about {long} s)")
     for lock in locked_operators([*names, "async_io"]):
         yield warning(
             "operator lock", f"{lock}: something compiles, or was killed", "a run waits for it, or removes it"
         )
-    yield from _cache(extension_root(), bool(to_compile))
+    yield from _cache(extension_root(), needed=bool(to_compile))
 
 
-def _cache(root: Path, needed: bool) -> Iterator[Finding]:
+def _cache(root: Path, *, needed: bool) -> Iterator[Finding]:
     """Whether what is compiled can be kept."""
     existing = next(folder for folder in (root, *root.parents) if folder.exists())
     if needed and not (existing.is_dir() and os.access(existing, os.W_OK)):

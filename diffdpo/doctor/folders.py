@@ -31,7 +31,7 @@ def caches() -> Iterator[Finding]:
     """Where models and compiled code are kept between runs."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     hub = os.environ.get("HF_HOME") or f"{home}/huggingface"
-    yield _folder("model cache", Path(hub).expanduser(), advice="set HF_HOME to a folder with room", must=False)
+    yield _folder("model cache", Path(os.path.expanduser(hub)), advice="set HF_HOME to a folder with room", must=False)
     there = Path(os.environ.get("TMPDIR") or "/tmp")
     yield _folder("temporary files", there, advice="set TMPDIR to a folder that can be written", must=False)
 

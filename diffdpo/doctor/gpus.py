@@ -13,6 +13,7 @@ SMI_SECONDS = 8
 GIB = 2**30
 BUSY = 0.1  # share of a GPU's memory that others may hold before it is told
 COPY_BYTES = 256 * 2**20
+SLOW_LINK = 6.0  # GB/s
 
 
 def visible() -> int:
@@ -87,7 +88,16 @@ def each() -> Iterator[Finding]:
 
 
 def _transfers(index: int) -> Finding:
-    """How fast page-locked memory goes there and back: what offload lives on."""
+    """What offload lives on."""
+    rates = copy_rates(index)
+    said = f"{rates[0]:.1f} GB/s to it, {rates[1]:.1f} back"
+    if min(rates) < SLOW_LINK:
+        return warning(f"GPU {index} link", said, "PCIe 3 x8 or less: offload is slow; look at the slot (lspci -vv)")
+    return ok(f"GPU {index} link", said)
+
+
+def copy_rates(index: int) -> list[float]:
+    """GB/s of page-locked memory to a GPU and back."""
     import torch
 
     host = torch.empty(COPY_BYTES, dtype=torch.uint8, pin_memory=True)
@@ -100,10 +110,7 @@ def _transfers(index: int) -> Finding:
         target.copy_(source, non_blocking=True)
         torch.cuda.synchronize(index)
         rates.append(COPY_BYTES / (time.perf_counter() - start) / 1e9)
-    said = f"{rates[0]:.1f} GB/s to it, {rates[1]:.1f} back"
-    if min(rates) < 6:
-        return warning(f"GPU {index} link", said, "PCIe 3 x8 or less: offload is slow; look at the slot (lspci -vv)")
-    return ok(f"GPU {index} link", said)
+    return rates
 
 
 def kernels() -> Iterator[Finding]:

@@ -54,7 +54,7 @@ def _block_model(case: Case) -> LoadedModel:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter *= LIVELY
+                parameter.mul_(LIVELY)
     spec = make_spec(model.config, FAMILIES["sdar"], tokenizer)
     return LoadedModel(model.to(DTYPES[case.dtype]).eval(), tokenizer, spec)
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from diffdpo.engine.choice import EngineChoice
+from diffdpo.engine.choice import SMALL_SHARE, EngineChoice
 from diffdpo.engine.world import World
 
 
@@ -35,6 +35,7 @@ class Engine(Protocol):
     world: World
     module: nn.Module  # as it was before wrapping: for saving and for generation
     parameters: list[nn.Parameter]  # those that are trained
+    loss_factor: float  # what ``backward`` multiplies a loss by: tensors that are no parameters get so much gradient
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         """The module's forward."""
@@ -97,6 +98,12 @@ def count_parameters(module: nn.Module) -> tuple[int, int]:
     """(all, trained): numbers of weights, also of those that ZeRO-3 holds in shards."""
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in module.parameters()]
     return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+
+
+def trains_few(module: nn.Module) -> bool:
+    """Whether what is trained is small beside the rest, as a LoRA adapter: whole gradients of it hardly count."""
+    everything, trained = count_parameters(module)
+    return trained <= SMALL_SHARE * everything
 
 
 def trained_parameters(module: nn.Module) -> list[nn.Parameter]:

@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from diffdpo.engine.adam_clock import wind_up
-from diffdpo.engine.base import FrozenModule, count_parameters, parameter_groups, trained_parameters
-from diffdpo.engine.choice import SMALL_SHARE, EngineChoice
+from diffdpo.engine.base import FrozenModule, count_parameters, parameter_groups, trained_parameters, trains_few
+from diffdpo.engine.choice import EngineChoice
+from diffdpo.engine.clock import timed
 from diffdpo.engine.deepspeed_files import TAG, CheckpointFiles, write_files
 from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.plain import PlainFrozen
@@ -49,19 +50,21 @@ class DeepSpeedEngine:
         self.module, self.parameters = module, trained_parameters(module)
         self.files = self.engine.checkpoint_engine = CheckpointFiles(self.engine.checkpoint_engine, module)
         self.holding = False  # inside ``no_sync``
+        self.loss_factor = float(world.size)  # gradients of parameters are averaged over ranks: undo that
 
+    @timed("forward")
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         return self.engine(*inputs)
 
+    @timed("backward")
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last or self.holding)
-        self.engine.backward(loss * self.world.size, scale_wrt_gas=False)  # it averages over ranks: undo that
+        self.engine.backward(loss * self.loss_factor, scale_wrt_gas=False)
 
     def no_sync_obstacle(self) -> str | None:
         if getattr(self.optimizer, "use_grad_accum_attribute", False):
             return "DeepSpeed's fp32 accumulation (data_types.grad_accum_dtype) keeps gradients out of .grad"
-        everything, trained = count_parameters(self.module)
-        return self.choice.no_sync_obstacle(few=trained <= SMALL_SHARE * everything)
+        return self.choice.no_sync_obstacle(few=trains_few(self.module))
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -82,6 +85,7 @@ class DeepSpeedEngine:
         if self.choice.sharding.any and not self.choice.shards_parameters:
             _forget(self.optimizer)
 
+    @timed("optimizer")
     def step(self, learning_rate: float) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -159,7 +163,8 @@ def _placed(module: nn.Module, world: World, choice: EngineChoice) -> nn.Module:
         return module.to(world.device)
     if choice.bf16:  # what DeepSpeed does to a module that is not in shards yet
         for parameter in module.parameters():
-            parameter.data = parameter.data.bfloat16()
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.bfloat16()
     for buffer in module.buffers():
         buffer.data = buffer.data.to(world.device)
     import_deepspeed().zero.Init(module=module, config_dict_or_path=copy.deepcopy(dict(choice.ds_config)))

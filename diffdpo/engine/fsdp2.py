@@ -18,16 +18,20 @@ from torch.distributed.tensor import DTensor
 
 from diffdpo.engine.base import parameter_groups, sum_gradients, trained_parameters
 from diffdpo.engine.choice import EngineChoice
+from diffdpo.engine.clock import timed
 from diffdpo.engine.fsdp2_units import cut_units, gathered, is_cut, own_part
 from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.saved import fits_beside
 from diffdpo.engine.tensor_files import read_training_state, training_state, write_tensors
 from diffdpo.engine.world import World
+from diffdpo.gpus import is_gpu
 from diffdpo.models.architecture.backbone import native
 
 
 class Fsdp2Engine:
     """torch's AdamW on shards."""
+
+    loss_factor = 1.0
 
     def __init__(self, module: nn.Module, world: World, options: OptimizerOptions, *, choice: EngineChoice):
         self.choice, self.world, self.module, self.options = choice, world, module, options
@@ -47,11 +51,13 @@ class Fsdp2Engine:
     @property
     def fused(self) -> bool:
         """Whether one kernel takes all of AdamW's step: on a GPU, and on the host for shards that live there."""
-        return self.world.device.type == "cuda" or self.choice.sharding.offloads_optimizer
+        return is_gpu(self.world.device) or self.choice.sharding.offloads_optimizer
 
+    @timed("forward")
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         return self.module(*inputs)
 
+    @timed("backward")
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         loss.backward()
 
@@ -68,6 +74,7 @@ class Fsdp2Engine:
         self.module.reset_iter_state()  # type: ignore[operator]
         self.optimizer.zero_grad(set_to_none=True)
 
+    @timed("optimizer")
     def step(self, learning_rate: float) -> float:
         self._reshard()
         if self.adapter:

@@ -17,10 +17,14 @@ from torch import nn
 
 from diffdpo.engine.deepspeed_files import TAG
 from diffdpo.engine.fsdp2_units import fill
+from diffdpo.engine.optimizer_kinds import make_state, state_tensors, take_counts
 from diffdpo.engine.saved import check_trained, trained_by_name
 from diffdpo.engine.zero_files import ZeroFiles
+from diffdpo.errors import UserError
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+OTHERS = ("row_var", "col_var", "variance", "momentum_buffer", "state1", "state2", "absmax1", "absmax2")
+"""Of the optimizers of ``--optim`` that are not AdamW."""
 
 
 def training_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -28,7 +32,7 @@ def training_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     trained = trained_by_name(module)
     tensors = {name: parameter.detach() for name, parameter in trained.items()}
     for name, parameter in trained.items():
-        tensors |= {f"{name}.{key}": value for key, value in optimizer.state.get(parameter, {}).items()}
+        tensors |= {f"{name}.{key}": value for key, value in state_tensors(optimizer, parameter).items()}
     return tensors
 
 
@@ -48,8 +52,14 @@ def read_training_state(folder: Path, module: nn.Module, optimizer: torch.optim.
     """
     zero = ZeroFiles(folder / TAG) if (folder / TAG).is_dir() else None
     saved, trained = zero.shapes if zero else saved_shapes(folder), trained_by_name(module)
-    check_trained({name: shape for name, shape in saved.items() if name.rpartition(".")[2] not in MOMENTS}, module)
+    kept = {name for name in saved if name.rpartition(".")[2] in (*MOMENTS, *OTHERS)}
+    check_trained({name: shape for name, shape in saved.items() if name not in kept}, module)
     optimizer.state.clear()
+    if not isinstance(optimizer, torch.optim.AdamW):
+        _read_other(folder, kept, module, optimizer, zero=zero is not None)
+        return
+    if foreign := sorted(name for name in kept if name.rpartition(".")[2] not in MOMENTS):
+        raise UserError(f"the checkpoint holds {foreign[0]}, of another --optim; resume with that of its run")
     for name, parameter in trained.items():
         if f"{name}.exp_avg" in saved:
             count = torch.zeros((), device=parameter.device if fused else "cpu")
@@ -65,23 +75,44 @@ def read_training_state(folder: Path, module: nn.Module, optimizer: torch.optim.
 
 
 def read_weights(folder: Path, module: nn.Module) -> None:
-    """Put the trained weights of a checkpoint in place, whatever engine wrote it; this process alone, no engine needed.
+    """Put the trained weights of a checkpoint of any engine in place, in one process, tensor by tensor.
 
-    ValueError where they cannot be read without DeepSpeed (ZeRO stage 0), UserError where the folder holds other
-    weights than those trained in the module.
+    UserError where it holds other weights than those trained here, or none that can be read.
     """
-    zero = ZeroFiles(folder / TAG) if (folder / TAG).is_dir() else None
-    saved = zero.shapes if zero else saved_shapes(folder)
-    check_trained({name: shape for name, shape in saved.items() if name.rpartition(".")[2] not in MOMENTS}, module)
-    weights = {name: parameter.detach() for name, parameter in trained_by_name(module).items()}
-    if zero:
-        for name, whole in zero.tensors():
-            if name in weights:
-                weights[name].copy_(whole)
+    trained = {name: parameter.detach() for name, parameter in trained_by_name(module).items()}
+    if not (folder / TAG).is_dir():
+        of_optimizer = (*MOMENTS, *OTHERS)
+        saved = {n: shape for n, shape in saved_shapes(folder).items() if n.rpartition(".")[2] not in of_optimizer}
+        check_trained(saved, module)
+        with _first_failure(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as is meant here
+            dcp.load(dict(trained), storage_reader=_reader(folder), no_dist=True)
         return
-    with _first_failure(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as is meant here
-        dcp.load(weights, storage_reader=_reader(folder), no_dist=True)
+    try:
+        zero = ZeroFiles(folder / TAG)
+    except ValueError as error:
+        raise UserError(f"{error}; go on with the run that wrote it and export its final/") from None
+    check_trained({name: shape for group in zero.groups for name, shape in group.items()}, module)
+    for name, whole in zero.weights():
+        trained[name].copy_(whole)
+
+
+def _read_other(
+    folder: Path, kept: set[str], module: nn.Module, optimizer: torch.optim.Optimizer, *, zero: bool
+) -> None:
+    """The same for an optimizer that is not AdamW. UserError where the files are of another."""
+    if kept:
+        make_state(optimizer)
+    tensors = training_state(module, optimizer)
+    ours = tensors.keys() - trained_by_name(module).keys()
+    if zero or kept != ours:
+        odd = min(kept ^ ours, default="ZeRO's flat state")
+        raise UserError(f"the checkpoint is of another --optim ({odd}); resume with that of its run")
+    with _first_failure():
+        dcp.load(tensors, storage_reader=_reader(folder), no_dist=not dist.is_initialized())
+    for name, parameter in trained_by_name(module).items():
+        if (count := tensors.get(f"{name}.step")) is not None:
+            take_counts(optimizer, parameter, count)
 
 
 def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from diffdpo.engine.clock import Clock, count_waits
 from diffdpo.engine.companions import Companions, meet
 from diffdpo.errors import UserError
 
@@ -33,6 +34,7 @@ class World:
     device: torch.device
     group: Any = field(default=None, compare=False, repr=False)
     companions: Companions | None = field(default=None, compare=False, repr=False)
+    clock: Clock = field(default_factory=Clock, compare=False, repr=False)  # where this process spends a step
 
     @property
     def is_main(self) -> bool:
@@ -111,6 +113,7 @@ def init_distributed(
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # or long sums are rounded on the way
         device, backend = torch.device("cuda", local_rank), "nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
@@ -133,7 +136,10 @@ def init_distributed(
             _watching.append(companions)
             companions.start()
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
-    return World(rank, local_rank, size, device, companions=companions)
+    clock = Clock(cuda=device.type == "cuda")
+    if size > 1:
+        count_waits(clock)
+    return World(rank, local_rank, size, device, companions=companions, clock=clock)
 
 
 def part() -> None:
@@ -146,6 +152,7 @@ def shutdown_distributed() -> None:
     """Leave the process group, if there is one."""
     part()
     if dist.is_available() and dist.is_initialized():
+        count_waits(None)
         dist.destroy_process_group()
 
 

@@ -1,7 +1,8 @@
 """Held-out results item by item, in ``held_out.json`` of a run: what two runs are compared by, record by record.
 
-The file holds ``data`` (fingerprint of the held-out data), ``records`` and ``problems`` (names of the items, in the
-order of the values) and ``before`` / ``after``: a list of values for each metric. No torch in here.
+The file holds ``data`` (fingerprint of the held-out data), the names of the items in the order of the values
+(``records``, and by its metric those of each task), and ``before`` / ``after``: a list of values for each metric. No
+torch in here.
 """
 
 import json

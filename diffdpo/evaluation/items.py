@@ -7,7 +7,7 @@ import torch
 
 from data_pipeline.batch import PairBatch
 from diffdpo.engine.world import World
-from diffdpo.evaluation.answers import Problem
+from diffdpo.evaluation.tasks.problems import Problem
 
 
 def record_names(batches: Sequence[PairBatch], counts: Sequence[torch.Tensor], world: World) -> list[str]:
@@ -23,5 +23,5 @@ def record_names(batches: Sequence[PairBatch], counts: Sequence[torch.Tensor], w
 
 def problem_names(problems: Sequence[Problem], tokenizer) -> list[str]:
     """A digest of prompt and right answer, whatever the tokenizer."""
-    texts = [f"{tokenizer.decode(list(p.prompt), skip_special_tokens=True)}\0{p.truth}" for p in problems]
+    texts = [f"{tokenizer.decode(list(p.ids), skip_special_tokens=True)}\0{p.truth}" for p in problems]
     return [hashlib.blake2b(text.encode(), digest_size=6).hexdigest() for text in texts]

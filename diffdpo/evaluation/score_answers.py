@@ -14,6 +14,7 @@ import torch
 
 from data_pipeline.batch import collate
 from data_pipeline.encode import TokenAnswer, TokenPair
+from diffdpo.errors import UserError
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.scores.fold import fold
 from diffdpo.scores.rows import score_rows
@@ -47,7 +48,8 @@ def score_answers(
     segments: Segments,
 ) -> list[Score]:
     """The score of each answer, in order. An answer so short that all of its masks take no more forwards than
-    ``noise.num_samples`` is enumerated instead: exact, and of one token in one forward."""
+    ``noise.num_samples`` is enumerated instead: exact, and of one token in one forward. UserError for a score that is
+    no finite number."""
     found: dict[int, Score] = {}
     exact = replace(noise, estimator="exact")
     for options, wanted in ((exact, True), (noise, False)):
@@ -59,8 +61,13 @@ def score_answers(
         rows = options.draw_rows(batch, device)
         scores = fold(score_rows(forward, rows, segments=segments), rows)
         for place, i in enumerate(numbers):
-            stderr = scores.stderr_B2[place, 0].item()
-            found[i] = Score(scores.score_B2[place, 0].item(), None if np.isnan(stderr) else stderr)
+            score, stderr = scores.score_B2[place, 0].item(), scores.stderr_B2[place, 0].item()
+            if not np.isfinite(score):
+                raise UserError(
+                    f"{answers[i].noise}: the model gives no finite score ({score:g}); its weights are damaged or "
+                    "diverged, or overflow in 16 bits"
+                )
+            found[i] = Score(score, None if np.isnan(stderr) else stderr)
     return [found[i] for i in range(len(answers))]
 
 

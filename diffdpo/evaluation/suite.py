@@ -28,18 +28,20 @@ def run_task(
     settings: dict[str, Any],
     batch_size: int,
     title: str,
+    shown: bool | None = None,
 ) -> list[Line]:
     """The line of each item, in the order of the items, on every process.
 
     ``path``: where lines are kept, each written once when it is known; what stands there already, made with the same
     ``settings``, is not made again. Processes share the items; what each of them gets does not depend on how many they
-    are. UserError where a line there is of another item with the same id.
+    are. ``shown``: whether progress is; by default on rank 0. UserError where a line there is of another item with the
+    same id.
     """
     held = _open(path, settings, world)
     todo = [number for number, key in enumerate(task.keys) if not _is_done(key.id, key.digest, held.done, path)]
     made: list[Line] = []
     try:
-        with bar_of(len(todo), title, unit="item", shown=world.is_main) as bar:
+        with bar_of(len(todo), title, unit="item", shown=world.is_main if shown is None else shown) as bar:
             for start in range(0, len(todo), batch_size * world.size):
                 part = todo[start : start + batch_size * world.size]
                 own = part[world.rank :: world.size]

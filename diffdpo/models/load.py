@@ -16,6 +16,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.hub import at_revision
 from data_pipeline.tokenizer import first_id, name_mask, read_tokenizer
 from diffdpo.errors import UserError
+from diffdpo.gpus import KINDS
 from diffdpo.models.architecture.block_families import (
     Fast_dLLM_QwenForCausalLM,
     FastDLLMQwenConfig,
@@ -148,7 +149,7 @@ def check_device(device: str) -> None:
         kind = torch.device(device).type
     except RuntimeError as error:
         raise UserError(f"device {device!r} is unknown; use cpu, cuda, cuda:0, ...") from error
-    if kind not in ("cpu", "cuda"):
+    if kind not in ("cpu", *KINDS):
         raise UserError(f"device {device!r} is not supported; use cpu, cuda, cuda:0, ...")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device {device!r}: no GPU is to be found here; use cpu")
@@ -201,14 +202,13 @@ def read_config(name_or_path: str, *, block_size: int | None = None) -> tuple[Fa
         raise UserError(
             f"{name_or_path!r} holds weights quantised by {method}: load the original; load_in_4bit quantises it here"
         )
-    family = FAMILIES[kind]
+    return FAMILIES[kind], made_config(FAMILIES[kind], raw, name_or_path, block_size=block_size)
+
+
+def made_config(family: Family, raw: dict[str, Any], name: str, *, block_size: int | None = None) -> Any:
+    """The checked config of a published ``config.json``. UserError for a value that transformers cannot take."""
     if block_size is not None:
         _set_block_size(raw, family, block_size)
-    return family, made_config(family, raw, name_or_path)
-
-
-def made_config(family: Family, raw: dict[str, Any], name: str) -> Any:
-    """The checked config of a published ``config.json``. UserError for a value that transformers cannot take."""
     for key in ("dtype", "torch_dtype"):  # some write the dtype as torch prints it
         if isinstance(raw.get(key), str):
             raw[key] = raw[key].removeprefix("torch.")
@@ -225,18 +225,18 @@ def _set_block_size(raw: dict[str, Any], family: Family, block_size: int) -> Non
     """Put what the user says where config.json says nothing. UserError where it says otherwise, or it cannot be."""
     config_class = cast(Any, family.config_class)
     if config_class.least_block is None:
-        raise UserError(f"block_size={block_size}: models of type {raw['model_type']!r} have no blocks; leave it out")
+        raise UserError(f"--block_size {block_size}: models of type {raw['model_type']!r} have no blocks; leave it out")
     key = config_class.attribute_map.get("block_size", "block_size")
     if raw.get(key) not in (None, block_size):
-        raise UserError(f"block_size={block_size}: config.json has {key}={raw[key]!r}; leave it out, or correct one")
+        raise UserError(f"--block_size {block_size}: config.json has {key}={raw[key]!r}; leave it out, or correct one")
     raw[key] = block_size
 
 
-def model_context(name_or_path: str) -> int | None:
+def model_context(name_or_path: str, *, block_size: int | None = None) -> int | None:
     """Tokens that the model was made for, as its config says."""
     if is_adapter(name_or_path):
-        return model_context(base_of_adapter(name_or_path))
-    return getattr(read_config(name_or_path)[1], "max_position_embeddings", None)
+        return model_context(base_of_adapter(name_or_path), block_size=block_size)
+    return getattr(read_config(name_or_path, block_size=block_size)[1], "max_position_embeddings", None)
 
 
 def empty_model(name_or_path: str, *, block_size: int | None = None) -> PreTrainedModel:

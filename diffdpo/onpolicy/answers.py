@@ -32,10 +32,10 @@ def open_folder(folder: Path, identity: dict[str, Any], world: World) -> None:
         text = json.dumps(identity, indent=1, sort_keys=True) + "\n"
         if file.exists():
             fault = _difference(json.loads(file.read_text()), json.loads(text), folder)
-        elif folder.exists() and any(folder.iterdir()):
+        elif folder.exists() and any(path.suffix != ".partial" for path in folder.iterdir()):
             fault = f"--output_dir {folder} holds other files; give another"
         else:
-            (folder / PARTS).mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
             write_whole(file, text.encode())
     if fault := world.broadcast(fault):
         raise UserError(fault)
@@ -64,18 +64,22 @@ def sample_answers(
     """Make ``answers.jsonl``: a line an answer, {id, prompt, answer, tokens}; {id, prompt, left_out} of a prompt that
     the model cannot be asked. The model is loaded only if something is missing."""
     if world.broadcast((folder / ANSWERS).exists()):
+        if world.is_main:  # of a kill just after the file was whole
+            shutil.rmtree(folder / PARTS, ignore_errors=True)
         return
+    (folder / PARTS).mkdir(exist_ok=True)
     size = max(1, BATCHES_A_PART * settings.batch_size // settings.num_samples)
     starts = range(0, len(questions), size)
     missing = world.broadcast([start for start in starts if not _part(folder, start).exists()])
     mine = missing[world.rank :: world.size]
     loaded = load() if mine else None
-    with bar_of(len(mine) * size, "sampling", unit="prompt", shown=world.is_main) as bar:
+    total = sum(len(questions[start : start + size]) for start in mine)
+    with bar_of(total, "sampling", unit="prompt", shown=world.is_main) as bar:
         for start in mine:
             assert loaded is not None
             lines = _answer(questions[start : start + size], start, loaded, settings, seed=seed, template=template)
             write_whole(_part(folder, start), as_json_lines(lines))
-            bar.update(size)
+            bar.update(len(questions[start : start + size]))
     world.barrier()
     if world.is_main:
         with whole_or_absent(folder / ANSWERS) as partial, partial.open("wb") as file:

@@ -24,7 +24,7 @@ from diffdpo.onpolicy.stage import run_stage
 from diffdpo.settings.base import public
 from diffdpo.setup.data import GENERATED_EVAL_PAIRS, GENERATED_EVAL_SEED
 from diffdpo.tracking.lock import one_run_in
-from diffdpo.tracking.run import PARENT, tracking_uri
+from diffdpo.tracking.run import tracking_uri
 
 RECIPE, ROUND, SUMMARY = "recipe.json", "round.json", "summary.json"
 MORE_LATER = ("rounds", "launcher", "tracking_uri", "experiment_name")  # may change between two calls
@@ -62,18 +62,21 @@ def _begin(rounds: Rounds) -> None:
     file = rounds.folder / RECIPE
     if file.exists():
         was = json.loads(file.read_text())
+        dealt_by_rounds = rounds.config.prompts and not rounds.config.prompts_per_round
+        free = {*MORE_LATER, "output_dir"} - ({"rounds"} if dealt_by_rounds else set())
         for name in sorted(was.keys() | now.keys()):
-            if was.get(name) != now.get(name) and name not in (*MORE_LATER, "output_dir"):
+            if was.get(name) != now.get(name) and name not in free:
                 raise UserError(
                     f"output_dir {rounds.folder} was begun with {name} {was.get(name)}, not {now.get(name)}; give "
                     "another folder, or the recipe of that one"
                 )
-    elif any(path.name != "run.lock" for path in rounds.folder.iterdir()):
+    elif any(path.name != "run.lock" and path.suffix != ".partial" for path in rounds.folder.iterdir()):
         raise UserError(f"output_dir {rounds.folder} holds other files; give another folder")
-    if not rounds.config.prompts and not rounds.train.get("eval_data"):
-        pairs = list(generate_pairs(GENERATED_EVAL_PAIRS, seed=GENERATED_EVAL_SEED, split="eval"))
-        write_whole(rounds.folder / "held_out.jsonl", as_json_lines(pairs))
     write_whole(file, (json.dumps(now, indent=1) + "\n").encode())
+    held_out = rounds.folder / "held_out.jsonl"
+    if not rounds.config.prompts and not rounds.train.get("eval_data") and not held_out.exists():
+        pairs = list(generate_pairs(GENERATED_EVAL_PAIRS, seed=GENERATED_EVAL_SEED, split="eval"))
+        write_whole(held_out, as_json_lines(pairs))
 
 
 def _round(
@@ -91,16 +94,15 @@ def _round(
     folder.mkdir(exist_ok=True)
     say(f"\nround {number}: {len(questions)} prompts to {' on '.join(reversed(list(rounds.policy(number).values())))}")
     write_whole(folder / "prompts.jsonl", as_json_lines([as_row(question) for question in questions]))
-    env = {PARENT: parent.run_id} if parent.run_id else {}
     stages = {
         "make-pairs": rounds.pairs_settings(number),
-        "train": rounds.train_settings(number, tracking_uri=uri or "none"),
+        "train": rounds.train_settings(number, tracking_uri=uri or "none", parent=parent.run_id),
     }
     for command, settings in stages.items():
         recipe = folder / f"{command}.yaml"
         write_whole(recipe, yaml.safe_dump(settings, sort_keys=False).encode())
         name = f"round {number}, {command}"
-        run_stage(name, [command, "--config", str(recipe)], launcher=rounds.config.launcher, env=env)
+        run_stage(name, [command, "--config", str(recipe)], launcher=rounds.config.launcher)
     if rounds.config.round_reference == "average" and not rounds.average(number).exists():
         so_far = str(rounds.average(number - 1)) if number > 1 else rounds.policy(1)["model_name_or_path"]
         write_average(so_far, rounds.final(number), rounds.average(number), decay=rounds.config.average_decay)

@@ -34,6 +34,14 @@ class Verified:
     def __init__(self, verifier: Judge):
         self.verifier = verifier
 
+    def check(self, questions: Sequence[Question]) -> None:
+        """UserError where nothing could be judged, before anything is sampled."""
+        if all(question.truth(self.verifier) is None for question in questions):
+            raise UserError(
+                f"no right result is known for any of the {len(questions)} prompts: give each an answer that the "
+                "verifier can read, or name a verifier of your own (module:function) or scores (scores:FILE)"
+            )
+
     def __call__(self, question: Question, answers: Sequence[dict[str, Any]]) -> list[float] | None:
         """DataError, which names the answer, where a user's function fails."""
         truth = question.truth(self.verifier)

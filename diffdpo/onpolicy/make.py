@@ -48,6 +48,8 @@ def make_pairs(config: PairsConfig, *, say: Callable[[str], None] = print) -> Ma
     options = config.decoding()
     Decoding(**options | {"block_length": options["block_length"] or config.gen_length})  # refused before weights
     asked = _asked(config)
+    if isinstance(judge, Verified):
+        judge.check(asked.questions)
     load_tokenizer_and_spec(config.adapter_name_or_path or model_or_bundled(config.model_name_or_path))
     world = init_distributed()
     fingerprint = world.broadcast(_fingerprint(config) if world.is_main else None)

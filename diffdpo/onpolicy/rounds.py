@@ -15,6 +15,7 @@ from diffdpo.models.bundled import model_or_bundled
 from diffdpo.onpolicy.questions import Asked, Question, generated_questions, read_questions
 
 GENERATED_A_ROUND = 200
+PARENT_TAG = "mlflow.parentRunId"  # by which MLflow shows a run under another
 LORA = ("use_peft", "lora_r", "lora_alpha", "lora_target_modules", "lora_modules_to_save", "use_dora", "use_rslora")
 OURS = {
     "make_pairs": {
@@ -96,12 +97,13 @@ class Rounds:
         where = {"prompts": str(self.of(number) / "prompts.jsonl"), "output_dir": str(self.of(number) / "pairs")}
         return {**self.make_pairs, **self.policy(number), **where, "seed": self.config.seed * 1000 + number}
 
-    def train_settings(self, number: int, *, tracking_uri: str) -> dict[str, Any]:
-        """Of ``train``."""
+    def train_settings(self, number: int, *, tracking_uri: str, parent: str | None = None) -> dict[str, Any]:
+        """Of ``train``; ``parent``: the MLflow run of all rounds."""
         config, given = self.config, dict(self.train)
         policy = self.policy(number)
         if "adapter_name_or_path" in policy:  # an adapter that is there has its own rank and places
             given = {name: value for name, value in given.items() if name not in LORA}
+        tags = [str(given.pop("run_tags", None) or ""), f"{PARENT_TAG}={parent}" if parent else ""]
         return {
             "eval_data": str(self.folder / "held_out.jsonl"),
             **given,
@@ -115,6 +117,7 @@ class Rounds:
             "seed": config.seed * 1000 + number,
             "tracking_uri": tracking_uri,
             "experiment_name": config.experiment_name,
+            "run_tags": ",".join(filter(None, tags)) or None,
         }
 
     def reference(self, number: int) -> dict[str, str]:

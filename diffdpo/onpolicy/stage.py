@@ -14,12 +14,12 @@ from diffdpo.errors import RESUMABLE, Stopped, TrainingError, UserError
 PR_SET_PDEATHSIG = 1
 
 
-def run_stage(name: str, argv: Sequence[str], *, launcher: str | None, env: dict[str, str]) -> None:
+def run_stage(name: str, argv: Sequence[str], *, launcher: str | None) -> None:
     """Run ``diffdpo ARGV``; its words go to the same screen. SIGTERM is handed on. UserError, Stopped or TrainingError
     by how it ends."""
     command = [*command_of(launcher), *argv]
     try:
-        process = subprocess.Popen(command, env={**os.environ, **env}, preexec_fn=_die_with_parent)
+        process = subprocess.Popen(command, preexec_fn=_die_with_parent)
     except OSError as error:
         raise UserError(f"launcher {launcher!r} cannot be run: {error.strerror}") from None
 

@@ -13,14 +13,13 @@ import torch
 from torch import nn
 
 from diffdpo.engine.base import trained_parameters
-from diffdpo.noise.rows import NoisyRows
 from diffdpo.planner.job import PlannedRun
 from diffdpo.planner.kernels import device_kernels
+from diffdpo.planner.meta_rows import MetaSegments, meta_rows
 from diffdpo.planner.shapes import Numbers
 from diffdpo.planner.trace import Ledger, Trace, Work
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.scores.rows import score_rows
-from diffdpo.scores.segments import Segment
 from diffdpo.step.backward import STRATEGIES
 
 ACTIVATIONS, LOGITS, GRADIENTS = "activations", "logits", "gradients"
@@ -36,66 +35,11 @@ class DryRun:
     reference_work: Counter[Work]
 
 
-def meta_rows(count: int, job: PlannedRun) -> NoisyRows:
-    """``count`` rows, all as long as the longest, with all their scored positions."""
-    value_M = torch.empty(count * job.scored, device="meta")
-    row_R = torch.empty(count, device="meta")
-    ids_RT = torch.empty(count, job.length, dtype=torch.long, device="meta")
-    index_M, index_R = value_M.long(), row_R.long()
-    return NoisyRows(
-        input_ids_RT=ids_RT,
-        lengths_R=index_R,
-        answer_R=index_R,
-        weight_R=row_R,
-        share_R=row_R,
-        row_M=index_M,
-        position_M=index_M,
-        target_M=index_M,
-        scale_M=value_M,
-        tokens_A=index_R,
-        block_R=index_R,
-        cell_R=index_R,
-    )
-
-
-class MetaSegment(Segment):
-    """A segment that is given whole: on the meta device nothing can be cut by its values."""
-
-    @property
-    def rows(self) -> NoisyRows:
-        """What it was made of."""
-        return self.micro_batch
-
-
-class MetaSegments:
-    """As `diffdpo.scores.segments.Segments` cuts rows of equal length."""
-
-    def __init__(self, job: PlannedRun, segments: int):
-        self.job, self.segments = job, segments
-
-    def __call__(self, rows: NoisyRows) -> list[Segment]:
-        """Equal pieces of the rows."""
-        count = len(rows) // self.segments
-        return [self._piece(count) for _ in range(self.segments)]
-
-    def by_stream(self, rows: NoisyRows) -> list[list[Segment]]:
-        """Each by itself: attention is full."""
-        return [[piece] for piece in self(rows)]
-
-    def whole(self, rows: Any) -> Any:
-        return rows
-
-    def by_answer(self, rows: NoisyRows) -> list[list[Segment]]:
-        """The pieces of the two answers of a pair."""
-        return [self(rows), self(rows)]
-
-    def _piece(self, count: int) -> Segment:
-        return MetaSegment(meta_rows(count, self.job), torch.empty(count, dtype=torch.long, device="meta"))
-
-
 class DryEngine:
     """Stands in for the engine: gradients stay in ``.grad``, or leave through a bucket as in ZeRO-2 and ZeRO-3, or at
     once as in FSDP2 (whose buffers are counted on their own)."""
+
+    loss_factor = 1.0
 
     def __init__(self, module: MaskedLogProbs, job: PlannedRun, ledger: Ledger):
         self.module, self.ledger = module, ledger
@@ -164,23 +108,43 @@ class DryEngine:
 
 
 def dry_run(module: MaskedLogProbs, numbers: Numbers, job: PlannedRun, *, timed: bool = True) -> DryRun:
-    """Peak and work of a micro-batch. More than two segments (``deferred``: two an answer) add nothing to the peak;
-    their work is extrapolated. Without ``timed`` the work is that of the pieces run, for when only the peak matters."""
+    """Peak and work of a micro-batch. More than two segments (``deferred``: two an answer; of a pair that shares clean
+    tokens: three) add nothing to the peak; their work is extrapolated. Without ``timed`` the work is that of the pieces
+    run, for when only the peak matters."""
     several = job.segments > 1 or job.backwards > 1
-    once = _policy(module, numbers, job, pieces=1) if timed or not several else None
-    twice = _policy(module, numbers, job, pieces=2) if several or once is None else once
-    work = Counter((once or twice).work)
+    few = 2 if job.splits_pairs and job.strategy != "deferred" else 1  # one would run its clean tokens in its own graph
+    once = _policy(module, numbers, job, pieces=few) if timed or not several else None
+    more = _policy(module, numbers, job, pieces=few + 1) if several or once is None else once
+    work = Counter((once or more).work)
     if once and job.segments > 1:
-        answers = 2 if job.strategy == "deferred" else 1
-        extra = job.rows / (answers * job.rows_at_once) - 1
-        for kind in set(once.work) | set(twice.work):
-            work[kind] += round(extra * (twice.work[kind] - once.work[kind]))
+        work = _extrapolated(once, more, few, _pieces(job), times=job.pairs if job.splits_pairs else 1)
     reference, reference_work = None, Counter[Work]()
     if job.reference in ("copy", "adapter_off", "adapter_start"):
-        reference = _reference(module, numbers, job)
-        passes = job.rows / job.reference_rows
-        reference_work = Counter({kind: round(times * passes) for kind, times in reference.work.items()})
-    return DryRun(twice, reference, work, reference_work)
+        reference, reference_work = _reference_run(module, numbers, job)
+    return DryRun(more, reference, work, reference_work)
+
+
+def _pieces(job: PlannedRun) -> float:
+    """Segments that `_policy` would have to run for all rows: of a micro-batch, or of a pair that shares clean tokens;
+    under ``deferred`` of an answer."""
+    rows = job.pair_rows if job.splits_pairs else job.rows
+    return rows / ((2 if job.strategy == "deferred" else 1) * job.rows_at_once)
+
+
+def _extrapolated(once: Trace, more: Trace, few: int, pieces: float, *, times: int = 1) -> Counter[Work]:
+    """The work of so many ``pieces``, from that of ``few`` and of one more."""
+    kinds = set(once.work) | set(more.work)
+    return Counter({k: round(times * (once.work[k] + (pieces - few) * (more.work[k] - once.work[k]))) for k in kinds})
+
+
+def _reference_run(module: MaskedLogProbs, numbers: Numbers, job: PlannedRun) -> tuple[Trace, Counter[Work]]:
+    if job.shares_clean and not job.pairs_in_segment:
+        once, more = (_reference(module, numbers, job, pieces=pieces) for pieces in (2, 3))
+        pieces = job.pair_rows / job.reference_rows
+        return more, _extrapolated(once, more, 2, pieces, times=job.pairs)
+    trace = _reference(module, numbers, job, pieces=1)
+    passes = job.rows / job.reference_rows
+    return trace, Counter({kind: round(times * passes) for kind, times in trace.work.items()})
 
 
 def _ledger(module: nn.Module, numbers: Numbers) -> Ledger:
@@ -201,13 +165,13 @@ def _ledger(module: nn.Module, numbers: Numbers) -> Ledger:
 def _policy(module: MaskedLogProbs, numbers: Numbers, job: PlannedRun, *, pieces: int) -> Trace:
     """``pieces`` segments of one micro-batch; of a strategy with one segment, as many micro-batches."""
     ledger = _ledger(module, numbers)
-    many = job.segments > (2 * job.pairs if job.strategy == "deferred" else 1)
-    micro_batches = 1 if many else pieces
-    segments: Any = MetaSegments(job, pieces if many else 1)
+    many = job.splits_pairs or job.segments > (2 * job.pairs if job.strategy == "deferred" else 1)
+    micro_batches, pieces = (1, pieces) if many else (pieces, 1)
+    segments: Any = MetaSegments(job, pieces, together=job.splits_pairs)
     with device_kernels(cuda=job.cuda), ledger:
         engine: Any = DryEngine(module, job, ledger)
         for index in range(micro_batches):
-            rows = meta_rows(job.rows_at_once * (pieces if many else 1), job)
+            rows = meta_rows(_answers(job, pieces), job)
             last = index == micro_batches - 1
             STRATEGIES[job.strategy](engine, rows, torch.sum, segments=segments, last=last)
             del rows
@@ -215,12 +179,23 @@ def _policy(module: MaskedLogProbs, numbers: Numbers, job: PlannedRun, *, pieces
     return ledger.trace
 
 
-def _reference(module: MaskedLogProbs, numbers: Numbers, job: PlannedRun) -> Trace:
+def _answers(job: PlannedRun, pieces: int) -> torch.Tensor:
+    """Whose rows `_policy` runs: two answers' where a pair is taken apart, else whole answers' one after the other."""
+    if job.splits_pairs or job.strategy == "deferred":
+        count = (2 if job.strategy == "deferred" else 1) * pieces * job.rows_at_once
+        return torch.arange(count) * 2 // count
+    return torch.arange(pieces * job.rows_at_once) // job.rows_per_answer
+
+
+def _reference(module: MaskedLogProbs, numbers: Numbers, job: PlannedRun, *, pieces: int) -> Trace:
+    """``pieces`` segments: of one pair where there are several."""
     ledger = _ledger(module, numbers)
     off = module.model.disable_adapter() if job.reference == "adapter_off" else nullcontext()  # type: ignore[operator]
-    segments: Any = MetaSegments(job, 1)
+    count = pieces * job.reference_rows
+    answer_R = torch.arange(count) * 2 // count if pieces > 1 else torch.arange(count) // job.rows_per_answer
+    segments: Any = MetaSegments(job, pieces, together=pieces > 1)
     with device_kernels(cuda=job.cuda), ledger, off:
         engine = DryEngine(module, job, ledger)
-        score_rows(engine, meta_rows(job.reference_rows, job), segments=segments)
+        score_rows(engine, meta_rows(answer_R, job), segments=segments)
         engine.close()
     return ledger.trace

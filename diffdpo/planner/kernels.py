@@ -37,7 +37,7 @@ def device_kernels(*, cuda: bool) -> Iterator[None]:
             setattr(owner, name, real)
 
 
-def _attention(q, k, v, attn_mask=None, enable_gqa=False):
+def _attention(q, k, v, attn_mask=None, enable_gqa=False):  # masks are read, and kept by the layout
     return _FlashAttention.apply(q, k, v)
 
 

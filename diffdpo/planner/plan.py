@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from diffdpo.cards import GPUS, Gpu
 from diffdpo.config import TrainConfig
 from diffdpo.engine.choice import DEEPSPEED
 from diffdpo.errors import UserError
@@ -10,12 +11,13 @@ from diffdpo.memory.largest_fit import Fit, largest_fit
 from diffdpo.models.bundled import model_or_bundled
 from diffdpo.models.checkpoint.adapter_folder import base_of_adapter, is_adapter
 from diffdpo.planner.dry_run import DryRun, dry_run
-from diffdpo.planner.hardware import GPUS, Gpu, Host
+from diffdpo.planner.hardware import Host
 from diffdpo.planner.job import PlannedRun, plan_run, planned_engine
 from diffdpo.planner.memory import DEVICE, HOST, Part, memory_parts, needed
 from diffdpo.planner.roofline import StepTime, step_time
-from diffdpo.planner.shapes import Numbers, count, read_shape, skeleton, weight_elements
+from diffdpo.planner.shapes import Numbers, block_size_of, count, read_shape, skeleton, weight_elements
 from diffdpo.reference.modes import share_of_memory
+from diffdpo.settings.engine import over_processes
 from diffdpo.step.fit import fit_micro_batch
 from diffdpo.step.strategy import micro_batch_shape, with_micro_batch
 
@@ -70,7 +72,7 @@ def check_plannable(config: TrainConfig, machine: Machine) -> None:
     """UserError for what can be known to be missing before the minutes of planning."""
     if config.max_memory and machine.gpu is None:
         raise UserError("--max_memory is a share of a GPU's memory; give --gpu or --gpu_memory to plan it")
-    read_shape(model_or_bundled(config.policy))
+    read_shape(model_or_bundled(config.policy), block_size=config.block_size)
 
 
 def make_plan(
@@ -80,22 +82,24 @@ def make_plan(
 
     With ``--max_memory`` the job is that of the sizes that a run would find: its config names them.
     """
-    fit = None
+    fit, config = None, over_processes(config, machine.gpus)
     if config.max_memory:
         fit, config = _sized(config, machine, cuda=cuda)
     policy = model_or_bundled(config.policy)
-    family, shape = read_shape(policy)
+    family, shape = read_shape(policy, block_size=config.block_size)
     memory = (machine.gpu or max(GPUS.values(), key=lambda gpu: gpu.memory)).memory
 
     def second_model() -> float:
         name = config.ref_model_name_or_path or policy
-        size = 2 * weight_elements(*read_shape(base_of_adapter(name) if is_adapter(name) else name))  # files in 16 bits
+        base = base_of_adapter(name) if is_adapter(name) else name
+        size = 2 * weight_elements(*read_shape(base, block_size=config.block_size))  # files in 16 bits
         return share_of_memory(choice, size, memory=memory)
 
     choice = planned_engine(config, cuda=cuda, processes=machine.gpus)
-    module = skeleton(family, shape, config, bf16=choice.bf16, cast=choice.bf16 and choice.kind == DEEPSPEED)
-    job = plan_run(config, module, choice, cuda=cuda, second_model=second_model, scored=scored)
-    numbers = count(module)
+    module = skeleton(family, shape, config, bf16=choice.bf16, cast=choice.bf16 and choice.kind == DEEPSPEED, cuda=cuda)
+    options = {"second_model": second_model, "scored": scored, "block_size": block_size_of(shape)}
+    job = plan_run(config, module, choice, cuda=cuda, **options)  # type: ignore[arg-type]
+    numbers = count(module, optim=config.optim)
     context = getattr(shape, "max_position_embeddings", None)
     return Plan(job, numbers, dry_run(module, numbers, job, timed=timed), machine, fit, context)
 
@@ -104,7 +108,8 @@ def _sized(config: TrainConfig, machine: Machine, *, cuda: bool) -> tuple[Fit, T
     """The run's own search with planned peaks in place of measured ones, and what it chooses as settings."""
     check_plannable(config, machine)
     assert machine.gpu is not None
-    shape = micro_batch_shape(config, couples_pairs=config.loss().couples_pairs)
+    blocks = block_size_of(read_shape(model_or_bundled(config.policy), block_size=config.block_size)[1])
+    shape = micro_batch_shape(config, couples_pairs=config.loss().couples_pairs, block_size=blocks)
     choice = planned_engine(config, cuda=cuda, processes=machine.gpus)
     free = not shape.couples_pairs and config.segmentation != "deferred" and not choice.fixes_batch_sizes
     accumulation = config.gradient_accumulation_steps if free else 1

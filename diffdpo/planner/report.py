@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from diffdpo.cards import GPUS, Gpu
 from diffdpo.planner import hardware
 from diffdpo.planner.advise import Advice
-from diffdpo.planner.hardware import GPUS, Gpu
 from diffdpo.planner.memory import DEVICE, DISK, HOST, MOMENTS, needed
 from diffdpo.planner.plan import Plan
 from diffdpo.planner.sizes import gib
@@ -36,7 +36,11 @@ def _header(plan: Plan) -> Iterator[str]:
     yield f"model      {n.total / 1e9:.3f}B parameters in {n.layers} layers, {kind}"
     yield f"trained    {n.trained / 1e6:.1f}M parameters ({what})"
     yield f"engine     {job.choice.describe()}; {plan.machine.gpus} process(es)"
-    yield f"rows       {job.rows} of {job.length} tokens a micro-batch, {job.rows_at_once} in a forward"
+    yield f"rows       {job.rows} of {job.row_length} tokens a micro-batch, {job.rows_at_once} in a forward"
+    if job.block_size:
+        clean = 2 * job.clean_length - job.start
+        once = "once" if job.shares_clean else "in every forward those of its rows"
+        yield f"blocks     of {job.block_size}; {clean} clean tokens a pair, run {once}"
     if plan.context is not None and job.length > plan.context:
         yield f"warning    --max_length {job.length}: the model was made for {plan.context} tokens at most"
     if plan.fit is not None:

@@ -10,8 +10,9 @@ for the order of magnitude.
 from collections import Counter
 from dataclasses import dataclass
 
+from diffdpo.cards import Gpu
 from diffdpo.planner.dry_run import DryRun
-from diffdpo.planner.hardware import BANDWIDTH_SHARE, LINK_SHARE, MATMUL_SHARE, Gpu, Host
+from diffdpo.planner.hardware import BANDWIDTH_SHARE, LINK_SHARE, MATMUL_SHARE, Host
 from diffdpo.planner.job import PlannedRun
 from diffdpo.planner.shapes import Numbers
 from diffdpo.planner.trace import Work

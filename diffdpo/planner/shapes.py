@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from diffdpo.config import TrainConfig
+from diffdpo.engine.optimizer import state_bytes
 from diffdpo.errors import UserError
 from diffdpo.models.architecture.backbone import native
 from diffdpo.models.architecture.spec import FamilySpec
@@ -31,11 +32,13 @@ class Numbers:
     frozen_bytes: int
     vocabulary: int
     layers: int
+    hidden: int  # size of what passes from layer to layer
     largest_module: int  # elements of the module with the most parameters of its own
+    state_bytes: int  # of the optimizer on whole weights
     largest_unit: int  # of what FSDP2 gathers at a time: a block, the embedding, the head
 
 
-def read_shape(name_or_path: str) -> tuple[Family, PreTrainedConfig]:
+def read_shape(name_or_path: str, *, block_size: int | None = None) -> tuple[Family, PreTrainedConfig]:
     """Family and checked config of a config.json, a folder with one, or a hub id. UserError when there is none."""
     path = Path(name_or_path)
     if path.suffix != ".json":
@@ -43,8 +46,7 @@ def read_shape(name_or_path: str) -> tuple[Family, PreTrainedConfig]:
             raise UserError(
                 f"--model_name_or_path {path} has no config.json; give a checkpoint folder or a config.json"
             )
-        family, shape = read_config(name_or_path)
-        return family, planned(shape)
+        return read_config(name_or_path, block_size=block_size)
     try:
         raw = json.loads(path.read_text())
     except FileNotFoundError:
@@ -54,17 +56,12 @@ def read_shape(name_or_path: str) -> tuple[Family, PreTrainedConfig]:
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     if kind not in FAMILIES:
         raise UserError(f"--model_name_or_path {path} has model_type {kind!r}; supported: {', '.join(FAMILIES)}")
-    return FAMILIES[kind], planned(made_config(FAMILIES[kind], raw, str(path)))
+    return FAMILIES[kind], made_config(FAMILIES[kind], raw, str(path), block_size=block_size)
 
 
-def planned(shape: PreTrainedConfig) -> PreTrainedConfig:
-    """The config itself. UserError for a block-causal one: rows over a clean stream are not planned yet."""
-    if getattr(shape, "block_size", None):
-        raise UserError(
-            f"{shape.model_type} has blocks of {shape.block_size}: block-causal models are not planned yet; "
-            "train with --max_memory, which measures"
-        )
-    return shape
+def block_size_of(shape: PreTrainedConfig) -> int | None:
+    """Tokens of a block of a block-causal family; None where attention is full."""
+    return getattr(shape, "block_size", None) or None
 
 
 def weight_elements(family: Family, shape: PreTrainedConfig) -> int:
@@ -73,14 +70,18 @@ def weight_elements(family: Family, shape: PreTrainedConfig) -> int:
         return sum(parameter.numel() for parameter in family.model_class(shape).parameters())
 
 
-def skeleton(family: Family, shape: PreTrainedConfig, config: TrainConfig, *, bf16: bool, cast: bool) -> MaskedLogProbs:
+def skeleton(
+    family: Family, shape: PreTrainedConfig, config: TrainConfig, *, bf16: bool, cast: bool, cuda: bool = True
+) -> MaskedLogProbs:
     """What preference training hands its engine, on the meta device. ``cast``: the engine casts everything to bf16,
-    the adapter too (DeepSpeed does)."""
+    the adapter too (DeepSpeed does). ``cuda``: on a GPU, so that ``--activation_offload`` moves something."""
+    offload = cuda and config.activation_offload == "cpu"
     dtype = torch.bfloat16 if bf16 else torch.float32
     with torch.device("meta"):
         model: Any = family.model_class(shape).to(dtype)  # type: ignore[arg-type]
     # a shifted family's positions are checked against their values, which meta tensors have not; shapes are the same
-    spec = FamilySpec(shape.model_type, 0, 1, 1, "", family.lora_targets, logit_shift=0)
+    blocks = block_size_of(shape)
+    spec = FamilySpec(shape.model_type, 0, 1, 1, "", family.lora_targets, logit_shift=0, block_size=blocks)
     if config.load_in_4bit:
         quantise(model)
     if config.adapter_name_or_path:
@@ -98,7 +99,7 @@ def skeleton(family: Family, shape: PreTrainedConfig, config: TrainConfig, *, bf
             )
     else:
         model.requires_grad_(True)
-    module = MaskedLogProbs(model, spec, layer_checkpointing=config.gradient_checkpointing)
+    module = MaskedLogProbs(model, spec, layer_checkpointing=config.gradient_checkpointing, offload=offload)
     return module.to(torch.bfloat16) if cast else module  # packed 4-bit weights are integers and stay
 
 
@@ -121,8 +122,8 @@ def quantise(model: nn.Module) -> None:
                 setattr(parent, name, Nf4Linear(child))
 
 
-def count(module: MaskedLogProbs) -> Numbers:
-    """What is in a skeleton."""
+def count(module: MaskedLogProbs, *, optim: str = "adamw_torch") -> Numbers:
+    """What is in a skeleton; ``optim``: whose state is counted."""
     base = native(module.model)
     trained = [p for p in module.parameters() if p.requires_grad]
     frozen = [p for p in module.parameters() if not p.requires_grad]
@@ -130,6 +131,7 @@ def count(module: MaskedLogProbs) -> Numbers:
     elements = sum(p.numel() for p in (*trained, *frozen))
     elements += sum(m.unpacked.numel() - m.weight.numel() - m.absmax.numel() - m.nested.numel() for m in packed)
     units = (*base.blocks, base.embed, base.final_norm, base.head)
+    outside = {p for m in (base.embed, base.head) for p in m.parameters()}
     return Numbers(
         total=elements,
         trained=sum(p.numel() for p in trained),
@@ -139,6 +141,8 @@ def count(module: MaskedLogProbs) -> Numbers:
         frozen_bytes=sum(p.numel() * p.element_size() for p in frozen),
         vocabulary=base.head.weight.shape[0],
         layers=len(base.blocks),
+        hidden=base.embed.weight.shape[1],
         largest_module=max(sum(p.numel() for p in m.parameters(recurse=False)) for m in module.modules()),
+        state_bytes=sum(state_bytes(optim, p.shape, in_block=p not in outside) for p in trained),
         largest_unit=max(sum(p.numel() for p in unit.parameters()) for unit in units),
     )

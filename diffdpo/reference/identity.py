@@ -45,7 +45,7 @@ def identity_of(
         "num_diffusion_steps": noise.num_diffusion_steps,
         "seed": noise.seed,
         "noise": noise_digest(noise),
-    } | (_of_blocks(spec, noise))
+    } | (_of_blocks(spec, noise) | ({} if noise.ld_alpha is None else {"ld_alpha": noise.ld_alpha}))
 
 
 def _of_blocks(spec: FamilySpec, noise: NoiseOptions) -> dict[str, Any]:

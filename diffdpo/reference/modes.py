@@ -10,15 +10,15 @@ from collections.abc import Callable
 from functools import partial
 
 import psutil
-import torch
 from torch import nn
 
 from diffdpo.config import TrainConfig
 from diffdpo.engine.base import Engine, FrozenModule
-from diffdpo.engine.choice import EngineChoice
+from diffdpo.engine.choice import PLAIN, EngineChoice, engine_kind
 from diffdpo.engine.make import weight_shards
 from diffdpo.engine.world import World
 from diffdpo.errors import UserError
+from diffdpo.gpus import is_gpu, kind_of
 from diffdpo.losses.options import LossOptions
 from diffdpo.losses.preference import LOSSES
 from diffdpo.models.bundled import model_or_bundled
@@ -41,6 +41,18 @@ AFFORDABLE = 0.1  # of a process's memory: up to there ``auto`` keeps a second m
 
 def check_reference(config: TrainConfig, loss: LossOptions) -> None:
     """UserError for a ``--reference`` that cannot serve the loss; before anything is opened."""
+    if config.sync_ref_model and loss.reference_free:
+        raise UserError(f"--sync_ref_model: --loss_type {loss.describe()} reads no reference; leave it out")
+    if config.sync_ref_model and engine_kind(config) != PLAIN:
+        raise UserError(
+            "--sync_ref_model works with the plain engine only: the others keep a frozen reference in shards, or out "
+            "of their checkpoints; leave --ds_config and --engine out, or use rounds (launch/iterate.py)"
+        )
+    if config.sync_ref_model and config.adapts and config.ref_model_mixup_alpha < 1:
+        raise UserError(
+            "--sync_ref_model: the mean of two adapters' factors is not the mean of what they add to the weights; give "
+            "--ref_model_mixup_alpha 1, or train all weights"
+        )
     unserved = _not_precomputable(loss)
     if config.reference == "precomputed" and unserved:
         raise UserError(f"--reference precomputed: {unserved}; use --reference copy, adapter_off or adapter_start")
@@ -54,6 +66,8 @@ def choose_mode(config: TrainConfig, loss: LossOptions, *, share: Callable[[], f
         return config.reference, "as asked for"
     if loss.reference_free:
         return "none", "the loss does not read it"
+    if config.sync_ref_model:
+        return "copy", "it follows the policy"
     unserved = _not_precomputable(loss)
     if config.reference_cache and not unserved:
         return "precomputed", "--reference_cache is given"
@@ -80,8 +94,8 @@ def second_model_share(config: TrainConfig, choice: EngineChoice, world: World) 
     name = config.ref_model_name_or_path or model_or_bundled(config.policy)
     folder = checkpoint_folder(base_of_adapter(name) if is_adapter(name) else name)
     size = sum(path.stat().st_size for path in shard_files(folder))
-    if world.device.type == "cuda":
-        memory = torch.cuda.get_device_properties(world.device).total_memory
+    if is_gpu(world.device):
+        memory = kind_of(world.device).total_memory(world.device)
     else:
         memory = psutil.virtual_memory().total // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return share_of_memory(choice, size, memory=memory)
@@ -101,6 +115,7 @@ def load_reference(config: TrainConfig, choice: EngineChoice, world: World, *, m
         None if named else config.adapter_name_or_path,
         dtype=dtype_name(choice.bf16),
         load_in_4bit=config.load_in_4bit and not named,
+        block_size=config.block_size,
         shards=weight_shards(choice, world),
     )
     if loaded.spec.mask_token_id != mask_token_id:

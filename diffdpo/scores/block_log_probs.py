@@ -54,16 +54,17 @@ def block_log_probs(
     module.counted.computed += len(layout)
     if not len(lengths_R):
         return _run_clean(module, ids_N, layout)
-    clean_M, row_place_M = _where(module, layout, answer_R[row_M], row_M, position_M, start_A)
+    row_place_M = layout.offset_R[row_M] + position_M - module.spec.logit_shift
+    if not module.spec.logit_shift:
+        return module.log_probs(module.hidden_states(ids_N, layout, layout.clean_tokens + row_place_M), target_M)
+    clean_M = _predicted_by_clean(module, layout, answer_R[row_M], position_M, start_A)
     if not kept:
         keep_M = torch.where(clean_M >= 0, clean_M, layout.clean_tokens + row_place_M)
         return module.log_probs(module.hidden_states(ids_N, layout, keep_M), target_M)
     noisy_M = clean_M < 0
     hidden_MK = module.hidden_states(ids_N, layout, row_place_M[noisy_M])
-    if module.spec.logit_shift:
-        at_M = torch.where(noisy_M, len(kept[1]) + noisy_M.cumsum(0) - 1, clean_M // block_of(module))
-        hidden_MK = torch.cat([kept[1], hidden_MK])[at_M]
-    return module.log_probs(hidden_MK, target_M)
+    at_M = torch.where(noisy_M, len(kept[1]) + noisy_M.cumsum(0) - 1, clean_M // block_of(module))
+    return module.log_probs(torch.cat([kept[1], hidden_MK])[at_M], target_M)
 
 
 def block_of(module: Any) -> int:
@@ -82,19 +83,16 @@ def _run_clean(module: Any, ids_N: Tensor, layout: BlockLayout) -> tuple[Tensor,
     return torch.stack([torch.stack(layout.kept[layer]) for layer in range(len(layout.kept))]), hidden
 
 
-def _where(
-    module: Any, layout: BlockLayout, answer_M: Tensor, row_M: Tensor, position_M: Tensor, start_A: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Where the output that predicts each scored token is: in the clean part, or -1, and else in the rows' part.
+def _predicted_by_clean(
+    module: Any, layout: BlockLayout, answer_M: Tensor, position_M: Tensor, start_A: Tensor
+) -> Tensor:
+    """Where in the clean part the output is that predicts each scored token; -1 for one that its row predicts.
 
     With shifted logits the first token of a block is predicted by the clean token before it: the noisy one is of
     another block, whose mask has nothing to do with it.
     """
     shift, block = module.spec.logit_shift, block_of(module)
-    row_place_M = layout.offset_R[row_M] + position_M - shift
     clean_M = torch.full_like(position_M, -1)
-    if not shift:
-        return clean_M, row_place_M
     absolute_M = start_A[answer_M] + position_M
     if absolute_M.numel() and int(absolute_M.min()) < shift:
         raise ValueError(f"{module.spec.name} never predicts position 0: a scored token needs one before it")
@@ -103,4 +101,4 @@ def _where(
         index_C = layout.stream.index(answer).to(position_M.device)
         here_M = first_M & (answer_M == answer)
         clean_M[here_M] = index_C[absolute_M[here_M] - shift]
-    return clean_M, row_place_M
+    return clean_M

@@ -9,6 +9,7 @@ from torch import nn
 
 from data_pipeline.batch import PairBatch
 from diffdpo.engine.base import Engine
+from diffdpo.engine.clock import Clock
 from diffdpo.noise.rows import NoisyRows
 from diffdpo.scores.rows import score_rows
 from diffdpo.scores.segments import Segments
@@ -70,3 +71,13 @@ def remembered(reference: Reference, segments: Segments) -> Reference:
 def no_reference(rows: NoisyRows, batch: PairBatch) -> torch.Tensor:
     """Scores of 0: what a reference-free loss is compared with."""
     return torch.zeros(len(rows), device=rows.lengths_R.device)
+
+
+def timed_reference(reference: Reference, clock: Clock) -> Reference:
+    """The same, its time counted as the reference's: with the adapter off it calls the policy."""
+
+    def score(rows: NoisyRows, batch: PairBatch) -> torch.Tensor:
+        with clock.phase("reference"):
+            return reference(rows, batch)
+
+    return score

@@ -50,11 +50,11 @@ class CleanGradient:
     """The gradient of what was kept, added up over segments and taken back through the clean stream.
 
     ``leaves`` is what the segments are given. Where nothing that was kept depends on a trained parameter there is no
-    way back, and ``trained`` is False.
+    way back, and ``trained`` is False. ``factor``: what an engine multiplies losses by, which would count twice here.
     """
 
-    def __init__(self, kept: KeptClean):
-        self.kept = kept
+    def __init__(self, kept: KeptClean, *, factor: float = 1.0):
+        self.kept, self.engine_factor = kept, factor
         self.trained = any(tensor.requires_grad for tensor in kept.tensors)
         self.leaves = KeptClean(kept.stream_A, tuple(t.detach().requires_grad_(self.trained) for t in kept.tensors))
         self._sum: list[torch.Tensor | None] = [None] * len(kept.tensors)
@@ -79,5 +79,5 @@ class CleanGradient:
         for factor, sums in parts or ((1.0, self.taken()),):
             for tensor, gradient in zip(self.kept.tensors, sums, strict=True):
                 if gradient is not None and tensor.requires_grad:
-                    total = total + factor * (tensor * gradient.to(tensor.dtype)).sum()
+                    total = total + factor / self.engine_factor * (tensor * gradient.to(tensor.dtype)).sum()
         return total

@@ -24,12 +24,23 @@ class ModelSettings(Settings):
     adapter_name_or_path: str | None = setting(
         None, "LoRA adapter that training goes on with; the reference is the adapter as it starts; default: none"
     )
+    block_size: int | None = setting(
+        None, "tokens of a block, 0: full attention; default: as config.json says, which a2d-* do not", at_least=0
+    )
     gradient_checkpointing: bool = setting(False, "recompute each layer in the backward pass (saves memory)")
+    activation_offload: str = setting(
+        "none", "cpu: what --gradient_checkpointing keeps of each layer waits on the host", choices=("none", "cpu")
+    )
     torch_compile: bool = setting(False, "compile the layers: minutes at the start, then less time and memory")
     use_liger_kernel: bool = setting(False, "LM head through Liger's fused kernel (GPU; for trained heads)")
 
     def check(self) -> None:
         """A revision is of a model that is named, and no folder."""
+        if self.activation_offload != "none" and not self.gradient_checkpointing:
+            raise UserError(
+                f"--activation_offload {self.activation_offload} moves what --gradient_checkpointing keeps of each "
+                "layer; add --gradient_checkpointing true"
+            )
         name = self.model_name_or_path
         if self.model_revision and (not name or Path(name).exists()):
             raise UserError(f"--model_revision is of a model on the hub, and {name or 'the bundled one'} is none")
@@ -73,8 +84,6 @@ class LoraSettings(ModelSettings):
         """What is about an adapter needs one; frozen NF4 weights need one to have something to train."""
         if self.load_in_4bit and not self.adapts:
             raise UserError("--load_in_4bit freezes the weights, so there is nothing to train; add --use_peft")
-        if self.load_in_4bit and self.torch_compile:
-            raise UserError("--torch_compile has not been seen to work with --load_in_4bit; leave one of the two out")
         for name, given in (
             ("lora_r", self.lora_r != field_of(type(self), "lora_r").default),
             ("lora_alpha", self.lora_alpha != field_of(type(self), "lora_alpha").default),

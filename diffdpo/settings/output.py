@@ -42,7 +42,9 @@ class OutputSettings(Settings):
         0, "times the command starts itself again, from the newest checkpoint, when it ends by a fault", at_least=0
     )
     replay: str | None = setting(
-        None, "take the step of a culprit-step-N.json again, record by record, and train nothing", common=False
+        None,
+        "a culprit-step-N.json whose step is taken again, record by record; default: none, a run trains",
+        common=False,
     )
     on_nonfinite: str = setting(
         "stop",

@@ -27,9 +27,16 @@ def load_policy(config: RunConfig, choice: EngineChoice, world: World, *, with_s
         dtype=dtype_name(choice.reads_bf16(trained=not config.adapts)),
         device=load_device(choice, world),
         load_in_4bit=lora is not None and lora.load_in_4bit,
+        block_size=config.block_size,
         # DoRA starts from norms of whole weights; and on a mesh of copies peft takes a shard's size for the weight's
         shards=None if dora or (config.adapts and choice.has_copies) else weight_shards(choice, world),
     )
+    return adapted(loaded, config, with_start=with_start)
+
+
+def adapted(loaded: LoadedModel, config: RunConfig, *, with_start: bool = False) -> LoadedModel:
+    """The base with what is trained of it: every weight, or the adapter that the settings ask for."""
+    adapter, lora = config.adapter_name_or_path, config if isinstance(config, TrainConfig) else None
     if not config.adapts:
         return replace(loaded, model=loaded.model.requires_grad_(True))
     from diffdpo.models.lora.adapters import add_lora, attach_adapter  # peft takes seconds to import

@@ -65,20 +65,21 @@ def check_named(config: RunConfig) -> None:
     if isinstance(config, TrainConfig):
         names.append(config.ref_model_name_or_path)
     for name in filter(None, names):
-        load_tokenizer_and_spec(name)
+        load_tokenizer_and_spec(name, block_size=config.block_size)
     if config.adapter_name_or_path and config.model_name_or_path:
         check_base(config.adapter_name_or_path, model_or_bundled(config.policy))
     if isinstance(config, TrainConfig) and config.ref_model_name_or_path:
-        _check_read_alike(model_or_bundled(config.policy), config.ref_model_name_or_path)
+        _check_read_alike(model_or_bundled(config.policy), config.ref_model_name_or_path, config.block_size)
     if isinstance(config, TrainConfig) and (config.lora_target_modules or config.lora_modules_to_save):
         policy = model_or_bundled(config.policy)
-        model, spec = empty_model(policy), load_tokenizer_and_spec(policy)[1]
+        model = empty_model(policy, block_size=config.block_size)
+        spec = load_tokenizer_and_spec(policy, block_size=config.block_size)[1]
         whole_modules(model, target_pattern(model, spec, config.lora_target_modules), config.lora_modules_to_save)
 
 
-def _check_read_alike(policy: str, reference: str) -> None:
+def _check_read_alike(policy: str, reference: str, block_size: int | None) -> None:
     """UserError for a reference that reads other tokens: its scores would be those of another text."""
-    (one, spec), (other, its) = load_tokenizer_and_spec(policy), load_tokenizer_and_spec(reference)
+    (one, spec), (other, its) = (load_tokenizer_and_spec(name, block_size=block_size) for name in (policy, reference))
     difference = tokenizer_difference(one, other)
     if not difference and spec.mask_token_id != its.mask_token_id:
         difference = f"the mask is {spec.mask_token_id} here and {its.mask_token_id} there"

@@ -112,7 +112,7 @@ def replay(engine: Engine, rows: NoisyRows, gradient_R: torch.Tensor, *, segment
 def shared(engine: Engine, group: Sequence[Segment]) -> CleanGradient | None:
     """The clean stream that the segments of a group have in common, with its graph; None where there is none."""
     kept = run_clean(engine, group)
-    return CleanGradient(kept) if kept else None
+    return CleanGradient(kept, factor=engine.loss_factor) if kept else None
 
 
 def deferred(engine: Engine, rows: NoisyRows, loss_of: LossOf, *, segments: Segments, last: bool) -> torch.Tensor:

@@ -21,10 +21,9 @@ from diffdpo.losses.preference import loss_count
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.noise.rows import NoisyRows
 from diffdpo.scores.fold import fold
-from diffdpo.scores.reference import Reference
+from diffdpo.scores.reference import Reference, timed_reference
 from diffdpo.scores.segments import Segments
 from diffdpo.step.backward import STRATEGIES, Backward, LossOf
-from diffdpo.step.clock import Clock
 from diffdpo.step.coupled import coupled_gradients
 from diffdpo.step.kto import reference_point
 from diffdpo.step.report import MicroScores, StepReport, report_of
@@ -35,6 +34,7 @@ class PreferenceStep:
     """``step(micro_batches, learning_rate)`` → StepReport.
 
     ``compared``: whether there is a reference (its scores are 0 otherwise). ``max_length``: of rows joined by kto.
+    ``reference_forwards``: of the reference model in a step, 0 or 1; for the report of work done.
     """
 
     def __init__(
@@ -48,10 +48,13 @@ class PreferenceStep:
         segments: Segments,
         compared: bool = True,
         max_length: int | None = None,
+        reference_forwards: int = 0,
     ):
-        self.engine, self.reference, self.noise, self.loss = engine, reference, noise, loss
+        self.engine, self.noise, self.loss = engine, noise, loss
+        self.reference = timed_reference(reference, engine.world.clock)
         self.strategy, self.segments = strategy, segments
-        self.compared, self.max_length, self.clock = compared, max_length, Clock(engine.world.device)
+        segments.answers_apart = strategy == "deferred"  # for the reference too: equal models differ by 0 to the bit
+        self.compared, self.max_length, self.reference_forwards = compared, max_length, reference_forwards
 
     def __call__(self, micro_batches: Sequence[PairBatch], learning_rate: float) -> StepReport:
         world = self.engine.world
@@ -72,13 +75,13 @@ class PreferenceStep:
             engine=self.engine,
             loss=self.loss,
             compared=self.compared,
-            grad_norm=self.clock("optimizer", self.engine.step, learning_rate),
+            grad_norm=self.engine.step(learning_rate),
             records=int(whole),
             reference_point=point,
+            reference_forwards=self.reference_forwards,
         )
         return replace(
             report,
-            seconds=self.clock.taken(),
             num_samples=self.noise.num_samples,
             segment_rows=self.segments.rows,
             segment_tokens=self.segments.tokens,
@@ -106,10 +109,11 @@ class PreferenceStep:
     ) -> list[MicroScores]:
         rows = [self._rows(batch) for batch in micro_batches]
         how = (self.engine, self.reference, self.loss, micro_batches, rows, total, point, self.segments)
-        return self.clock("policy", coupled_gradients, *how)  # and the reference
+        return coupled_gradients(*how)
 
     def _rows(self, batch: PairBatch) -> NoisyRows:
-        return self.clock("noise", self.noise.draw_rows, batch, self.engine.world.device)
+        with self.engine.world.clock.phase("noise"):
+            return self.noise.draw_rows(batch, self.engine.world.device)
 
     def _waits(self) -> bool:
         """Whether gradients are reduced at the end of the step: where that is free, so that ranks can repeat it."""
@@ -120,10 +124,10 @@ class PreferenceStep:
         scored = []
         for index, batch in enumerate(micro_batches):
             rows = self._rows(batch)
-            reference_R = self.clock("reference", self.reference, rows, batch)
+            reference_R = self.reference(rows, batch)
             loss_of = self._loss_of(rows, batch, reference_R, total)
-            how = {"segments": self.segments, "last": index == len(micro_batches) - 1}
-            policy_R = self.clock("policy", self._backward_of(rows), self.engine, rows, loss_of, **how)
+            backward, last = self._backward_of(rows), index == len(micro_batches) - 1
+            policy_R = backward(self.engine, rows, loss_of, segments=self.segments, last=last)
             scored.append(MicroScores(batch, rows, reference_R, policy_R, loss_of(policy_R)))
         return scored
 
@@ -140,11 +144,5 @@ class PreferenceStep:
         """z of ``kto`` over the global step; None for other losses."""
         if not self.loss.needs_reference_point:
             return None
-        return reference_point(
-            self.engine,
-            self.reference,
-            self._rows,
-            micro_batches,
-            segments=self.segments,
-            max_length=self.max_length,
-        )
+        how = (self.engine, self.reference, self._rows, micro_batches)
+        return reference_point(*how, segments=self.segments, max_length=self.max_length)

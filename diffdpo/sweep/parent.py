@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffdpo.settings.credentials import given_back, untold
+from diffdpo.settings.credentials import untold
 from diffdpo.sweep.grid import Cell, Grid
-from diffdpo.tracking.mlflow_run import STATE_FILE, MlflowRun, Shipped, quiet_mlflow
+from diffdpo.tracking.mlflow_run import STATE_FILE, MlflowRun, Shipped, client_of
 
 TAG = "mlflow.parentRunId"
 
@@ -44,14 +44,11 @@ class Parent:
         self._try(lambda: self._adopt(cells))
 
     def _adopt(self, cells: Sequence[Cell]) -> None:
-        quiet_mlflow()
-        import mlflow
-
         for cell in cells:
             folder = self.folder / cell.name
             shipped = Shipped.read(folder) if (folder / STATE_FILE).exists() else None
             if shipped and shipped.run_id and self.run_id and TAG not in shipped.tags:
-                mlflow.MlflowClient(given_back(shipped.tracking_uri)).set_tag(shipped.run_id, TAG, self.run_id)
+                client_of(shipped.tracking_uri).set_tag(shipped.run_id, TAG, self.run_id)
 
     def _try(self, work) -> None:
         """What a store does not take is kept, and told at the end."""

@@ -27,6 +27,7 @@ from diffdpo.tracking.shown import send_answers, send_datasets, send_description
 STATE_FILE = "mlflow.json"
 AT_ONCE = ("config.yaml", "asked.yaml", "environment.json", "ds_config.json", "changes.diff", "sweep.yaml")
 AT_THE_END = ("summary.json", "held_out.json", FILE, "plots", "comparison.html", "comparison.csv")
+KIND = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's page opens with runs, not with chat traces
 BATCH = 900  # the server takes at most 1000 metrics a call
 LARGEST_LINE = 100  # metrics in one line of the journal
 INTERVAL = 2.0  # seconds between shipments
@@ -82,8 +83,9 @@ def check_tracking_uri(uri: str, source: str = "--tracking_uri") -> None:
     """UserError for a store MLflow cannot use."""
     scheme = uri.partition(":")[0].partition("+")[0]
     if scheme not in SCHEMES:
+        shown = hidden(uri) if "://" in uri else uri.rpartition("@")[2]
         raise UserError(
-            f"{source} {hidden(uri)} is no MLflow store; allowed: {'none, ' if source.startswith('--') else ''}"
+            f"{source} {shown} is no MLflow store; allowed: {'none, ' if source.startswith('--') else ''}"
             "sqlite:////abs/path/mlflow.db, http(s)://host:port"
         )
 
@@ -189,12 +191,7 @@ class MlflowRun:
 
     def _connect(self) -> None:
         if self._client is None:
-            quiet_mlflow()
-            import mlflow
-
-            for name in ("mlflow", "alembic"):  # mlflow's import has set its own level
-                logging.getLogger(name).setLevel(logging.ERROR)
-            self._client = mlflow.MlflowClient(given_back(self.shipped.tracking_uri))
+            self._client = client_of(self.shipped.tracking_uri)
         if self.shipped.run_id is None:
             self.shipped.experiment_id = self._experiment()
             run = self._client.create_run(
@@ -207,7 +204,9 @@ class MlflowRun:
         found = self._client.get_experiment_by_name(self.shipped.experiment)
         if found is not None:
             return found.experiment_id
-        return self._client.create_experiment(self.shipped.experiment, artifact_location=self._artifact_location())
+        return self._client.create_experiment(
+            self.shipped.experiment, artifact_location=self._artifact_location(), tags=KIND
+        )
 
     def _artifact_location(self) -> str | None:
         """Absolute, beside an sqlite file; a server decides for itself."""
@@ -264,7 +263,7 @@ class MlflowRun:
         """What earlier runs beside this one could not send to the same store; once."""
         others, self._others_due = self._others_due, False
         for path in self.output_dir.parent.glob(f"*/{STATE_FILE}") if others else ():
-            if path.parent == self.output_dir or self._stop.is_set():
+            if path.parent == self.output_dir or self._stop.is_set() or is_held(path.parent):  # the living send theirs
                 continue
             try:
                 other = Shipped.read(path.parent)
@@ -287,7 +286,17 @@ class MlflowRun:
         self._monitor.start()
 
 
-def quiet_mlflow() -> None:
+def client_of(uri: str) -> Any:
+    """MLflow's client of a store, which says on the screen what went wrong and nothing else."""
+    _quiet_mlflow()
+    import mlflow
+
+    for name in ("mlflow", "alembic"):  # mlflow's import has set its own level
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return mlflow.MlflowClient(given_back(uri))
+
+
+def _quiet_mlflow() -> None:
     """Our own loop does the retrying; MLflow's would hold a call for minutes."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")

@@ -13,7 +13,7 @@ TRAIN_PANELS = (
     ("learning rate", ("learning_rate",)),
 )
 
-PARTS = ("data", "noise", "reference", "policy", "optimizer")
+PARTS = ("data", "noise", "reference", "forward", "backward", "communication", "optimizer")
 
 
 def plot_curves(output_dir: Path) -> Path | None:
@@ -52,12 +52,12 @@ def plot_time(output_dir: Path) -> Path | None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = [line for line in read_journal(output_dir / FILE) if line.get("step_seconds") and "seconds/data" in line]
+    lines = [line for line in read_journal(output_dir / FILE) if line.get("step_seconds") and "time/data" in line]
     lines = lines[1:] or lines  # the first step warms caches
     if not lines:
         return None
-    parts = [part for part in PARTS if any(f"seconds/{part}" in line for line in lines)]
-    times = [[line.get(f"seconds/{part}") or 0.0 for line in lines] for part in parts]
+    parts = [part for part in PARTS if any(f"time/{part}" in line for line in lines)]
+    times = [[line.get(f"time/{part}") or 0.0 for line in lines] for part in parts]
     rest = [
         max(0.0, line["step_seconds"] - sum(column))
         for line, column in zip(lines, zip(*times, strict=True), strict=True)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from diffdpo.errors import TrainingError, UserError
-from diffdpo.settings.credentials import given_back, untold
-from diffdpo.tracking.mlflow_run import Shipped, quiet_mlflow
+from diffdpo.settings.credentials import untold
+from diffdpo.tracking.mlflow_run import Shipped, client_of
 
 ALIAS = "newest"
 FOLDER = "model"  # among the run's artifacts
@@ -47,11 +47,9 @@ def register(output_dir: Path, text: str) -> str:
 
 
 def _register(shipped: Shipped, run_id: str, final: Path, name: str, alias: str) -> str:
-    quiet_mlflow()
-    import mlflow
     from mlflow.exceptions import MlflowException
 
-    client = mlflow.MlflowClient(given_back(shipped.tracking_uri))
+    client = client_of(shipped.tracking_uri)
     with tempfile.TemporaryDirectory(dir=final.parent, prefix=".model") as folder:
         _save(final, Path(folder) / FOLDER)
         client.log_artifacts(run_id, str(Path(folder) / FOLDER), FOLDER)
@@ -77,7 +75,7 @@ def _save(final: Path, folder: Path) -> None:
     mlflow.pyfunc.save_model(
         str(folder),
         python_model=str(Path(__file__).with_name("pyfunc_model.py")),
-        artifacts={"model": str(final)},
+        artifacts={"model": str(final.resolve())},
         signature=ModelSignature(Schema([ColSpec("string")]), Schema([ColSpec("string")]), ParamSchema(params)),
         pip_requirements=["diffdpo"],
     )

@@ -3,13 +3,14 @@
 import logging
 import os
 import shlex
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from diffdpo import __version__
 from diffdpo.errors import UserError
-from diffdpo.settings.credentials import STORE, are_told, taken
+from diffdpo.settings.credentials import STORE, are_told, taken, untold
 from diffdpo.tracking.journal import Journal
 from diffdpo.tracking.mlflow_run import (
     STATE_FILE,
@@ -20,11 +21,9 @@ from diffdpo.tracking.mlflow_run import (
     sqlite_uri,
 )
 from diffdpo.tracking.plots import plot_curves, plot_time
+from diffdpo.tracking.readers import SINKS, Reader
 
 log = logging.getLogger(__name__)
-
-PARENT = "DIFFDPO_PARENT_RUN"
-"""Environment variable with the id of the MLflow run that a run belongs to: set by who starts several."""
 
 
 class Tracking:
@@ -33,6 +32,13 @@ class Tracking:
     def __init__(self, output_dir: Path, journal: Journal):
         self.output_dir, self.journal = output_dir, journal
         self.mlflow: MlflowRun | None = None
+        self.readers: list[Reader] = []
+
+    def start_readers(self, names: Sequence[str], run_name: str, project: str, config: Mapping[str, Any]) -> None:
+        """Feed the other trackers that are named."""
+        self.readers = [Reader(name, self.output_dir, run_name, project, config) for name in names if name in SINKS]
+        for reader in self.readers:
+            reader.start()
 
     def start_mlflow(self, shipped: Shipped, *, elsewhere: bool = False) -> None:
         """Begin a run, or go on with the one this folder already has.
@@ -60,7 +66,12 @@ class Tracking:
                 work()
             except OSError as error:  # a full disk must not hide what has ended the run
                 log.warning("the record of the run in %s is not whole: %s", self.output_dir, error)
-        return self.mlflow is None or self.mlflow.close(status, timeout=timeout)
+        until = time.monotonic() + timeout
+        arrived = self.mlflow is None or self.mlflow.close(status, timeout=timeout)
+        for reader in self.readers:
+            if not reader.close(status, timeout=max(1.0, until - time.monotonic())):
+                log.warning("%s has not all of this run (%s)", reader.name, untold(reader.error))
+        return arrived
 
     def _plots(self) -> tuple[Callable[[], object], ...]:
         return (lambda: plot_curves(self.output_dir), lambda: plot_time(self.output_dir))
@@ -88,8 +99,6 @@ def named_elsewhere(given: str | None) -> bool:
 def run_tags(git: Mapping[str, Any] | None) -> dict[str, str]:
     """Version, and the commit of the code where it is a git checkout (``git``: {commit, dirty})."""
     tags = {"diffdpo.version": __version__, "mlflow.source.name": "diffdpo"}
-    if parent := os.environ.get(PARENT):
-        tags["mlflow.parentRunId"] = parent
     if git is None:
         return tags  # installed from a wheel, or no git
     return tags | {"mlflow.source.git.commit": git["commit"], "git.dirty": str(git["dirty"]).lower()}

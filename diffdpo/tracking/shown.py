@@ -11,7 +11,9 @@ from diffdpo.evaluation.result import cell, titles
 from diffdpo.evaluation.samples import read_samples
 
 NOTE, CHANGED, TABLES = "mlflow.note.content", "changed", "mlflow.loggedArtifacts"
-ANSWERS = "answers.json"
+ANSWERS, VERDICT = "answers.json", "verdict.md"
+NAMES = ("output_dir", "run_name", "run_tags", "experiment_name", "tracking_uri", "resume_from_checkpoint")
+"""Settings that MLflow shows elsewhere, or that say nothing of a result."""
 LONGEST = 4000  # of a tag, in characters
 
 
@@ -30,15 +32,14 @@ def changed_settings(output_dir: Path) -> dict[str, Any]:
         asked = yaml.safe_load((output_dir / "asked.yaml").read_text())
     except (OSError, ValueError, yaml.YAMLError):
         return {}
-    return {key: value for key, value in asked.items() if key != "output_dir"} if isinstance(asked, dict) else {}
+    return {key: value for key, value in asked.items() if key not in NAMES} if isinstance(asked, dict) else {}
 
 
 def description(output_dir: Path, changed: Mapping[str, Any]) -> str:
-    """Markdown; '' where there is nothing to tell."""
+    """Markdown; '' where there is nothing to tell. Of a sweep what its comparison says (``verdict.md``)."""
+    if (output_dir / VERDICT).exists():
+        return (output_dir / VERDICT).read_text()
     parts = []
-    if changed:
-        rows = "\n".join(f"| {key} | {value} |" for key, value in changed.items())
-        parts.append(f"**Changed by hand**\n\n| setting | value |\n|---|---|\n{rows}")
     try:
         summary = json.loads((output_dir / "summary.json").read_text())
         held_out = {
@@ -56,6 +57,9 @@ def description(output_dir: Path, changed: Mapping[str, Any]) -> str:
     if rows:
         head = "| held out, mean ± standard error | before | after | change |\n|---|---|---|---|"
         parts.append(f"{head}\n{rows}")
+    if changed:
+        rows = "\n".join(f"| {key} | {value} |" for key, value in changed.items())
+        parts.append(f"**Changed by hand**\n\n| setting | value |\n|---|---|\n{rows}")
     return "\n\n".join(parts)
 
 

@@ -14,12 +14,16 @@ import torch
 
 from diffdpo.config import SftConfig, TrainConfig
 from diffdpo.engine.tensor_files import read_weights
+from diffdpo.engine.world import World
 from diffdpo.errors import UserError
 from diffdpo.models.bundled import model_or_bundled
 from diffdpo.models.load import LoadedModel, load_model
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
-from diffdpo.training.checkpoint import NAME, STATE, list_checkpoints, read_state, told_if_unreadable
+from diffdpo.setup.model import adapted
+from diffdpo.training.checkpoint import NAME, STATE, fault_in, list_checkpoints, read_state, told_if_unreadable
 from diffdpo.training.manifest import MANIFEST
+
+ALONE = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
 
 
 def is_checkpoint(folder: str) -> bool:
@@ -40,8 +44,9 @@ def models_of_run(folder: str) -> list[tuple[int, str]]:
     path = Path(folder)
     found = [(int(each.name.split("-")[1]), str(each)) for each in list_checkpoints(path)]
     if (path / "final").is_dir() and (path / "summary.json").is_file():
-        step = json.loads((path / "summary.json").read_text())["steps"]
-        found = [each for each in found if each[0] != step] + [(step, str(path / "final"))]
+        summary = json.loads((path / "summary.json").read_text())
+        step = summary.get("kept_step", summary["steps"])
+        found = sorted([each for each in found if each[0] != step] + [(step, str(path / "final"))])
     if not found:
         raise UserError(
             f"{folder} is the folder of a run without checkpoints or a final model; nothing can be evaluated"
@@ -65,26 +70,11 @@ def base_of_checkpoint(folder: str) -> str:
 
 def load_checkpoint(folder: str, **options: Any) -> LoadedModel:
     """The model at that step; ``options`` are those of ``load_model``. UserError where its files cannot be read
-    alone."""
+    alone, or are damaged: every one is looked at."""
+    if fault := fault_in(Path(folder), ALONE):
+        raise UserError(f"{folder} cannot be used: {fault}; take another checkpoint")
     settings = _settings(folder)
-    loaded = load_model(base_of_checkpoint(folder), **options)
-    if isinstance(settings, TrainConfig) and settings.use_peft:
-        from diffdpo.models.lora.adapters import add_lora  # peft takes seconds to import
-
-        model = add_lora(
-            loaded.model,
-            loaded.spec,
-            r=settings.lora_r,
-            alpha=settings.lora_alpha,
-            target_modules=settings.lora_target_modules,
-            modules_to_save=settings.lora_modules_to_save,
-            revision=settings.model_revision,
-            use_dora=settings.use_dora,
-            use_rslora=settings.use_rslora,
-        )
-        loaded = replace(loaded, model=model)
-    else:
-        loaded.model.requires_grad_(True)
+    loaded = adapted(load_model(base_of_checkpoint(folder), block_size=settings.block_size, **options), settings)
     with told_if_unreadable(Path(folder)), torch.no_grad():
         read_weights(Path(folder), MaskedLogProbs(loaded.model, loaded.spec))
     return replace(loaded, model=loaded.model.requires_grad_(False).eval())

@@ -4,14 +4,12 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from data_pipeline.names import source_names
 from diffdpo import __version__
 from diffdpo.config import EvaluateConfig
 from diffdpo.engine.world import World
@@ -24,53 +22,19 @@ from diffdpo.evaluation.tasks.base import Line, Subject, Task
 from diffdpo.evaluation.tasks.exact_match import ExactMatch
 from diffdpo.evaluation.tasks.make import make_tasks
 from diffdpo.memory.exhausted import told_if_exhausted
-from diffdpo.models.bundled import model_or_bundled
-from diffdpo.models.load import LoadedModel, load_model, load_tokenizer_and_spec
-from diffdpo.reference.identity import tokenizer_digest, weights_digest
+from diffdpo.models.load import LoadedModel, load_model
+from diffdpo.reference.identity import weights_digest
+from diffdpo.sampling.decode import DEFAULT_BLOCK, Decoding
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.settings.base import changed, public
+from diffdpo.settings.sampling import samplers
 from diffdpo.settings.tasks import PAIRS, task_names
 from diffdpo.tracking.evaluation import log_evaluation
-from diffdpo.training.checkpoint_model import (
-    base_of_checkpoint,
-    checkpoint_digest,
-    is_checkpoint,
-    is_run,
-    load_checkpoint,
-    models_of_run,
-)
+from diffdpo.tracking.mlflow_run import check_tracking_uri
+from diffdpo.training.candidates import IN_MEMORY, Candidate, candidates_of, check_candidates
 
 ENCODING = ("max_length", "max_prompt_length", "truncation", "answer_truncation", "template", "dtype", "load_in_4bit")
 """Settings that a line depends on beside those of its task."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A model to be evaluated. ``step``: of training, where it is known; ``run``: what it is a moment of."""
-
-    name: str
-    label: str
-    run: str
-    step: int | None = None
-
-    @property
-    def tokenizer_of(self) -> str:
-        """Where its tokenizer lies."""
-        return base_of_checkpoint(self.name) if is_checkpoint(self.name) else self.name
-
-    def digest(self) -> str:
-        """16 hex digits of its weights."""
-        if not is_checkpoint(self.name):
-            return weights_digest(self.name)
-        both = f"{weights_digest(base_of_checkpoint(self.name))} {checkpoint_digest(self.name)}"
-        return hashlib.blake2b(both.encode(), digest_size=8).hexdigest()
-
-    def load(self, config: EvaluateConfig, device: str) -> LoadedModel:
-        """In eval mode, on the device."""
-        options: dict[str, Any] = {"dtype": config.dtype, "device": device, "load_in_4bit": config.load_in_4bit}
-        loaded = load_checkpoint(self.name, **options) if is_checkpoint(self.name) else load_model(self.name, **options)
-        loaded.model.eval()
-        return loaded
 
 
 def evaluate(config: EvaluateConfig, world: World, *, given: LoadedModel | None = None) -> dict[str, Any]:
@@ -79,7 +43,8 @@ def evaluate(config: EvaluateConfig, world: World, *, given: LoadedModel | None 
     ``given``: a model in memory, in the place of the one that is named. UserError or DataError for what a user can
     mend; no weights are read before all names, sources and tokenizers have been looked at.
     """
-    candidates = candidates_of(config)
+    check_before_weights(config)
+    candidates = candidates_of(config) if given is None else [Candidate(IN_MEMORY, IN_MEMORY, IN_MEMORY)]
     if given is None:
         check_candidates(candidates, config.ref_model_name_or_path)
     device = str(world.device) if world.size > 1 else device_named(config.device)
@@ -104,53 +69,28 @@ def evaluate(config: EvaluateConfig, world: World, *, given: LoadedModel | None 
     if world.is_main and config.output:
         write_json(Path(config.output), report)
     if world.is_main and config.tracking_uri not in (None, "none"):
-        log_evaluation(report, public(config))
+        try:
+            log_evaluation(report, public(config))
+        except UserError as error:  # what was evaluated must not be lost for it
+            print(f"warning: {error}", file=sys.stderr)
     world.barrier()
     return report
 
 
-# ------------------------------------------------------------------------------------------------------- models
-
-
-def candidates_of(config: EvaluateConfig) -> list[Candidate]:
-    """The models that are named, a run's folder as all that it has kept. UserError for one that is named twice."""
-    named = model_or_bundled(config.model_name_or_path)
-    found = [each for name in source_names(named) for each in _candidates(name)]
-    if twice := {each.name for each in found if [other.name for other in found].count(each.name) > 1}:
-        raise UserError(f"--model_name_or_path names {twice.pop()} twice; name it once")
-    labels = [each.label for each in found]
-    return [
-        each if labels.count(each.label) == 1 else Candidate(each.name, each.name, each.run, each.step)
-        for each in found
-    ]
-
-
-def _candidates(name: str) -> Iterator[Candidate]:
-    if is_run(name):
-        run = Path(name).resolve()
-        for step, model in models_of_run(name):
-            yield Candidate(model, f"{run.name} step {step}", run.name, step)
-    elif is_checkpoint(name):
-        path = Path(name).resolve()
-        of, step = path.parents[1].name, int(path.name.split("-")[1])
-        yield Candidate(name, f"{of} step {step}", of, step)
-    else:
-        folder = Path(name)
-        last = folder.resolve().name if folder.is_dir() else name
-        label = f"{folder.resolve().parent.name}/final" if last == "final" else last
-        yield Candidate(name, label, label)
-
-
-def check_candidates(candidates: Sequence[Candidate], reference: str | None) -> None:
-    """UserError for a model without config or tokenizer, and for two that read text in different tokens."""
-    names = [each.tokenizer_of for each in candidates] + ([reference] if reference else [])
-    tokenizers = [load_tokenizer_and_spec(name)[0] for name in names]
-    for name, tokenizer in zip(names[1:], tokenizers[1:], strict=True):
-        if tokenizer_digest(tokenizer) != tokenizer_digest(tokenizers[0]):
-            raise UserError(
-                f"{name} reads text in other tokens than {names[0]}: scores are sums over tokens, so they do not "
-                "compare; evaluate the two by themselves"
-            )
+def check_before_weights(config: EvaluateConfig) -> None:
+    """UserError for a sampler that cannot be, a store that is none, and an output that would overwrite something."""
+    for sampler in samplers(config):
+        length = sampler["gen_length"] or sampler["block_length"] or DEFAULT_BLOCK
+        Decoding(**{**sampler, "gen_length": length, "steps": (sampler["gen_length"] and sampler["steps"]) or length})
+    if config.tracking_uri not in (None, "none"):
+        check_tracking_uri(config.tracking_uri)
+    if config.output and (path := Path(config.output)).exists():
+        try:
+            ours = "comparisons" in json.loads(path.read_text())
+        except (OSError, ValueError, TypeError):
+            ours = False
+        if not ours:
+            raise UserError(f"--output {path} exists and is no report of this command; name another file")
 
 
 def _reference(config: EvaluateConfig, device: str) -> MaskedLogProbs | None:

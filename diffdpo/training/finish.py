@@ -67,8 +67,8 @@ class Finish:
                 f"--output_dir {self.context.output_dir} --resume_from_checkpoint latest"
             )
 
-    def completed(self, *, steps: int, engine: Engine) -> None:
-        """``summary.json``; the table is printed when the record is closed."""
+    def completed(self, *, steps: int, kept: int, engine: Engine) -> None:
+        """``summary.json``; the table is printed when the record is closed. ``kept``: the step of the final model."""
         self.status = "FINISHED"
         peaks = engine.world.all_gather_object(peak_memory_gib(engine.world.device))
         if self.tracking is None:
@@ -78,6 +78,7 @@ class Finish:
         summary = {
             "run_name": self.context.run_name,
             "steps": steps,
+            "kept_step": kept,
             "asked": asked_of(self.config),
             "seconds": round(time.time() - self.started, 1),
             **{key: value for key, value in rates.items() if value is not None},

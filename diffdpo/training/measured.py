@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Protocol
 
-from diffdpo.evaluation.heldout import SampledAnswers
+from diffdpo.evaluation.heldout_tasks import HeldOutTasks
 from diffdpo.evaluation.item_file import ItemFile
 from diffdpo.evaluation.result import Evaluation
 from diffdpo.evaluation.samples import SampleFile
@@ -15,7 +15,7 @@ from diffdpo.training.loop import Loop
 class HeldOut(Protocol):
     """What a command measures on held-out data."""
 
-    answers: SampledAnswers
+    tasks: HeldOutTasks
 
     def evaluate(self, when: str) -> Evaluation:
         """Everything, before or after."""
@@ -41,7 +41,7 @@ class Measured:
             self.items = ItemFile(self.folder, data, names)
             with told_if_unwritable(self.folder):
                 self.samples = SampleFile(self.folder, resume_step)
-            held_out.answers.on_sampled = self.samples.add
+            held_out.tasks.on_sampled = self.samples.add
 
     def follow(self, loop: Loop) -> None:
         """Answers that are sampled from now on belong to the loop's steps."""

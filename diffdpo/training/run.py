@@ -26,6 +26,7 @@ from diffdpo.step.report import StepReport
 from diffdpo.tracking.journal import Journal
 from diffdpo.tracking.mlflow_run import Shipped
 from diffdpo.tracking.run import Tracking, named_elsewhere, run_tags, tracking_uri
+from diffdpo.training.best import Best
 from diffdpo.training.callbacks import Callback, Callbacks
 from diffdpo.training.checkpoint import (
     read_state,
@@ -108,8 +109,10 @@ def carry_out(run: Run) -> Result:
         run.watch.pulse.beat(EVALUATION, state.get("step", 0))
         measured = Measured(held_out, tracking, data=run.facts["held_out_fingerprint"], resume_step=state.get("step"))
         before = measured.again(Evaluation(state["before"])) if run.resume else measured.evaluate("before")
-        loop = _loop_of(run, tracking, before, done=state.get("step", 0))
+        loop = _loop_of(run, tracking, before, resumed=state)
         measured.follow(loop)
+        if loop.best is not None:
+            loop.best.check(before.means())
         if not run.resume:
             loop.record_evaluation(before.means())
         end.phase = "in training"
@@ -118,14 +121,16 @@ def carry_out(run: Run) -> Result:
         if not_learned := run.loader.summary(engine.world.all_reduce_sums):
             context.print(f"data    {not_learned}")
         if complete:
+            kept = loop.settle_for_the_best()
             folder = context.output_dir / "final"
             _save_whole(folder, engine, run.loaded)
             end.phase = f"in the evaluation after training; the trained model is in {folder}"
             run.watch.pulse.beat(EVALUATION, loop.done)
             after = measured.evaluate("after")
-            loop.record_evaluation(after.means())
+            if kept == loop.done:  # else they stand where they were measured
+                loop.record_evaluation(after.means())
             end.write_card(folder, run.base, run.asked, before, after)
-            end.completed(steps=loop.done, engine=engine)
+            end.completed(steps=loop.done, kept=kept, engine=engine)
         else:
             end.stopped(loop.done)
         loop.callbacks.on_end(loop.done)
@@ -170,7 +175,7 @@ def _save_whole(folder: Path, engine: Engine, loaded: LoadedModel) -> None:
             raise
 
 
-def _loop_of(run: Run, tracking: Tracking | None, before: Evaluation, *, done: int) -> Loop:
+def _loop_of(run: Run, tracking: Tracking | None, before: Evaluation, *, resumed: Mapping[str, Any]) -> Loop:
     total = total_steps(run.config, run.loader)
     return Loop(
         config=in_steps(run.config, total),
@@ -186,7 +191,8 @@ def _loop_of(run: Run, tracking: Tracking | None, before: Evaluation, *, done: i
         unit=run.unit,
         watch=run.watch,
         state={"before": dict(before.values), "config": public(run.config), "held_by": held_by(run.engine)},
-        done=done,
+        best=Best.of(run.config, resumed),
+        done=resumed.get("step", 0),
     )
 
 
@@ -224,7 +230,8 @@ def start_tracking(run: Run, *, state: Mapping[str, Any], changes: Sequence[str]
         for change in changes:
             journal.note(step or 0, change)
         tracking = Tracking(output_dir, journal)
-        if uri is not None:
+        tracking.start_readers(config.trackers(), context.run_name, config.experiment_name, public(config))
+        if uri is not None and "mlflow" in config.trackers():
             shipped = Shipped(
                 uri,
                 config.experiment_name,

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+from data_pipeline.addresses import hidden
 from data_pipeline.batch import Fault
 from data_pipeline.dataset import ShardedDataset
 from data_pipeline.facts import count_kinds, refuse_unusable
@@ -20,7 +21,8 @@ from diffdpo.engine.choice import EngineChoice
 from diffdpo.engine.make import choice_for, load_device, make_engine, weight_shards
 from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.errors import UserError
-from diffdpo.evaluation.heldout import HeldOutAnswers, SampledAnswers
+from diffdpo.evaluation.heldout import HeldOutAnswers
+from diffdpo.evaluation.heldout_tasks import HeldOutTasks
 from diffdpo.losses.options import LossOptions
 from diffdpo.models.architecture.from_scratch import new_model, train_tokenizer
 from diffdpo.models.encoder import make_encoder
@@ -29,6 +31,7 @@ from diffdpo.noise.options import NoiseOptions
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.scores.reference import no_reference
 from diffdpo.scores.segments import make_segments
+from diffdpo.settings.engine import over_processes
 from diffdpo.setup import data as run_data
 from diffdpo.setup.chosen import chosen_settings
 from diffdpo.setup.context import RunContext
@@ -64,6 +67,7 @@ def sft(config: SftConfig, *, callbacks: Sequence[Callback] = ()) -> Result:
 def _sft(
     config: SftConfig, asked: SftConfig, context: RunContext, watch: Watch, callbacks: Sequence[Callback]
 ) -> Result:
+    config = over_processes(config, context.world.size)
     choice = choice_for(config, context.world)
     check_before_weights(config, choice)
     if (finished := finished_before(config, context)) is not None:
@@ -101,21 +105,18 @@ def _build(
         segments=segments,
         shape=micro_batch_shape(config, couples_pairs=False, block_size=loaded.spec.block_size),
     )
-    held_out = HeldOutAnswers(
-        engine,
-        noise,
-        batches,
-        SampledAnswers(config, engine, loaded, batches),
-        segments=make_segments(config, choice, world.device, world=world),
-    )
+    eval_segments = make_segments(config, choice, world.device, world=world)
+    records = run_data.held_out_records(eval_set, batches, world)
+    tasks = HeldOutTasks(config, engine, loaded, encoder, records=records, batches=batches, segments=eval_segments)
+    held_out = HeldOutAnswers(engine, noise, batches, tasks, segments=eval_segments)
     context.print(_announcement(config, context, choice, loaded, answers, f"'{strategy}' ({why})"))
     step = PreferenceStep(engine, no_reference, noise, SUPERVISED, strategy=strategy, segments=segments, compared=False)
     named = {"model_name_or_path": config.model_name_or_path or config.policy}  # None: a new one
     chosen = chosen_settings(config, context, choice, encoder) | named
     return Run(
-        config=replace(config, **chosen, segmentation=strategy, eval_task=held_out.answers.task),
+        config=replace(config, **chosen, segmentation=strategy, eval_task=held_out.tasks.task),
         asked=config,
-        facts=_facts(loaded, choice, answers=len(train_set), why=why) | _facts_of_held_out(eval_set),
+        facts=_facts(loaded, choice, (train_set, eval_set), why=why),
         context=context,
         watch=watch,
         resume=resume,
@@ -138,16 +139,20 @@ def _with_canvas(step: PreferenceStep, config: SftConfig, loaded: LoadedModel) -
     return lambda micro_batches, rate: step([fill_canvas(batch, **canvas) for batch in micro_batches], rate)
 
 
-def _facts(loaded: LoadedModel, choice: EngineChoice, *, answers: int, why: str) -> dict[str, Any]:
+def _facts(
+    loaded: LoadedModel, choice: EngineChoice, data: tuple[ShardedDataset, ShardedDataset | None], *, why: str
+) -> dict[str, Any]:
     total, trained = count_parameters(loaded.model)
-    facts = {"parameters": total, "trained_parameters": trained, "answers": answers}
-    return facts | {"dtype": dtype_name(choice.bf16), "why_segmentation": why}
-
-
-def _facts_of_held_out(held_out: ShardedDataset | None) -> dict[str, Any]:
-    if held_out is None:
-        return {"held_out_fingerprint": None, "held_out_pairs": 0}
-    return {"held_out_fingerprint": held_out.fingerprint, "held_out_pairs": len(held_out)}
+    answers, held_out = data
+    return {
+        "parameters": total,
+        "trained_parameters": trained,
+        "answers": len(answers),
+        "held_out_pairs": len(held_out) if held_out is not None else 0,
+        "held_out_fingerprint": held_out.fingerprint if held_out is not None else None,
+        "dtype": dtype_name(choice.bf16),
+        "why_segmentation": why,
+    }
 
 
 def _announcement(
@@ -156,7 +161,7 @@ def _announcement(
     model = describe_model(config) if config.policy else "new"
     return (
         f"model    {model}, {count_parameters(loaded.model)[0]:,} parameters\n"
-        f"data     {config.train_data or 'generated arithmetic-reasoning answers'}: {answers}\n"
+        f"data     {hidden(config.train_data or '') or 'generated arithmetic-reasoning answers'}: {answers}\n"
         f"engine   {choice.describe()}; segmentation {strategy}\n"
         f"output   {context.output_dir}"
     )
@@ -194,7 +199,8 @@ def _load_or_make(
         tokenizer = train_tokenizer(_texts(data), vocab_size=config.vocab_size)
         sizes = {"width": config.width, "layers": config.layers, "heads": config.heads}
         context_length = max(CONTEXT, config.max_length)
-        model = new_model(tokenizer, **sizes, seed=config.seed, max_length=context_length, block_size=config.block_size)
+        sizes |= {"max_length": context_length, "block_size": config.block_size or 0}
+        model = new_model(tokenizer, **sizes, seed=config.seed)
         partial = folder.with_name("start.partial")  # renamed when whole: an interrupted one is never taken for it
         save_model(model, tokenizer, partial)
         partial.rename(folder)

@@ -29,7 +29,7 @@ FLAGS = [
     *("--max_steps", "4", "--num_generated_pairs", "96", "--max_eval_pairs", "16", "--num_eval_problems", "0"),
     *("--per_device_train_batch_size", "2", "--tracking_uri", "none"),
 ]
-MEASURED = ("time", "seconds", "per_second", "memory", "wait")
+MEASURED = ("time", "seconds", "per_second", "memory", "wait", "utilisation")
 
 
 @dataclass(frozen=True)

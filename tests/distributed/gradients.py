@@ -118,13 +118,13 @@ def step_of(engine, module, loaded, case: Case, strategy: str, loss: str) -> Pre
     sharded = case.fsdp is not None or (case.ds or {}).get("stage", 0) >= 2
     # as a run does: ranks that can take a step again together need not cut alike
     meets = sharded and engine.retry_obstacle() is not None
-    segments = Segments(rows=case.segment, equal_over=world if meets else None)
+    segments = Segments(rows=case.segment, equal_over=world if meets and world.size > 1 else None)
     names = tuple(loss.split(","))
     smoothing = 1e-3 if "exo_pair" in names else 0.0
     return PreferenceStep(
         engine,
         copy_reference(engine, module, segments=segments),
-        NoiseOptions(case.estimator, 5, 0, loaded.spec.mask_token_id),
+        NoiseOptions(case.estimator, 5, 0, loaded.spec.mask_token_id, None, loaded.spec.block_size),
         LossOptions(names, (1.0,) * len(names), beta=0.1, parameters={"label_smoothing": smoothing}),
         strategy=strategy,
         segments=segments,

@@ -45,12 +45,14 @@ def case(name: str, engine: str, **settings) -> dict:
 def compare(command, tiny_model, pairs_file, tmp_path):
     """Run cases on some processes; {case strategy loss: result}, already checked for equal calls."""
 
-    def run(cases: list[dict], *, processes: int, pairs: Path = pairs_file, timeout: float = 240) -> dict[str, dict]:
+    def run(
+        cases: list[dict], *, processes: int, model: Path = tiny_model, pairs: Path = pairs_file, timeout: float = 240
+    ) -> dict[str, dict]:
         out = tmp_path / "found.json"
         done = command(
             [
                 *(str(BIN / "torchrun"), "--standalone", "--nproc_per_node", str(processes), WORKER),
-                *(str(tiny_model), str(pairs), json.dumps(cases), str(out)),
+                *(str(model), str(pairs), json.dumps(cases), str(out)),
             ],
             timeout=timeout,
             PYTHONPATH=str(Path.cwd()),
@@ -118,6 +120,47 @@ def test_bf16(compare, engine):
         case("LoRA", engine, bf16=True, lora=True, strategies=DEFERRABLE),
     ]
     check(compare(cases, processes=2, timeout=600), BF16)
+
+
+@pytest.fixture(scope="module")
+def block_model(tiny_model, tmp_path_factory) -> Path:
+    """As ``tiny_model``, block-causal."""
+    from diffdpo.models.architecture.from_scratch import new_model
+    from diffdpo.models.load import load_tokenizer, save_model
+
+    tokenizer, folder = load_tokenizer(str(tiny_model)), tmp_path_factory.mktemp("blocks") / "block_model"
+    save_model(new_model(tokenizer, width=32, layers=2, heads=2, seed=0, block_size=4), tokenizer, folder)
+    return folder
+
+
+@pytest.mark.distributed
+def test_block_causal_rows_on_two_processes(compare, block_model):
+    """Clean tokens shared by a pair's segments, or run in each where ranks must call equally often."""
+    cases = [
+        case("plain", "plain", strategies=DEFERRABLE),
+        case("ZeRO-2 LoRA", "ZeRO-2", strategies=["deferred"], lora=True),
+        case("ZeRO-3", "ZeRO-3", strategies=["two_pass"], layers=True),
+        case("ZeRO-3 LoRA", "ZeRO-3", strategies=["deferred"], lora=True),
+        case("FSDP2", "FSDP2", strategies=["checkpoint"]),
+        case("FSDP2 LoRA", "FSDP2 offload", strategies=["two_pass"], lora=True),
+    ]
+    check(compare(cases, processes=2, model=block_model), FP32)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(960)
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("engine", list(ENGINES))
+def test_block_causal_rows_with_every_strategy(compare, block_model, engine, processes):
+    whole = engine in ("plain", "ZeRO-1") or (engine == "ZeRO-2" and processes == 1)
+    cases = [
+        case("full", engine, strategies=DEFERRABLE if whole else ALL),
+        case("full, layers", engine, layers=True, strategies=DEFERRABLE if whole else ALL),
+        case("LoRA", engine, lora=True, strategies=DEFERRABLE),
+        case("LoRA, layers, exact", engine, lora=True, layers=True, estimator="exact", strategies=DEFERRABLE),
+    ]
+    check(compare(cases, processes=processes, model=block_model, timeout=900), FP32)
 
 
 def greedy(engine: str, **settings) -> dict:

@@ -1,6 +1,7 @@
 """A block diffusion model made by launch/sft.py, scored, trained from preferences and sampled from."""
 
 import json
+import shutil
 
 import pytest
 
@@ -62,4 +63,36 @@ def test_it_writes_answers(made, command, python):
 
 def test_a_named_model_has_its_own_blocks(made, command, python):
     done = command([python, "launch/sft.py", "--model_name_or_path", str(made), "--block_size", "8"], timeout=120)
-    assert done.returncode == 2 and "--block_size is of a new model" in done.stderr
+    assert done.returncode == 2 and "--block_size 8: config.json has block_size=4" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def undeclared(made, tmp_path_factory):
+    """The same weights under the name that full-attention and block-causal checkpoints share, blocks not declared."""
+    folder = tmp_path_factory.mktemp("undeclared") / "model"
+    shutil.copytree(made, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "a2d-qwen3"}
+    del config["block_size"], config["architectures"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def scores(command, python, model, pairs_file, *options):
+    words = f"--model_name_or_path {model} --pairs {pairs_file} --max_length 96 --max_prompt_length 48"
+    done = command([python, "launch/score.py", *words.split(), "--score_estimator", "exact", *options], timeout=600)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return done, [line["chosen"]["score"] for line in lines]
+
+
+def test_blocks_that_config_json_does_not_declare(made, undeclared, command, python, pairs_file, tmp_path):
+    done, _ = scores(command, python, undeclared, pairs_file)
+    assert done.returncode == 2 and "give --block_size" in done.stderr
+    given = scores(command, python, undeclared, pairs_file, "--block_size", "4")[1]
+    assert given and given == scores(command, python, made, pairs_file)[1]
+    rest = f"--train_data {pairs_file} --max_length 96 --max_prompt_length 48 --output_dir {tmp_path}/o --block_size 4"
+    done = command([python, "launch/train.py", *f"--model_name_or_path {undeclared} {FEW} {rest}".split()], timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "o" / "final" / "config.json").read_text())["block_size"] == 4
+    words = f"--model_name_or_path {undeclared} --gen_length 8 --prompt 2".split()
+    assert command([python, "launch/generate.py", *words], timeout=300).returncode == 2
+    assert command([python, "launch/generate.py", *words, "--block_size", "4"], timeout=300).returncode == 0

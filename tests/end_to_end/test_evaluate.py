@@ -228,6 +228,9 @@ def test_a_checkpoint_of_a_fully_trained_run_is_read_without_its_engine(files, t
         (["--pairs", "{files}/pairs.jsonl", "--model_name_or_path", "{files}"], "no model config"),
         (["--pairs", "{files}/pairs.jsonl", "--output", "{files}/no/report.json"], "no folder"),
         (["--pairs", "{files}/pairs.jsonl", "--tracking_uri", "ftp://x"], "ftp"),
+        (["--pairs", "{files}/pairs.jsonl", "--output", "{files}/pairs.jsonl"], "no report of this command"),
+        (["--pairs", "{files}/pairs.jsonl", "--output", "{files}"], "no report of this command"),
+        (["--task", "arithmetic", "--threshold", "2"], "between 0 and 1"),
         (["--pairs", "{files}/pairs.jsonl", "--model_name_or_path", "{model}", "{model}"], "twice"),
     ],
 )

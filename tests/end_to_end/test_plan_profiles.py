@@ -15,7 +15,17 @@ from tests.support.paths import ROOT
 TABLE = DOC.read_text().partition(BEGIN)[2].partition(END)[0]
 
 
-@pytest.mark.parametrize("profile", PROFILES, ids=lambda profile: profile.recipe)
+BLOCKS = ("sdar8b.json", "llada2mini.json")
+LONG = [
+    pytest.param(
+        each, marks=pytest.mark.slow if each.shape in ("sdar8b.json", "llada2mini.json") else (), id=each.recipe
+    )
+    for each in PROFILES
+]
+"""Thousands of experts, or three forwards a trace, take their time on the meta device too."""
+
+
+@pytest.mark.parametrize("profile", LONG)
 def test_memory_as_the_document_says_and_within_the_target(profile, monkeypatch):
     monkeypatch.chdir(ROOT)
     planned = make_plan(parse_config(TrainConfig, profile.argv(), ""), MACHINE, timed=False)
@@ -38,7 +48,7 @@ def test_the_whole_table(monkeypatch):
 def test_recipes_and_the_commands_in_them(profile, monkeypatch):
     monkeypatch.chdir(ROOT)
     config = parse_config(TrainConfig, profile.argv(), "")
-    assert config.num_mc_samples == 8 and config.max_length == 1024 and config.bf16
+    assert config.num_mc_samples in (4, 8) and config.max_length == 1024 and config.bf16
     text = (ROOT / "recipes" / profile.recipe).read_text()
     assert f"--ds_config ds_configs/{profile.ds_config} --config recipes/{profile.recipe}" in text
     assert all(

@@ -61,11 +61,28 @@ def test_mlflow_has_it_all(readme_run):
     client = mlflow.MlflowClient(f"sqlite:///{out.parent}/mlflow.db")
     run = client.get_run(json.loads((out / "mlflow.json").read_text())["run_id"])
     assert run.info.status == "FINISHED"
-    assert run.data.params["beta"] == "0.1" and '"stage": 2' in run.data.params["ds_config_json"]
+    assert run.data.params["beta"] == "0.1" and "max_steps=2" in run.data.tags["changed"]
+    assert "| reward margin" in run.data.tags["mlflow.note.content"]
+    used = {one.tags[0].value: one.dataset.digest for one in run.inputs.dataset_inputs}
+    assert set(used) == {"training", "evaluation"} and used["training"] == run.data.params["data_fingerprint"]
+    assert {"seconds/policy", "seconds/reference", "seconds/optimizer"} <= set(run.data.metrics)
     assert run.data.params["data_fingerprint"] and "mlflow.source.git.commit" in run.data.tags
     assert [m.step for m in client.get_metric_history(run.info.run_id, "loss")] == [1, 2]
     assert len(client.get_metric_history(run.info.run_id, "eval/rewards/margins")) == 2
-    assert {file.path for file in client.list_artifacts(run.info.run_id)} >= {"config.yaml", "plots", "summary.json"}
+    names = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert names >= {
+        "config.yaml",
+        "asked.yaml",
+        "ds_config.json",
+        "plots",
+        "summary.json",
+        "held_out.json",
+        "answers.json",
+    }
+    assert {file.path for file in client.list_artifacts(run.info.run_id, "plots")} == {
+        "plots/curves.png",
+        "plots/time.png",
+    }
 
 
 def test_the_final_model_loads_with_one_call(readme_run):

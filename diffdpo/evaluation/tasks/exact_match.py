@@ -27,14 +27,14 @@ class ExactMatch:
         *,
         block_size: int | None = None,
         seed: int = 0,
-        noise: Sequence[int] | None = None,
+        noise: Sequence[tuple[int, ...]] | None = None,
         left_out: Sequence[str] = (),
     ):
         self.name, self.problems, self.verifier = name, list(problems), verifier
         self.left_out = list(left_out)
         self.seed, self.keys = seed, [Key(problem.id, problem.digest) for problem in problems]
         self.sampler = with_lengths(sampler, problems, block_size=block_size)
-        self.noise = noise if noise is not None else [_of_prompt(problem) for problem in problems]
+        self.noise = noise if noise is not None else [(seed, _of_prompt(problem)) for problem in problems]
 
     def identity(self) -> dict[str, Any]:
         return {"task": self.name, "seed": self.seed, "sampler": self.sampler}
@@ -45,7 +45,7 @@ class ExactMatch:
             subject.loaded.model,
             subject.loaded.spec,
             [problem.ids for problem in asked],
-            seed=[(self.seed, self.noise[number]) for number in numbers],
+            seed=[self.noise[number] for number in numbers],
             **self.sampler,
         )
         texts = [str(subject.loaded.tokenizer.decode(ids, skip_special_tokens=True)) for ids in answers]

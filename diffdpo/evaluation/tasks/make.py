@@ -5,11 +5,11 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any, TypeVar
 
-from data_pipeline.choices import ChoiceRecord
 from data_pipeline.encode import Encoder
 from data_pipeline.generate import generate_choices, generate_pairs
 from data_pipeline.names import source_names
 from data_pipeline.records import AnswerRecord, Record, record_from_fields
+from data_pipeline.sources.choices import ChoiceRecord
 from data_pipeline.sources.read import questions_in, records_in
 from data_pipeline.verifiers import find_verifier
 from diffdpo.config import EvaluateConfig

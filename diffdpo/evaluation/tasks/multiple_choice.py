@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.choices import ChoiceRecord
 from data_pipeline.encode import Drop, Encoder, TokenAnswer, answer_text
 from data_pipeline.records import AnswerRecord
+from data_pipeline.sources.choices import ChoiceRecord
 from diffdpo.evaluation.estimate import mean_figure
 from diffdpo.evaluation.score_answers import NamedAnswer, score_answers
 from diffdpo.evaluation.tasks.base import Key, Line, Subject

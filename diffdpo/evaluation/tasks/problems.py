@@ -59,8 +59,11 @@ def right_answer(record: Record) -> str | None:
 
 
 def distinct(problems: Sequence[Problem]) -> list[Problem]:
-    """One problem a prompt, the first of each."""
+    """One problem a prompt, and one an id: the first of each."""
     found: dict[tuple[int, ...], Problem] = {}
+    met = set[str]()
     for problem in problems:
-        found.setdefault(problem.ids, problem)
+        if problem.id not in met:
+            found.setdefault(problem.ids, problem)
+        met.add(problem.id)
     return list(found.values())

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffdpo.gpus import is_gpu
+
 CHUNK = 512
 """Queries that attend together, on the CPU: half of a block-causal mask hides, and what all of them do not see is left
 out."""
@@ -260,7 +262,7 @@ def _row_chunks(start: int, width: int, clean: int, block_size: int, device: tor
 def _spans(size: int, block_size: int, device: torch.device) -> list[slice]:
     """Consecutive parts of about CHUNK tokens, in whole blocks; on a GPU one, as launches cost more than what is
     hidden there."""
-    step = max(1, CHUNK // block_size) * block_size if device.type == "cpu" else max(1, size)
+    step = max(1, CHUNK // block_size) * block_size if not is_gpu(device) else max(1, size)
     return [slice(first, min(first + step, size)) for first in range(0, size, step)]
 
 
@@ -286,8 +288,16 @@ class _Prefixes(torch.autograd.Function):
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """q [R, S, H, D], k and v [R, S', G, D], mask [S, S'] → [R, S, H*D]."""
-    grouped = q.shape[2] != k.shape[2]
+    """q [R, S, H, D], k and v [R, S', G, D], mask [S, S'] → [R, S, H*D].
+
+    Query heads of a group are a call's heads, and groups stand beside the rows: the GPU kernels that take a mask know
+    no grouped queries, and would fall back to one that holds all scores.
+    """
+    (rows, _, heads, _), groups = q.shape, k.shape[2]
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+    if heads != groups:
+        q = q.unflatten(1, (groups, -1)).flatten(0, 1)
+        k, v = (t.flatten(0, 1)[:, None].expand(-1, heads // groups, -1, -1) for t in (k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    out = out if heads == groups else out.unflatten(0, (rows, groups)).flatten(1, 2)
     return out.transpose(1, 2).flatten(2)

@@ -26,9 +26,11 @@ def grouped_products(h_NK: Tensor) -> bool:
 
 def mix_experts(h_NK: Tensor, experts: nn.ModuleList, expert_NT: Tensor, weight_NT: Tensor) -> Tensor:
     """Σ_T weight · expert(h) [N, K]; every expert is a gated MLP of `gate_proj`, `up_proj` and `down_proj`."""
-    if grouped_products(h_NK) and len(h_NK) and all(map(_stackable, experts.modules())):
+    if len(h_NK) and grouped_products(h_NK) and all(map(_stackable, experts.modules())):
         return _grouped(h_NK, experts, expert_NT, weight_NT)
     out_NK = torch.zeros_like(h_NK)
+    if not len(h_NK):
+        return out_NK + sum(expert(h_NK) for expert in experts if _must_run(expert))
     for number, expert in enumerate(experts):
         token_X, place_X = (expert_NT == number).nonzero(as_tuple=True)
         if not len(token_X) and not _must_run(expert):

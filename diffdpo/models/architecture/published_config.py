@@ -95,7 +95,8 @@ class PublishedConfig(PreTrainedConfig):
             [
                 (
                     found is None,
-                    f"does not say how many tokens a block has{full}, and nothing else tells: add {key} to config.json",
+                    f"does not say how many tokens a block has{full}, and nothing else tells: give --block_size, or "
+                    f"add {key} to config.json",
                 ),
                 (found is not None and not known, f"has {key}={found!r}; expected: a whole number from {least}{full}"),
             ]

@@ -37,3 +37,11 @@ def test_what_cannot_be_sent_is_told_and_the_command_fails(tmp_path, capsys):
     Shipped("http://127.0.0.1:9", "tries", "one", status="FINISHED").write(folder)
     assert main(["--sync", str(tmp_path / "runs")]) == 1
     assert "NOT sent" in capsys.readouterr().out
+
+
+def test_a_store_that_is_not_there_is_not_made(tmp_path):
+    with pytest.raises(UserError, match="no file"):
+        find_runs(["x"], uri=f"sqlite:///{tmp_path}/mlflow.db")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="none"):
+        find_runs(["x"], uri="none")

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -60,7 +61,7 @@ def test_operators_that_cannot_be_had_say_for_what_they_are(monkeypatch, tmp_pat
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     found = by_name(compilers.operators(gpu=False))
-    assert "g++" in found["operator cpu_adam"].advice and "optimizer on the host" in found["operator cpu_adam"].found
+    assert "g++" in found["operators"].advice and "cpu_adam (optimizer on the host)" in found["operators"].found
     assert found["operators there"].found == "none" and "to be compiled" not in found
 
 
@@ -145,8 +146,49 @@ def test_the_command_without_torch_or_anything_else(command, tmp_path):
     root = str(software.Path(software.__file__).parents[2])
     imports = "from diffdpo.command import run; from diffdpo.cli.doctor import main"
     code = f"import sys; sys.path.insert(0, {root!r}); {imports}; run(main)"
-    done = command([sys.executable, "-S", "-I", "-c", code, "--json"], timeout=120, cwd=tmp_path)
+    done = command([sys.executable, "-S", "-I", "-c", code, "--self_test", "--json"], timeout=120, cwd=tmp_path)
     assert done.returncode == 1 and not done.stderr
     everything = json.loads(done.stdout)
+    assert everything["self_test"] is None and "torch" in everything["findings"]["self-test"][0]["found"]
     states = {f["name"]: f["state"] for findings in everything["findings"].values() for f in findings}
     assert states["torch"] == ERROR and states["deepspeed"] == WARNING and states["Python"] == OK
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """torch.cuda as on a machine with one GPU, of which a test changes what it likes."""
+    from diffdpo.doctor import gpus
+
+    said = {"free": 15 * 2**30, "capability": (8, 9), "bf16": True, "rates": [12.0, 12.5]}
+    properties = SimpleNamespace(name="NVIDIA GeForce RTX 4080", major=8, minor=9)
+    for name, value in {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "get_device_properties": lambda index: properties,
+        "mem_get_info": lambda index: (said["free"], 16 * 2**30),
+        "is_bf16_supported": lambda: said["bf16"],
+        "get_device_capability": lambda: said["capability"],
+        "nccl.version": lambda: (2, 28, 9),
+    }.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", value)
+    monkeypatch.setattr(gpus, "copy_rates", lambda index: said["rates"])
+    return said
+
+
+def test_a_gpu_and_what_runs_on_it(card):
+    from diffdpo.doctor import gpus
+
+    found = [*gpus.each(), *gpus.kernels()]
+    assert "15.0 of 16.0 GiB free, sm_89" in found[0].found and "12.0 GB/s" in found[1].found
+    assert "varlen" in by_name(found)["attention"].found and by_name(found)["NCCL"].found == "2.28.9"
+    assert [one for one in found if one.name != "triton" and one.state != OK] == []
+
+
+def test_what_a_gpu_may_lack(card):
+    from diffdpo.doctor import gpus
+
+    card |= {"free": 3 * 2**30, "capability": (7, 5), "bf16": False, "rates": [3.1, 12.0]}
+    found = [*gpus.each(), *gpus.kernels()]
+    assert [one.state for one in found[:3]] == [WARNING] * 3
+    assert "others hold memory" in found[0].advice and "bf16" in found[1].found and "PCIe" in found[2].advice
+    assert by_name(found)["attention"].state == WARNING

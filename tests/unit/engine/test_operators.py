@@ -3,11 +3,13 @@
 import os
 from contextlib import nullcontext
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 
 from diffdpo.engine import operators
+from diffdpo.engine.ds_config import read_ds_config
 from diffdpo.engine.operators import missing_operators, needed_operators, prepare_operators
 from diffdpo.engine.world import World
 from diffdpo.errors import UserError
@@ -109,3 +111,8 @@ def test_operators_of_a_gpu_need_the_toolkit_of_torch_s_major_version(tmp_path, 
         assert "async_io" in missing_operators(needed_operators(NVME))
     with nullcontext() if said is None else pytest.raises(UserError, match=f"{said}.*torch_adam"):
         assert missing_operators(["fused_adam"]) == ["fused_adam"]
+
+
+def test_an_adapter_that_stays_on_the_card_compiles_nothing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert needed_operators(read_ds_config(Path("4080_qlora"))) == []

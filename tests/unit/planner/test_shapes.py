@@ -1,14 +1,13 @@
 """Parameters counted from a config.json are those of the real module."""
 
-import json
-
 import pytest
 
 from diffdpo.config import TrainConfig
 from diffdpo.errors import UserError
 from diffdpo.models.architecture.spec import FamilySpec
 from diffdpo.models.lora.adapters import add_lora
-from diffdpo.planner.shapes import count, read_shape, skeleton
+from diffdpo.planner.shapes import count, read_shape, skeleton, weight_elements
+from tests.support.paths import ROOT
 from tests.support.shapes import QWEN
 
 
@@ -55,10 +54,6 @@ def test_what_cannot_be_read_is_named(tmp_path, write_config):
         read_shape(write_config({"model_type": "gpt2"}))
 
 
-def test_block_causal_models_are_refused_by_name(tmp_path):
-    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
-    rest = {"intermediate_size": 48, "vocab_size": 64, "rms_norm_eps": 1e-6, "rope_theta": 1e4, "mask_token_id": 9}
-    config = {**shape, **rest, "model_type": "sdar", "tie_word_embeddings": True, "block_size": 4}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="sdar has blocks of 4: block-causal models are not planned yet"):
-        read_shape(str(tmp_path / "config.json"))
+@pytest.mark.parametrize(("name", "parameters"), [("sdar8b", 8_190_735_360), ("llada2mini", 16_255_643_392)])
+def test_published_shapes_have_the_published_size(name, parameters):
+    assert weight_elements(*read_shape(f"{ROOT}/docs/shapes/{name}.json")) == parameters

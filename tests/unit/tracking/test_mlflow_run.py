@@ -8,6 +8,7 @@ import pytest
 
 from diffdpo.errors import TrainingError, UserError
 from diffdpo.tracking.journal import Journal
+from diffdpo.tracking.lock import alone_in
 from diffdpo.tracking.mlflow_run import MlflowRun, Shipped, check_tracking_uri, ship_later
 
 
@@ -113,6 +114,22 @@ def test_the_next_run_sends_what_the_one_before_could_not(tmp_path, uri):
     shipped = Shipped.read(earlier)
     assert shipped.delivered and history(uri, shipped.run_id) == [(1, 1.0)]
     assert mlflow.MlflowClient(uri).get_run(shipped.run_id).info.status == "FINISHED"
+
+
+def test_a_run_beside_it_that_lives_is_left_alone(tmp_path, uri):
+    """As in a sweep of several at a time: two who send one journal would write one state."""
+    living, later = tmp_path / "living", tmp_path / "later"
+    with alone_in(living):
+        Journal(living).write(1, {"loss": 1.0})
+        Shipped(uri, "experiment", "living").write(living)
+        later.mkdir()
+        Journal(later).write(1, {"loss": 1.0})
+        run = make_run(later, uri)
+        run._ship_others()
+        assert Shipped.read(living).run_id is None
+    run._others_due = True
+    run._ship_others()
+    assert Shipped.read(living).run_id is not None and Shipped.read(living).status == "KILLED"
 
 
 def test_a_run_that_was_killed_is_told_as_killed(tmp_path, uri):

@@ -14,6 +14,7 @@ from diffdpo.engine.world import World
 from diffdpo.errors import TrainingError
 from diffdpo.step.report import StepReport
 from diffdpo.tracking.journal import FILE, Journal, read_journal
+from diffdpo.training.best import Best, Standing
 from diffdpo.training.callbacks import Callback, Callbacks
 from diffdpo.training.culprit import each_record, read_culprit
 from diffdpo.training.guard import Watch
@@ -100,10 +101,10 @@ class FakeEngine:
 def loop(tmp_path, monkeypatch):
     """``loop(settings, step=…, total=…)`` → the Loop and what happened, in order."""
 
-    def make(settings=None, *, step=lambda batches, rate: report(), total=6, callbacks=()):
+    def make(settings=None, *, step=lambda batches, rate: report(), total=6, callbacks=(), losses=None):
         happened = []
         monkeypatch.setattr("diffdpo.training.loop.Saver", lambda *given: FakeSaver(happened, given[3]))
-        monkeypatch.setattr("diffdpo.training.loop.means", lambda sums: {"rewards/margins": sums["margin"]})
+        monkeypatch.setattr("diffdpo.training.window.means", lambda sums: {"rewards/margins": sums["margin"]})
         made = Loop(
             config=TrainConfig(
                 **{"learning_rate": 1.0, "warmup_steps": 0, "lr_scheduler_type": "linear"} | (settings or {})
@@ -114,11 +115,12 @@ def loop(tmp_path, monkeypatch):
             step=lambda batches, rate: (happened.append(("step", rate)), step(batches, rate))[1],
             total_steps=total,
             journal=Journal(tmp_path),
-            evaluate=lambda: (happened.append("evaluation"), {"loss": 0.1})[1],
+            evaluate=lambda: (happened.append("evaluation"), {"loss": next(losses) if losses else 0.1})[1],
             check_first=lambda first: happened.append("first"),
             watch=Watch(Pulse(WORLD, tmp_path, 0.0)),
             callbacks=Callbacks(callbacks),
         )
+        made.best = Best.of(made.config, {})
         return made, happened
 
     return make
@@ -134,6 +136,23 @@ def test_a_run_to_its_end(loop, tmp_path):
     assert [event for event in happened if event[0] == "save"] == [("save", 4)]
     lines = read_journal(tmp_path / FILE)
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+def test_patience_ends_a_run_and_every_better_model_is_kept(loop, tmp_path):
+    settings = {"eval_steps": 1, "early_stopping_patience": 2, "load_best_model_at_end": True, "logging_steps": 10}
+    made, happened = loop(settings, losses=iter([3.0, 2.0, 2.5, 2.0, 0.0]))
+    assert made.run() is True and made.done == 4, "two evaluations that were no better than the second"
+    assert [event[1] for event in happened if event[0] == "save"] == [1, 2]
+    assert made.best.standing == Standing(step=2, value=2.0, evaluations=4, without_gain=2)
+    assert [line["step"] for line in read_journal(tmp_path / FILE) if "loss" in line][-1] == 4
+    again = Best.of(made.config, {"best": made.best.state()})
+    assert again.stops and not Best.of(made.config, {"best": made.best.state() | {"metric": "x"}}).stops
+
+
+def test_the_last_step_is_evaluated_where_that_decides(loop):
+    made, happened = loop({"eval_steps": 4, "load_best_model_at_end": True}, losses=iter([1.0, 2.0]))
+    assert made.run() is True and happened.count("evaluation") == 2
+    assert made.best.standing.step == 4
 
 
 def test_lines_are_means_over_their_window(loop, tmp_path):

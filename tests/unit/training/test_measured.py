@@ -33,7 +33,7 @@ def test_items_are_named_in_the_order_of_their_values(tiny_model, pairs_file, tm
     before = measured.evaluate("before")
     content = json.loads((tmp_path / "held_out.json").read_text())
     known = [json.loads(line)["id"] for line in pairs_file.read_text().splitlines()]
-    assert content["data"] == "ab" and "after" not in content and len(content["problems"]) == 3
+    assert content["data"] == "ab" and "after" not in content and len(content["exact_match"]) == 3
     assert content["records"] == sorted(content["records"], key=known.index) and len(content["records"]) == 10
     assert content["before"]["rewards/margins"] == pytest.approx(before.values["rewards/margins"], rel=1e-5)
     samples = read_samples(tmp_path)

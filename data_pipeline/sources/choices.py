@@ -12,7 +12,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_pipeline.records import PreferenceRecord, RecordError, Text, as_text, missing_field, stable_hash, text_key
+from data_pipeline.records import (
+    PreferenceRecord,
+    Record,
+    RecordError,
+    Text,
+    as_text,
+    missing_field,
+    stable_hash,
+    text_key,
+)
 from data_pipeline.sources.formats import convert
 
 QUESTIONS = ("question", "prompt", "query", "ctx", "input")
@@ -42,9 +51,10 @@ def choice_records(row: dict[str, Any]) -> Iterator[ChoiceRecord]:
     listed = next((name for name in CHOICES if row.get(name) is not None), None)
     if listed is None:
         for record in convert(row):
-            if not isinstance(record, PreferenceRecord):
+            question = question_of(record)
+            if question is None:
                 raise RecordError("no_choices", f"no choices in it: give one of {', '.join(CHOICES)}", malformed=True)
-            yield ChoiceRecord(record.id, record.prompt, (record.chosen, record.rejected), 0, record.meta)
+            yield question
         return
     asked = next((name for name in QUESTIONS if row.get(name)), None)
     answered = next((name for name in RIGHT if row.get(name) is not None), None)
@@ -54,6 +64,13 @@ def choice_records(row: dict[str, Any]) -> Iterator[ChoiceRecord]:
     meta = row["meta"] if isinstance(row.get("meta"), dict) else {}
     made = ChoiceRecord("", as_text(row[asked], asked), texts, _place(row[answered], texts, labels, answered), meta)
     yield ChoiceRecord(str(row.get("id") or made.digest), made.prompt, texts, made.right, meta)
+
+
+def question_of(record: Record) -> ChoiceRecord | None:
+    """A pair as a question with two choices; None for a single answer."""
+    if not isinstance(record, PreferenceRecord):
+        return None
+    return ChoiceRecord(record.id, record.prompt, (record.chosen, record.rejected), 0, record.meta)
 
 
 def _texts_and_labels(value: Any, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
