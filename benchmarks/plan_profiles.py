@@ -9,9 +9,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffdpo.cards import GPUS
 from diffdpo.cli.flags import parse_config
 from diffdpo.config import TrainConfig
-from diffdpo.planner.hardware import GPUS, Host
+from diffdpo.planner.hardware import Host
 from diffdpo.planner.memory import DEVICE, DISK, HOST, needed
 from diffdpo.planner.plan import Machine, Plan, make_plan
 from diffdpo.planner.sizes import GIB, gib
@@ -39,7 +40,7 @@ class Profile:
 
 
 PROFILES = (
-    Profile("LLaDA-8B, QLoRA", "llada8b.json", "llada8b_qlora.yaml", "4080_offload.json", 14.5),
+    Profile("LLaDA-8B, QLoRA", "llada8b.json", "llada8b_qlora.yaml", "4080_qlora.json", 14.5),
     Profile("3B, all parameters", "qwen3b.json", "full3b.yaml", "4080_offload.json", 15.0),
     Profile("SDAR-8B, QLoRA", "sdar8b.json", "sdar8b_qlora.yaml", "4080_offload.json", 14.5),
     Profile("LLaDA2.0-mini, QLoRA", "llada2mini.json", "llada2mini_qlora.yaml", "4080_offload.json", 14.5),

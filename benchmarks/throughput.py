@@ -37,6 +37,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data_pipeline.batch import PairBatch, collate
 from data_pipeline.encode import TokenAnswer, TokenPair
+from diffdpo.engine.base import trains_few
 from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.plain import PlainEngine
 from diffdpo.engine.world import World
@@ -111,12 +112,12 @@ def make_model(shape: Shape, device: torch.device) -> tuple[nn.Module, FamilySpe
     return model, spec
 
 
-def make_batch(shape: Shape) -> PairBatch:
+def make_batch(shape: Shape, *, spread: float = SPREAD) -> PairBatch:
     """Pairs of random tokens with the shape's lengths."""
     generator = np.random.default_rng(0)
 
     def length(median: int, most: int) -> int:
-        return int(np.clip(round(median * np.exp(SPREAD * generator.standard_normal())), 4, most))
+        return int(np.clip(round(median * np.exp(spread * generator.standard_normal())), 4, most))
 
     def pair(number: int) -> TokenPair:
         prompt = generator.integers(1, shape.vocab - 1, length(shape.prompt, shape.max_length // 2))
@@ -132,12 +133,12 @@ def make_batch(shape: Shape) -> PairBatch:
 # ------------------------------------------------------------------------------------------------- the plain step
 
 
-def plain_row_scores(model: nn.Module, rows: NoisyRows) -> torch.Tensor:
-    """f_R with everything computed: padding, every position's logits, and recomputed layers where gradients flow."""
+def plain_row_scores(model: nn.Module, rows: NoisyRows, *, recompute: bool = True) -> torch.Tensor:
+    """f_R with everything computed: padding, every position's logits, and layers again in the backward."""
     base, columns = native(model), torch.arange(rows.input_ids_RT.shape[1], device=rows.lengths_R.device)
     blocks = list(base.blocks)
     for block in blocks:
-        if torch.is_grad_enabled():
+        if recompute and torch.is_grad_enabled():
             whole = type(block).forward
             block.forward = lambda *args, block=block, whole=whole: checkpoint(whole, block, *args, use_reentrant=False)
     logits = base(rows.input_ids_RT, attention_mask=(columns < rows.lengths_R[:, None]).long()).logits
@@ -151,8 +152,8 @@ def plain_row_scores(model: nn.Module, rows: NoisyRows) -> torch.Tensor:
 class PlainStep:
     """One graph of all rows, a second model, AdamW."""
 
-    def __init__(self, policy: nn.Module, noise: NoiseOptions, device: torch.device):
-        self.policy, self.noise, self.device = policy, noise, device
+    def __init__(self, policy: nn.Module, noise: NoiseOptions, device: torch.device, *, recompute: bool = True):
+        self.policy, self.noise, self.device, self.recompute = policy, noise, device, recompute
         self.reference = copy.deepcopy(policy).requires_grad_(False)
         self.trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=RATE)
@@ -167,7 +168,7 @@ class PlainStep:
         rows = self.noise.draw_rows(batch, self.device)
         with torch.no_grad(), self.reference.disable_adapter():
             reference_R = plain_row_scores(self.reference, rows)
-        ratio_R = (plain_row_scores(self.policy, rows) - reference_R) * rows.weight_R
+        ratio_R = (plain_row_scores(self.policy, rows, recompute=self.recompute) - reference_R) * rows.weight_R
         ratio_A = ratio_R.new_zeros(rows.num_answers).index_add(0, rows.answer_R, ratio_R)
         (-logsigmoid(BETA * (ratio_A[0::2] - ratio_A[1::2])).mean()).backward()
 
@@ -210,7 +211,8 @@ def our_step(
             return kept[len(rows)]
 
     loss = LossOptions(("sigmoid",), (1.0,), BETA)
-    strategy, _ = choose_strategy("auto", engine=engine, segments=segments, shape=place)
+    how = {"obstacle": engine.no_sync_obstacle(), "reduces_in_backward": engine.choice.reduces_in_backward}
+    strategy, _ = choose_strategy("auto", segments=segments, shape=place, few=trains_few(engine.module), **how)
     return PreferenceStep(engine, reference, noise, loss, strategy=strategy, segments=segments), strategy
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from typing import NoReturn
 
+from data_pipeline.addresses import hidden
 from data_pipeline.errors import DataError
 
 
@@ -90,7 +91,7 @@ def exit_code(main: Callable[[list[str]], int | None], argv: list[str], user_err
     try:
         return main(argv) or 0
     except user_errors as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        print("error: " + hidden(" ".join(str(error).split())), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -99,7 +100,7 @@ def exit_code(main: Callable[[list[str]], int | None], argv: list[str], user_err
         sys.stderr.close()
         return 0
     except OSError as error:  # disk full, no permission: the message names the file
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        print("error: " + hidden(" ".join(str(error).split())), file=sys.stderr)
         return 2
 
 

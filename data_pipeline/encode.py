@@ -17,7 +17,16 @@ from jinja2 import TemplateError
 
 from data_pipeline.errors import DataError
 from data_pipeline.records import AnswerRecord, Message, Record, Text, answers_of, aside_of, user_turn
-from data_pipeline.template import LeftOut, check_reads, check_template, has_template, render, render_answer, warn_once
+from data_pipeline.telling import warn_once
+from data_pipeline.template import (
+    LeftOut,
+    check_reads,
+    check_template,
+    check_written,
+    has_template,
+    render,
+    render_answer,
+)
 from data_pipeline.truncate import keep_end, keep_start
 
 TEMPLATES = ("auto", "chat", "plain")
@@ -95,6 +104,7 @@ class Encoder:
     forbidden_ids: Sequence[int] | None = None
     _prefix: tuple[int, ...] = field(init=False, default=())
     _ends: tuple[str, ...] = field(init=False, default=())
+    _own: Mapping[int, str] = field(init=False, default_factory=dict)  # special tokens, which stand for no text
 
     def __post_init__(self):
         self._check_options()
@@ -109,6 +119,8 @@ class Encoder:
             mask = getattr(tokenizer, "mask_token_id", None)
             object.__setattr__(self, "forbidden_ids", () if mask is None else (int(mask),))
         object.__setattr__(self, "_prefix", beginning_of(tokenizer))
+        own = {i: tokenizer.decode([i]) for i in tokenizer.all_special_ids if i != tokenizer.unk_token_id}
+        object.__setattr__(self, "_own", {i: text for i, text in own.items() if text.strip()})
         if self.template == "chat" and not has_template(tokenizer):
             raise DataError("template is 'chat' but the tokenizer has no chat template; use --template plain")
         if self.template != "plain" and has_template(tokenizer):
@@ -170,7 +182,10 @@ class Encoder:
         elif kwargs.keys() - {"enable_thinking"} or any(map(aside_of, turns)):
             raise LeftOut("plain text has no place for tools and thoughts")
         answers = [self._answer_text(turns, answer, chat, kwargs) for answer in answers_of(record)]
-        return [self.prompt_text(prompt, chat, kwargs), *map(self._unended, answers)]
+        text = self.prompt_text(prompt, chat, kwargs)
+        if chat:
+            check_written(text, turns, kwargs)
+        return [text, *map(self._unended, answers)]
 
     def _answer_text(self, turns: Sequence[Message], answer: Text, chat: bool, kwargs: Mapping[str, Any]) -> str:
         if isinstance(answer, str) or not aside_of(answer[-1]):
@@ -202,6 +217,8 @@ class Encoder:
             return Drop("special_token", f"an answer goes on behind the terminator, token {self.terminator}")
         if not all(ids[1:]):
             return Drop("empty_answer", "an answer holds nothing but the token that ends it")
+        if own := self._own_tokens(record, ids[1:]):
+            return Drop("special_token", own)
         try:
             fitted = self._fit(record, ids[0], ids[1:])
         except TemplateError as error:
@@ -216,6 +233,20 @@ class Encoder:
         if np.array_equal(tokens[0].ids, tokens[1].ids):
             return Drop("equal_after_cut", "both answers are the same in tokens after cutting")
         return TokenPair(record.id, tokens[0], tokens[1], truncated, ended, record.meta)
+
+    def _own_tokens(self, record: Record, answers: Sequence[list[int]]) -> str:
+        """What is wrong where a text spells a special token: the model would read a turn's end or another turn."""
+        for answer, part in zip(answers_of(record), answers, strict=True):
+            written = not isinstance(answer, str) and aside_of(answer[-1])  # by the template, with its own tokens
+            if not written and (found := self._own.keys() & part):
+                return f"an answer holds {self._own[min(found)]}, a token of the model's own"
+        if not self._uses_chat(record.prompt):
+            return ""  # a text that was rendered before
+        said = [record.prompt] if isinstance(record.prompt, str) else [turn["content"] for turn in record.prompt]
+        word = next((word for word in self._own.values() if any(word in text for text in said)), "")
+        return (
+            word and f"the prompt holds {word}, a token of the model's own; if it is rendered already: --template auto"
+        )
 
     def prompt_text(self, prompt: Text, chat: bool, kwargs: Mapping[str, Any] | None = None) -> str:
         """The prompt as the model meets it, up to where the answer begins. ``kwargs``: what the template is given."""

@@ -88,6 +88,27 @@ def generate_corpus(
         }
 
 
+def generate_choices(count: int, *, seed: int, split: str = "eval", choices: int = 4) -> Iterator[dict]:
+    """``count`` questions {id, question, choices, answer, meta}: a right worked answer among ones with a wrong step.
+
+    The right one stands at any place alike, and wrong ones end in other numbers, no two alike.
+    """
+    for index in range(count):
+        problem, rng = draw(seed, split, index, kinds=tuple(PROBLEM_KINDS), difficulties=("easy",))
+        right, wrong = clear_answer(problem), dict[str, None]()
+        while len(wrong) < choices - 1:
+            wrong.setdefault(FLAWS["wrong_step"](problem, rng))
+        place = int(rng.integers(choices))
+        texts = list(wrong)
+        yield {
+            "id": f"choices-{split}-{seed}-{index:07d}",
+            "question": prompt_of(problem),
+            "choices": [*texts[:place], right, *texts[place:]],
+            "answer": place,
+            "meta": {"source": "generated", "problem": problem.kind},
+        }
+
+
 def prompt_of(problem: Problem) -> str:
     """The question as the model is asked it."""
     return f"{problem.question}\n"

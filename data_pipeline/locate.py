@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
+from data_pipeline.addresses import hidden
 from data_pipeline.convert import CONVERSION, ConvertOptions, told_in_a_line
 from data_pipeline.errors import DataError
 from data_pipeline.files import write_whole
@@ -116,7 +117,7 @@ def _build_cached(files: list[str], cache: Path, options: BuildOptions, workers:
 def _warn(message: str) -> None:
     """Once for all ranks of a run: they all open the same data."""
     if os.environ.get("RANK", "0") == "0":
-        log.warning("%s", message)
+        log.warning("%s", hidden(message))
 
 
 def _workers(files: list[str], asked: int | None) -> int:
@@ -145,17 +146,19 @@ def _index_shards(urls: list[str], key: str, cache: Path, options: BuildOptions,
         if fresh:
             jobs = [(url, cache, _row_options(options)) for url in urls]
             scans = list(ordered_map(_scan_url, jobs, workers=_workers(urls, workers)))
-            manifest, entries, keys = merge_scans(urls, scans)
+            manifest, entries, keys = merge_scans([hidden(url) for url in urls], scans)
             if any(item["kind"] == TO_BE_BUILT for item in manifest["bad"]):
                 return None
             if not len(entries):
                 raise DataError(f"no usable record in {len(urls)} shards: {bad_summary(manifest['bad'])}")
             earlier = last.read_text() if last.exists() else ""
             told = sum((scan.told for scan in scans), Counter())
-            manifest |= {"reading": reading, "told": dict(told), "gaps": number_gaps(urls)}
+            manifest |= {"reading": reading, "told": dict(told), "gaps": number_gaps([hidden(url) for url in urls])}
             manifest["gone"] = _gone(folder.with_name(earlier), entries) if earlier else None
             publish(folder, lambda partial: save_index(partial, manifest, entries, keys))
         index = replace(load_index(folder), fresh=fresh)
+        for shard, url in zip(index.manifest["shards"], urls, strict=True):
+            shard["name"] = url  # with what it takes to read it, which is in no file
         if not index.manifest.get("gone"):  # else the index that knows more is compared with again
             write_whole(last, digest.encode())
     _tell(index)

@@ -6,6 +6,7 @@ to the model and is applied when the record is read for training.
 
 import hashlib
 import json
+import unicodedata
 from dataclasses import dataclass, field
 from typing import Any, Required, TypedDict, cast
 
@@ -36,6 +37,8 @@ WRITTEN_ASIDE = ("reasoning_content", "reasoning", "thinking", "tool_calls", "fu
 KEPT_OF_A_TURN = (*WRITTEN_ASIDE, "tool_call_id", "name")
 GRADES = ("is_correct", "correct")  # fields that say whether an answer is right
 LABELS = ("label", "kto_tag", *GRADES)
+TRUE = ("true", "yes", "1", "1.0", "good", "desirable")  # as tables spell a label; any case
+FALSE = ("false", "no", "0", "0.0", "bad", "undesirable")
 
 
 @dataclass(frozen=True)
@@ -135,10 +138,13 @@ def text_key(text: Text) -> str:
 
 
 def is_empty(text: Text) -> bool:
-    """True when nothing but white space would be read (of messages: when the last one is empty and calls no tool)."""
+    """True when nothing would be seen, only blanks and signs without a shape (of messages: when the last one is so and
+    calls no tool)."""
     if isinstance(text, str):
-        return not text.strip()
-    return not text or not (text[-1]["content"].strip() or text[-1].get("tool_calls") or text[-1].get("function_call"))
+        return all(letter.isspace() or unicodedata.category(letter) in ("Cc", "Cf") for letter in text)
+    return not text or not (
+        not is_empty(text[-1]["content"]) or text[-1].get("tool_calls") or text[-1].get("function_call")
+    )
 
 
 def aside_of(message: Message) -> dict[str, Any]:
@@ -146,12 +152,12 @@ def aside_of(message: Message) -> dict[str, Any]:
     return {name: value for name in WRITTEN_ASIDE if (value := message.get(name))}
 
 
-def text_bytes(text: Text, errors: str = "surrogatepass") -> int:
+def text_bytes(text: Text) -> int:
     """Length in UTF-8 bytes (of messages: of what they say): the cheap stand-in for a number of tokens."""
     parts = [text] if isinstance(text, str) else [message["content"] for message in text]
     if not isinstance(text, str):
         parts += [json.dumps(aside, ensure_ascii=False) for message in text if (aside := aside_of(message))]
-    return sum(len(part.encode("utf-8", errors)) for part in parts)
+    return sum(len(part.encode("utf-8", "surrogatepass")) for part in parts)
 
 
 def stable_hash(*parts: str) -> int:
@@ -187,8 +193,9 @@ def prompt_hash(record: Record) -> int:
 def check(record: Record) -> Record:
     """The record itself, or RecordError when nothing can be learned from it."""
     try:
-        for text in (record.id, record.prompt, *answers_of(record)):
-            text_bytes(text, "strict")
+        for text in (record.id, record.prompt, *answers_of(record), record.template_kwargs):
+            everything = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False, default=str)
+            everything.encode()
     except UnicodeEncodeError as error:
         raise RecordError("invalid_unicode", f"the text holds half of a surrogate pair: {error}") from error
     if is_empty(record.prompt):
@@ -203,7 +210,9 @@ def check(record: Record) -> Record:
 
 
 def _plain(text: Text) -> str:
-    return text.strip() if isinstance(text, str) else text_key(text)
+    if isinstance(text, str):
+        return text.strip()
+    return text_key(tuple(cast(Message, {**turn, "content": turn["content"].strip()}) for turn in text))
 
 
 def encode_record(record: Record) -> bytes:
@@ -220,14 +229,28 @@ def encode_record(record: Record) -> bytes:
 
 
 def parse_json(raw: bytes | str) -> dict:
-    """A JSON object, or RecordError (kinds ``invalid_json``, ``wrong_type``)."""
+    """A JSON object, or RecordError (kinds ``invalid_json``, ``wrong_type``, ``repeated_key``)."""
     try:
-        row = json.loads(raw)
+        text = str(raw, "utf-8-sig", "surrogatepass") if isinstance(raw, bytes) else raw  # json would guess at UTF-16
+        row = json.loads(text, object_pairs_hook=without_repetition)
+    except RecordError:
+        raise
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise RecordError("invalid_json", f"invalid JSON: {error}", malformed=True) from error
     if not isinstance(row, dict):
         raise RecordError("wrong_type", f"a JSON object is needed, found {type(row).__name__}", malformed=True)
     return row
+
+
+def without_repetition(pairs: list[tuple[str, Any]]) -> dict:
+    """The object of a JSON text, as a hook of ``json.loads``. RecordError for one that says a name twice, of which
+    Python would keep the last in silence."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise RecordError("repeated_key", f"the name {twice!r} stands twice in one object", malformed=True)
+    return found
 
 
 def decode_record(raw: bytes) -> Record:
@@ -271,11 +294,12 @@ def answer_label(row: dict, names: tuple[str, ...]) -> bool | None:
 
 def as_label(value: Any, name: str = "label") -> bool:
     """True or False from a boolean, 0/1 or their usual spellings; RecordError otherwise."""
-    if isinstance(value, str) and value.strip().lower() in ("true", "false", "1", "0", "yes", "no"):
-        return value.strip().lower() in ("true", "1", "yes")
+    if isinstance(value, str) and (spelled := value.strip().lower()) in (*TRUE, *FALSE):
+        return spelled in TRUE
     if value in (0, 1):  # bool is an int; numpy booleans compare equal too
         return bool(value)
-    raise RecordError("wrong_type", f"{name} {value!r} is not true or false", malformed=True)
+    allowed = ", ".join(TRUE + FALSE)
+    raise RecordError("wrong_type", f"{name} {value!r} is not true or false; allowed: {allowed}", malformed=True)
 
 
 def with_id(record: Record, given: Any) -> Record:

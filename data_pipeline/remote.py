@@ -14,6 +14,7 @@ from urllib.parse import urlparse
 
 from filelock import FileLock
 
+from data_pipeline.addresses import hidden
 from data_pipeline.errors import DataError
 from data_pipeline.files import whole_or_absent
 
@@ -100,7 +101,9 @@ def _fetch_with_retries(
             if attempt == retries:
                 raise DataError(f"{url} is unreachable after {retries} attempts: {_reason(error)}") from error
             pause = backoff * 2 ** (attempt - 1)
-            log.warning("%s: %s; attempt %d of %d, next in %.1f s", url, _reason(error), attempt, retries, pause)
+            log.warning(
+                "%s: %s; attempt %d of %d, next in %.1f s", hidden(url), _reason(error), attempt, retries, pause
+            )
             sleep(pause)
     raise DataError(f"{url}: retries must be at least 1, found {retries}")
 
@@ -109,6 +112,8 @@ def _is_absent(error: Exception) -> bool:
     """True when the other side says that there is no such file. fsspec's http raises FileNotFoundError for a refused
     connection and a busy server as well; then the true error is its cause, and worth another attempt."""
     cause = error.__cause__
+    while isinstance(cause, FileNotFoundError) and cause.__cause__ is not None:  # fsspec wraps those of a ? twice
+        cause = cause.__cause__
     masked = isinstance(cause, TimeoutError) or type(cause).__module__.startswith("aiohttp")
     return isinstance(error, FileNotFoundError) and (not masked or getattr(cause, "status", 0) in (404, 410))
 
@@ -116,7 +121,7 @@ def _is_absent(error: Exception) -> bool:
 def _reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+    return hidden(f"{type(error).__name__}: {' '.join(str(error).split())}")[:300]
 
 
 def _fetch(url: str, target: Path) -> None:

@@ -17,11 +17,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
+from urllib.parse import urlparse
 
 import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from data_pipeline.addresses import hidden
 from data_pipeline.convert import CONVERSION, HASHES, ConvertJob, ConvertOptions, Dropped, convert_chunk, convert_rows
 from data_pipeline.errors import DataError
 from data_pipeline.files import write_whole
@@ -146,7 +148,13 @@ def job_signature(sources: Sequence[str], options: BuildOptions) -> str:
             files.append([str(file.resolve()), content_digest(file, options.source.cache_dir)])
     chosen = asdict(options)
     chosen["source"].pop("cache_dir")
-    job = {"schema": SCHEMA, "conversion": CONVERSION, "sources": list(sources), "files": files, "options": chosen}
+    job = {
+        "schema": SCHEMA,
+        "conversion": CONVERSION,
+        "sources": [hidden(source) for source in sources],
+        "files": files,
+        "options": chosen,
+    }
     return json.dumps(job, sort_keys=True)
 
 
@@ -220,7 +228,7 @@ def _convert_jobs(
     number = 0
     whole = [row_source(name, options.source) for name in sources]
     for source in (part for one in whole for part in parts_of_folder(one)):
-        name = source.name if is_remote(source.name) else Path(source.name).name.split(".")[0]
+        name = Path(urlparse(source.name).path if is_remote(source.name) else source.name).name.split(".")[0]
         rows = _until_torn(_rows(source, options, first), options.on_error, dropped)
         for chunk in chunks(rows, ROWS_PER_CHUNK):
             yield ConvertJob(number, chunk, name, folder, options.convert)
@@ -240,10 +248,10 @@ def _until_torn(rows: Iterator[Row], on_error: str, dropped: Dropped) -> Iterato
 def _rows(source: RowSource, options: BuildOptions, first: int | None) -> Iterator[Row]:
     """The rows of a source, of its ``first`` rows if given; answers given one a row with their correctness are gathered
     by question."""
-    rows: Iterator[Row] = islice(_readable(read_rows(source), source.name), first)
+    rows: Iterator[Row] = islice(_readable(read_rows(source), hidden(source.name)), first)
     number = 0
     if options.convert.format in ("auto", "candidates"):
-        rows = _gathered(rows, source.name, options.convert.columns)
+        rows = _gathered(rows, hidden(source.name), options.convert.columns)
     for number, row in enumerate(rows, 1):
         if options.limit and number > options.limit:
             return

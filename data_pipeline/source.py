@@ -43,7 +43,7 @@ class Source:
 def parse_source(name: str) -> Source:
     """What a name stands for. Raises DataError where it stands for nothing, or for things of two kinds."""
     name = without_scheme(name)
-    if is_remote(name) and not name.endswith(TAR):
+    if is_remote(name) and not name.lower().endswith(TAR):
         if Path(name).suffix and not name.endswith("/"):
             return Source(name, Kind.ROWS, tuple(expand(name)))
         return Source(name, Kind.REMOTE, (name.rstrip("/"),))
@@ -59,7 +59,7 @@ def parse_source(name: str) -> Source:
 
 
 def _of_files(name: str, files: list[str], otherwise: list[str]) -> Source:
-    shards = [file for file in files if file.endswith(TAR)]
+    shards = [file for file in files if file.lower().endswith(TAR)]
     if not shards:
         return Source(name, Kind.ROWS, tuple(otherwise))
     rows = READERS.keys() - {*TAR, ".json"}  # a .json beside shards is an index, or somebody's note
@@ -74,7 +74,7 @@ def expand(pattern: str) -> list[str]:
     if not is_remote(pattern) and path.exists():
         return [str(path.resolve())]
     folder = Path(named_split(pattern, SourceOptions())[0]).expanduser()
-    if folder.exists() or not (is_glob(pattern) or "{" in pattern or pattern.endswith(TAR)):
+    if folder.exists() or not (is_glob(pattern) or "{" in pattern or pattern.lower().endswith(TAR)):
         return [pattern]
     if not is_remote(pattern):
         return sorted({path for name in _braces(path) for path in _glob(*name)})

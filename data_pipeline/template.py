@@ -4,8 +4,6 @@ What a template does not write the model does not see. So it is tried out before
 refused of which it would leave a part out.
 """
 
-import logging
-import os
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -16,12 +14,13 @@ from jinja2 import TemplateError
 
 from data_pipeline.errors import DataError
 from data_pipeline.records import Message, aside_of
-
-log = logging.getLogger(__name__)
+from data_pipeline.telling import warn_once
 
 PROBE = "\ue001"  # for private use: in no template
 NOW = datetime(2025, 1, 1)
 """The time for templates that ask for it: equal prompts must be equal today, tomorrow and after a resume."""
+BLANKS = re.compile(r"[\s\\]+")
+CHANCE = re.compile(r"\|\s*random\b")
 CLOCK = "strftime_now"
 CLOCK_READ = re.compile(CLOCK + r"""\(\s*(?P<quote>['"])(?P<format>[^'"]*)(?P=quote)\s*\)""")
 MEND = "mend it, or use --template plain"
@@ -52,7 +51,9 @@ def check_template(tokenizer: Any) -> None:
         raise DataError(f"the tokenizer's chat template cannot be used: {_line(error)}; {MEND}") from error
     if PROBE not in text:
         raise DataError(f"the tokenizer's chat template {_why_left_out(tokenizer)}; {MEND}")
-    if CLOCK in (source := source_of(tokenizer)):
+    if CHANCE.search(source := source_of(tokenizer)):
+        raise DataError(f"the tokenizer's chat template leaves something to chance; {MEND}")
+    if CLOCK in source:
         warn_once(f"the chat template reads the clock: it is given {NOW:%d %B %Y} in all that is trained and scored")
         if CLOCK in re.sub(rf"{CLOCK}\s+is\s", "", _pinned(source)):
             raise DataError(f"the tokenizer's chat template reads the clock in a way that cannot be held still; {MEND}")
@@ -111,8 +112,7 @@ def _names(turn: Message) -> str:
 
 def _said(turn: Message) -> list[str]:
     """Texts that must stand in what a template writes of a turn."""
-    calls = [call.get("function", call) for call in turn.get("tool_calls") or [] if isinstance(call, dict)]
-    calls += [turn["function_call"]] if turn.get("function_call") else []
+    calls = [call.get("function", call) for call in _calls(turn)]
     thought = [value for name, value in aside_of(turn).items() if isinstance(value, str)]
     return [text.strip() for text in (turn["content"], *thought, *(str(call.get("name", "")) for call in calls))]
 
@@ -126,6 +126,34 @@ def check_reads(tokenizer: Any, turns: Sequence[Message], kwargs: Mapping[str, A
     for name in sorted(given):
         if not re.search(rf"\b{name}\b", source):
             raise LeftOut(f"the chat template does not read {name!r}")
+
+
+def check_written(text: str, turns: Sequence[Message], kwargs: Mapping[str, Any]) -> None:
+    """TemplateError where the rendered ``text`` lacks what a turn says, a tool or a call: templates pass over roles
+    that they do not know, and over all turns but the last. (Thoughts before an answer that is not the last may go.)"""
+    contents = [_bare(turn["content"].split("</think>")[-1]) for turn in turns]
+    written = _bare(text)
+    for turn, content in zip(turns, contents, strict=True):
+        if content and written.count(content) < sum(content in other for other in contents):
+            raise LeftOut(
+                f"the chat template does not write what a turn of the role {turn['role']!r} says, as it stands"
+            )
+    calls = [call.get("function", call) for turn in turns for call in _calls(turn)]
+    tools = [tool.get("function", tool) for tool in kwargs.get("tools") or [] if isinstance(tool, dict)]
+    for what, named in (("a tool", tools), ("a call of a tool", calls)):
+        for name in (str(item.get("name") or "") for item in named if isinstance(item, dict)):
+            if _bare(name) not in written:
+                raise LeftOut(f"the chat template does not write {what}, {name!r}")
+
+
+def _bare(text: str) -> str:
+    """A text without what templates change around and in it: blanks, and the signs that JSON needs."""
+    return BLANKS.sub("", text)
+
+
+def _calls(turn: Message) -> list[dict]:
+    calls = [*(turn.get("tool_calls") or []), *([turn["function_call"]] if turn.get("function_call") else [])]
+    return [call for call in calls if isinstance(call, dict)]
 
 
 def _apply(tokenizer: Any, turns: Sequence[Message], kwargs: Mapping[str, Any] | None, **how: bool) -> str:
@@ -148,10 +176,3 @@ def _pinned(source: str) -> str:
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-@cache
-def warn_once(message: str) -> None:
-    """A warning that many encoders of a process, and all ranks of a run, would give."""
-    if os.environ.get("RANK", "0") == "0":
-        log.warning("%s", message)

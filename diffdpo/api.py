@@ -1,4 +1,4 @@
-"""What ``import diffdpo`` offers: training, scoring and sampling from Python, a notebook included.
+"""What ``import diffdpo`` offers: training, evaluation, scoring and sampling from Python, a notebook included.
 
 Settings are those of the commands, by the same names. Data are paths and names as on the command line, a list of
 records (dicts) or a ``datasets.Dataset``; a model is a name, a folder or what :func:`load` gave. What a caller can mend
@@ -18,9 +18,10 @@ from data_pipeline.cli import nearest
 from data_pipeline.errors import DataError
 from data_pipeline.records import Record
 from diffdpo.cli.flags import own_names, own_settings
-from diffdpo.config import ScoreConfig, SftConfig, TrainConfig, make_config, with_bundled_settings
+from diffdpo.config import EvaluateConfig, ScoreConfig, SftConfig, TrainConfig, make_config, with_bundled_settings
+from diffdpo.engine.world import init_distributed
 from diffdpo.errors import UserError
-from diffdpo.evaluation.score_models import device_named, load_models
+from diffdpo.evaluation.score_models import device_named, load_models, settled
 from diffdpo.evaluation.score_pairs import Scorer
 from diffdpo.models.bundled import model_or_bundled
 from diffdpo.models.load import LoadedModel, load_model
@@ -29,14 +30,14 @@ from diffdpo.sampling.decode import Decoding, sample
 from diffdpo.sampling.prompt import encode_prompt, prompts_of
 from diffdpo.settings.base import Settings, converted, field_of, kind_of, of_kind
 from diffdpo.setup.handed_over import data_as_source, model_as_folder, name_of, records_of
-from diffdpo.training import preference, supervised
+from diffdpo.training import evaluation, preference, supervised
 from diffdpo.training.callbacks import Callback, each_of
 from diffdpo.training.run import Result
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which transformers looks for, warns of it
 
-__all__ = ["Callback", "DataError", "Result", "UserError", "generate", "load", "score", "sft", "train"]
+__all__ = ["Callback", "DataError", "Result", "UserError", "evaluate", "generate", "load", "score", "sft", "train"]
 
 Data = str | Path | Sequence[str] | Iterable[Mapping[str, Any]]
 """A name or path, several of them, records, or a ``datasets.Dataset``."""
@@ -93,7 +94,7 @@ def score(
     ``reference_score``, ``log_ratio`` and ``log_ratio_stderr``. Records that cannot be scored are left out, with one
     warning that counts them.
     """
-    config = make_config(ScoreConfig, own_settings(ScoreConfig, _checked(ScoreConfig, settings)))
+    config = settled(make_config(ScoreConfig, own_settings(ScoreConfig, _checked(ScoreConfig, settings))))
     check_estimator(
         config.score_estimator, num_samples=config.num_mc_samples, num_diffusion_steps=config.num_diffusion_steps
     )
@@ -110,6 +111,39 @@ def score(
             f"{len(scorer.dropped)} records were left out, the first {first}: {why.reason} {why.detail}", stacklevel=2
         )
     return lines
+
+
+def evaluate(
+    pairs: Data | None = None,
+    model: Model | Sequence[str | Path] | None = None,
+    *,
+    task: str | Sequence[str] | None = None,
+    reference: Model | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Models on held-out pairs and tasks, as ``launch/evaluate.py`` writes them; ``settings`` are its flags.
+
+    ``{"results": [...], "comparisons": [...]}``: a result for each model, task and way of sampling, whose ``figures``
+    are ``{"mean", "stderr", "low", "high", "count"}`` by name; a comparison of each model with the first one on the
+    same items. ``pairs``: what tasks take their items from; ``task``: their names, by default the pairs themselves.
+    Several models are given by name. Under a launcher every process calls it alike.
+    """
+    values, cache = dict(_checked(EvaluateConfig, settings)), Path("outputs") / "data_cache"
+    named = model if isinstance(model, (list, tuple)) else [model]
+    given = model if isinstance(model, LoadedModel) else None
+    if any(isinstance(each, LoadedModel) for each in named) and given is None:
+        raise UserError("several models are given by name; a model in memory is evaluated by itself")
+    if given is None and model is not None:
+        values["model_name_or_path"] = [name_of(each) for each in named]
+    if reference is not None:
+        values["ref_model_name_or_path"] = model_as_folder(reference, cache)
+    if pairs is not None:
+        values["pairs"] = data_as_source(pairs, "pairs", cache)
+    if task is not None:
+        values["task"] = task
+    config = make_config(EvaluateConfig, own_settings(EvaluateConfig, values))
+    world = init_distributed()
+    return evaluation.evaluate(config, world, given=given)
 
 
 def generate(

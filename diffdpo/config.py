@@ -16,7 +16,7 @@ import yaml
 from diffdpo.engine.choice import shards_parameters
 from diffdpo.errors import UserError
 from diffdpo.losses.settings import LossSettings
-from diffdpo.models.checkpoint.adapter_folder import is_adapter
+from diffdpo.models.checkpoint.adapter_folder import base_of_adapter, check_adapter, is_adapter
 from diffdpo.settings.base import Settings, check_settings, converted, public, setting
 from diffdpo.settings.credentials import taken
 from diffdpo.settings.data import DataSettings, EncodingSettings
@@ -26,8 +26,11 @@ from diffdpo.settings.hub import HubSettings
 from diffdpo.settings.model import LoraSettings, ModelSettings
 from diffdpo.settings.noise import ESTIMATORS, NoiseSettings
 from diffdpo.settings.output import OutputSettings
+from diffdpo.settings.pairs import PairingSettings
 from diffdpo.settings.reference import ReferenceSettings
+from diffdpo.settings.sampling import SamplerGridSettings, SamplingSettings
 from diffdpo.settings.segments import MemorySettings, SegmentSettings
+from diffdpo.settings.tasks import PAIRS, task_names
 from diffdpo.settings.tracking import TrackingSettings
 
 # What preference training takes where neither a model nor data is named: settings that suit what comes with diffdpo
@@ -49,13 +52,22 @@ class RunConfig(
 ):
     """What ``launch/train.py`` and ``launch/sft.py`` share."""
 
+    @property
+    def policy(self) -> str | None:
+        """The model to train by one name; where none is given, the base that an adapter names."""
+        if self.adapter_name_or_path and not self.model_name_or_path:
+            return base_of_adapter(self.adapter_name_or_path)
+        return super().policy
+
     def check(self) -> None:
-        """An adapter cannot be trained on: it has no weights of its own to start from."""
+        """A model is no adapter, which has no weights of its own to start from, and an adapter is one."""
+        if self.adapter_name_or_path:
+            check_adapter(self.adapter_name_or_path)
         policy = self.model_name_or_path
         if policy and is_adapter(policy):
             raise UserError(
-                f"--model_name_or_path {policy} is a LoRA adapter; merge it first: "
-                f"python launch/export.py --adapter {policy} --output FOLDER"
+                f"--model_name_or_path {policy} is a LoRA adapter; go on with it as --adapter_name_or_path, or merge "
+                f"it first: python launch/export.py --adapter {policy} --output FOLDER"
             )
 
 
@@ -69,11 +81,22 @@ class TrainConfig(RunConfig, MemorySettings, ReferenceSettings, LossSettings, Lo
 
     def check(self) -> None:
         """What two subjects say against each other."""
-        if self.reference == "adapter_off" and not self.use_peft:
+        if self.reference == "adapter_off" and not self.adapts:
             raise UserError("--reference adapter_off needs --use_peft; without an adapter use --reference copy")
-        if self.load_in_4bit and self.engine == "fsdp2":
+        if self.sync_ref_model and self.load_best_model_at_end:
             raise UserError(
-                "--load_in_4bit: bitsandbytes keeps the scales of a whole matrix beside its 4-bit numbers, and FSDP2 "
+                "--load_best_model_at_end goes back to an earlier policy and --sync_ref_model has moved the reference "
+                "since; leave one of them out"
+            )
+        if self.reference == "adapter_start" and not self.adapter_name_or_path:
+            raise UserError(
+                "--reference adapter_start is the adapter that training goes on with; name it as "
+                "--adapter_name_or_path, or use --reference adapter_off"
+            )
+        if self.load_in_4bit and shards_parameters(self):
+            cuts = "FSDP2" if self.engine == "fsdp2" else "ZeRO-3"
+            raise UserError(
+                f"--load_in_4bit: bitsandbytes keeps the scales of a whole matrix beside its 4-bit numbers, and {cuts} "
                 "would cut the numbers alone; use --ds_config ds_configs/zero2.json, or leave --load_in_4bit out"
             )
 
@@ -113,7 +136,7 @@ class SftConfig(RunConfig):
     block_size: int | None = setting(
         None,
         "of a new model: block diffusion in blocks of so many tokens (SDAR's layout); of a named one: what config.json "
-        "does not say; 0: full attention",
+        "does not say; 0: full attention; default: full, or as config.json says",
         at_least=0,
     )
     num_generated_answers: int = setting(
@@ -124,7 +147,7 @@ class SftConfig(RunConfig):
     def check(self) -> None:
         """A new model has heads of one even size and blocks of its own, and answers on a canvas fit in a row."""
         size, rest = divmod(self.width, self.heads)
-        if not self.model_name_or_path and (rest or size % 2):
+        if not self.policy and (rest or size % 2):
             raise UserError(
                 f"--width {self.width} and --heads {self.heads}: the width must be an even number for each head, such "
                 f"as --width {self.heads * max(2, size + size % 2)}"
@@ -147,11 +170,14 @@ class ScoreConfig(NoiseSettings, EncodingSettings):
     model_name_or_path: str | None = setting(
         None, "folder, hub name or adapter folder; default: the bundled model", common=True
     )
+    adapter_name_or_path: str | None = setting(
+        None, "folder of a LoRA adapter; without a model it is on the base that it names; default: none"
+    )
     ref_model_name_or_path: str | None = setting(
         None, "a second model to compare with, under the same noise; default: none", common=True
     )
     block_size: int | None = setting(
-        None, "tokens of a block, where config.json does not say (a2d-*); 0: full attention", at_least=0
+        None, "tokens of a block, 0: full attention; default: as config.json says, which a2d-* do not", at_least=0
     )
     output: str | None = setting(
         None, "file to append to; ids already in it are skipped; default: standard output", common=True
@@ -160,17 +186,154 @@ class ScoreConfig(NoiseSettings, EncodingSettings):
     batch_size: int = setting(8, "records scored at a time", at_least=1, common=True)
     segment_rows: int = setting(64, "rows in one forward", at_least=1, common=True)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...", common=True)
-    dtype: str = setting("float32", "of the weights", choices=("float32", "bfloat16"), common=True)
+    dtype: str = setting(
+        "auto",
+        "of the weights; auto: bfloat16 on a GPU that has it, else float32",
+        choices=("auto", "float32", "bfloat16"),
+        common=True,
+    )
+    load_in_4bit: bool = setting(False, "hold the weights in NF4 (bitsandbytes)", common=True)
 
     def check(self) -> None:
-        """A device that torch could know, and a place for the output."""
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
-            raise UserError(f"--device {self.device}: use auto, cpu, cuda or cuda:N")
-        if self.output and not Path(self.output).absolute().parent.is_dir():
-            raise UserError(f"--output {self.output}: there is no folder {Path(self.output).parent}; make it first")
+        """A device that torch could know, an adapter that is there, and a place for the output."""
+        if self.adapter_name_or_path:
+            check_adapter(self.adapter_name_or_path)
+        check_device_and_output(self.device, self.output)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(SamplerGridSettings, NoiseSettings, EncodingSettings):
+    """Models on tasks (``launch/evaluate.py``)."""
+
+    title: ClassVar[str] = "what is evaluated, and how"
+
+    model_name_or_path: str | None = setting(
+        None,
+        "folders, names, adapters, checkpoints/step-N or a run's folder; the first is compared with; default: bundled",
+        common=True,
+        many=True,
+    )
+    ref_model_name_or_path: str | None = setting(None, "rewards of pairs are against it; default: none", common=True)
+    task: str | None = setting(
+        None,
+        "pairs, perplexity, multiple_choice or a verifier (see docs/evaluation.md), each with @FILE for its own items",
+        common=True,
+        many=True,
+    )
+    pairs: str | None = setting(
+        None,
+        ".jsonl(.gz), .json, .csv, .parquet, folder or data set that tasks take their items from",
+        common=True,
+        many=True,
+    )
+    output: str | None = setting(
+        None,
+        "FILE.json of the results; FILE.items/ keeps every item's, where a broken-off run goes on",
+        common=True,
+    )
+    limit: int = setting(0, "the first items of each task; 0: all", at_least=0, common=True)
+    num_generated: int = setting(200, "items of arithmetic and multiple_choice where no file is named", at_least=1)
+    beta: float = setting(0.1, "of rewards under a reference, as in training", above=0)
+    num_mc_samples: int = setting(16, "forwards a score (n)", at_least=1, common=True)
+    batch_size: int = setting(8, "items of one process at a time", at_least=1, common=True)
+    segment_rows: int = setting(64, "rows in one forward of scores", at_least=1)
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...", common=True)
+    dtype: str = setting("float32", "of the weights", choices=("float32", "bfloat16"), common=True)
+    load_in_4bit: bool = setting(False, "NF4 weights (bitsandbytes)")
+    tracking_uri: str | None = setting(None, "MLflow store for the results; default: none", common=True)
+    experiment_name: str = setting("diffdpo", "MLflow experiment")
+    run_name: str | None = setting(None, "of the MLflow run; default: evaluate and the model's name")
+
+    def check(self) -> None:
+        """There are tasks, a device that torch could know and a place for the output."""
+        check_device_and_output(self.device, self.output)
+        if not self.task and not self.pairs:
+            raise UserError("nothing to evaluate on: give --pairs FILE, or --task, such as --task arithmetic")
+        task_names(self.task or PAIRS, flag="--task")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsConfig(PairingSettings, SamplingSettings):
+    """Pairs of a model's own answers (``launch/make_pairs.py``)."""
+
+    title: ClassVar[str] = "what is asked, of whom"
+
+    prompts: str | None = setting(
+        None, "prompts (.txt, JSON lines) or training data; default: generated problems in arithmetic", common=True
+    )
+    num_prompts: int | None = setting(
+        None, "the first so many; default: all, of generated ones 200", at_least=1, common=True
+    )
+    output_dir: str | None = setting(None, "folder of answers, pairs and shards; required", common=True)
+    model_name_or_path: str | None = setting(
+        None, "folder, hub name or adapter folder; default: the bundled model", common=True
+    )
+    adapter_name_or_path: str | None = setting(
+        None, "folder of a LoRA adapter; without a model it is on the base that it names; default: none"
+    )
+    template: str = setting("auto", "auto: chat if there is one", choices=("auto", "chat", "plain"))
+    seed: int = setting(0, "of the sampling noise, of which pairs are taken, and of generated problems", at_least=0)
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
+    dtype: str = setting("float32", "of the weights", choices=("float32", "bfloat16", "float16"))
+    load_in_4bit: bool = setting(False, "NF4 weights (bitsandbytes)")
+
+    def check(self) -> None:
+        """An adapter that is there; and several answers to a prompt that can differ."""
+        if self.adapter_name_or_path:
+            check_adapter(self.adapter_name_or_path)
+        if not self.temperature and self.remasking != "random":
+            raise UserError("--temperature 0 gives the same answer every time, and a pair needs two; make it larger")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundsConfig(Settings):
+    """Rounds of sample, pair and train (``launch/iterate.py``), beside the settings of the two commands they run."""
+
+    title: ClassVar[str] = "rounds"
+
+    output_dir: str | None = setting(None, "folder of all rounds; required", common=True)
+    rounds: int = setting(4, "how many", at_least=1, common=True)
+    model_name_or_path: str | None = setting(None, "the model to start from; default: the bundled one", common=True)
+    adapter_name_or_path: str | None = setting(
+        None, "LoRA adapter to start from: every round goes on with the last's; default: none"
+    )
+    prompts: str | None = setting(
+        None, "prompts (.txt, JSON lines) or training data; default: generated problems in arithmetic", common=True
+    )
+    prompts_per_round: int | None = setting(
+        None, "no prompt comes twice; default: all prompts over all rounds, of generated ones 200", at_least=1
+    )
+    round_reference: str = setting(
+        "last",
+        "the reference of a round: the model it starts from, the first model, or a moving average of all so far",
+        choices=("last", "start", "average"),
+        common=True,
+    )
+    average_decay: float = setting(0.5, "of --round_reference average: weight of the average so far", above=0, below=1)
+    launcher: str | None = setting(None, "what starts several processes, such as torchrun --nproc_per_node 8")
+    seed: int = setting(0, "of all rounds", at_least=0)
+    tracking_uri: str | None = setting(None, "as train's; one parent run, a child run a round")
+    experiment_name: str = setting("diffdpo", "as train's")
+
+    def check(self) -> None:
+        """A folder, and a start that is there."""
+        if not self.output_dir:
+            raise UserError("output_dir is missing: name the folder of all rounds, in the recipe or as --output_dir")
+        if self.adapter_name_or_path:
+            check_adapter(self.adapter_name_or_path)
+        if self.model_name_or_path and is_adapter(self.model_name_or_path):
+            raise UserError(f"model_name_or_path {self.model_name_or_path} is an adapter: use adapter_name_or_path")
 
 
 Config = TypeVar("Config", bound=Settings)
+
+
+def check_device_and_output(device: str, output: str | None) -> None:
+    """UserError for a device that torch could not know, and for an output without a folder to stand in."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise UserError(f"--device {device}: use auto, cpu, cuda or cuda:N")
+    if output and not Path(output).absolute().parent.is_dir():
+        raise UserError(f"--output {output}: there is no folder {Path(output).parent}; make it first")
 
 
 def make_config(config_class: type[Config], values: Mapping[str, Any]) -> Config:
@@ -193,8 +356,8 @@ def resolve(config: RunConfig) -> RunConfig:
     """The learning rate, where none is given, follows what is trained. UserError where the schedule ends above it."""
     if config.learning_rate is not None:
         return config
-    rate = FULL_RATE if config.model_name_or_path else BUNDLED_RATE
-    if isinstance(config, TrainConfig) and config.use_peft:
+    rate = FULL_RATE if config.policy else BUNDLED_RATE
+    if config.adapts:
         rate = LORA_RATE
     config.check_peak(rate)
     return dataclasses.replace(config, learning_rate=rate)
@@ -208,7 +371,7 @@ def bundled_settings() -> dict[str, Any]:
 
 def with_bundled_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     """Preference training's settings, with the bundled ones where neither a model nor data is named."""
-    if given.get("model_name_or_path") or given.get("train_data"):
+    if any(given.get(name) for name in ("model_name_or_path", "adapter_name_or_path", "train_data")):
         return dict(given)
     bundled = bundled_settings()
     if "loss_type" in given:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.addresses import hidden
 from data_pipeline.commands.common import check_writable
 from data_pipeline.dataset import open_dataset
 from data_pipeline.errors import DataError
@@ -28,13 +29,13 @@ def run(args: argparse.Namespace) -> int:
     for source in _sources(without_scheme(args.source)):
         reports += _reports(source, args.cache_dir)
     for report in reports:
-        print(_line(report))
+        print(hidden(_line(report)))
     lost = sum(len(report["lost"]) for report in reports)
     total = sum(report["records"] for report in reports)
     bad = sum(len(report["bad"]) for report in reports)
     print(f"{len(reports)} shards, {total} indexed records: {lost} lost, {bad} faults")
     if args.json:
-        args.json.write_bytes(to_json(reports))
+        args.json.write_bytes(hidden(to_json(reports).decode()).encode())
     return 1 if lost or bad else 0
 
 
@@ -47,9 +48,9 @@ def _reports(source: str, cache_dir: Path | None) -> list[dict]:
             raise
         return [_report(source, bad=[_bad("damaged_index", str(error))])]
     if index.fresh and index.manifest["gone"] is None:
-        print(f"{source}: no earlier index to compare with; one was made of what these shards hold now")
+        print(f"{hidden(source)}: no earlier index to compare with; one was made of what these shards hold now")
     if "checksums" not in index.manifest:
-        print(f"{source}: the index has no checksums; build the folder again to have it checked as well")
+        print(f"{hidden(source)}: the index has no checksums; build the folder again to have it checked as well")
     there = [verify_shard(index, shard, cache_dir) for shard in range(len(index.starts) - 1)]
     return there + _missing(index)
 
@@ -76,7 +77,7 @@ def _bad(kind: str, detail: str) -> dict:
 
 def _sources(source: str) -> list[str]:
     path = Path(source)
-    if path.is_file() and not source.endswith(TAR):
+    if path.is_file() and not source.lower().endswith(TAR):
         raise DataError(f"{source} is no shard; verify takes a folder made by build, or shards ({', '.join(TAR)})")
     sides = [str(path / side) for side in ("train", "eval") if (path / side / MANIFEST).exists()]
     return [source] if (path / MANIFEST).exists() or not sides else sides

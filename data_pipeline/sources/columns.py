@@ -11,14 +11,17 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from data_pipeline.errors import DataError
-from data_pipeline.records import GRADES, Message, RecordError, Text, assistant_turn, missing_field, user_turn
+from data_pipeline.records import GRADES, LABELS, Message, RecordError, Text, assistant_turn, missing_field, user_turn
 from data_pipeline.sources.messages import parse_written, read_text, without_nulls
 
 PAIR = ("chosen", "rejected")
 ASKED = ("prompt", "question", "query", "instruction", "input", "problem")  # texts, or turns; the first that is there
 TURNS = ("messages", "conversations", "conversation")  # turns: a whole conversation, or those before an answer
-SYSTEM = ("system", "system_prompt")
-AROUND = ("context",)  # part of a prompt for some, a note for others: never guessed
+SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "system_content", "sys")
+AROUND = (  # part of a prompt for some, a note for others: never guessed
+    *("context", "contexts", "passage", "passages", "document", "documents", "article", "background", "persona"),
+    *("input_text", "inputs", "user_input", "options", "choices"),
+)
 PROMPTS = (*ASKED, *TURNS, *SYSTEM, "history", *AROUND)
 ANSWERS = ("completion", "answer", "response", "output")
 LISTS = ("candidates", "answers", "responses", "completions", "solutions")
@@ -27,10 +30,25 @@ TEXTS = ("text", "solution", "answer", "completion", "content")
 REFERENCES = ("ground_truth", "reference", "reference_answer")
 META_COLUMNS = ("source", "score_chosen", "score_rejected", "prompt_id", *REFERENCES, "final_answer")
 FOR_TEMPLATE = ("tools", "functions", "chat_template_kwargs", "template_kwargs")
-MEDIA_COLUMNS = ("image", "images", "audio", "audios", "video", "videos")
+MEDIA_COLUMNS = tuple(
+    name + ending
+    for kind in ("image", "img", "audio", "video")
+    for name in (kind, f"{kind}s")
+    for ending in ("", *(f"_{what}" for what in ("path", "paths", "url", "urls", "file", "files")))
+)
 WRITTEN = (*LISTS, *FLAGS, *TURNS, *FOR_TEMPLATE, *MEDIA_COLUMNS, "history", "meta")  # a table holds them as JSON
 OTHER_PAIRS = (("preferred_output", "non_preferred_output"), ("chosen_response", "rejected_response"))
 TARGETS = (*PAIR, *PROMPTS, *ANSWERS, "label", *LISTS, *FLAGS, *FOR_TEMPLATE, "id", "meta", *META_COLUMNS)
+NAMED = frozenset((*TARGETS, "kto_tag", "rejected_response")) - {"id", "meta", *META_COLUMNS}
+"""Names that are also read in capitals and with blanks: ``Prompt``, ``System Prompt``."""
+RESERVED = frozenset(
+    (
+        *("conversation", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message"),
+        *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+        *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+    )
+)
+"""Arguments of a tokenizer's ``apply_chat_template`` that are this package's to give."""
 NEEDED = (*PAIR, *ASKED, *TURNS, *ANSWERS, "label", *LISTS, *FLAGS)  # where they are mapped, every row has them
 
 Columns = tuple[tuple[str, tuple[str, ...]], ...]
@@ -64,12 +82,13 @@ class Fields(dict):
 
     def __init__(self, row: Mapping[str, Any], columns: Columns = ()):
         present = {name: value for name, value in row.items() if not _is_absent(value)}
+        self.unlabelled = [name for name in LABELS if name in row and name not in present]
         self.read: set[str] = set()
         self.unread: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
         self.mapped = frozenset(ours for ours, _ in columns)
         self.format = "auto"  # as the user named it
-        super().__init__(self._renamed(present, columns))
+        super().__init__(self._known_names(self._renamed(present, columns)))
         for name in self:
             self[name] = _unwritten(name, self[name])
         self._take_media()
@@ -82,8 +101,17 @@ class Fields(dict):
         self.unread.update(name for name in row if name in self.mapped and name not in used)
         return {name: value for name, value in row.items() if name not in used | self.mapped} | mapped
 
+    def _known_names(self, row: dict) -> dict:
+        """The row with small letters and underscores in the names that are known then, and say nothing twice."""
+        plain = {name: name.strip().lower().replace(" ", "_") for name in row if isinstance(name, str)}
+        count = Counter(plain.values())
+        return {
+            plain[name] if plain[name] in NAMED - self.mapped and count[plain[name]] == 1 else name: value
+            for name, value in row.items()
+        }
+
     def _take_media(self) -> None:
-        if name := next((name for name in MEDIA_COLUMNS if self.get(name)), None):
+        if name := next((name for name in MEDIA_COLUMNS if _holds_something(self.get(name))), None):
             raise RecordError("not_text", f"the row has {name!r}; only text is read")
 
     def _unpack_input(self) -> None:
@@ -143,6 +171,10 @@ def absent(name: str, row: Mapping[str, Any]) -> RecordError:
 
 def _is_absent(value: Any) -> bool:
     return value is None or (isinstance(value, float) and value != value)  # pandas writes NaN where a cell is empty
+
+
+def _holds_something(value: Any) -> bool:
+    return any(map(_holds_something, value)) if isinstance(value, list | tuple) else bool(value)
 
 
 def _joined(row: dict, ours: str, theirs: tuple[str, ...]) -> Any:
@@ -227,8 +259,7 @@ def refuse_rivals(fields: Fields, known: Iterable[Text]) -> None:
     for name in (*ASKED, *TURNS, *AROUND):
         if name in fields.read or not fields.get(name):
             continue
-        value = fields[name]
-        rival = read_text(value, name) if isinstance(value, str | list | tuple | dict) else str(value)
+        rival = _what_is_said(fields[name], name)
         if not all(_is_said(part.strip(), parts) for part in parts_of(rival)):
             used = next((column for column in (*ASKED, *TURNS) if column in fields.read), "chosen")
             raise RecordError(
@@ -238,6 +269,18 @@ def refuse_rivals(fields: Fields, known: Iterable[Text]) -> None:
                 malformed=True,
             )
         fields.read.add(name)
+
+
+def _what_is_said(value: Any, name: str) -> Text:
+    """What a column of any type says: turns where it holds some."""
+    if name in AROUND and isinstance(value, list | tuple | dict):
+        texts = [value] if isinstance(value, dict) else value
+        if not all(isinstance(item, dict) and "role" in item for item in texts):
+            return tuple(
+                {"role": "", "content": item if isinstance(item, str) else json.dumps(item, default=str)}
+                for item in texts
+            )
+    return read_text(value, name) if isinstance(value, str | list | tuple | dict) else str(value)
 
 
 def _is_said(part: str, parts: list[str]) -> bool:
@@ -271,8 +314,17 @@ def _system(fields: Fields) -> tuple[Message, ...]:
         fields.read.update(SYSTEM)  # an empty one asks for nothing
         return ()
     text = fields.text(name)
+    others = [other for other in SYSTEM if fields.get(other) and other not in fields.read]
+    if any(fields.text(other) != text for other in others):
+        raise RecordError(
+            "ambiguous_prompt",
+            f"{name!r} and {others[0]!r} differ: say which is the system's turn with --columns system=COLUMN",
+            malformed=True,
+        )
     if isinstance(text, str):
         return ({"role": "system", "content": text},) if text.strip() else ()
+    if any(turn["role"] not in ("system", "developer") for turn in text):
+        raise RecordError("wrong_type", f"field {name!r} has a turn of the {text[0]['role']}'s", malformed=True)
     return text
 
 
@@ -301,6 +353,14 @@ def read_template_kwargs(fields: Fields) -> dict[str, Any]:
         value = fields.get(name) or {}
         if not isinstance(value, dict):
             raise RecordError("wrong_type", f"field {name!r} is not an object", malformed=True)
+        ours = {"tools"} if name == "template_kwargs" else set()  # of records that were built
+        if reserved := RESERVED & value.keys() - ours:
+            found = ", ".join(sorted(reserved))
+            raise RecordError(
+                "wrong_type",
+                f"field {name!r} sets {found}, which is not the data's to say; tools have a column 'tools'",
+                malformed=True,
+            )
         given |= without_nulls(value)
     for name in ("functions", "tools"):  # the first are tools as OpenAI wrote them before
         if not (tools := fields.get(name)):

@@ -9,26 +9,30 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Any, NamedTuple, cast
 
+from data_pipeline.addresses import hidden
 from data_pipeline.errors import DataError
+from data_pipeline.hub import in_a_line
 from data_pipeline.members import Bad, read_members
-from data_pipeline.records import RecordError, parse_json
+from data_pipeline.records import LABELS, RecordError, parse_json, without_repetition
 from data_pipeline.remote import cached_file, is_remote
 from data_pipeline.shards import TAR, unpack_gzip
 from data_pipeline.sources.columns import ANSWERS, ASKED, LISTS, PAIR, TEXTS, TURNS
 from data_pipeline.sources.folders import folder_splits
 from data_pipeline.sources.hub import hub_items
+from data_pipeline.telling import warn_once
 
 csv.field_size_limit(1 << 27)
 TORN = (EOFError, gzip.BadGzipFile, zlib.error)  # what reading a cut or damaged .gz raises
 ANSWERED = (*PAIR, *ANSWERS, *TEXTS, *LISTS)
 LEFT_OUT = ("foreign_member",)  # of a tar: no record, and no damage
 DEFAULT_SPLIT = "train"  # of a data set by name and of a saved one
+NO_DATA = ("", ".md", ".py", ".sh", ".yaml", ".yml", ".toml", ".lock", ".ipynb", ".html", ".pdf", ".png", ".jpg")
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # of data, not data
 
 
@@ -84,7 +88,7 @@ def read_rows(source: RowSource) -> Iterator[Row]:
         return _hub_rows(source.name, source.options)
     if path.is_dir():
         return _saved_dataset_rows(path, source.options)
-    return _reader_of(path)(path, source.name if is_remote(source.name) else path.name)
+    return _reader_of(path)(path, hidden(source.name) if is_remote(source.name) else path.name)
 
 
 def parts_of_folder(source: RowSource) -> list[RowSource]:
@@ -102,12 +106,21 @@ def parts_of_folder(source: RowSource) -> list[RowSource]:
     files = [str(p) for p in source_files(path) if suffix_of(p) in READERS]
     if not files:
         raise DataError(f"{path}: the folder has no data file; allowed: {', '.join(sorted(READERS))}, or shards (.tar)")
-    if shards := [name for name in files if name.endswith(TAR)]:  # beside shards lies their index
+    _tell_what_is_not_read(path)
+    if shards := [name for name in files if name.lower().endswith(TAR)]:  # beside shards lies their index
         refuse_split(source.name, options)
         files = shards
     else:
         files = _files_of_split(path, files, options)
     return [RowSource(file, Path(file), SourceOptions(cache_dir=options.cache_dir)) for file in files]
+
+
+def _tell_what_is_not_read(folder: Path) -> None:
+    """Of a folder of files, those whose ending nobody reads, but for what goes with data and is none."""
+    other = [p for p in source_files(folder) if suffix_of(p) not in READERS and p.suffix.lower() not in NO_DATA]
+    if other:
+        names = ", ".join(str(p.relative_to(folder)) for p in other[:5]) + (", ..." if len(other) > 5 else "")
+        warn_once(f"{folder}: {len(other)} files are not read for their ending: {names}")
 
 
 def is_saved_dataset(folder: Path) -> bool:
@@ -122,6 +135,12 @@ def _files_of_split(folder: Path, files: list[str], options: SourceOptions) -> l
     if options.split is None and len(splits) > 1:
         raise DataError(f"{folder} holds several splits ({', '.join(splits)}); name one: {folder}:{next(iter(splits))}")
     if options.split is None and options.config is None:
+        (split, listed), *_ = splits.items()
+        if others := {Path(file).resolve() for file in files} - {file.resolve() for file in listed}:
+            raise DataError(
+                f"{folder} holds the split {split} and, besides, files of no split ({min(others).name}); name "
+                f"{folder}:{split}, or the files"
+            )
         return files
     if options.split is not None and options.split not in splits:
         raise DataError(f"{folder} has no split {options.split!r}; allowed: {', '.join(splits)}")
@@ -175,7 +194,7 @@ def source_files(path: Path) -> list[Path]:
 
 def suffix_of(path: Path) -> str:
     """The ending that tells how a file is read: the last one, with the one before ``.gz``."""
-    return "".join(path.suffixes[-2:]).lower() if path.suffix == ".gz" else path.suffix.lower()
+    return "".join(path.suffixes[-2:]).lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
 
 
 def _reader_of(path: Path) -> Callable[[Path, str], Iterator[Row]]:
@@ -188,7 +207,7 @@ def _reader_of(path: Path) -> Callable[[Path, str], Iterator[Row]]:
 
 
 def _open(path: Path) -> IO[bytes]:
-    return cast(IO[bytes], gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
+    return cast(IO[bytes], gzip.open(path, "rb")) if path.suffix.lower() == ".gz" else path.open("rb")
 
 
 def _json_line_rows(path: Path, name: str) -> Iterator[Row]:
@@ -209,7 +228,9 @@ def _torn(where: str, error: Exception) -> RecordError:
 def _json_rows(path: Path, name: str) -> Iterator[Row]:
     """A list of objects, an object whose one list is the data, or JSON lines under the wrong name."""
     try:
-        data = json.loads(path.read_bytes())
+        data = json.loads(path.read_bytes(), object_pairs_hook=without_repetition)
+    except RecordError as error:
+        raise DataError(f"{name}: {error}") from error
     except (ValueError, RecursionError) as error:
         if "Extra data" in str(error):
             yield from _json_line_rows(path, name)
@@ -234,15 +255,31 @@ def _object(item: Any, where: str) -> dict:
 def _csv_rows(path: Path, name: str) -> Iterator[Row]:
     """Cells are text; lists in them are read where rows are (``columns.Fields``). An empty cell is absent, but for the
     text that the row lacks: an empty prompt or answer."""
-    delimiter = "\t" if ".tsv" in path.name else ","
+    delimiter = "\t" if ".tsv" in path.name.lower() else ","
     with _open(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter=delimiter)
+        _refuse_repeated(_header(reader, name), name)
         for cells in _csv_cells(reader, name):
             where = f"{name}:{reader.line_num}"
             if None in cells:
                 raise DataError(f"{where}: more cells than the header has columns ({len(reader.fieldnames or [])})")
-            row = {column: value for column, value in cells.items() if value}
+            row = {column: value or None for column, value in cells.items() if value or column in LABELS}
             yield Row(where, row | dict.fromkeys(_empty_texts(cells), ""))
+
+
+def _header(reader: csv.DictReader, name: str) -> list[str]:
+    try:
+        return [column for column in reader.fieldnames or [] if column]
+    except TORN as error:
+        raise _torn(f"{name}: the header", error) from error
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{name}: the header: {error}; save the table as UTF-8") from error
+
+
+def _refuse_repeated(columns: Sequence[str], name: str) -> None:
+    """DataError for a column that stands twice in a table, of which the last would be read in silence."""
+    if twice := next((column for column in columns if columns.count(column) > 1), None):
+        raise DataError(f"{name}: the column {twice!r} stands twice in the table; take one out")
 
 
 def _csv_cells(reader: csv.DictReader, name: str) -> Iterator[dict]:
@@ -271,11 +308,13 @@ def _parquet_rows(path: Path, name: str) -> Iterator[Row]:
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{name}: not a readable parquet file: {error}") from error
     number = 0
+    _refuse_repeated(file.schema_arrow.names, name)
+    classes = _classes_of_parquet(file.schema_arrow)
     with file:
         for batch in file.iter_batches(batch_size=1024):
             for item in batch.to_pylist():
                 number += 1
-                yield Row(f"{name}, row {number}", item)
+                yield Row(f"{name}, row {number}", item | _class_names(item, classes))
 
 
 def _tar_gz_rows(path: Path, name: str) -> Iterator[Row]:
@@ -324,17 +363,41 @@ READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
 def _saved_dataset_rows(path: Path, options: SourceOptions) -> Iterator[Row]:
     import datasets
 
-    data = datasets.load_from_disk(str(path))
+    try:
+        data = datasets.load_from_disk(str(path))
+    except Exception as error:  # of many kinds, by what is missing or damaged
+        raise DataError(f"{path} is no saved data set that can be read: {in_a_line(error)}") from error
     splits = data if isinstance(data, datasets.DatasetDict) else {str(data.split or "train"): data}
     split = options.split or (DEFAULT_SPLIT if isinstance(data, datasets.DatasetDict) else next(iter(splits)))
     if split not in splits:
         raise DataError(f"{path} has no split {split!r}; allowed: {', '.join(splits)}")
     data = splits[split]
-    for number, item in enumerate(data, 1):
-        yield Row(f"{path.name}, row {number}", item)
+    yield from _rows_of(data, data.features, path.name)
 
 
 def _hub_rows(source: str, options: SourceOptions) -> Iterator[Row]:
     split = options.split or DEFAULT_SPLIT
-    for number, item in enumerate(hub_items(source, options.config, split), 1):
-        yield Row(f"{source}[{split}], row {number}", item)
+    items = hub_items(source, options.config, split)
+    yield from _rows_of(items, getattr(items, "features", None), f"{source}[{split}]")
+
+
+def _rows_of(items: Iterable[dict], features: Any, name: str) -> Iterator[Row]:
+    """The rows of a data set; a class is what its name says, whatever its number."""
+    classes = {column: kind.names for column, kind in (features or {}).items() if hasattr(kind, "names")}
+    for number, item in enumerate(items, 1):
+        yield Row(f"{name}, row {number}", item | _class_names(item, classes))
+
+
+def _class_names(item: dict, classes: dict[str, list[str]]) -> dict[str, str | None]:
+    """What the numbers of classes stand for; a negative one, and none, for nothing."""
+    numbers = {column: item[column] for column in classes}
+    return {column: None if n is None or n < 0 else classes[column][n] for column, n in numbers.items()}
+
+
+def _classes_of_parquet(schema: Any) -> dict[str, list[str]]:
+    """{column: names of its classes}, as the library ``datasets`` notes them in a file; empty in other files."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {name: kind["names"] for name, kind in features.items() if kind.get("_type") == "ClassLabel"}
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return {}

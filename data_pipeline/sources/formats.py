@@ -22,8 +22,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_pipeline.records import (
+    FALSE,
     GRADES,
     LABELS,
+    TRUE,
     AnswerRecord,
     Message,
     PreferenceRecord,
@@ -62,10 +64,12 @@ FORMATS = ("auto", "preference", "implicit", "hh", "unpaired", "answer", "candid
 HH_TURN = re.compile(r"(?:\n\n|\A\s*)(Human|Assistant):")  # at the beginning the empty line may have been stripped
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 OTHER_SIDE = re.compile("reject|chosen|prefer|worse|loser|lose|negative", re.IGNORECASE)
-OTHER_LABEL = re.compile("label|tag|good|desirab|thumb|accept|prefer|correct|right|wrong|bad", re.IGNORECASE)
+OTHER_LABEL = re.compile("label|(?<![a-z])tag|good|desirab|thumb|accept|prefer|correct|right|wrong|bad", re.IGNORECASE)
+GRADE_WORDS = frozenset((*TRUE, *FALSE, "correct", "incorrect", "right", "wrong"))
 SENTENCE_ENDS = "。！？：；…"  # where text without blanks may be split
 TO_BE_BUILT = "to_be_built"  # kind of a row that does not make one record of its own
 SPLIT = "prompt split from the answers' common beginning"
+REPEATED = "both answers begin with the words of the prompt, and are learned so"
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,9 @@ def _detect_pair(row: dict) -> str:
     chosen, first = row.get("chosen"), row.get("prompt") or row.get("chosen")
     if isinstance(first, str) and isinstance(chosen, str) and _is_transcript(first, not row.get("prompt")):
         return "hh"
+    mapped = getattr(row, "mapped", ())
+    if row.get("prompt") and "prompt" not in mapped and _are_transcripts(chosen, row.get("rejected")):
+        return "hh"  # the answers repeat the prompt
     if any(row.get(name) for name in (*ASKED, *TURNS)):
         return "preference"
     # an empty prompt beside two texts is counted as such; conversations bring their own
@@ -122,6 +129,13 @@ def _is_transcript(text: str, whole: bool) -> bool:
     is counted, for splitting it by characters would end inside the answer."""
     begins = HH_TURN.match(text) is not None
     return begins and (whole or text.startswith("\n\n") or len(HH_TURN.findall(text)) > 1)
+
+
+def _are_transcripts(*sides: Any) -> bool:
+    """Whether both answers are whole transcripts, a human's turn and an answer at least."""
+    return all(
+        isinstance(side, str) and HH_TURN.match(side) is not None and len(HH_TURN.findall(side)) > 1 for side in sides
+    )
 
 
 def convert(
@@ -182,12 +196,22 @@ def reader_of(manifest: dict) -> Callable[[bytes], Record]:
 def _pair(fields: Fields, prompt: Text, chosen: Text, rejected: Text) -> Record:
     """The checked record; where the prompt is turns, the answers are turns too."""
     prompt = with_turns_before(prompt, fields)
-    if isinstance(prompt, tuple):
+    if isinstance(prompt, str):
+        if all(isinstance(side, str) and _repeats(side, prompt) for side in (chosen, rejected)):
+            fields.notes[REPEATED] += 1
+    else:
         chosen, rejected = (assistant_turn(side) if isinstance(side, str) else side for side in (chosen, rejected))
         _one_answer(chosen, rejected)  # type: ignore[arg-type]
+        if all(_repeats(side[0]["content"], prompt[-1]["content"]) for side in (chosen, rejected)):  # type: ignore[index]
+            fields.notes[REPEATED] += 1
         prompt = _before_answer(prompt)
     record = PreferenceRecord("", prompt, chosen, rejected, _meta(fields), read_template_kwargs(fields))
     return with_id(record, fields.get("id"))
+
+
+def _repeats(answer: str, prompt: str) -> bool:
+    """Some words, not a few letters, which stand at the beginning of many an answer."""
+    return len(prompt.strip()) >= 8 and answer.lstrip().startswith(prompt.strip())
 
 
 def _before_answer(prompt: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -341,20 +365,37 @@ def _hh(fields: Fields) -> Record:
     the pairs, because both answers often begin with the same words.
     """
     texts = [_transcript(fields, name) for name in ("chosen", "rejected")]
-    if fields.get("prompt"):
-        prompt = parse_transcript(_transcript(fields, "prompt"))
-        if prompt[-1] == {"role": "assistant", "content": ""}:
-            prompt = prompt[:-1]
-        chosen, rejected = (assistant_turn(text.strip()) for text in texts)
+    if fields.get("prompt") and ("prompt" in fields.mapped or not _are_transcripts(*texts)):
+        prompt, chosen, rejected = _continued(_transcript(fields, "prompt"), *texts)
     else:
-        whole, other = (parse_transcript(text) for text in texts)
-        prompt = _common_turns(whole, other)
-        chosen, rejected = whole[len(prompt) :], other[len(prompt) :]
-        _one_answer(chosen, rejected)
+        prompt, chosen, rejected = _split(fields, *(parse_transcript(text) for text in texts))
     refuse_rivals(fields, [prompt, chosen, rejected])
+    return _pair(fields, prompt, chosen, rejected)
+
+
+def _split(fields: Fields, *sides: tuple[Message, ...]) -> list[tuple[Message, ...]]:
+    """[prompt, chosen, rejected] of two whole transcripts, whose prompt a column may repeat."""
+    prompt = _common_turns(*sides)
+    answers = [side[len(prompt) :] for side in sides]
+    _one_answer(*answers)
     if not prompt or prompt[-1]["role"] != "user":
         raise RecordError("prompt_without_question", "the last turn of the prompt is not the human's")
-    return _pair(fields, prompt, chosen, rejected)
+    asked = fields.get("prompt")
+    if isinstance(asked, str) and HH_TURN.match(asked) and _continued(asked, "", "")[0] == prompt:
+        fields.read.add("prompt")
+    return [prompt, *answers]
+
+
+def _continued(text: str, chosen: str, rejected: str) -> tuple[tuple[Message, ...], ...]:
+    """(prompt, chosen, rejected) of a transcript and the two ways it goes on: behind ``Assistant:``, or behind the
+    words with which the answer begins there, as they are written."""
+    prompt = parse_transcript(text)
+    if prompt[-1]["role"] == "user" or not prompt[-1]["content"]:
+        prompt = prompt if prompt[-1]["role"] == "user" else prompt[:-1]
+        return prompt, assistant_turn(chosen.strip()), assistant_turn(rejected.strip())
+    blanks = text[len(text.rstrip()) :]
+    last: Message = {**prompt[-1], "content": prompt[-1]["content"] + blanks}
+    return (*prompt[:-1], last), assistant_turn(chosen), assistant_turn(rejected)
 
 
 def _unpaired(fields: Fields) -> Record:
@@ -366,6 +407,12 @@ def _unpaired(fields: Fields) -> Record:
 
 def _answer(fields: Fields) -> Record:
     """A good answer, unless the row says that it is wrong."""
+    if fields.unlabelled and not set(LABELS) & set(fields):
+        raise RecordError(
+            "missing_field",
+            f"{fields.unlabelled[0]!r} is empty: say whether the answer is good, or take the column out",
+            malformed=True,
+        )
     return _single(fields, answer_label(fields, GRADES) is not False)
 
 
@@ -382,15 +429,20 @@ def _refuse_other_sides(fields: Fields) -> None:
     for name in fields.left():
         if OTHER_SIDE.search(name) and isinstance(fields[name], str | list | dict):
             what = "may be another answer of a pair: name both with --columns chosen=COLUMN,rejected=COLUMN"
-        elif OTHER_LABEL.search(name) and isinstance(fields[name], bool):
+        elif OTHER_LABEL.search(name) and _may_be_a_label(fields[name]):
             what = "may say whether the answer is good: name it with --columns label=COLUMN"
         else:
             continue
         raise RecordError("unknown_column", f"{name!r} {what}, or take it out of the data", malformed=True)
 
 
+def _may_be_a_label(value: Any) -> bool:
+    return value in (0, 1) or (isinstance(value, str) and value.strip().lower() in GRADE_WORDS)
+
+
 def _prompt_and_answer(fields: Fields) -> tuple[Text, Text]:
-    name = next((name for name in (*ANSWERS, "solution") if name in fields), None)
+    answers = sorted((name for name in (*ANSWERS, "solution") if name in fields), key=lambda n: n not in fields.mapped)
+    name = next(iter(answers), None)
     turns = next((name for name in TURNS if fields.get(name)), None)
     if name is None and turns is not None:
         messages = fields.text(turns)
@@ -401,6 +453,7 @@ def _prompt_and_answer(fields: Fields) -> tuple[Text, Text]:
         answer: Text = messages[-1:]
     else:
         answer = fields.text(name or "completion")
+        _refuse_other_answers(fields, answer)
         prompt = _prompt_of(fields, (answer,))
     if isinstance(answer, tuple) and isinstance(prompt, str):
         prompt = user_turn(prompt)
@@ -411,6 +464,17 @@ def _prompt_and_answer(fields: Fields) -> tuple[Text, Text]:
         _one_answer(answer)
         prompt = _before_answer(prompt)
     return prompt, answer
+
+
+def _refuse_other_answers(fields: Fields, answer: Text) -> None:
+    """Two columns that could be the answer must say the same, unless the user has said which it is."""
+    names = [name for name in (*ANSWERS, "solution") if fields.get(name)]
+    if not fields.mapped & set(names) and (other := next((n for n in names if fields.text(n) != answer), None)):
+        raise RecordError(
+            "ambiguous_answer",
+            f"{names[0]!r} and {other!r} can both be the answer: say which with --columns answer=COLUMN",
+            malformed=True,
+        )
 
 
 def _meta(fields: Fields) -> dict[str, Any]:

@@ -9,24 +9,34 @@ import ast
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, cast
 
 from data_pipeline.records import KEPT_OF_A_TURN, Message, RecordError, Text
 
 ROLES = {
     "human": "user",
+    "prompter": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
     "bot": "assistant",
+    "ai": "assistant",
     "model": "assistant",
     "function_response": "tool",
     "observation": "tool",
-}
+} | {role: role for role in ("system", "developer", "user", "assistant", "tool", "function_call")}
+"""Roles as they are written, in small letters, and as chat templates know them. Any other is left as it is."""
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
 MEDIA = ("image", "images", "image_url", "audio", "audios", "input_audio", "video", "videos", "file")
+OF_THE_ROW = ("tools", "functions", "documents")  # what a template is given beside the turns, never in one
 TEXT_PARTS = (None, "text", "input_text", "output_text")
 # A list of turns printed by Python (numpy leaves the commas out), or of objects of a class of messages.
-PRINTED = re.compile(r"\s*(array\()?\[?\s*(\{\s*['\"](role|content|from|value)['\"]\s*:|\w*[Mm]essage\w*\()")
+PRINTED = re.compile(
+    r"\s*(array\(|list\()?\[?\s*\w*[Mm]essage\w*\("
+    r"|(?=\s*(array\(|list\()?[\[({\s]*(OrderedDict\(|\{|\(['\"]))"
+    r"(?=.*['\"](role|from)['\"]\s*[:,])(?=.*['\"](content|value)['\"]\s*[:,])",
+    re.DOTALL,
+)
 
 
 def read_text(value: Any, name: str, unread: Counter | None = None) -> Text:
@@ -88,20 +98,58 @@ def _key(item: dict, names: tuple[str, ...]) -> str | None:
 
 
 def _turn(item: Any, name: str, unread: Counter | None) -> Message:
-    role_key, content_key = (_key(item, keys) if isinstance(item, dict) else None for keys in (ROLE_KEYS, CONTENT_KEYS))
-    if role_key is None or not isinstance(item[role_key], str):
+    if not isinstance(item, dict) or _key(item, ROLE_KEYS) is None:
         raise _no_turn(item, name)
-    kept = {key: without_nulls(item[key]) for key in KEPT_OF_A_TURN if item.get(key)}
-    if item[role_key] == "function_call":  # ShareGPT: the call stands as JSON where the content would
-        kept, content, role = _called(item.get("value"), name), "", "assistant"
+    given = _one_of(item, ROLE_KEYS, name, role_of)
+    if not isinstance(given, str) or not given.strip():
+        raise _no_turn(item, name)
+    kept = {key: _kept(key, item[key], name) for key in KEPT_OF_A_TURN if item.get(key)}
+    role, said = role_of(given), _one_of(item, CONTENT_KEYS, name)
+    if role == "function_call":  # ShareGPT: the call stands as JSON where the content would
+        kept, content, role = _called(said, name), "", "assistant"
     else:
-        content = _content(item.get(content_key or ""), name, may_be_absent=bool(kept))
-        role = ROLES.get(item[role_key], item[role_key])
-    _refuse_media(item, name)
+        content = _content(said, name, may_be_absent=bool(kept))
+    _refuse_what_is_no_text(item, name)
     if unread is not None:
         known = {*KEPT_OF_A_TURN, *ROLE_KEYS, *CONTENT_KEYS}
-        unread.update(f"{key} (of a turn)" for key, value in item.items() if key not in known and value)
+        unread.update(
+            f"{key} (of a turn)" for key, value in item.items() if key not in known and not _is_nothing(value)
+        )
     return cast(Message, {"role": role, "content": content, **kept})
+
+
+def _kept(key: str, value: Any, name: str) -> Any:
+    """What a turn says beside its content, as templates read it: calls as lists of objects, the rest as text."""
+    if key in ("tool_calls", "function_call"):
+        value = parse_written(value) if isinstance(value, str) else value
+        value = [value] if key == "tool_calls" and isinstance(value, dict) else value
+        calls = value if key == "tool_calls" else [value]
+        if isinstance(calls, list | tuple) and all(isinstance(call, dict) for call in calls):
+            return without_nulls(value)
+    elif isinstance(value, str):
+        return value
+    raise RecordError(
+        "wrong_type", f"field {name!r} has a message whose {key!r} is {type(value).__name__}", malformed=True
+    )
+
+
+def role_of(name: Any) -> Any:
+    """A role as chat templates know it."""
+    return ROLES.get(name.strip().lower(), name) if isinstance(name, str) else name
+
+
+def _one_of(item: dict, keys: tuple[str, ...], name: str, read: Callable[[Any], Any] = lambda value: value) -> Any:
+    """What stands under the first of the keys that is there. RecordError where another says something else."""
+    found = [read(item[key]) for key in keys if item.get(key) is not None]
+    if any(other != found[0] for other in found[1:]):
+        both = " and ".join(map(repr, keys))
+        raise RecordError("wrong_type", f"field {name!r} has a message whose {both} differ", malformed=True)
+    return found[0] if found else None
+
+
+def _is_nothing(value: Any) -> bool:
+    """True for what a table fills in; false and 0 do say something."""
+    return value is None or (isinstance(value, str | list | tuple | dict) and not value)
 
 
 def without_nulls(value: Any) -> Any:
@@ -131,15 +179,23 @@ def _content(value: Any, name: str, *, may_be_absent: bool) -> str:
 def _part(part: Any, name: str) -> str:
     if isinstance(part, str):
         return part
-    if isinstance(part, dict) and part.get("type") in TEXT_PARTS and isinstance(part.get("text"), str):
+    media = next((key for key in MEDIA if part.get(key)), None) if isinstance(part, dict) else None
+    if isinstance(part, dict) and not media and part.get("type") in TEXT_PARTS and isinstance(part.get("text"), str):
         return part["text"]
-    found = repr(part.get("type")) if isinstance(part, dict) else type(part).__name__
+    found = repr(media or part.get("type")) if isinstance(part, dict) else type(part).__name__
     raise RecordError("not_text", f"field {name!r} has a message with a part of type {found}; only text is read")
 
 
-def _refuse_media(item: dict, name: str) -> None:
+def _refuse_what_is_no_text(item: dict, name: str) -> None:
     if media := next((key for key in MEDIA if item.get(key)), None):
         raise RecordError("not_text", f"field {name!r} has a message with {media!r}; only text is read")
+    if misplaced := next((key for key in OF_THE_ROW if item.get(key)), None):
+        raise RecordError(
+            "unknown_column",
+            f"field {name!r} has a message with {misplaced!r}, which chat templates read beside the messages: give the "
+            f"row a column {misplaced!r}",
+            malformed=True,
+        )
 
 
 def _called(value: Any, name: str) -> dict:

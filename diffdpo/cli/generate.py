@@ -17,6 +17,7 @@ from typing import Any
 
 from diffdpo.command import Parser
 from diffdpo.errors import UserError
+from diffdpo.models.checkpoint.adapter_folder import check_adapter
 
 ORDERS = ("low_confidence", "maskgit_plus", "top_margin", "entropy", "random")
 MASKED = "░"
@@ -29,6 +30,7 @@ def build_parser() -> Parser:
     parser.add_argument("--prompts", help="file of prompts: text with one a line, or .jsonl")
     parser.add_argument("--output", help="file for JSON lines; default: print the answers")
     parser.add_argument("--model_name_or_path", help="folder, hub name or adapter folder; default: the bundled model")
+    parser.add_argument("--adapter_name_or_path", help="LoRA adapter on it; without a model: on the base it names")
     parser.add_argument(
         "--template", default="auto", choices=("auto", "chat", "plain"), help="auto: chat if there is one"
     )
@@ -50,7 +52,12 @@ def build_parser() -> Parser:
     parser.add_argument("--batch_size", type=int, default=8, help="answers made at a time: speed and memory")
     parser.add_argument("--stream", action="store_true", help=f"show the unmasking; {MASKED} is a mask")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the weights")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the weights; auto: bfloat16 on a GPU that has it, else float32",
+    )
     parser.add_argument("--block_size", type=int, help="of the model, where config.json does not say (a2d-*); 0: full")
     parser.add_argument("--load_in_4bit", action="store_true", help="NF4 weights (bitsandbytes)")
     return parser
@@ -63,6 +70,8 @@ def main(argv: list[str]) -> None:
         if getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1")
     check_output(args)
+    if args.adapter_name_or_path:
+        check_adapter(args.adapter_name_or_path)
     prompts = read_prompts(args)
     options = sampler_options(args)
     if args.num_samples > 1 and not args.temperature and args.remasking != "random":
@@ -212,13 +221,13 @@ def sampler_options(args) -> dict:
 
 def load(args):
     """The model, its tokenizer and its spec."""
-    from diffdpo.evaluation.score_models import device_named
-    from diffdpo.models.bundled import model_or_bundled
-    from diffdpo.models.load import load_model
+    from diffdpo.evaluation.score_models import device_named, dtype_named
+    from diffdpo.models.load import load_with_adapter
 
-    name, device = model_or_bundled(args.model_name_or_path), device_named(args.device)
-    options = {"load_in_4bit": args.load_in_4bit, "block_size": args.block_size}
-    return load_model(name, dtype=args.dtype, device=device, **options)
+    device = device_named(args.device)
+    options = {"dtype": dtype_named(args.dtype, device), "device": device, "load_in_4bit": args.load_in_4bit}
+    options["block_size"] = args.block_size
+    return load_with_adapter(args.model_name_or_path, args.adapter_name_or_path, **options)
 
 
 class Display:

@@ -15,8 +15,15 @@ COMMANDS = {
     "sft": "supervised training; makes new models too",
     "score": "diffusion scores of pairs under a model",
     "generate": "answers sampled from a model",
+    "evaluate": "models on held-out pairs and tasks, compared",
+    "lm_eval": "lm-evaluation-harness with these models",
+    "make_pairs": "preference pairs of a model's own answers",
+    "iterate": "rounds of make-pairs and train, each from the last",
     "export": "an adapter merged, weights in another dtype",
+    "compare": "runs beside each other: what differs, which is better, a page with curves",
+    "sweep": "a grid of runs, one after the other or several at a time, and their comparison",
     "plan": "does a run fit a machine, how long does a step take",
+    "doctor": "what this machine can do for a run, what is missing",
     "data": "build, inspect, stats, verify, generate: shards and a look into them",
 }
 
@@ -49,7 +56,7 @@ def main(argv: list[str]) -> int | None:
 
 def usage() -> str:
     """What there is, a line a command."""
-    lines = [f"  {name.replace('_', '-'):<10} {what}" for name, what in COMMANDS.items()]
+    lines = [f"  {name.replace('_', '-'):<11} {what}" for name, what in COMMANDS.items()]
     return os.linesep.join(
         [
             "usage: diffdpo COMMAND [flags]      (diffdpo COMMAND --help tells its flags)",

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from diffdpo.evaluation.score_pairs import Scorer
 
 SHARED = (
-    *("model_name_or_path", "ref_model_name_or_path", "score_estimator", "num_mc_samples", "num_diffusion_steps"),
-    *("seed", "max_length", "max_prompt_length", "truncation", "answer_truncation", "template", "dtype"),
+    *("model_name_or_path", "adapter_name_or_path", "ref_model_name_or_path", "dtype", "load_in_4bit"),
+    *("score_estimator", "num_mc_samples", "num_diffusion_steps", "seed"),
+    *("max_length", "max_prompt_length", "truncation", "answer_truncation", "template"),
 )
 """Settings that the scores in one file must have in common."""
 
@@ -40,11 +41,13 @@ def main(argv: list[str]) -> None:
     check_estimator(
         config.score_estimator, num_samples=config.num_mc_samples, num_diffusion_steps=config.num_diffusion_steps
     )
-    records = read_records(config.pairs)
-    from diffdpo.evaluation.score_models import check_models, load_models, model_names
+    from data_pipeline.sources.read import records_in
+
+    records = records_in(config.pairs, flag="--pairs")
+    from diffdpo.evaluation.score_models import check_models, load_models, model_names, settled
     from diffdpo.evaluation.score_pairs import Scorer
 
-    names = model_names(config)
+    config, names = settled(config), model_names(config)
     check_models(names, block_size=config.block_size)
     file = open_output(config, names)
     done = len(file.done) if file else 0
@@ -66,33 +69,16 @@ def open_output(config: ScoreConfig, names: list[str]) -> "ScoreFile | None":
     if not config.output:
         return None
     from diffdpo.evaluation.score_file import ScoreFile
-    from diffdpo.reference.identity import weights_digest
 
     settings = {name: value for name, value in asdict(config).items() if name in SHARED}
-    return ScoreFile(Path(config.output), settings | {"model_weights": [weights_digest(name) for name in names]})
+    return ScoreFile(Path(config.output), settings | {"model_weights": _digests(names, config)})
 
 
-def read_records(source: str) -> Iterator:
-    """Records of --pairs, the first checked now. DataError names the place of a row that cannot be used."""
-    from itertools import chain
+def _digests(names: list[str], config: ScoreConfig) -> list[str]:
+    from diffdpo.reference.identity import weights_digest
 
-    from data_pipeline.errors import DataError
-    from data_pipeline.records import RecordError
-    from data_pipeline.sources.files import SourceOptions, open_rows
-    from data_pipeline.sources.formats import convert
-
-    def records() -> Iterator:
-        for row in open_rows(source, SourceOptions()):
-            try:
-                yield from convert(row.parsed())
-            except RecordError as error:
-                raise DataError(f"--pairs {row.where}: {error}") from None
-
-    found = records()
-    first = next(found, None)
-    if first is None:
-        raise DataError(f"--pairs {source}: no records in it")
-    return chain([first], found)
+    base = config.model_name_or_path if config.adapter_name_or_path else None
+    return [weights_digest(names[0], base=base), *(weights_digest(name) for name in names[1:])]
 
 
 def unmet(records: Iterator, done: Mapping[str, str], repeated: list[str], digests: dict[str, str]) -> Iterator:

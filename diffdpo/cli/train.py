@@ -4,6 +4,7 @@ Run it with `deepspeed launch/train.py --ds_config ds_configs/4080_offload.json`
 """
 
 from diffdpo.cli.flags import parse_config
+from diffdpo.cli.restarts import with_restarts
 from diffdpo.config import TrainConfig
 from diffdpo.errors import RESUMABLE
 
@@ -11,6 +12,10 @@ from diffdpo.errors import RESUMABLE
 def main(argv: list[str]) -> int:
     """Parse first: a wrong flag must not wait for torch."""
     config = parse_config(TrainConfig, argv, __doc__ or "")
-    from diffdpo.training.preference import train
 
-    return 0 if train(config).complete else RESUMABLE
+    def work() -> int:
+        from diffdpo.training.preference import train
+
+        return 0 if train(config).complete else RESUMABLE
+
+    return with_restarts(config, work)

@@ -187,40 +187,36 @@ def _deepspeed(name: str, value: Any, beside: Given) -> dict[str, Any]:
     return {"ds_config": value}
 
 
-@custom("none: `--tracking_uri none`; mlflow: the default store")
-def _report_to(name: str, value: Any, beside: Given) -> dict[str, Any]:
-    if word(value).lower() not in ("none", "mlflow"):
-        raise UserError(f"--{name} {word(value)}: runs are recorded by MLflow (--tracking_uri) and in metrics.jsonl")
-    return {"tracking_uri": "none"} if word(value).lower() == "none" else {}
-
-
 # ------------------------------------------------------------------------------------------------------ the tables
 
 SAME = (
     *("output_dir", "run_name", "seed", "num_train_epochs", "max_steps", "resume_from_checkpoint"),
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
-    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
+    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim"),
     *("bf16", "gradient_checkpointing", "torch_compile", "use_liger_kernel"),
-    *("logging_steps", "eval_steps", "save_steps", "save_total_limit"),
+    *("logging_steps", "eval_steps", "save_steps", "save_total_limit", "report_to"),
+    *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+    *("early_stopping_patience", "early_stopping_threshold"),
     *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_token"),
-    *("model_name_or_path", "model_revision", "load_in_4bit"),
+    *("model_name_or_path", "model_revision", "adapter_name_or_path", "load_in_4bit"),
     *("use_peft", "lora_r", "lora_alpha", "lora_target_modules", "lora_modules_to_save", "use_dora", "use_rslora"),
     *("max_length", "max_prompt_length"),
+    *("f_divergence_type", "f_alpha_divergence_coef", "use_weighting", "ld_alpha"),
+    *("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
     *("beta", "loss_type", "loss_weights", *DEFAULTS),  # the losses' own parameters have TRL's names
+    "optim",
 )
 """Names that are flags here with the same meaning. (Defaults differ: see --help_all.)"""
 
 _ONE_SCRIPT = "`diffdpo train` trains and scores held-out data before and after"
 _METRICS = "there are no metrics of one's own; held-out data are scored as --help_all's group evaluation says"
-_LAST = "the last model is kept and its change told with an error; the best of several would look better than it is"
 _READER = "records are read ahead by --dataset_num_workers processes, in an order that the seed alone sets"
 _MEMORY = "--gradient_checkpointing, --segmentation and --max_memory save memory; see docs/memory.md"
 _IDS = "the model's family and tokenizer say which tokens these are"
 _TRACKIO = "runs are recorded by MLflow; see --tracking_uri and --experiment_name"
 _GRADIENTS = "there is no DistributedDataParallel: the engine sums gradients itself"
 _FSDP = "use --engine fsdp2 under torchrun; it has --fsdp_cpu_offload and --fsdp_reshard_after_forward"
-_FROZEN = "the reference is frozen"
 _ONE_MODEL = "a model is named by --model_name_or_path and --model_revision, and read with --bf16 or --load_in_4bit"
 _PACKED = "an answer is scored under its own prompt; --batching balanced and --bucket_steps lessen padding"
 _LOGGED = "metrics.jsonl is always written; see --logging_steps"
@@ -276,8 +272,8 @@ TABLE: dict[str, Entry] = {
     "max_target_length": answered("an answer may have what its prompt leaves of --max_length"),
     "model_init_kwargs": answered(_ONE_MODEL),
     "ref_model_init_kwargs": answered(_ONE_MODEL),
-    "model_adapter_name": answered("a run trains one adapter, and the reference is the model without it"),
-    "ref_adapter_name": answered("name an adapter's folder as --ref_model_name_or_path"),
+    "model_adapter_name": answered("name its folder as --adapter_name_or_path; as it starts it is the reference"),
+    "ref_adapter_name": answered("the adapter as it starts, or another by its folder as --ref_model_name_or_path"),
     "force_use_ref_model": answered("use --reference copy"),
     "base_model_attribute_name": answered("use --use_liger_kernel, which finds the model by itself"),
     "router_aux_loss_coef": answered("no family here has a mixture of experts"),
@@ -290,14 +286,9 @@ TABLE: dict[str, Entry] = {
     "label_pad_token_id": answered(_IDS),
     "pad_token": answered(_IDS),
     "eos_token": answered(_IDS),
-    "ld_alpha": answered("LD-DPO weighs tokens by their place, and a diffusion score has no order of tokens"),
-    "f_divergence_type": only("reverse_kl", why="losses are of log-ratios; see docs/losses.md for those there are"),
-    "f_alpha_divergence_coef": answered("losses are of log-ratios; see docs/losses.md for those there are"),
-    "use_weighting": only("false", why="WPO weighs by probabilities of whole answers, of which a bound alone is known"),
-    "activation_offloading": only("false", why=_MEMORY),
-    "sync_ref_model": only("false", why=_FROZEN),
-    "ref_model_mixup_alpha": answered(_FROZEN),
-    "ref_model_sync_steps": answered(_FROZEN),
+    "activation_offloading": words(
+        "`true`: `--activation_offload cpu`", true={"activation_offload": "cpu"}, false={"activation_offload": "none"}
+    ),
     "generate_during_eval": answered("answers are sampled before and after: --num_eval_problems and --eval_task"),
     "is_encoder_decoder": only("false", why="a masked diffusion model has no decoder of its own"),
     "tools": answered("put them into the prompt's messages"),
@@ -329,10 +320,6 @@ TABLE: dict[str, Entry] = {
     "debug": only("", "none", why="a loss or gradient that is not finite ends the run with its step"),
     # transformers: optimisation
     "warmup_ratio": renamed("warmup_steps"),
-    "optim": only(
-        *("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw"),
-        why="the optimizer is AdamW; --ds_config moves its state to the host",
-    ),
     "optim_args": answered("see --adam_beta1, --adam_beta2, --adam_epsilon and --weight_decay"),
     "optim_target_modules": answered("GaLore and APOLLO are not offered; --use_peft trains few parameters"),
     "label_smoothing_factor": only("0", why="--label_smoothing is that of preference losses"),
@@ -364,7 +351,6 @@ TABLE: dict[str, Entry] = {
     "include_num_input_tokens_seen": only("no", "false", why="tokens_per_second is in metrics.jsonl"),
     "include_tokens_per_second": only("true", why="tokens_per_second is in metrics.jsonl"),
     "skip_memory_metrics": answered("peak_memory_gib is in metrics.jsonl always; it costs nothing"),
-    "report_to": _report_to,
     "project": renamed("experiment_name"),
     "trackio_space_id": answered(_TRACKIO),
     "trackio_bucket_id": answered(_TRACKIO),
@@ -386,9 +372,6 @@ TABLE: dict[str, Entry] = {
     "save_on_each_node": only("false", why="one process writes"),
     "save_safetensors": only("true", why="weights are written as safetensors"),
     "enable_jit_checkpoint": only("true", why="SIGTERM always ends a run with a checkpoint"),
-    "load_best_model_at_end": only("false", why=_LAST),
-    "metric_for_best_model": answered(_LAST),
-    "greater_is_better": answered(_LAST),
     "ignore_data_skip": only("false", why="a resumed run goes on at the record where it stopped"),
     "restore_callback_states_from_checkpoint": only("false", why="callbacks have no state here"),
     # transformers: the hub

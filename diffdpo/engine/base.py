@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from diffdpo.engine.choice import EngineChoice
+from diffdpo.engine.choice import SMALL_SHARE, EngineChoice
 from diffdpo.engine.world import World
 
 
@@ -79,9 +79,10 @@ class Engine(Protocol):
         """Write weights and optimizer state into an empty folder; every rank calls."""
         ...
 
-    def snapshot(self) -> Callable[[Path], None] | None:
-        """What ``save`` would write now, copied, as a function that writes it into a folder: steps can go on meanwhile,
-        on rank 0 in a thread of its own. None where saving needs the other ranks, or the copy too much memory."""
+    def snapshot(self, beside: World) -> Callable[[Path], None] | None:
+        """What ``save`` would write now, copied, as a function that writes it into a folder: every rank calls it in a
+        thread while steps go on, and it talks to the others through ``beside`` alone. None where the copy needs too
+        much memory, or what is saved lies on a disk."""
         ...
 
     def load(self, folder: Path) -> None:
@@ -97,6 +98,12 @@ def count_parameters(module: nn.Module) -> tuple[int, int]:
     """(all, trained): numbers of weights, also of those that ZeRO-3 holds in shards."""
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in module.parameters()]
     return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+
+
+def trains_few(module: nn.Module) -> bool:
+    """Whether what is trained is small beside the rest, as a LoRA adapter: whole gradients of it hardly count."""
+    everything, trained = count_parameters(module)
+    return trained <= SMALL_SHARE * everything
 
 
 def trained_parameters(module: nn.Module) -> list[nn.Parameter]:

@@ -96,8 +96,9 @@ class EngineChoice:
         return None
 
     def reads_bf16(self, *, trained: bool) -> bool:
-        """Whether weights are read in bf16: where they are trained, FSDP2 holds fp32 and casts what it gathers."""
-        return self.bf16 and not (trained and self.kind == FSDP2)
+        """Whether weights are read in bf16: where they are trained, FSDP2 holds fp32 and casts what it gathers, and the
+        plain engine has bf16 for frozen ones only."""
+        return self.bf16 and not (trained and self.kind in (PLAIN, FSDP2))
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a checkpoint of this engine to be read again."""
@@ -175,18 +176,21 @@ def shards_parameters(settings: EngineSettings) -> bool:
     return sharding_of(read_ds_config(Path(settings.ds_config or ""))).parameters
 
 
-def choose_engine(settings: EngineSettings, *, processes: int, cuda: bool, bf16_able: bool) -> EngineChoice:
-    """The engine of a run. ``bf16_able``: whether the hardware has bfloat16, for where neither flag nor JSON says.
+def choose_engine(
+    settings: EngineSettings, *, processes: int, cuda: bool, bf16_able: bool, adapter: bool = False
+) -> EngineChoice:
+    """The engine of a run. ``bf16_able``: whether the hardware has bfloat16, for where neither flag nor JSON says;
+    ``adapter``: what is trained is one, in fp32 on frozen weights.
 
     UserError for a JSON that cannot be read or contradicts the flags.
     """
     if engine_kind(settings) == PLAIN:
-        if settings.bf16:
+        if settings.bf16 and not adapter:
             raise UserError(
                 "--bf16 trains with fp32 masters of bfloat16 weights, which needs --ds_config or --engine fsdp2; leave "
-                "it out"
+                "it out, or add --use_peft"
             )
-        return EngineChoice(PLAIN, processes)
+        return EngineChoice(PLAIN, processes, adapter and (bf16_able if settings.bf16 is None else settings.bf16))
     if engine_kind(settings) == FSDP2:
         return fsdp2_choice(
             processes=processes,

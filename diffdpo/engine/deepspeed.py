@@ -8,7 +8,8 @@ import copy
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,14 +19,17 @@ import torch
 from torch import nn
 
 from diffdpo.engine.adam_clock import wind_up
-from diffdpo.engine.base import FrozenModule, count_parameters, parameter_groups, trained_parameters
-from diffdpo.engine.choice import SMALL_SHARE, EngineChoice
-from diffdpo.engine.deepspeed_files import TAG, CheckpointFiles
+from diffdpo.engine.base import FrozenModule, count_parameters, parameter_groups, trained_parameters, trains_few
+from diffdpo.engine.choice import EngineChoice
+from diffdpo.engine.clock import timed
+from diffdpo.engine.deepspeed_files import TAG, CheckpointFiles, write_files
 from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.plain import PlainFrozen
+from diffdpo.engine.saved import fits_beside
 from diffdpo.engine.world import World
 from diffdpo.errors import UserError
 
+STATE_BYTES = 16  # a trained weight, at most: fp32 master and copy, two moments
 FOR_GRADIENTS = ("offload_optimizer", "zero_hpz_partition_size", "zero_quantized_gradients")
 """What of "zero_optimization" concerns the backward and the step. (DeepSpeed makes the groups of a hierarchical
 partition once a process and fails at a second module that asks for them.)"""
@@ -48,9 +52,11 @@ class DeepSpeedEngine:
         self.holding = False  # inside ``no_sync``
         self.loss_factor = float(world.size)  # gradients of parameters are averaged over ranks: undo that
 
+    @timed("forward")
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         return self.engine(*inputs)
 
+    @timed("backward")
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last or self.holding)
         self.engine.backward(loss * self.loss_factor, scale_wrt_gas=False)
@@ -58,8 +64,7 @@ class DeepSpeedEngine:
     def no_sync_obstacle(self) -> str | None:
         if getattr(self.optimizer, "use_grad_accum_attribute", False):
             return "DeepSpeed's fp32 accumulation (data_types.grad_accum_dtype) keeps gradients out of .grad"
-        everything, trained = count_parameters(self.module)
-        return self.choice.no_sync_obstacle(few=trained <= SMALL_SHARE * everything)
+        return self.choice.no_sync_obstacle(few=trains_few(self.module))
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -80,6 +85,7 @@ class DeepSpeedEngine:
         if self.choice.sharding.any and not self.choice.shards_parameters:
             _forget(self.optimizer)
 
+    @timed("optimizer")
     def step(self, learning_rate: float) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -94,8 +100,15 @@ class DeepSpeedEngine:
         self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
         self.files.raise_error()
 
-    def snapshot(self) -> None:
-        return None  # every rank writes its own shard, through DeepSpeed
+    def snapshot(self, beside: World) -> Callable[[Path], None] | None:
+        own = -(-count_parameters(self.module)[1] // self.world.size) * STATE_BYTES
+        if "nvme" in self.choice.identity().values() or not fits_beside(own):
+            return None
+        # DeepSpeed's own way to its checkpoint, collectives and all, but for the disk
+        with tempfile.TemporaryDirectory() as name, self.files.kept_in_memory(Path(name)) as kept:
+            self.save(Path(name))
+            others = {path.relative_to(name): path.read_bytes() for path in Path(name).rglob("*") if path.is_file()}
+        return lambda folder: write_files(folder, kept, others)
 
     def load(self, folder: Path) -> None:
         # not strictly: weights that are not trained are in no checkpoint
@@ -150,7 +163,8 @@ def _placed(module: nn.Module, world: World, choice: EngineChoice) -> nn.Module:
         return module.to(world.device)
     if choice.bf16:  # what DeepSpeed does to a module that is not in shards yet
         for parameter in module.parameters():
-            parameter.data = parameter.data.bfloat16()
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.bfloat16()
     for buffer in module.buffers():
         buffer.data = buffer.data.to(world.device)
     import_deepspeed().zero.Init(module=module, config_dict_or_path=copy.deepcopy(dict(choice.ds_config)))

@@ -4,8 +4,12 @@ Its own reader runs whatever a pickle says. This one builds tensors, containers 
 objects, and refuses anything else before it is made.
 """
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +30,8 @@ class CheckpointFiles:
     def __init__(self, given: Any, module: nn.Module):
         self.given, self.module = given, module
         self.error: OSError | RuntimeError | None = None
+        self.kept: dict[Path, Any] | None = None  # in the place of files
+        self.folder = Path()  # that their names are told in
         self.saved_shapes: dict[str, Sequence[int]] = {}  # of the trained weights, in what was read last
 
     def __getattr__(self, name: str) -> Any:
@@ -36,10 +42,22 @@ class CheckpointFiles:
         if state.get("module") is not None:
             trained = trained_by_name(self.module)
             state["module"] = {name: value for name, value in state["module"].items() if name in trained}
+        if self.kept is not None:
+            self.kept[Path(path).relative_to(self.folder)] = copied(state)
+            return
         try:
             torch.save(state, path)
         except (OSError, RuntimeError) as error:
             self.error = error
+
+    @contextmanager
+    def kept_in_memory(self, folder: Path) -> Iterator[dict[Path, Any]]:
+        """Inside, what would be written below ``folder`` is copied and kept, by its name there."""
+        self.kept, self.folder = {}, folder
+        try:
+            yield self.kept
+        finally:
+            self.kept = None
 
     def load(self, path: str, map_location: Any = None) -> Any:
         state = load_safely(path, map_location=map_location)
@@ -59,6 +77,27 @@ class CheckpointFiles:
     def check_loaded(self) -> None:
         """UserError unless what was read last holds the module's trained weights."""
         check_trained(self.saved_shapes, self.module)
+
+
+def copied(state: Any) -> Any:
+    """A state in host memory that nothing else holds."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if type(state) in (dict, OrderedDict):
+        return type(state)((key, copied(value)) for key, value in state.items())
+    if type(state) in (list, tuple):
+        return type(state)(copied(value) for value in state)
+    return copy.deepcopy(state)
+
+
+def write_files(folder: Path, states: Mapping[Path, Any], others: Mapping[Path, bytes]) -> None:
+    """Files by their names in a folder. OSError or RuntimeError where the disk fails."""
+    for name in [*states, *others]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    for name, state in states.items():
+        torch.save(state, folder / name)
+    for name, content in others.items():
+        (folder / name).write_bytes(content)
 
 
 def load_safely(path: str | PathLike[str], *, map_location: Any = "cpu", mmap: bool = False) -> Any:

@@ -4,6 +4,7 @@ import copy
 import difflib
 import json
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -42,22 +43,46 @@ ACCELERATE = (
 OBJECTS = (
     *(("zero_optimization",), ("optimizer",), ("bf16",), ("fp16",), ("optimizer", "params")),
     *(("zero_optimization", "offload_optimizer"), ("zero_optimization", "offload_param")),
+    *(("data_types",), ("checkpoint",), ("activation_checkpointing",), ("aio",), ("comms_logger",), ("timers",)),
+    *(("flops_profiler",), ("csv_monitor",), ("tensorboard",), ("wandb",), ("comet",), ("nebula",)),
 )
+BOOLEANS = (  # DeepSpeed takes any text for true, "false" too
+    *("prescale_gradients", "dump_state", "disable_allgather", "memory_breakdown", "wall_clock_breakdown"),
+    *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "dataloader_drop_last", "disable_python_gc"),
+    "graph_harvesting",
+)
+INTEGERS = ("steps_per_print", "seed")
+OF_ADAM = {"adam_w_mode": True, "adamw_mode": True, "bias_correction": True, "amsgrad": False}
+"""Parameters that would make another optimizer of AdamW, with the values that do not."""
+TO_ADAM = ("lr", "betas", "eps", "weight_decay", "torch_adam", "fp32_optimizer_states", *OF_ADAM)
 
 
 def read_ds_config(path: Path) -> dict[str, Any]:
     """The DeepSpeed JSON of ``--ds_config``: a file, or a shipped one's name. UserError for what cannot be meant."""
     path = find_shipped("ds_configs", str(path), flag="--ds_config")
     try:
-        content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+        text = path.read_text(encoding="utf-8-sig")
+        content = json.loads(text, object_pairs_hook=_said_once, parse_constant=_no_number)
+    except (ValueError, RecursionError, IsADirectoryError) as error:  # json's and Unicode's errors are ValueErrors
         raise UserError(f"--ds_config {path} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"--ds_config {path} must hold a JSON object, found {type(content).__name__}")
-    fault = next(filter(None, (*_faults_of_names(content), *_faults_of_values(content))), None)
+    fault = next(chain(_faults_of_names(content), _faults_of_values(content)), None)  # the later trust the earlier
     if fault:
         raise UserError(f"--ds_config {path}{fault}")
     return content
+
+
+def _said_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Python keeps the last of two equal names in silence."""
+    names = [name for name, _ in pairs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"the name {twice!r} stands twice in one object")
+    return dict(pairs)
+
+
+def _no_number(constant: str) -> float:
+    raise ValueError(f"{constant} is no number")
 
 
 def _faults_of_names(content: Mapping[str, Any]) -> Iterator[str]:
@@ -89,14 +114,29 @@ def _faults_of_values(content: Mapping[str, Any]) -> Iterator[str]:
             found = found.get(key, {}) if isinstance(found, Mapping) else {}
         if not isinstance(found, Mapping):
             yield f": {'.'.join(keys)} must be an object, found {found!r}"
+    for key in (*BOOLEANS, *INTEGERS):
+        kind = bool if key in BOOLEANS else int
+        if type(content.get(key, kind())) is not kind:
+            yield f": {key} is {content[key]!r}; write {'true or false' if kind is bool else 'a whole number'}"
+    yield from _faults_of_optimizer(content.get("optimizer", {}))
     for section in ("bf16", "fp16"):
         enabled = (content.get(section) or {}).get("enabled", "auto")
         if enabled != "auto" and not isinstance(enabled, bool):  # DeepSpeed takes any text for true, "false" too
             yield f': {section}.enabled is {enabled!r}; write true, false or "auto"'
-    if (content.get("zero_optimization") or {}).get("compute_grad_norm", True) is not True:
-        yield ": compute_grad_norm is off, and a run records and checks the gradient's norm; leave it out"
-    stage = (content.get("zero_optimization") or {}).get("stage", 0)
-    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+    if (norm := (content.get("zero_optimization") or {}).get("compute_grad_norm", True)) is not True:
+        yield f": compute_grad_norm is {norm!r}, and a run records and checks the gradient's norm; leave it out"
+    zero = content.get("zero_optimization") or {}
+    if old := next(
+        (key for key in ("cpu_offload", "cpu_offload_params", "cpu_offload_use_pin_memory") if key in zero), ""
+    ):
+        yield f': zero_optimization.{old} is an old name; write "offload_optimizer": {{"device": "cpu"}}'
+    kind = content.get("data_types", {}).get("grad_accum_dtype", "auto")
+    if kind not in ("auto", None, "fp32", "bf16"):
+        yield f": data_types.grad_accum_dtype is {kind!r}; allowed: fp32, bf16"
+    stage = zero.get("stage", 0)
+    if stage in (1, 2) and zero.get("offload_param", {}).get("device", "none") != "none":
+        yield f": zero_optimization.offload_param moves weights out of stage 3 alone, and the stage is {stage}"
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
         yield f": zero_optimization.stage is {stage!r}; allowed: 1, 2, 3"
     elif stage == 0:
         # DeepSpeed's stage 0 keeps no norm of the gradient and, in bf16, takes a wrong first step
@@ -104,6 +144,18 @@ def _faults_of_values(content: Mapping[str, Any]) -> Iterator[str]:
             ": zero_optimization.stage is 0 (or not there), which shards nothing; give 1, 2 or 3, or leave "
             "--ds_config out for the plain engine, which is the same without DeepSpeed"
         )
+
+
+def _faults_of_optimizer(optimizer: Mapping[str, Any]) -> Iterator[str]:
+    params = optimizer.get("params", {})
+    for keys, allowed, where in ((optimizer, ("type", "params"), "optimizer"), (params, TO_ADAM, "optimizer.params")):
+        if unknown := next((key for key in keys if key not in allowed), None):
+            yield f": {where} has {unknown!r}; allowed: {', '.join(allowed)}"
+    for key, value in params.items():
+        if key in OF_ADAM and value not in (OF_ADAM[key], "auto"):
+            yield f": optimizer.params.{key} is {value!r}, which makes another optimizer of AdamW; leave it out"
+        if key in ("torch_adam", "fp32_optimizer_states") and not isinstance(value, bool):
+            yield f": optimizer.params.{key} is {value!r}; write true or false"
 
 
 def complete_ds_config(
@@ -128,8 +180,8 @@ def complete_ds_config(
         "gradient_clipping": options.max_grad_norm,
     }
     for key, value in ours.items():
-        if config.get(key, "auto") not in ("auto", value):
-            raise UserError(f"--ds_config sets {key} to {config[key]}, the flags to {value}; leave it out of the JSON")
+        if not _agrees(given := config.get(key, "auto"), value):
+            raise UserError(f"--ds_config sets {key} to {given!r}, the flags to {value}; leave it out of the JSON")
         config[key] = value
     if config.get("fp16", {}).get("enabled") is True:
         raise UserError("--ds_config enables fp16, whose loss scaling is not supported; use --bf16 or fp32")
@@ -142,10 +194,10 @@ def complete_ds_config(
             zero[part]["pin_memory"] = False  # page-locked memory is a GPU's matter
     if sharding_of(config).parameters:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
-    given = config.get("optimizer", {})
-    if given.get("type", "AdamW") not in ("AdamW", "Adam"):
-        raise UserError(f"--ds_config asks for the optimizer {given['type']}; supported: AdamW")
-    params = given.get("params", {})
+    optimizer = config.get("optimizer", {})
+    if optimizer.get("type", "AdamW") not in ("AdamW", "Adam"):
+        raise UserError(f"--ds_config asks for the optimizer {optimizer['type']}; supported: AdamW")
+    params = optimizer.get("params", {})
     ours = {
         "lr": options.learning_rate,
         "betas": list(options.betas),
@@ -153,12 +205,17 @@ def complete_ds_config(
         "weight_decay": options.weight_decay,
     }
     for key, value in ours.items():
-        if params.get(key, "auto") not in ("auto", value):
+        if not _agrees(params.get(key, "auto"), value):
             raise UserError(
-                f"--ds_config sets optimizer.params.{key} to {params[key]}, the flags to {value}; leave it out of the "
-                "JSON"
+                f"--ds_config sets optimizer.params.{key} to {params[key]!r}, the flags to {value}; leave it out of "
+                "the JSON"
             )
     config["optimizer"] = {"type": "AdamW", "params": {k: v for k, v in params.items() if v != "auto"} | ours}
     config.setdefault("steps_per_print", 10**9)  # the run's own progress bar says it
     config.setdefault("zero_allow_untested_optimizer", True)
     return config
+
+
+def _agrees(given: Any, ours: Any) -> bool:
+    """Whether a value of the JSON is ours or leaves it to us. True is no 1."""
+    return given == "auto" or (given == ours and isinstance(given, bool) is isinstance(ours, bool))

@@ -6,7 +6,7 @@ and fp32 on every process; its gradients are summed once a step, as by the plain
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -18,10 +18,13 @@ from torch.distributed.tensor import DTensor
 
 from diffdpo.engine.base import parameter_groups, sum_gradients, trained_parameters
 from diffdpo.engine.choice import EngineChoice
+from diffdpo.engine.clock import timed
 from diffdpo.engine.fsdp2_units import cut_units, gathered, is_cut, own_part
 from diffdpo.engine.optimizer import OptimizerOptions
+from diffdpo.engine.saved import fits_beside
 from diffdpo.engine.tensor_files import read_training_state, training_state, write_tensors
 from diffdpo.engine.world import World
+from diffdpo.gpus import is_gpu
 from diffdpo.models.architecture.backbone import native
 
 
@@ -34,7 +37,8 @@ class Fsdp2Engine:
         self.choice, self.world, self.module, self.options = choice, world, module, options
         frozen = any(not p.requires_grad for p in module.parameters())
         self.adapter = trained_parameters(module) if frozen else []
-        shard(module, world, choice, whole=self.adapter)
+        kept = [p for p in module.parameters() if getattr(p, "stays_whole", False)]  # the adapter as it started
+        shard(module, world, choice, whole=[*self.adapter, *kept])
         self.parameters = trained_parameters(module)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(module, options.weight_decay),
@@ -47,11 +51,13 @@ class Fsdp2Engine:
     @property
     def fused(self) -> bool:
         """Whether one kernel takes all of AdamW's step: on a GPU, and on the host for shards that live there."""
-        return self.world.device.type == "cuda" or self.choice.sharding.offloads_optimizer
+        return is_gpu(self.world.device) or self.choice.sharding.offloads_optimizer
 
+    @timed("forward")
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         return self.module(*inputs)
 
+    @timed("backward")
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         loss.backward()
 
@@ -68,6 +74,7 @@ class Fsdp2Engine:
         self.module.reset_iter_state()  # type: ignore[operator]
         self.optimizer.zero_grad(set_to_none=True)
 
+    @timed("optimizer")
     def step(self, learning_rate: float) -> float:
         self._reshard()
         if self.adapter:
@@ -110,8 +117,13 @@ class Fsdp2Engine:
         self._reshard()
         write_tensors(folder, training_state(self.module, self.optimizer))
 
-    def snapshot(self) -> None:
-        return None  # every rank writes its shards, and they agree on the files: collectives beside those of a step
+    def snapshot(self, beside: World) -> Callable[[Path], None] | None:
+        self._reshard()
+        saved = training_state(self.module, self.optimizer)
+        if not fits_beside(sum(own_part(tensor).nbytes for tensor in saved.values())):
+            return None
+        copy = {name: tensor.detach().to("cpu", copy=True) for name, tensor in saved.items()}
+        return lambda folder: write_tensors(folder, copy, beside.group)
 
     def load(self, folder: Path) -> None:
         self._reshard()

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from diffdpo.engine.choice import EngineChoice
 from diffdpo.engine.world import World
+from diffdpo.gpus import is_gpu
 from diffdpo.models.architecture.backbone import MaskedLM
 
 
@@ -104,7 +105,7 @@ def _rows(parameter: torch.Tensor) -> slice:
 
 def _options(choice: EngineChoice, world: World) -> dict[str, Any]:
     half = torch.bfloat16 if choice.bf16 else None
-    offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+    offload = CPUOffloadPolicy(pin_memory=is_gpu(world.device))
     return {
         "mesh": _mesh(choice, world),
         "reshard_after_forward": choice.reshard_after_forward,
@@ -116,7 +117,7 @@ def _options(choice: EngineChoice, world: World) -> dict[str, Any]:
 
 def _mesh(choice: EngineChoice, world: World) -> DeviceMesh:
     if not dist.is_initialized():  # one process, which nobody else needed a group for
-        dist.init_process_group("nccl" if world.device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if is_gpu(world.device) else "gloo")
     return _mesh_of(dist.group.WORLD, world.device.type, choice.processes, choice.sharding.over)
 
 

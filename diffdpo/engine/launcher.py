@@ -7,6 +7,7 @@ from collections.abc import Callable
 import psutil
 
 PAUSE_SECONDS = 1.0
+PARENT = "DIFFDPO_PARENT"  # in the environment: the process that starts this one again (--max_restarts)
 LEFT_BY_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")  # torchrun's and DeepSpeed's, in the environment of a rank
 
 
@@ -16,6 +17,11 @@ def watch_launcher(on_death: Callable[[str], None]) -> None:
     Nothing is watched where there is none: ``nohup python launch/train.py &`` is meant to outlive its shell.
     """
     watched = launchers()
+    if above := os.environ.get(PARENT):  # --max_restarts'
+        if os.getppid() != int(above):
+            on_death("the process above it")
+            return
+        watched.append(psutil.Process(int(above)))
     if not watched and any(name in os.environ for name in LEFT_BY_LAUNCHERS):
         on_death("the launcher")  # it died while this process imported torch, which may take a minute
     if watched:

@@ -5,23 +5,27 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from diffdpo.engine.accelerate_file import check_accelerate
 from diffdpo.engine.base import Engine, FrozenModule
 from diffdpo.engine.choice import DEEPSPEED, FSDP2, EngineChoice, choose_engine
 from diffdpo.engine.deepspeed import DeepSpeedEngine, frozen_by_deepspeed
 from diffdpo.engine.fsdp2 import Fsdp2Engine, Fsdp2Frozen
 from diffdpo.engine.fsdp2_units import ShardedWeights
-from diffdpo.engine.operators import prepare_operators
+from diffdpo.engine.operators import missing_operators, needed_operators, prepare_operators
 from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.plain import PlainEngine, PlainFrozen
 from diffdpo.engine.preflight import check_nvme, check_values, check_zeropp
 from diffdpo.engine.world import World
+from diffdpo.gpus import is_gpu, kind_of
 from diffdpo.settings.engine import EngineSettings
 
 
 def check_host(choice: EngineChoice) -> None:
     """UserError for what the engine would ask of this host in vain, or not accept; before a model is loaded."""
+    check_accelerate(choice.kind)
     if choice.kind == DEEPSPEED:
         check_values(choice.ds_config)
+        missing_operators(needed_operators(choice.ds_config))
         check_nvme(choice.ds_config)
         check_zeropp(choice.ds_config, processes=choice.processes, cuda=torch.cuda.is_available())
 
@@ -35,7 +39,7 @@ def make_engine(
         return DeepSpeedEngine(module, world, options, choice=choice)
     if choice.kind == FSDP2:
         return Fsdp2Engine(module, world, options, choice=choice)
-    return PlainEngine(module, world, options)
+    return PlainEngine(module, world, options, choice=choice)
 
 
 def hold_frozen(choice: EngineChoice, module: nn.Module, world: World) -> FrozenModule:
@@ -57,12 +61,12 @@ def weight_shards(choice: EngineChoice, world: World) -> ShardedWeights | None:
     return ShardedWeights(choice, world) if choice.kind == FSDP2 else None
 
 
-def choice_for(settings: EngineSettings, world: World) -> EngineChoice:
+def choice_for(settings: EngineSettings, world: World, *, adapter: bool = False) -> EngineChoice:
     """The engine of a run in these processes, on their device. UserError as of :func:`choose_engine`."""
-    device = world.device
-    return choose_engine(settings, processes=world.size, cuda=device.type == "cuda", bf16_able=bf16_able(device))
+    able = {"cuda": is_gpu(world.device), "bf16_able": bf16_able(world.device)}
+    return choose_engine(settings, processes=world.size, adapter=adapter, **able)
 
 
 def bf16_able(device: torch.device) -> bool:
     """Whether a device computes in bfloat16 at its full speed."""
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return is_gpu(device) and kind_of(device).has_bf16(device)

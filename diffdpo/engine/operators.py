@@ -3,8 +3,10 @@
 torch compiles an operator once a machine, under a lock that it never says a word about (`locks`).
 """
 
+import ast
 import os
 import shutil
+import subprocess
 import sysconfig
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
@@ -13,7 +15,6 @@ from typing import Any
 
 import torch
 
-from diffdpo.engine.deepspeed import import_deepspeed
 from diffdpo.engine.locks import wait_for
 from diffdpo.engine.world import World
 from diffdpo.errors import UserError
@@ -50,55 +51,92 @@ def missing_operators(needed: Sequence[str]) -> list[str]:
     all environments of a user and holds what the last one compiled. Those that DeepSpeed was
     installed with are not missing.
 
-    UserError when they cannot be compiled here (no C++ compiler, no Python headers, for a GPU's Adam no CUDA toolkit).
+    UserError when they cannot be compiled here (no C++ compiler, no Python headers, for a GPU no CUDA toolkit, or one
+    of another major version than torch's).
     """
     to_compile = [name for name in needed if not _is_installed(name)]
-    missing = [name for name in to_compile if not any(map(_is_current, _extension_root().glob(f"**/{name}/{name}.so")))]
+    missing = [name for name in to_compile if not any(map(_is_current, extension_root().glob(f"**/{name}/{name}.so")))]
     if missing and not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "c++", "g++") if name):
         raise UserError("DeepSpeed compiles its CPU operators once and finds no C++ compiler; install g++")
     if missing and not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
         raise UserError("DeepSpeed compiles its CPU operators once and finds no Python.h; install python3-dev")
-    if torch.cuda.is_available() and "fused_adam" in missing and not _has_cuda_toolkit():
-        raise UserError(
-            "DeepSpeed compiles its Adam for the GPU and finds no CUDA toolkit; install it and set CUDA_HOME, or put "
-            '"optimizer": {"params": {"torch_adam": true}} into --ds_config'
-        )
+    for name in missing if torch.cuda.is_available() else ():
+        if name in WITH_TOOLKIT and (fault := toolkit_fault()):
+            what, instead = WITH_TOOLKIT[name]
+            raise UserError(f"DeepSpeed compiles {what} and {fault}; {instead}")
     return missing
+
+
+WITH_TOOLKIT = {
+    "fused_adam": (
+        "its Adam for the GPU",
+        'install it and set CUDA_HOME, or put "optimizer": {"params": {"torch_adam": true}} into --ds_config',
+    ),
+    "async_io": (
+        "its reader and writer of NVMe against CUDA's libraries",
+        "install it and set CUDA_HOME, or offload to the cpu in --ds_config",
+    ),
+}
+"""Operators that take a CUDA toolkit to compile: for the user, what they are and what to do without one."""
+
+
+def toolkit_fault() -> str | None:
+    """What is wrong with the CUDA toolkit that torch's extensions would be compiled with; None where nothing is."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if CUDA_HOME is None:
+        return "finds no CUDA toolkit"
+    nvcc, wanted = Path(CUDA_HOME) / "bin" / "nvcc", str(torch.version.cuda or "")
+    try:
+        told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=20).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return f"finds no nvcc that runs in CUDA_HOME {CUDA_HOME}"
+    found = told.partition("release ")[2].partition(",")[0]
+    if found.partition(".")[0] != wanted.partition(".")[0]:
+        return f"finds CUDA {found or '?'} in {CUDA_HOME} where torch was built with {wanted or 'none'}"
+    return None
 
 
 def _is_installed(name: str) -> bool:
     """Whether DeepSpeed's own installation holds it, compiled for the kind of device that there is (DS_BUILD_...)."""
-    import_deepspeed()
-    from deepspeed.accelerator import get_accelerator
-    from deepspeed.git_version_info import accelerator_name, installed_ops
+    operators, device = _installed()
+    return operators.get(name, False) and device == ("cuda" if torch.cuda.is_available() else "cpu")
 
-    return installed_ops.get(name, False) and accelerator_name == get_accelerator()._name
+
+def _installed() -> tuple[dict[str, bool], str]:
+    """What DeepSpeed was installed with, and for which kind of device, as its installer wrote it down. Read and not
+    imported: importing DeepSpeed takes seconds."""
+    try:
+        lines = (_deepspeed_folder() / "git_version_info_installed.py").read_text().splitlines()
+    except OSError:
+        return {}, ""
+    said = {name: value for name, equals, value in (line.partition("=") for line in lines) if equals}
+    return ast.literal_eval(said.get("installed_ops", "{}")), ast.literal_eval(said.get("accelerator_name", "''"))
+
+
+def _deepspeed_folder() -> Path:
+    package = find_spec("deepspeed")
+    assert package is not None and package.submodule_search_locations is not None, "a dependency of ours"
+    return Path(package.submodule_search_locations[0])
 
 
 def _is_current(library: Path) -> bool:
     """Whether it was built, to the end, by the instructions for this environment's DeepSpeed."""
-    package = find_spec("deepspeed")
-    assert package is not None and package.submodule_search_locations is not None, "a dependency of ours"
     try:
         instructions = library.with_name("build.ninja")
-        ours = package.submodule_search_locations[0] in instructions.read_text()
+        ours = str(_deepspeed_folder()) in instructions.read_text()
         return ours and instructions.stat().st_mtime <= library.stat().st_mtime
     except FileNotFoundError:
         return False
 
 
-def _has_cuda_toolkit() -> bool:
-    from torch.utils.cpp_extension import CUDA_HOME
-
-    return CUDA_HOME is not None
-
-
 def locked_operators(names: Sequence[str]) -> list[Path]:
     """Locks of operators that some process compiles or loads, or was killed while it did."""
-    return [lock for name in names for lock in _extension_root().glob(f"**/{name}/lock")]
+    return [lock for name in names for lock in extension_root().glob(f"**/{name}/lock")]
 
 
-def _extension_root() -> Path:
+def extension_root() -> Path:
+    """Where torch keeps what it compiles."""
     from torch.utils.cpp_extension import get_default_build_root
 
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())

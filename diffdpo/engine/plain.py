@@ -6,19 +6,22 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
-from diffdpo.engine.base import parameter_groups, sum_gradients, trained_parameters
+from diffdpo.engine.base import sum_gradients, trained_parameters
 from diffdpo.engine.choice import PLAIN, EngineChoice
+from diffdpo.engine.clock import timed
 from diffdpo.engine.optimizer import OptimizerOptions
-from diffdpo.engine.saved import save_tensors, trained_by_name
+from diffdpo.engine.optimizer_kinds import make_optimizer, state_tensors
+from diffdpo.engine.saved import fits_beside, save_tensors, trained_by_name
 from diffdpo.engine.tensor_files import read_training_state
 from diffdpo.engine.world import World
+from diffdpo.errors import UserError
+from diffdpo.gpus import is_gpu
 
 WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
-SNAPSHOT_SHARE = 0.3  # of the host's free memory that a copy for a checkpoint may take
 
 
 class PlainFrozen:
@@ -36,26 +39,25 @@ class PlainFrozen:
 
 
 class PlainEngine:
-    """torch's AdamW on a module that every rank holds whole."""
+    """An optimizer on a module that every rank holds whole."""
 
     loss_factor = 1.0
 
-    def __init__(self, module: nn.Module, world: World, options: OptimizerOptions):
-        self.choice = EngineChoice(PLAIN, world.size)
+    def __init__(
+        self, module: nn.Module, world: World, options: OptimizerOptions, *, choice: EngineChoice | None = None
+    ):
+        self.choice = choice or EngineChoice(PLAIN, world.size)
         self.module, self.world, self.options = module.to(world.device), world, options
         self.parameters = trained_parameters(module)
-        self.fused = world.device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(module, options.weight_decay),
-            lr=options.learning_rate,
-            betas=options.betas,
-            eps=options.epsilon,
-            fused=self.fused or None,
-        )
+        self.beside: dict[str, nn.Module] = {}  # modules that change without being trained, saved with the rest
+        self.fused = is_gpu(world.device)
+        self.optimizer = make_optimizer(self.module, options, world.device)
 
+    @timed("forward")
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         return self.module(*inputs)
 
+    @timed("backward")
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         loss.backward()
 
@@ -71,6 +73,7 @@ class PlainEngine:
     def abort_step(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
+    @timed("optimizer")
     def step(self, learning_rate: float) -> float:
         sum_gradients(self.world, self.parameters)
         limit = self.options.max_grad_norm or float("inf")
@@ -94,16 +97,19 @@ class PlainEngine:
     def _saved(self) -> dict[str, dict[str, torch.Tensor]]:
         """By file: the trained weights, and what the optimizer keeps of each."""
         trained = trained_by_name(self.module)
-        states = {name: self.optimizer.state.get(p, {}) for name, p in trained.items()}
+        states = {name: state_tensors(self.optimizer, p) for name, p in trained.items()}
         moments = {f"{name}.{key}": value for name, state in states.items() for key, value in state.items()}
-        return {WEIGHTS: {name: p.detach() for name, p in trained.items()}, OPTIMIZER: moments}
+        saved = {WEIGHTS: {name: p.detach() for name, p in trained.items()}, OPTIMIZER: moments}
+        for name, module in self.beside.items():  # in a folder: the files here are read as one state
+            saved[f"{name}/{WEIGHTS}"] = {key: p.detach() for key, p in module.named_parameters()}
+        return saved
 
-    def snapshot(self) -> Callable[[Path], None] | None:
+    def snapshot(self, beside: World) -> Callable[[Path], None] | None:
         if not self.world.is_main:
-            return None
+            return lambda folder: None
         saved = self._saved()
         size = sum(tensor.nbytes for file in saved.values() for tensor in file.values())
-        if size > SNAPSHOT_SHARE * psutil.virtual_memory().available:
+        if not fits_beside(size):
             return None
         copy = {
             file: {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
@@ -113,6 +119,14 @@ class PlainEngine:
 
     def load(self, folder: Path) -> None:
         read_training_state(folder, self.module, self.optimizer, fused=self.fused)
+        for name, module in self.beside.items():
+            file = folder / name / WEIGHTS
+            if not file.is_file():
+                raise UserError(f"{folder} holds no {name} that moves; resume the run that wrote it with its settings")
+            tensors = load_file(file, device=str(self.world.device))
+            with torch.no_grad():
+                for key, parameter in module.named_parameters():
+                    parameter.copy_(tensors[key])
 
     def full_state_dict(self) -> Mapping[str, Any] | None:
         return self.module.state_dict() if self.world.is_main else None
@@ -120,4 +134,5 @@ class PlainEngine:
 
 def _write(saved: Mapping[str, Mapping[str, torch.Tensor]], folder: Path) -> None:
     for file, tensors in saved.items():
+        (folder / file).parent.mkdir(exist_ok=True)
         save_tensors(tensors, folder / file)

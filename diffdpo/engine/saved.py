@@ -1,13 +1,22 @@
 """What of a module goes into a checkpoint: its trained weights, by name. What is frozen comes from the base model."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from diffdpo.errors import UserError
+
+SNAPSHOT_SHARE = 0.3  # of the host's free memory that its processes' copies for a checkpoint may take
+
+
+def fits_beside(size: int) -> bool:
+    """Whether this process may copy so many bytes for a checkpoint that is written beside the steps."""
+    return size <= SNAPSHOT_SHARE * psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def trained_by_name(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -4,9 +4,11 @@ Written and read by torch.distributed.checkpoint, whose safetensors storage hold
 its AdamW state NAME.exp_avg, NAME.exp_avg_sq and NAME.step, whichever engine wrote it; so each reads the others' files.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,10 +17,14 @@ from torch import nn
 
 from diffdpo.engine.deepspeed_files import TAG
 from diffdpo.engine.fsdp2_units import fill
+from diffdpo.engine.optimizer_kinds import make_state, state_tensors, take_counts
 from diffdpo.engine.saved import check_trained, trained_by_name
 from diffdpo.engine.zero_files import ZeroFiles
+from diffdpo.errors import UserError
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+OTHERS = ("row_var", "col_var", "variance", "momentum_buffer", "state1", "state2", "absmax1", "absmax2")
+"""Of the optimizers of ``--optim`` that are not AdamW."""
 
 
 def training_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -26,15 +32,16 @@ def training_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     trained = trained_by_name(module)
     tensors = {name: parameter.detach() for name, parameter in trained.items()}
     for name, parameter in trained.items():
-        tensors |= {f"{name}.{key}": value for key, value in optimizer.state.get(parameter, {}).items()}
+        tensors |= {f"{name}.{key}": value for key, value in state_tensors(optimizer, parameter).items()}
     return tensors
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Each process its shards, rank 0 what all have whole. Every rank calls; what fails on one is raised on all."""
+def write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], group: Any = None) -> None:
+    """Each process its shards, rank 0 what all have whole. Every rank calls, and talks in ``group`` (by default that of
+    all); what fails on one is raised on all."""
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     with _first_failure():
-        dcp.save(dict(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
+        dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
 
 
 def read_training_state(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, *, fused: bool) -> None:
@@ -45,8 +52,14 @@ def read_training_state(folder: Path, module: nn.Module, optimizer: torch.optim.
     """
     zero = ZeroFiles(folder / TAG) if (folder / TAG).is_dir() else None
     saved, trained = zero.shapes if zero else saved_shapes(folder), trained_by_name(module)
-    check_trained({name: shape for name, shape in saved.items() if name.rpartition(".")[2] not in MOMENTS}, module)
+    kept = {name for name in saved if name.rpartition(".")[2] in (*MOMENTS, *OTHERS)}
+    check_trained({name: shape for name, shape in saved.items() if name not in kept}, module)
     optimizer.state.clear()
+    if not isinstance(optimizer, torch.optim.AdamW):
+        _read_other(folder, kept, module, optimizer, zero=zero is not None)
+        return
+    if foreign := sorted(name for name in kept if name.rpartition(".")[2] not in MOMENTS):
+        raise UserError(f"the checkpoint holds {foreign[0]}, of another --optim; resume with that of its run")
     for name, parameter in trained.items():
         if f"{name}.exp_avg" in saved:
             count = torch.zeros((), device=parameter.device if fused else "cpu")
@@ -59,6 +72,47 @@ def read_training_state(folder: Path, module: nn.Module, optimizer: torch.optim.
         return
     with _first_failure():
         dcp.load(tensors, storage_reader=_reader(folder), no_dist=not dist.is_initialized())
+
+
+def read_weights(folder: Path, module: nn.Module) -> None:
+    """Put the trained weights of a checkpoint of any engine in place, in one process, tensor by tensor.
+
+    UserError where it holds other weights than those trained here, or none that can be read.
+    """
+    trained = {name: parameter.detach() for name, parameter in trained_by_name(module).items()}
+    if not (folder / TAG).is_dir():
+        of_optimizer = (*MOMENTS, *OTHERS)
+        saved = {n: shape for n, shape in saved_shapes(folder).items() if n.rpartition(".")[2] not in of_optimizer}
+        check_trained(saved, module)
+        with _first_failure(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as is meant here
+            dcp.load(dict(trained), storage_reader=_reader(folder), no_dist=True)
+        return
+    try:
+        zero = ZeroFiles(folder / TAG)
+    except ValueError as error:
+        raise UserError(f"{error}; go on with the run that wrote it and export its final/") from None
+    check_trained({name: shape for group in zero.groups for name, shape in group.items()}, module)
+    for name, whole in zero.weights():
+        trained[name].copy_(whole)
+
+
+def _read_other(
+    folder: Path, kept: set[str], module: nn.Module, optimizer: torch.optim.Optimizer, *, zero: bool
+) -> None:
+    """The same for an optimizer that is not AdamW. UserError where the files are of another."""
+    if kept:
+        make_state(optimizer)
+    tensors = training_state(module, optimizer)
+    ours = tensors.keys() - trained_by_name(module).keys()
+    if zero or kept != ours:
+        odd = min(kept ^ ours, default="ZeRO's flat state")
+        raise UserError(f"the checkpoint is of another --optim ({odd}); resume with that of its run")
+    with _first_failure():
+        dcp.load(tensors, storage_reader=_reader(folder), no_dist=not dist.is_initialized())
+    for name, parameter in trained_by_name(module).items():
+        if (count := tensors.get(f"{name}.step")) is not None:
+            take_counts(optimizer, parameter, count)
 
 
 def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

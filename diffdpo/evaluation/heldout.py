@@ -1,67 +1,17 @@
 """All that is measured on held-out data, before, during and after training."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from data_pipeline.batch import PairBatch
-from diffdpo.config import RunConfig
 from diffdpo.engine.base import Engine
-from diffdpo.errors import UserError
-from diffdpo.evaluation.answers import answer_length, distinct, exact_match, problems_of
+from diffdpo.evaluation.heldout_tasks import HeldOutTasks
+from diffdpo.evaluation.items import record_names
 from diffdpo.evaluation.preferences import answer_losses, score_held_out
 from diffdpo.evaluation.result import Evaluation
 from diffdpo.losses.options import LossOptions
-from diffdpo.memory.exhausted import told_if_exhausted
-from diffdpo.models.load import LoadedModel
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.scores.reference import Reference, remembered
 from diffdpo.scores.segments import Segments
-
-SAMPLING_TEMPERATURE = 1.0  # answers are drawn from the model's distribution, not its mode
-SAMPLING_SEED = 0
-
-
-class SampledAnswers:
-    """Held-out problems, answered by sampling and judged. No problems where the task is ``none``.
-
-    UserError when a task is asked for and there is nothing that it could judge.
-    """
-
-    def __init__(self, config: RunConfig, engine: Engine, loaded: LoadedModel, batches: Sequence[PairBatch]):
-        self.engine, self.loaded = engine, loaded
-        self.task = config.eval_task
-        if self.task == "auto":
-            self.task = "none" if config.train_data else "arithmetic"
-        self.problems = []
-        if batches and config.num_eval_problems and self.task != "none":
-            everyone = engine.world.all_gather_object(problems_of(batches, loaded.tokenizer, self.task))
-            # sorted: the same problems, with the same noise, for every batch and number of ranks
-            self.problems = distinct([problem for part in everyone for problem in part])[: config.num_eval_problems]
-            self.length = max(engine.world.all_gather_object(answer_length(batches)))
-            if not self.problems and config.eval_task != "auto":
-                raise UserError(
-                    f"--eval_task {self.task}: no chosen answer of the held-out pairs holds a result that it can read; "
-                    "use --eval_task none, or a larger --max_length if the answers are cut"
-                )
-
-    def exact_match(self, when: str) -> dict[str, list[float]]:
-        """1 or 0 for each problem; nothing without problems."""
-        if not self.problems:
-            return {}
-        with told_if_exhausted("while answers are sampled", "give --num_eval_problems 0, or a smaller --max_length"):
-            right, _ = exact_match(
-                self.loaded.model,
-                self.loaded.spec,
-                self.loaded.tokenizer,
-                self.problems,
-                self.task,
-                world=self.engine.world,
-                shared_forwards=self.engine.choice.shards_parameters,
-                gen_length=self.length,
-                temperature=SAMPLING_TEMPERATURE,
-                seed=SAMPLING_SEED,
-                title=f"answers {when}",
-            )
-        return {"exact_match": right.tolist()}
 
 
 class HeldOutPairs:
@@ -74,23 +24,33 @@ class HeldOutPairs:
         noise: NoiseOptions,
         loss: LossOptions,
         batches: Sequence[PairBatch],
-        answers: SampledAnswers,
+        tasks: HeldOutTasks,
         *,
         segments: Segments,
         max_length: int,
+        moves: bool = False,
     ):
+        """``moves``: the reference changes while the policy is trained."""
         self.engine, self.noise, self.loss = engine, noise, loss
-        self.reference = remembered(reference, segments)
-        self.batches, self.answers = batches, answers
+        self.reference = reference if moves else remembered(reference, segments)
+        self.batches, self.tasks = batches, tasks
         self.segments, self.max_length = segments, max_length
 
     def evaluate(self, when: str) -> Evaluation:
-        """Pairs and sampled answers."""
-        return Evaluation(self._values() | self.answers.exact_match(when))
+        """Pairs and tasks."""
+        return Evaluation(self._values() | self.tasks.values(when))
 
     def quick(self) -> dict[str, float]:
-        """Means over the pairs: what is cheap enough to measure during training."""
-        return Evaluation(self._values()).means()
+        """Means over the pairs, which are cheap enough to measure during training; over the tasks too where a metric of
+        theirs decides which model is the best."""
+        tasks = self.tasks.values("so far") if self.tasks.decide else {}
+        return Evaluation(self._values() | tasks).means()
+
+    def names(self) -> Mapping[str, list[str]]:
+        """The items of an evaluation, in the order of its values. Every rank calls."""
+        counts = [batch.weight_B2.amax(1) for batch in self.batches]
+        records = record_names(self.batches, counts, self.engine.world)
+        return {"records": records, **self.tasks.items()}
 
     def _values(self) -> dict[str, list[float]]:
         if not self.batches:
@@ -115,20 +75,26 @@ class HeldOutAnswers:
         engine: Engine,
         noise: NoiseOptions,
         batches: Sequence[PairBatch],
-        answers: SampledAnswers,
+        tasks: HeldOutTasks,
         *,
         segments: Segments,
     ):
         self.engine, self.noise, self.batches = engine, noise, batches
-        self.answers, self.segments = answers, segments
+        self.tasks, self.segments = tasks, segments
 
     def evaluate(self, when: str) -> Evaluation:
-        """Losses and sampled answers."""
-        return Evaluation(self._values() | self.answers.exact_match(when))
+        """Losses and tasks."""
+        return Evaluation(self._values() | self.tasks.values(when))
 
     def quick(self) -> dict[str, float]:
-        """Mean loss, and exact match: supervised runs are long, so this too can be afforded."""
-        return Evaluation(self._values() | self.answers.exact_match("so far")).means()
+        """Mean loss, and the tasks: supervised runs are long, so this too can be afforded."""
+        return Evaluation(self._values() | self.tasks.values("so far")).means()
+
+    def names(self) -> Mapping[str, list[str]]:
+        """The items of an evaluation, in the order of its values. Every rank calls."""
+        counts = [batch.weight_B2[:, 0] for batch in self.batches]
+        records = record_names(self.batches, counts, self.engine.world)
+        return {"records": records, **self.tasks.items()}
 
     def _values(self) -> dict[str, list[float]]:
         if not self.batches:

@@ -18,8 +18,10 @@ TITLES = {
     "rewards/chosen": "reward of desirable answers",
     "rewards/rejected": "reward of undesirable answers",
     "exact_match": "exact match of sampled answers",
+    "multiple_choice": "right choice has the highest score",
 }
-PERCENT = ("rewards/accuracies", "scores/accuracies", "rewards/separation", "exact_match")
+TASKS = ("exact_match", "multiple_choice")  # several of a kind have the task's name behind it: exact_match/gsm8k
+PERCENT = ("rewards/accuracies", "scores/accuracies", "rewards/separation", *TASKS)
 DIGITS = 3
 
 
@@ -51,13 +53,17 @@ def comparison(before: Evaluation, after: Evaluation) -> dict[str, dict[str, Any
 
 def titles(results: Mapping[str, Any]) -> dict[str, str]:
     """What is shown of the results, with its title; the held-out loss where there is nothing else (supervised runs)."""
-    shown = TITLES if any(key in results for key in TITLES) else {"loss": "held-out loss, nats a token"}
-    return {key: title for key, title in shown.items() if key in results}
+    shown = {key: title for key, title in TITLES.items() if key in results}
+    for key in results:
+        kind, _, task = key.replace("@", "/", 1).partition("/")
+        if kind in TASKS and task:
+            shown[key] = f"{TITLES[kind]}, {task}"
+    return shown or {key: "held-out loss, nats a token" for key in results if key == "loss"}
 
 
 def cell(key: str, estimate: Mapping[str, float]) -> str:
     mean, stderr = estimate["mean"], estimate["stderr"]
     unknown = "± ?" if math.isnan(stderr) else None  # of a single item
-    if key in PERCENT:
+    if key.replace("@", "/").startswith(PERCENT):
         return f"{100 * mean:.1f} {unknown or f'± {100 * stderr:.1f}'} %"
     return f"{mean:+.{DIGITS}f} {unknown or f'± {stderr:.{DIGITS}f}'}"

@@ -47,6 +47,11 @@ class ScoreFile:
         """Hand over what was written."""
         self._lines.flush()
 
+    def lines(self) -> list[dict[str, Any]]:
+        """All that the file holds, in its order."""
+        with self.path.open("rb") as file:
+            return [json.loads(line) for line in file]
+
     def close(self) -> None:
         self._digests.close()
         self._lines.close()

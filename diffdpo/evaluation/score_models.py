@@ -1,18 +1,22 @@
 """The model, and the reference if there is one, that a file of pairs is scored under."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 from diffdpo.config import ScoreConfig
+from diffdpo.engine.make import bf16_able
 from diffdpo.errors import UserError
 from diffdpo.models.bundled import model_or_bundled
-from diffdpo.models.load import LoadedModel, load_model, load_tokenizer_and_spec
+from diffdpo.models.load import LoadedModel, dtype_name, load_model, load_tokenizer_and_spec, load_with_adapter
 
 
 def model_names(config: ScoreConfig) -> list[str]:
-    """The model, and the reference if one is named."""
-    named = model_or_bundled(config.model_name_or_path), config.ref_model_name_or_path
+    """The model (its adapter's folder, where one is put on it), and the reference if one is named."""
+    policy = config.adapter_name_or_path or model_or_bundled(config.model_name_or_path)
+    named = policy, config.ref_model_name_or_path
     return [name for name in named if name]
 
 
@@ -25,8 +29,24 @@ def check_models(names: Sequence[str], *, block_size: int | None = None) -> None
 
 def load_models(names: Sequence[str], config: ScoreConfig) -> list[LoadedModel]:
     """The models on ``--device``. UserError where that is not here."""
+    config = settled(config)
+    how: dict[str, Any] = {"dtype": config.dtype, "device": config.device, "load_in_4bit": config.load_in_4bit}
+    how["block_size"] = config.block_size
+    if config.adapter_name_or_path:
+        policy = load_with_adapter(config.model_name_or_path, config.adapter_name_or_path, **how)
+        return [policy, *(load_model(name, **how) for name in names[1:])]
+    return [load_model(name, **how) for name in names]
+
+
+def settled(config: ScoreConfig) -> ScoreConfig:
+    """The settings with the device and dtype that ``auto`` stands for. UserError for a device that is not here."""
     device = device_named(config.device)
-    return [load_model(name, dtype=config.dtype, device=device, block_size=config.block_size) for name in names]
+    return replace(config, device=device, dtype=dtype_named(config.dtype, device))
+
+
+def dtype_named(name: str, device: str) -> str:
+    """``--dtype``: auto is bfloat16 where a GPU has it; an 8B model in float32 takes 32 GB."""
+    return dtype_name(bf16_able(torch.device(device))) if name == "auto" else name
 
 
 def device_named(name: str) -> str:

@@ -3,7 +3,7 @@
 Shape suffixes: R rows, B pairs, 2 sides (0 chosen, 1 rejected).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
 import torch
@@ -37,22 +37,28 @@ class Scorer:
     def __call__(self, records: Iterable[Record]) -> Iterator[tuple[str, dict]]:
         """(id, line) of every record that can be scored, in order; batch by batch. UserError for a score that is no
         finite number."""
+        device = next(self.models[0].parameters()).device
         for pairs in batches(encoded(records, self.encoder, self.dropped, self.noise), self.batch_size):
-            scores, ratio = score_pairs(pairs, self.models, self.noise, segments=self.segments)
+            scores, ratio = score_pairs(pairs, self.models, self.noise, device=device, segments=self.segments)
             check_finite(pairs, scores)
             for index, pair in enumerate(pairs):
                 yield pair.id, as_line(pair, index, scores, ratio)
 
 
 def score_pairs(
-    pairs: Sequence[TokenPair], models: Sequence[MaskedLogProbs], noise: NoiseOptions, *, segments: Segments
+    pairs: Sequence[TokenPair],
+    models: Sequence[Callable[..., torch.Tensor]],
+    noise: NoiseOptions,
+    *,
+    device: torch.device,
+    segments: Segments,
 ) -> tuple[list[PairScores], PairScores | None]:
     """Each model's scores of a batch, and with two models the scores' difference first - second (log-ratios).
 
     The models read the same rows, of epoch 0. UserError for ``exact`` on long answers.
     """
     batch = collate(list(pairs), pad_id=noise.mask_token_id, epoch=0, step=0, micro=0, last_micro=True)
-    rows = noise.draw_rows(batch, next(models[0].parameters()).device)
+    rows = noise.draw_rows(batch, device)
     f = [score_rows(model, rows, segments=segments) for model in models]
     ratio = fold(f[0] - f[1], rows) if len(f) == 2 else None
     return [fold(f_R, rows) for f_R in f], ratio

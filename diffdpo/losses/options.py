@@ -16,17 +16,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LossOptions:
-    """``--loss_type`` and what goes with it. ``parameters``: the losses' own; what is left out is at its default."""
+    """``--loss_type`` and what goes with it. ``parameters``: the losses' own; what is left out is at its default.
+    ``divergence``, with its coefficient, and ``use_weighting``: see ``losses.divergence``."""
 
     names: tuple[str, ...]
     weights: tuple[float, ...]
     beta: float
     parameters: Mapping[str, float] = field(default_factory=dict)
+    divergence: str = "reverse_kl"
+    divergence_coefficient: float = 1.0
+    use_weighting: bool = False
 
     def describe(self) -> str:
         """For the user: names, with their weights where these are not 1."""
         both = zip(self.names, self.weights, strict=True)
-        return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in both)
+        text = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in both)
+        text += f" under {self.divergence}" if self.divergence != "reverse_kl" else ""
+        return text + (", weighted (WPO)" if self.use_weighting else "")
 
     @property
     def sft_weight(self) -> float:
@@ -83,5 +89,8 @@ class LossOptions:
             weights=list(self.weights),
             beta=self.beta,
             reference_point=reference_point,
+            divergence=self.divergence,
+            divergence_coefficient=self.divergence_coefficient,
+            use_weighting=self.use_weighting,
             **self.parameters,
         )

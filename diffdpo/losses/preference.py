@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, ClassVar
 
 from diffdpo.errors import UserError
+from diffdpo.losses.divergence import remapped, wpo_weight
 from diffdpo.settings.base import Settings, setting
 
 if TYPE_CHECKING:
@@ -321,13 +322,17 @@ def preference_loss(
     weights: Sequence[float] | None = None,
     beta: float = 0.1,
     reference_point: Tensor | float | None = None,
+    divergence: str = "reverse_kl",
+    divergence_coefficient: float = 1.0,
+    use_weighting: bool = False,
     **parameters: float,
 ) -> Tensor:
     """loss_B of one or several losses ("sigmoid,sft"), weighted (default 1 each) and summed; 0 where there is no pair.
 
     ``reference_B2`` None: reference-free, as if the reference gave every answer the same score. ``weight_B2`` is the
     batch's (default: all pairs real). ``reference_point`` is read by ``kto`` only; ``parameters`` are those of
-    :class:`LossParameters`, the ones left out at their defaults. UserError where settings contradict.
+    :class:`LossParameters`, the ones left out at their defaults. ``divergence`` and ``use_weighting``: see
+    ``losses.divergence``. UserError where settings contradict.
     """
     listed = check_loss(names, weights=weights, **parameters)
     if reference_point is None and any(LOSSES[name].needs_reference_point for name in listed):
@@ -343,13 +348,19 @@ def preference_loss(
         "beta": beta,
         "reference_point": reference_point,
     }
+    if divergence != "reverse_kl" and reference_B2 is not None:
+        ratio_B2 = remapped(policy_B2 - reference_B2, divergence, divergence_coefficient)
+        of_ratios = {**known, "policy_B2": ratio_B2, "reference_B2": policy_B2.new_zeros(policy_B2.shape)}
+    else:
+        of_ratios = dict(known)
     total_B = policy_B2.new_zeros(len(policy_B2))
     for name, factor in zip(listed, weights or [1.0] * len(listed), strict=True):
         loss = LOSSES[name]
-        loss_B = loss.function(**{key: known[key] for key in loss.needs})
+        given = known if loss.reference_free else of_ratios
+        loss_B = loss.function(**{key: given[key] for key in loss.needs})
         # where, not a product: what is computed for an absent record may be infinite
         total_B = total_B + factor * loss_B.where(_present(name, listed, weight_B2), loss_B.new_zeros(()))
-    return total_B
+    return total_B * wpo_weight(policy_B2, tokens_B2) if use_weighting else total_B
 
 
 def loss_count(names: str | Sequence[str], weight_B2: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from diffdpo.errors import UserError
+from diffdpo.losses.divergence import DIVERGENCES, READERS
 from diffdpo.losses.options import LossOptions
 from diffdpo.losses.preference import DEFAULTS, LOSSES, LossParameters, check_loss, check_read
 from diffdpo.settings.base import setting
@@ -25,6 +26,14 @@ class LossSettings(LossParameters):
         common=True,
     )
     loss_weights: str | None = setting(None, "one weight per loss; default: 1 each", many=True)
+    f_divergence_type: str = setting(
+        "reverse_kl", "what holds the policy to the reference (f-DPO); see docs/losses.md", choices=DIVERGENCES
+    )
+    f_alpha_divergence_coef: float = setting(1.0, "α of --f_divergence_type alpha_divergence")
+    use_weighting: bool = setting(False, "WPO: a pair counts as the policy would write both answers itself")
+    ld_alpha: float | None = setting(
+        None, "LD-DPO: weight of the tokens that the longer answer has more; default: 1", at_least=0
+    )
     sft_weight: float = setting(0.0, "adds -sft_weight * score(chosen) / tokens(chosen)", at_least=0)
 
     @property
@@ -51,7 +60,31 @@ class LossSettings(LossParameters):
         check_read(names, parameters)
         if self.sft_weight:
             names, weights = (*names, "sft"), (*weights, self.sft_weight)
-        return LossOptions(names, weights, self.beta, parameters)
+        self._check_variants(names)
+        return LossOptions(
+            names,
+            weights,
+            self.beta,
+            parameters,
+            divergence=self.f_divergence_type,
+            divergence_coefficient=self.f_alpha_divergence_coef,
+            use_weighting=self.use_weighting,
+        )
+
+    def _check_variants(self, names: tuple[str, ...]) -> None:
+        """UserError where the losses have nothing that a variant could change."""
+        others = [name for name in names if name not in READERS]
+        if self.f_divergence_type != "reverse_kl" and others:
+            raise UserError(
+                f"--f_divergence_type {self.f_divergence_type} is not defined for {others[0]}; it is for "
+                f"{', '.join(READERS[:-1])}"
+            )
+        if self.f_alpha_divergence_coef != 1 and self.f_divergence_type != "alpha_divergence":
+            raise UserError("--f_alpha_divergence_coef is read by --f_divergence_type alpha_divergence alone")
+        apart = [name for name in names if LOSSES[name].scope != "pair"]
+        for flag, given in (("use_weighting", self.use_weighting), ("ld_alpha", self.ld_alpha is not None)):
+            if given and apart:
+                raise UserError(f"--{flag} is of pairs one by one, and {apart[0]} is no such loss; leave one out")
 
     def weights(self) -> tuple[float, ...]:
         """One weight per loss. UserError for what is no list of finite numbers."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from diffdpo.gpus import is_gpu, kind_of
 from diffdpo.memory.peak import GIB
 
 TOO_MUCH = 2**62  # bytes: the peak of what ran out of memory
@@ -66,8 +67,8 @@ def memory_budget(fraction: float, device: torch.device, *, reserve: int) -> int
 
     On a CPU the memory that is available now (with what this process holds), shared with the host's other processes.
     """
-    if device.type == "cuda":
-        return int(fraction * torch.cuda.get_device_properties(device).total_memory) - reserve
+    if is_gpu(device):
+        return int(fraction * kind_of(device).total_memory(device)) - reserve
     sharers = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     own = psutil.Process().memory_info().rss
     return int(fraction * (psutil.virtual_memory().available / sharers + own)) - reserve
@@ -75,13 +76,12 @@ def memory_budget(fraction: float, device: torch.device, *, reserve: int) -> int
 
 def peak_of(work: Callable[[], object], device: torch.device) -> int:
     """Most bytes in use on the device while ``work`` runs: by everyone on a GPU, by this process on a CPU."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        free, total = torch.cuda.mem_get_info(device)
-        others = total - free - torch.cuda.memory_reserved(device)
+    if is_gpu(device):
+        kind = kind_of(device)
+        kind.reset_peaks(device)
+        others = kind.held_by_others(device)
         work()
-        return others + torch.cuda.max_memory_reserved(device)
+        return others + kind.peak_reserved(device)
     mark = Path("/proc/self/clear_refs")  # Linux: 5 sets the high-water mark back to what is resident now
     if mark.exists():
         mark.write_text("5")

@@ -16,6 +16,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.hub import at_revision
 from data_pipeline.tokenizer import first_id, name_mask, read_tokenizer
 from diffdpo.errors import UserError
+from diffdpo.gpus import KINDS
 from diffdpo.models.architecture.block_families import (
     Fast_dLLM_QwenForCausalLM,
     FastDLLMQwenConfig,
@@ -39,7 +40,8 @@ from diffdpo.models.architecture.illada import ILLaDAConfig, ILLaDAForCausalLM
 from diffdpo.models.architecture.llada import LLaDAConfig, LLaDAModelLM
 from diffdpo.models.architecture.llada2_moe import LLaDA2MoeConfig, LLaDA2MoeModelLM
 from diffdpo.models.architecture.spec import DECODER_LORA_TARGETS, LLADA2_LORA_TARGETS, LLADA_LORA_TARGETS, FamilySpec
-from diffdpo.models.checkpoint.adapter_folder import base_of_adapter, is_adapter
+from diffdpo.models.bundled import model_or_bundled
+from diffdpo.models.checkpoint.adapter_folder import base_of_adapter, check_base, is_adapter
 from diffdpo.models.checkpoint.model_folder import write_model
 from diffdpo.models.checkpoint.weights import Shards, only_kept, read_model
 
@@ -147,10 +149,20 @@ def check_device(device: str) -> None:
         kind = torch.device(device).type
     except RuntimeError as error:
         raise UserError(f"device {device!r} is unknown; use cpu, cuda, cuda:0, ...") from error
-    if kind not in ("cpu", "cuda"):
+    if kind not in ("cpu", *KINDS):
         raise UserError(f"device {device!r} is not supported; use cpu, cuda, cuda:0, ...")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device {device!r}: no GPU is to be found here; use cpu")
+
+
+def load_with_adapter(name_or_path: str | None, adapter: str | None, **options) -> LoadedModel:
+    """`load_model` of a name (None: the bundled model, or the base that the adapter names), with an adapter's folder
+    on it where one is given. UserError for a base with other weights than the adapter was trained on."""
+    if adapter is None:
+        return load_model(model_or_bundled(name_or_path), **options)
+    if name_or_path:
+        check_base(adapter, name_or_path)
+    return load_adapter(adapter, base=name_or_path, **options)
 
 
 def load_adapter(folder: str | Path, *, base: str | None = None, **options) -> LoadedModel:

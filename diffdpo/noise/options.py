@@ -9,6 +9,7 @@ from diffdpo.errors import UserError
 from diffdpo.models.architecture.spec import FamilySpec
 from diffdpo.noise.block_score import check_block_estimator, resolved
 from diffdpo.noise.last_block import with_whole_blocks
+from diffdpo.noise.length import with_shorter_tails
 from diffdpo.noise.rows import NoisyRows, noisy_rows
 from diffdpo.settings.noise import NoiseSettings
 
@@ -24,10 +25,11 @@ class NoiseOptions:
     num_diffusion_steps: int | None = None
     block_size: int | None = None  # of a block-causal family
     fill_with: int | None = None  # the terminator that fills an answer's last block; None: nothing does
+    ld_alpha: float | None = None  # weight of the tokens that the longer answer of a pair has more (LD-DPO)
 
     @classmethod
-    def of(cls, settings: NoiseSettings, spec: FamilySpec) -> "NoiseOptions":
-        """From the flags and the family. UserError for an estimator that cannot serve it."""
+    def of(cls, settings: NoiseSettings, spec: FamilySpec, *, ld_alpha: float | None = None) -> "NoiseOptions":
+        """From the flags and the family; ``ld_alpha``: of the losses. UserError for an estimator that cannot serve."""
         estimator, _ = resolved(settings.score_estimator, spec.block_size)
         if spec.block_size:
             check_block_estimator(estimator, spec.block_size)
@@ -41,13 +43,14 @@ class NoiseOptions:
             settings.num_diffusion_steps,
             spec.block_size,
             spec.terminator_id if settings.fill_last_block else None,
+            ld_alpha,
         )
 
     def draw_rows(self, batch: PairBatch, device: torch.device, *, draw: int = 0) -> NoisyRows:
         """The noisy rows of a micro-batch; another ``draw``: others, independent of them."""
         if self.block_size and self.fill_with is not None:
             batch = with_whole_blocks(batch, block_size=self.block_size, terminator_id=self.fill_with)
-        return noisy_rows(
+        rows = noisy_rows(
             batch,
             estimator=self.estimator,
             num_samples=self.num_samples,
@@ -56,4 +59,7 @@ class NoiseOptions:
             num_diffusion_steps=self.num_diffusion_steps,
             draw=draw,
             block_size=self.block_size,
-        ).to(device)
+        )
+        if self.ld_alpha is not None:
+            rows = with_shorter_tails(rows, batch, alpha=self.ld_alpha, block_size=self.block_size)
+        return rows.to(device)

@@ -119,7 +119,7 @@ def dry_run(module: MaskedLogProbs, numbers: Numbers, job: PlannedRun, *, timed:
     if once and job.segments > 1:
         work = _extrapolated(once, more, few, _pieces(job), times=job.pairs if job.splits_pairs else 1)
     reference, reference_work = None, Counter[Work]()
-    if job.reference in ("copy", "adapter_off"):
+    if job.reference in ("copy", "adapter_off", "adapter_start"):
         reference, reference_work = _reference_run(module, numbers, job)
     return DryRun(more, reference, work, reference_work)
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from diffdpo.cards import GPUS, Gpu, plain
 from diffdpo.errors import UserError
 from diffdpo.planner.sizes import GIB, gib
 
@@ -14,25 +15,12 @@ BANDWIDTH_SHARE = 0.8
 """Of memory bandwidth, in elementwise passes."""
 LINK_SHARE = 0.8
 """Of PCIe bandwidth, from page-locked memory."""
-CONTEXT = int(0.6 * GIB)
-"""CUDA context, cuBLAS workspaces and library code on a GPU."""
+CONTEXT = int(1.2 * GIB)
+"""CUDA context, library code, workspaces of cuBLAS, NCCL and bitsandbytes on a GPU; assumed, not measured."""
 SLACK = 0.05
 """Of what is allocated and freed within a step, lost to fragmentation in torch's caching allocator."""
 PROCESS = 4 * GIB
 """Resident memory of a training process on the host before any tensor: Python, torch, CUDA libraries, data."""
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """``memory`` bytes; rates in FLOP/s for 16-bit matrix products with fp32 sums and for fp32 (TF32 off, torch's
-    default); ``bandwidth`` and ``link`` (host to device, one way) in bytes/s."""
-
-    name: str
-    memory: int
-    half: float
-    single: float
-    bandwidth: float
-    link: float
 
 
 @dataclass(frozen=True)
@@ -42,19 +30,6 @@ class Host:
     memory: int
     bandwidth: float = 50e9
     disk: float = 5e9
-
-
-T, G = 1e12, 1e9
-GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        Gpu("RTX 4080", 16 * GIB, 97.5 * T, 48.7 * T, 717 * G, 32 * G),
-        Gpu("RTX 4090", 24 * GIB, 165.2 * T, 82.6 * T, 1008 * G, 32 * G),
-        Gpu("A100", 80 * GIB, 312 * T, 19.5 * T, 2039 * G, 32 * G),
-        Gpu("H100", 80 * GIB, 989 * T, 67 * T, 3350 * G, 64 * G),
-        Gpu("H200", 141 * 10**9, 989 * T, 67 * T, 4800 * G, 64 * G),
-    )
-}
 
 
 def find_gpu(name: str | None, memory: int | None, rates: Mapping[str, Any] | None = None) -> Gpu | None:
@@ -77,12 +52,8 @@ def _known(name: str | None, memory: int | None) -> Gpu | None:
         fits = [gpu for gpu in sorted(GPUS.values(), key=lambda gpu: gpu.memory) if gpu.memory >= memory * 0.95]
         like = fits[0] if fits else GPUS["H200"]
         return replace(like, name=f"{gib(memory):.0f} GiB like {like.name}", memory=memory)
-    wanted = _plain(name)
-    found = [gpu for key, gpu in GPUS.items() if wanted in (_plain(key), _plain(key).removeprefix("rtx"))]
+    wanted = plain(name)
+    found = [gpu for key, gpu in GPUS.items() if wanted in (plain(key), plain(key).removeprefix("rtx"))]
     if not found:
         raise UserError(f"--gpu {name!r} is unknown; known: {', '.join(GPUS)}. For another give --gpu_memory alone")
     return replace(found[0], memory=memory) if memory else found[0]
-
-
-def _plain(name: str) -> str:
-    return name.lower().replace(" ", "").replace("-", "").removeprefix("nvidia").removeprefix("geforce")

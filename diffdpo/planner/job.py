@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from diffdpo.config import TrainConfig, resolve
-from diffdpo.engine.base import count_parameters
-from diffdpo.engine.choice import FSDP2, SMALL_SHARE, EngineChoice, choose_engine
+from diffdpo.engine.base import trains_few
+from diffdpo.engine.choice import FSDP2, EngineChoice, choose_engine
 from diffdpo.engine.sharding import Sharding
 from diffdpo.reference.modes import check_reference, choose_mode
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
@@ -57,7 +57,7 @@ class PlannedRun:
     @property
     def adapter_is_whole(self) -> bool:
         """Whether what is trained is on every process, beside frozen weights in shards."""
-        return self.choice.kind == FSDP2 and self.config.use_peft
+        return self.choice.kind == FSDP2 and self.config.adapts
 
     @property
     def pairs(self) -> int:
@@ -154,8 +154,8 @@ def plan_run(
     """Settings → what a process would do. ``module``: what would be trained, on the meta device. ``second_model()``:
     the part of the memory that a copy of it would take, for ``--reference auto``. ``scored``: scored positions of a
     row; default: all of the longest answer. ``block_size``: of a block-causal family."""
-    everything, trained = count_parameters(module)
-    obstacle = choice.no_sync_obstacle(few=trained <= SMALL_SHARE * everything)
+    few = trains_few(module)
+    obstacle = choice.no_sync_obstacle(few=few)
     loss = config.loss()
     check_reference(config, loss)
     in_shards = choice.shards_parameters or choice.sharding.gradients  # as `make_segments` decides for a run
@@ -169,6 +169,7 @@ def plan_run(
         reduces_in_backward=choice.reduces_in_backward,
         segments=segments,
         shape=shape,
+        few=few,
     )
     job = PlannedRun(
         config=config,
@@ -191,4 +192,4 @@ def plan_run(
 
 def planned_engine(config: TrainConfig, *, cuda: bool, processes: int) -> EngineChoice:
     """The engine that the run would choose on such a machine. A GPU is taken to have bfloat16."""
-    return choose_engine(resolve(config), processes=processes, cuda=cuda, bf16_able=cuda)  # type: ignore[arg-type]
+    return choose_engine(resolve(config), processes=processes, cuda=cuda, bf16_able=cuda, adapter=config.use_peft)  # type: ignore[arg-type]

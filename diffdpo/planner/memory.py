@@ -24,6 +24,8 @@ DEVICE, HOST, DISK = "device", "host", "disk"
 PLACES = {"device": DEVICE, "cpu": HOST, "nvme": DISK}
 MOMENTS = ("start", "backward", "update")
 STEP = ("backward", "update")
+PINNED_ROUNDED = 64 * 2**20
+"""Largest page-locked buffer that is rounded up (``command.ALLOCATOR``)."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,9 @@ def memory_parts(job: PlannedRun, numbers: Numbers, run: DryRun) -> list[Part]:
     """Everything one process holds, where and when. Parts of no bytes are left out."""
     weights = numbers.trained_bytes + numbers.frozen_bytes
     parts = [*_held(job, numbers), *_reference(job, numbers, weights), *_live(job, run)]
+    if job.cuda and job.config.activation_offload == "cpu":
+        inputs = numbers.layers * numbers.hidden * job.rows_at_once * job.length * job.width
+        parts.append(Part("layers' inputs, page-locked", HOST, inputs, ("backward",)))
     if job.cuda:
         parts += [
             Part("CUDA context and libraries", DEVICE, CONTEXT, assumed=True),
@@ -69,7 +74,7 @@ def _whole(job: PlannedRun, n: Numbers) -> list[Part]:
     """torch's AdamW on whole weights; DeepSpeed's stage 0 holds the same."""
     parts = [
         Part("weights", DEVICE, n.trained_bytes + n.frozen_bytes),
-        Part("optimizer", DEVICE, 8 * n.trained, STEP),
+        Part("optimizer", DEVICE, n.state_bytes, STEP),
         Part("gradients", DEVICE, n.trained_bytes, ("update",)),
     ]
     if job.world > 1:
@@ -197,8 +202,8 @@ def _fsdp2(job: PlannedRun, n: Numbers) -> list[Part]:
 
 
 def _pinned(size: int, zero: Sharding, place: str) -> int:
-    """torch's allocator of page-locked memory rounds up to a power of two."""
-    if not (zero.pinned and place == HOST) or size <= 1:
+    """torch's allocator of page-locked memory rounds up to a power of two, up to what ``command.ALLOCATOR`` says."""
+    if not (zero.pinned and place == HOST) or size <= 1 or size > PINNED_ROUNDED:
         return size
     return 1 << (size - 1).bit_length()
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from diffdpo.cards import GPUS, Gpu
 from diffdpo.config import TrainConfig
 from diffdpo.engine.choice import DEEPSPEED
 from diffdpo.errors import UserError
@@ -10,12 +11,13 @@ from diffdpo.memory.largest_fit import Fit, largest_fit
 from diffdpo.models.bundled import model_or_bundled
 from diffdpo.models.checkpoint.adapter_folder import base_of_adapter, is_adapter
 from diffdpo.planner.dry_run import DryRun, dry_run
-from diffdpo.planner.hardware import GPUS, Gpu, Host
+from diffdpo.planner.hardware import Host
 from diffdpo.planner.job import PlannedRun, plan_run, planned_engine
 from diffdpo.planner.memory import DEVICE, HOST, Part, memory_parts, needed
 from diffdpo.planner.roofline import StepTime, step_time
 from diffdpo.planner.shapes import Numbers, block_size_of, count, read_shape, skeleton, weight_elements
 from diffdpo.reference.modes import share_of_memory
+from diffdpo.settings.engine import over_processes
 from diffdpo.step.fit import fit_micro_batch
 from diffdpo.step.strategy import micro_batch_shape, with_micro_batch
 
@@ -80,7 +82,7 @@ def make_plan(
 
     With ``--max_memory`` the job is that of the sizes that a run would find: its config names them.
     """
-    fit = None
+    fit, config = None, over_processes(config, machine.gpus)
     if config.max_memory:
         fit, config = _sized(config, machine, cuda=cuda)
     policy = model_or_bundled(config.policy)
@@ -94,10 +96,10 @@ def make_plan(
         return share_of_memory(choice, size, memory=memory)
 
     choice = planned_engine(config, cuda=cuda, processes=machine.gpus)
-    module = skeleton(family, shape, config, bf16=choice.bf16, cast=choice.bf16 and choice.kind == DEEPSPEED)
+    module = skeleton(family, shape, config, bf16=choice.bf16, cast=choice.bf16 and choice.kind == DEEPSPEED, cuda=cuda)
     options = {"second_model": second_model, "scored": scored, "block_size": block_size_of(shape)}
     job = plan_run(config, module, choice, cuda=cuda, **options)  # type: ignore[arg-type]
-    numbers = count(module)
+    numbers = count(module, optim=config.optim)
     context = getattr(shape, "max_position_embeddings", None)
     return Plan(job, numbers, dry_run(module, numbers, job, timed=timed), machine, fit, context)
 

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from diffdpo.cards import GPUS, Gpu
 from diffdpo.planner import hardware
 from diffdpo.planner.advise import Advice
-from diffdpo.planner.hardware import GPUS, Gpu
 from diffdpo.planner.memory import DEVICE, DISK, HOST, MOMENTS, needed
 from diffdpo.planner.plan import Plan
 from diffdpo.planner.sizes import gib
@@ -32,7 +32,7 @@ def as_text(plan: Plan, advice: Advice | None) -> str:
 def _header(plan: Plan) -> Iterator[str]:
     job, n, config = plan.job, plan.numbers, plan.job.config
     kind = "NF4" if config.load_in_4bit else "bf16" if job.bf16 else "fp32"
-    what = f"LoRA rank {config.lora_r}" if config.use_peft else "all"
+    what = f"LoRA rank {config.lora_r}" if config.adapts else "all"
     yield f"model      {n.total / 1e9:.3f}B parameters in {n.layers} layers, {kind}"
     yield f"trained    {n.trained / 1e6:.1f}M parameters ({what})"
     yield f"engine     {job.choice.describe()}; {plan.machine.gpus} process(es)"

@@ -10,8 +10,9 @@ for the order of magnitude.
 from collections import Counter
 from dataclasses import dataclass
 
+from diffdpo.cards import Gpu
 from diffdpo.planner.dry_run import DryRun
-from diffdpo.planner.hardware import BANDWIDTH_SHARE, LINK_SHARE, MATMUL_SHARE, Gpu, Host
+from diffdpo.planner.hardware import BANDWIDTH_SHARE, LINK_SHARE, MATMUL_SHARE, Host
 from diffdpo.planner.job import PlannedRun
 from diffdpo.planner.shapes import Numbers
 from diffdpo.planner.trace import Work
@@ -76,7 +77,7 @@ def _compute(work: Counter[Work], gpu: Gpu) -> float:
 def _passes(job: PlannedRun) -> int:
     """Times the weights are gone through in a step: each forward once, each backward once, a layer's recomputation
     once more; reference and the first pass of two_pass are forwards."""
-    forwards = -(-job.rows // job.reference_rows) if job.reference in ("copy", "adapter_off") else 0
+    forwards = -(-job.rows // job.reference_rows) if job.reference in ("copy", "adapter_off", "adapter_start") else 0
     forwards += job.segments * (2 if job.strategy in ("two_pass", "checkpoint") else 1)
     backward = job.segments * (2 if job.config.gradient_checkpointing else 1)
     return (forwards + backward) * job.config.gradient_accumulation_steps

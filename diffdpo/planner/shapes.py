@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from diffdpo.config import TrainConfig
+from diffdpo.engine.optimizer import state_bytes
 from diffdpo.errors import UserError
 from diffdpo.models.architecture.backbone import native
 from diffdpo.models.architecture.spec import FamilySpec
@@ -31,7 +32,9 @@ class Numbers:
     frozen_bytes: int
     vocabulary: int
     layers: int
+    hidden: int  # size of what passes from layer to layer
     largest_module: int  # elements of the module with the most parameters of its own
+    state_bytes: int  # of the optimizer on whole weights
     largest_unit: int  # of what FSDP2 gathers at a time: a block, the embedding, the head
 
 
@@ -67,9 +70,12 @@ def weight_elements(family: Family, shape: PreTrainedConfig) -> int:
         return sum(parameter.numel() for parameter in family.model_class(shape).parameters())
 
 
-def skeleton(family: Family, shape: PreTrainedConfig, config: TrainConfig, *, bf16: bool, cast: bool) -> MaskedLogProbs:
+def skeleton(
+    family: Family, shape: PreTrainedConfig, config: TrainConfig, *, bf16: bool, cast: bool, cuda: bool = True
+) -> MaskedLogProbs:
     """What preference training hands its engine, on the meta device. ``cast``: the engine casts everything to bf16,
-    the adapter too (DeepSpeed does)."""
+    the adapter too (DeepSpeed does). ``cuda``: on a GPU, so that ``--activation_offload`` moves something."""
+    offload = cuda and config.activation_offload == "cpu"
     dtype = torch.bfloat16 if bf16 else torch.float32
     with torch.device("meta"):
         model: Any = family.model_class(shape).to(dtype)  # type: ignore[arg-type]
@@ -78,7 +84,9 @@ def skeleton(family: Family, shape: PreTrainedConfig, config: TrainConfig, *, bf
     spec = FamilySpec(shape.model_type, 0, 1, 1, "", family.lora_targets, logit_shift=0, block_size=blocks)
     if config.load_in_4bit:
         quantise(model)
-    if config.use_peft:
+    if config.adapter_name_or_path:
+        model = with_adapter(model, config.adapter_name_or_path)
+    elif config.use_peft:
         with torch.device("meta"):
             model = add_lora(
                 model,
@@ -91,8 +99,19 @@ def skeleton(family: Family, shape: PreTrainedConfig, config: TrainConfig, *, bf
             )
     else:
         model.requires_grad_(True)
-    module = MaskedLogProbs(model, spec, layer_checkpointing=config.gradient_checkpointing)
+    module = MaskedLogProbs(model, spec, layer_checkpointing=config.gradient_checkpointing, offload=offload)
     return module.to(torch.bfloat16) if cast else module  # packed 4-bit weights are integers and stay
+
+
+def with_adapter(model: Any, folder: str) -> Any:
+    """The shapes of an adapter that training goes on with. (The frozen copy of it that the reference takes is as large,
+    without moments: a tenth of a percent of a model, which is not counted.)"""
+    from peft import PeftConfig, get_peft_model
+
+    shape = PeftConfig.from_pretrained(folder)
+    shape.lora_dropout, shape.inference_mode = 0.0, False
+    with torch.device("meta"):
+        return get_peft_model(model, shape)
 
 
 def quantise(model: nn.Module) -> None:
@@ -103,8 +122,8 @@ def quantise(model: nn.Module) -> None:
                 setattr(parent, name, Nf4Linear(child))
 
 
-def count(module: MaskedLogProbs) -> Numbers:
-    """What is in a skeleton."""
+def count(module: MaskedLogProbs, *, optim: str = "adamw_torch") -> Numbers:
+    """What is in a skeleton; ``optim``: whose state is counted."""
     base = native(module.model)
     trained = [p for p in module.parameters() if p.requires_grad]
     frozen = [p for p in module.parameters() if not p.requires_grad]
@@ -112,6 +131,7 @@ def count(module: MaskedLogProbs) -> Numbers:
     elements = sum(p.numel() for p in (*trained, *frozen))
     elements += sum(m.unpacked.numel() - m.weight.numel() - m.absmax.numel() - m.nested.numel() for m in packed)
     units = (*base.blocks, base.embed, base.final_norm, base.head)
+    outside = {p for m in (base.embed, base.head) for p in m.parameters()}
     return Numbers(
         total=elements,
         trained=sum(p.numel() for p in trained),
@@ -121,6 +141,8 @@ def count(module: MaskedLogProbs) -> Numbers:
         frozen_bytes=sum(p.numel() * p.element_size() for p in frozen),
         vocabulary=base.head.weight.shape[0],
         layers=len(base.blocks),
+        hidden=base.embed.weight.shape[1],
         largest_module=max(sum(p.numel() for p in m.parameters(recurse=False)) for m in module.modules()),
+        state_bytes=sum(state_bytes(optim, p.shape, in_block=p not in outside) for p in trained),
         largest_unit=max(sum(p.numel() for p in unit.parameters()) for unit in units),
     )

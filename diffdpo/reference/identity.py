@@ -45,7 +45,7 @@ def identity_of(
         "num_diffusion_steps": noise.num_diffusion_steps,
         "seed": noise.seed,
         "noise": noise_digest(noise),
-    } | (_of_blocks(spec, noise))
+    } | (_of_blocks(spec, noise) | ({} if noise.ld_alpha is None else {"ld_alpha": noise.ld_alpha}))
 
 
 def _of_blocks(spec: FamilySpec, noise: NoiseOptions) -> dict[str, Any]:
@@ -58,8 +58,9 @@ def fingerprint(identity: dict[str, Any]) -> str:
     return _digest(json.dumps(identity, sort_keys=True).encode())
 
 
-def weights_digest(name_or_path: str) -> str:
-    """16 hex digits of a checkpoint's weights and config files, by content; of an adapter, with its base's.
+def weights_digest(name_or_path: str, *, base: str | None = None) -> str:
+    """16 hex digits of a checkpoint's weights and config files, by content; of an adapter, with its base's (``base``
+    where it is not the one that the adapter names).
 
     Read from disk, at the disk's or sha256's speed, one thread a file: no model is loaded.
     """
@@ -68,7 +69,7 @@ def weights_digest(name_or_path: str) -> str:
     with ThreadPoolExecutor() as pool:
         digests = [f"{path.name} {digest}" for path, digest in zip(paths, pool.map(file_sha256, paths), strict=True)]
     if is_adapter(folder):
-        digests.append(weights_digest(base_of_adapter(folder)))
+        digests.append(weights_digest(base or base_of_adapter(folder)))
     return _digest("\n".join(digests).encode())
 
 

@@ -1,6 +1,7 @@
 """``--reference``: which of the modes is used, and why; and the modes that keep a model.
 
-``none`` for losses that read no reference, ``adapter_off`` with an adapter, else ``copy`` where a second model is small
+``none`` for losses that read no reference, ``adapter_off`` with a new adapter, ``adapter_start`` with one that training
+goes on with, else ``copy`` where a second model is small
 beside the memory and ``precomputed`` (see ``precompute.py``) where it is not.
 """
 
@@ -9,23 +10,30 @@ from collections.abc import Callable
 from functools import partial
 
 import psutil
-import torch
 from torch import nn
 
 from diffdpo.config import TrainConfig
 from diffdpo.engine.base import Engine, FrozenModule
-from diffdpo.engine.choice import EngineChoice
+from diffdpo.engine.choice import PLAIN, EngineChoice, engine_kind
 from diffdpo.engine.make import weight_shards
 from diffdpo.engine.world import World
 from diffdpo.errors import UserError
+from diffdpo.gpus import is_gpu, kind_of
 from diffdpo.losses.options import LossOptions
 from diffdpo.losses.preference import LOSSES
 from diffdpo.models.bundled import model_or_bundled
 from diffdpo.models.checkpoint.adapter_folder import base_of_adapter, is_adapter
 from diffdpo.models.checkpoint.weights import checkpoint_folder, shard_files
-from diffdpo.models.load import dtype_name, load_model
+from diffdpo.models.load import dtype_name, load_with_adapter
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
-from diffdpo.scores.reference import Reference, adapter_off_reference, frozen_copy, frozen_reference, no_reference
+from diffdpo.scores.reference import (
+    Reference,
+    adapter_off_reference,
+    frozen_copy,
+    frozen_reference,
+    no_reference,
+    switched_reference,
+)
 from diffdpo.scores.segments import Segments
 
 AFFORDABLE = 0.1  # of a process's memory: up to there ``auto`` keeps a second model
@@ -33,9 +41,21 @@ AFFORDABLE = 0.1  # of a process's memory: up to there ``auto`` keeps a second m
 
 def check_reference(config: TrainConfig, loss: LossOptions) -> None:
     """UserError for a ``--reference`` that cannot serve the loss; before anything is opened."""
+    if config.sync_ref_model and loss.reference_free:
+        raise UserError(f"--sync_ref_model: --loss_type {loss.describe()} reads no reference; leave it out")
+    if config.sync_ref_model and engine_kind(config) != PLAIN:
+        raise UserError(
+            "--sync_ref_model works with the plain engine only: the others keep a frozen reference in shards, or out "
+            "of their checkpoints; leave --ds_config and --engine out, or use rounds (launch/iterate.py)"
+        )
+    if config.sync_ref_model and config.adapts and config.ref_model_mixup_alpha < 1:
+        raise UserError(
+            "--sync_ref_model: the mean of two adapters' factors is not the mean of what they add to the weights; give "
+            "--ref_model_mixup_alpha 1, or train all weights"
+        )
     unserved = _not_precomputable(loss)
     if config.reference == "precomputed" and unserved:
-        raise UserError(f"--reference precomputed: {unserved}; use --reference copy or adapter_off")
+        raise UserError(f"--reference precomputed: {unserved}; use --reference copy, adapter_off or adapter_start")
 
 
 def choose_mode(config: TrainConfig, loss: LossOptions, *, share: Callable[[], float]) -> tuple[str, str]:
@@ -46,10 +66,14 @@ def choose_mode(config: TrainConfig, loss: LossOptions, *, share: Callable[[], f
         return config.reference, "as asked for"
     if loss.reference_free:
         return "none", "the loss does not read it"
+    if config.sync_ref_model:
+        return "copy", "it follows the policy"
     unserved = _not_precomputable(loss)
     if config.reference_cache and not unserved:
         return "precomputed", "--reference_cache is given"
-    if config.use_peft and not config.ref_model_name_or_path:
+    if config.adapter_name_or_path and not config.ref_model_name_or_path:
+        return "adapter_start", "the adapter as it starts, frozen beside the one that is trained"
+    if config.adapts and not config.ref_model_name_or_path:
         return "adapter_off", "the policy without its adapter is the reference"
     if unserved:
         return "copy", unserved
@@ -70,8 +94,8 @@ def second_model_share(config: TrainConfig, choice: EngineChoice, world: World) 
     name = config.ref_model_name_or_path or model_or_bundled(config.policy)
     folder = checkpoint_folder(base_of_adapter(name) if is_adapter(name) else name)
     size = sum(path.stat().st_size for path in shard_files(folder))
-    if world.device.type == "cuda":
-        memory = torch.cuda.get_device_properties(world.device).total_memory
+    if is_gpu(world.device):
+        memory = kind_of(world.device).total_memory(world.device)
     else:
         memory = psutil.virtual_memory().total // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return share_of_memory(choice, size, memory=memory)
@@ -86,8 +110,9 @@ def load_reference(config: TrainConfig, choice: EngineChoice, world: World, *, m
     """``--ref_model_name_or_path``, or the policy as it is before training: on the CPU, or in shards where the engine
     has weights read so."""
     named = config.ref_model_name_or_path
-    loaded = load_model(
-        named or model_or_bundled(config.policy),
+    loaded = load_with_adapter(
+        named or config.policy,
+        None if named else config.adapter_name_or_path,
         dtype=dtype_name(choice.bf16),
         load_in_4bit=config.load_in_4bit and not named,
         block_size=config.block_size,
@@ -120,6 +145,10 @@ def make_reference(
         policy = engine.module.model
         assert isinstance(policy, nn.Module)
         return partial(adapter_off_reference, engine, policy), "the policy with its adapter off"
+    if mode == "adapter_start":
+        from diffdpo.models.lora.start import at_start  # peft takes seconds to import
+
+        return partial(switched_reference, engine, partial(at_start, engine.module)), "the adapter as it started"
     assert frozen is not None
     what = config.ref_model_name_or_path or "the policy as it starts"
     return partial(frozen_reference, frozen), f"frozen copy of {what}"

@@ -5,7 +5,6 @@ The rows are those of training: the same readers, micro-batches, noise and segme
 the step; so a pass that was killed goes on, and a longer run adds to a shorter one's scores.
 """
 
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from diffdpo.config import TrainConfig
 from diffdpo.engine.choice import EngineChoice
 from diffdpo.engine.make import hold_frozen
 from diffdpo.engine.world import World
-from diffdpo.memory.exhausted import told_if_exhausted
+from diffdpo.memory.exhausted import release_memory, told_if_exhausted
 from diffdpo.models.architecture.spec import FamilySpec
 from diffdpo.models.bundled import model_or_bundled
 from diffdpo.models.load import dtype_name
@@ -86,10 +85,12 @@ class ReferencePass:
     ):
         self.config, self.choice, self.world = config, choice, world
         self.encoder, self.spec, self.cache_dir, self.say = encoder, spec, cache_dir, say
-        self.noise = NoiseOptions.of(config, spec)
+        self.noise = NoiseOptions.of(config, spec, ld_alpha=config.ld_alpha)
         self.segments = make_segments(config, choice, world.device, world=world)
-        self.reference = config.ref_model_name_or_path or model_or_bundled(config.policy)
-        self.weights = world.broadcast(weights_digest(self.reference) if world.is_main else None)
+        adapter = None if config.ref_model_name_or_path else config.adapter_name_or_path
+        self.reference = config.ref_model_name_or_path or adapter or model_or_bundled(config.policy)
+        base = config.policy if adapter else None
+        self.weights = world.broadcast(weights_digest(self.reference, base=base) if world.is_main else None)
 
     def training(self, loader: PairLoader, *, last: int) -> Stream:
         """What the run trains on from where the loader stands, to step ``last``."""
@@ -139,9 +140,7 @@ class ReferencePass:
             _score_all(todo, forward, self.noise, self.world, segments=self.segments)
         forward.release()
         del module, forward
-        gc.collect()
-        if self.world.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release_memory()
 
 
 def shapes_of(loader: PairLoader, segments: Segments, device: torch.device) -> dict[str, Any]:

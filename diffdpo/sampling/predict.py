@@ -7,6 +7,7 @@ with guidance (conditional, unconditional), else 1.
 import torch
 from torch import Tensor
 
+from diffdpo.gpus import is_gpu
 from diffdpo.models.architecture.backbone import MaskedLM, RowLayout
 from diffdpo.models.architecture.layout import Layout
 from diffdpo.models.architecture.spec import FamilySpec
@@ -63,7 +64,9 @@ class BlockPredictor:
             keep_M = window.offset_R[local_M] + column_M  # output of position - shift: the window starts shift early
         else:
             lengths = [self.canvas.lengths[row] for row in rows.tolist()]
-            layout = packed = Layout.packed(lengths, ids_RT.shape[1], device=self.device, max_waste=MAX_WASTE)
+            layout = packed = Layout.packed(
+                lengths, ids_RT.shape[1], device=self.device, max_waste=0.0 if is_gpu(self.device) else MAX_WASTE
+            )
             ids_N = ids_RT.flatten()[packed.index_N]
             keep_M = packed.offset_R[local_M] + window_RB[local_M, column_M] - self.shift
             if self.cached:

@@ -9,8 +9,9 @@ Shapes: R rows, T padded length, N tokens in the stream, M scored positions.
 """
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -18,11 +19,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffdpo.errors import UserError
+from diffdpo.gpus import is_gpu
+from diffdpo.memory.host_copy import HostCopy
 from diffdpo.models.architecture.backbone import RowLayout, call_block, native
 from diffdpo.models.architecture.compiled import AttentionOutside, call_compiled, check_compiler
 from diffdpo.models.architecture.layout import Layout
 from diffdpo.models.architecture.spec import FamilySpec
 from diffdpo.models.architecture.token_log_probs import check_liger
+from diffdpo.models.architecture.work import ModelWork
 from diffdpo.scores.block_log_probs import block_log_probs
 from diffdpo.settings.model import ModelSettings
 
@@ -41,7 +45,8 @@ class TokenCount:
 class MaskedLogProbs(nn.Module):
     """Wraps a native model (or a peft model round one).
 
-    `layer_checkpointing` recomputes each block in the backward (non-reentrant). `logits_budget`: bytes of the largest
+    `layer_checkpointing` recomputes each block in the backward (non-reentrant), from inputs that `offload` keeps on the
+    host meanwhile. `logits_budget`: bytes of the largest
     logits chunk (default `token_log_probs.DEFAULT_LOGITS_BUDGET`). `max_waste`: padding allowed inside a length
     bucket; 1.0 is one padded batch. `use_liger`: the head through Liger's fused kernel, GPU only, after a check that it
     gives the same numbers; UserError where it cannot. `compile_blocks`: see `models.compiled`.
@@ -53,6 +58,7 @@ class MaskedLogProbs(nn.Module):
         spec: FamilySpec,
         *,
         layer_checkpointing: bool = False,
+        offload: bool = False,
         logits_budget: int | None = None,
         max_waste: float = MAX_WASTE,
         use_liger: bool = False,
@@ -70,7 +76,7 @@ class MaskedLogProbs(nn.Module):
         self.use_liger = use_liger
         self.model = model
         self.spec = spec
-        self.layer_checkpointing = layer_checkpointing
+        self.layer_checkpointing, self.offload = layer_checkpointing, offload
         self.logits_budget = logits_budget
         self.max_waste = max_waste
         self.call_block = call_compiled if compile_blocks else call_block
@@ -83,9 +89,15 @@ class MaskedLogProbs(nn.Module):
             model,
             spec,
             layer_checkpointing=settings.gradient_checkpointing,
+            offload=settings.activation_offload == "cpu",
             use_liger=settings.use_liger_kernel,
             compile_blocks=settings.torch_compile,
         )
+
+    @cached_property
+    def work(self) -> ModelWork:
+        """Of the model as it is trained."""
+        return ModelWork.of(self.model)
 
     def forward(
         self,
@@ -118,7 +130,9 @@ class MaskedLogProbs(nn.Module):
 
     def hidden_states(self, ids_N: Tensor, layout: RowLayout, keep_M: Tensor) -> Tensor:
         """Normed hidden states [M, K] of a stream, its blocks run as the options say."""
-        run_block = self._checkpointed if self.layer_checkpointing and torch.is_grad_enabled() else self.call_block
+        run_block = self.call_block
+        if self.layer_checkpointing and torch.is_grad_enabled():
+            run_block = Checkpointed(self.call_block, offload=self.offload)
         seen = AttentionOutside(layout) if self.call_block is call_compiled else layout
         return native(self.model).hidden_states(ids_N, seen, keep_M=keep_M, run_block=run_block)
 
@@ -128,12 +142,31 @@ class MaskedLogProbs(nn.Module):
         return head(hidden_MK, target_M, logits_budget=self.logits_budget, use_liger=self.use_liger)
 
     def _max_waste(self, device: torch.device) -> float:
-        return 0.0 if device.type == "cuda" else self.max_waste  # varlen attention needs exact buckets
+        return 0.0 if is_gpu(device) else self.max_waste  # varlen attention needs exact buckets
 
-    def _checkpointed(self, block: nn.Module, *args) -> Tensor:
+
+class Checkpointed:
+    """Blocks of one forward, each run again in the backward. ``offload``: their inputs wait on the host."""
+
+    def __init__(self, call_block: Callable[..., Tensor], *, offload: bool):
+        self.call_block, self.offload = call_block, offload
+        self.last: HostCopy | None = None
+
+    def __call__(self, block: nn.Module, x_NK: Tensor, *args) -> Tensor:
         # ZeRO-3 releases frozen weights between forward and recomputation, which the default check takes for a
         # changed graph; blocks here are deterministic (no dropout), so nothing else needs checking.
         frozen = any(not p.requires_grad for p in block.parameters())
         check = "none" if frozen else "default"
-        call = partial(self.call_block, block, *args)
+        call = self._from_host(block, x_NK, *args) if self.offload else partial(self.call_block, block, x_NK, *args)
         return checkpoint(call, use_reentrant=False, preserve_rng_state=False, determinism_check=check)
+
+    def _from_host(self, block: nn.Module, x_NK: Tensor, *args) -> Callable[[], Tensor]:
+        """The block's call: the first time of the tensor itself, then of the copy. The graph is that of the first."""
+        self.last = copy = HostCopy(x_NK, self.last)
+        given, needs_grad = [x_NK], x_NK.requires_grad
+
+        def call() -> Tensor:
+            x = given.pop() if given else copy.fetch().requires_grad_(needs_grad)
+            return self.call_block(block, x, *args)
+
+        return call

@@ -2,12 +2,14 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
 
 from data_pipeline.batch import PairBatch
 from diffdpo.engine.base import Engine
+from diffdpo.engine.clock import Clock
 from diffdpo.noise.rows import NoisyRows
 from diffdpo.scores.rows import score_rows
 from diffdpo.scores.segments import Segments
@@ -34,9 +36,16 @@ def frozen_reference(forward: Callable[..., torch.Tensor], segments: Segments) -
 
 def adapter_off_reference(engine: Engine, peft_model: nn.Module, segments: Segments) -> Reference:
     """The policy with its adapter switched off: no second model."""
+    return switched_reference(engine, peft_model.disable_adapter, segments)  # type: ignore[arg-type]
+
+
+def switched_reference(
+    engine: Engine, switched: Callable[[], AbstractContextManager[None]], segments: Segments
+) -> Reference:
+    """The policy's own module as it computes inside ``switched()``."""
 
     def score(rows: NoisyRows, batch: PairBatch) -> torch.Tensor:
-        with peft_model.disable_adapter():  # type: ignore[operator]
+        with switched():
             return score_rows(engine, rows, segments=segments)
 
     return score
@@ -62,3 +71,13 @@ def remembered(reference: Reference, segments: Segments) -> Reference:
 def no_reference(rows: NoisyRows, batch: PairBatch) -> torch.Tensor:
     """Scores of 0: what a reference-free loss is compared with."""
     return torch.zeros(len(rows), device=rows.lengths_R.device)
+
+
+def timed_reference(reference: Reference, clock: Clock) -> Reference:
+    """The same, its time counted as the reference's: with the adapter off it calls the policy."""
+
+    def score(rows: NoisyRows, batch: PairBatch) -> torch.Tensor:
+        with clock.phase("reference"):
+            return reference(rows, batch)
+
+    return score

@@ -17,10 +17,11 @@ import torch
 
 from diffdpo.engine.choice import EngineChoice
 from diffdpo.engine.world import World
+from diffdpo.gpus import is_gpu
 from diffdpo.noise.rows import NoisyRows
 from diffdpo.settings.segments import SegmentSettings
 
-SEGMENT_TOKENS = {"cpu": 8192, "cuda": 16384}  # tokens of a forward that segments are cut to by default
+SEGMENT_TOKENS, ON_GPU = 8192, 16384  # tokens of a forward that segments are cut to by default
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,12 @@ class Segments:
         self.rows, self.tokens = rows, 0 if rows else tokens
         self.world = equal_over
         self.most = Size(0, 0)  # of the micro-batch cut last
+        self.answers_apart = False  # always as ``by_answer``, whoever asks: equal shapes give equal roundings
 
     def __call__(self, rows: NoisyRows) -> list[Segment]:
-        """The micro-batch's rows, longest first."""
+        """The micro-batch's rows, longest first; answer by answer where they are kept apart."""
+        if self.answers_apart:
+            return [segment for own in self.by_answer(rows) for segment in own]
         order_R = _by_length(rows)
         self.most = Size(0, 0)
         segments = self._cut(rows, order_R)
@@ -184,7 +188,7 @@ def make_segments(
     meets = choice.shards_parameters or (in_training and choice.sharding.gradients)
     return Segments(
         rows=settings.segment_rows,
-        tokens=SEGMENT_TOKENS[device.type],
+        tokens=ON_GPU if is_gpu(device) else SEGMENT_TOKENS,
         equal_over=world if meets and world is not None and world.size > 1 else None,
     )
 

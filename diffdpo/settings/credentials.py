@@ -8,21 +8,16 @@ import os
 import re
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 
+from data_pipeline.addresses import hidden
 from diffdpo.errors import UserError
+
+__all__ = ["hidden"]
 
 USER, PASSWORD, TOKEN = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"
 STORE = "MLFLOW_TRACKING_URI"
 DATABASES = ("postgresql", "mysql", "mssql")
 IN_QUERY = {"user": USER, "username": USER, "password": PASSWORD, "passwd": PASSWORD}
 """Parameters of a database's address that say who asks."""
-SECRET_WORDS = "password|passwd|pwd|token|secret|signature|sig|credential|api_?key|access_?key"
-_USER_PART = re.compile(r"(?<=://)[^/?#\s]*@")
-_SECRET_PARAMETER = re.compile(rf"(?i)([?&;][^=&;\s]*(?:{SECRET_WORDS})[^=&;\s]*=)[^&;#\s]*")
-
-
-def hidden(text: str) -> str:
-    """``text`` with *** for what stands before the @ of an address in it, and for its secret parameters."""
-    return _SECRET_PARAMETER.sub(r"\1***", _USER_PART.sub("***@", text))
 
 
 def taken(uri: str, source: str = "--tracking_uri") -> str:
@@ -40,7 +35,13 @@ def taken(uri: str, source: str = "--tracking_uri") -> str:
         raise UserError(f"{source} has a password with one of / ? #; write it as %2F, %3F or %23, or set {PASSWORD}")
     user, _, password = who.partition(":")
     _into_environment({USER: unquote(user), PASSWORD: unquote(password)})
-    return f"{scheme}://{_without_secret_parameters(rest.removeprefix(who + at))}"
+    left = f"{scheme}://{_without_secret_parameters(rest.removeprefix(who + at))}"
+    if hidden(left) != left:
+        raise UserError(
+            f"{source} has a secret among its parameters ({hidden(left)}), which every record of the run would hold; "
+            f"leave it out and set {PASSWORD} or {TOKEN}"
+        )
+    return left
 
 
 def _without_secret_parameters(rest: str) -> str:

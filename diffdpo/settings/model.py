@@ -21,15 +21,26 @@ class ModelSettings(Settings):
     model_revision: str | None = setting(
         None, "branch, tag or commit of --model_name_or_path on the hub; default: its main branch"
     )
+    adapter_name_or_path: str | None = setting(
+        None, "LoRA adapter that training goes on with; the reference is the adapter as it starts; default: none"
+    )
     block_size: int | None = setting(
-        None, "tokens of a block, where config.json does not say (a2d-*); 0: full attention", at_least=0
+        None, "tokens of a block, 0: full attention; default: as config.json says, which a2d-* do not", at_least=0
     )
     gradient_checkpointing: bool = setting(False, "recompute each layer in the backward pass (saves memory)")
+    activation_offload: str = setting(
+        "none", "cpu: what --gradient_checkpointing keeps of each layer waits on the host", choices=("none", "cpu")
+    )
     torch_compile: bool = setting(False, "compile the layers: minutes at the start, then less time and memory")
     use_liger_kernel: bool = setting(False, "LM head through Liger's fused kernel (GPU; for trained heads)")
 
     def check(self) -> None:
         """A revision is of a model that is named, and no folder."""
+        if self.activation_offload != "none" and not self.gradient_checkpointing:
+            raise UserError(
+                f"--activation_offload {self.activation_offload} moves what --gradient_checkpointing keeps of each "
+                "layer; add --gradient_checkpointing true"
+            )
         name = self.model_name_or_path
         if self.model_revision and (not name or Path(name).exists()):
             raise UserError(f"--model_revision is of a model on the hub, and {name or 'the bundled one'} is none")
@@ -38,6 +49,11 @@ class ModelSettings(Settings):
     def policy(self) -> str | None:
         """The model to train by one name, NAME@REVISION where a revision is set; None: the bundled one."""
         return pinned(self.model_name_or_path, self.model_revision)
+
+    @property
+    def adapts(self) -> bool:
+        """Whether an adapter is trained, on weights that stay as they are."""
+        return self.adapter_name_or_path is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +75,15 @@ class LoraSettings(ModelSettings):
     use_rslora: bool = setting(False, "rsLoRA: scale the adapter by lora_alpha / sqrt(lora_r)")
     load_in_4bit: bool = setting(False, "hold the frozen weights in NF4 (needs --use_peft)", common=True)
 
+    @property
+    def adapts(self) -> bool:
+        """Whether an adapter is trained: a new one, or one that is there."""
+        return self.use_peft or super().adapts
+
     def check(self) -> None:
         """What is about an adapter needs one; frozen NF4 weights need one to have something to train."""
-        if self.load_in_4bit and not self.use_peft:
+        if self.load_in_4bit and not self.adapts:
             raise UserError("--load_in_4bit freezes the weights, so there is nothing to train; add --use_peft")
-        if self.load_in_4bit and self.torch_compile:
-            raise UserError("--torch_compile has not been seen to work with --load_in_4bit; leave one of the two out")
         for name, given in (
             ("lora_r", self.lora_r != field_of(type(self), "lora_r").default),
             ("lora_alpha", self.lora_alpha != field_of(type(self), "lora_alpha").default),
@@ -73,5 +92,7 @@ class LoraSettings(ModelSettings):
             ("lora_target_modules", self.lora_target_modules),
             ("lora_modules_to_save", self.lora_modules_to_save),
         ):
+            if given and self.adapter_name_or_path:
+                raise UserError(f"--{name} is of a new adapter; {self.adapter_name_or_path} has its own: leave one out")
             if given and not self.use_peft:
                 raise UserError(f"--{name} is about a LoRA adapter; add --use_peft")

@@ -1,6 +1,7 @@
 """How long a run takes, where it writes, and what it keeps."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from diffdpo.errors import UserError
@@ -37,6 +38,14 @@ class OutputSettings(Settings):
         "a checkpoint, 'latest' of --output_dir, or 'auto': latest or a new run; default: a new run",
         common=True,
     )
+    max_restarts: int = setting(
+        0, "times the command starts itself again, from the newest checkpoint, when it ends by a fault", at_least=0
+    )
+    replay: str | None = setting(
+        None,
+        "a culprit-step-N.json whose step is taken again, record by record; default: none, a run trains",
+        common=False,
+    )
     on_nonfinite: str = setting(
         "stop",
         "at a loss or gradient that is not finite; skip: leave the step out, at most --nonfinite_limit in all",
@@ -62,6 +71,10 @@ class OutputSettings(Settings):
             raise UserError(
                 f"--run_name {self.run_name!r} names a folder; give a name without '/', or use --output_dir"
             )
+        if self.max_restarts and not self.output_dir:
+            raise UserError("--max_restarts needs --output_dir, the folder in which a restarted run goes on")
+        if self.replay is not None and not Path(self.replay).is_file():
+            raise UserError(f"--replay {self.replay}: there is no such file; a run that stops at one writes it")
         if self.resume_from_checkpoint in ("latest", "auto") and not self.output_dir:
             raise UserError(
                 f"--resume_from_checkpoint {self.resume_from_checkpoint} needs --output_dir, the folder of the run "

@@ -15,7 +15,7 @@ def chosen_settings(config: RunConfig, context: RunContext, choice: EngineChoice
     """By name: model, engine, precision, template, run name and where the run is recorded."""
     ds_config = config.ds_config and str(find_shipped("ds_configs", config.ds_config, flag="--ds_config").resolve())
     return {
-        "model_name_or_path": model_or_bundled(config.model_name_or_path),
+        "model_name_or_path": model_or_bundled(config.model_name_or_path or config.policy),
         "engine": choice.kind,
         "ds_config": ds_config,
         "bf16": choice.bf16,

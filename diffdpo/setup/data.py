@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.batch import PairBatch
+from data_pipeline.batch import Fault, PairBatch
 from data_pipeline.dataset import ShardedDataset, open_dataset
 from data_pipeline.encode import Encoder
 from data_pipeline.facts import count_kinds, longest_text, overlap
 from data_pipeline.generate import GENERATOR_VERSION, generate_corpus, generate_pairs, parse_mix, write_jsonl
 from data_pipeline.names import source_names
 from data_pipeline.reader import PairLoader
+from data_pipeline.records import Record
+from data_pipeline.stages import RecordReader
 from diffdpo.config import RunConfig, SftConfig, TrainConfig
 from diffdpo.engine.world import World
 from diffdpo.errors import UserError
@@ -120,6 +122,18 @@ def eval_loader(config: RunConfig, dataset: ShardedDataset, encoder: Encoder, wo
         limit=config.max_eval_pairs,
         max_fault_fraction=config.max_fault_fraction,
     )
+
+
+def held_out_records(dataset: ShardedDataset | None, batches: Sequence[PairBatch], world: World) -> list[Record]:
+    """The records of all ranks' held-out batches, by number: tasks are made of them, not of their tokens."""
+    own = [n for batch in batches for n, name in zip(batch.records, batch.ids, strict=True) if name]
+    numbers = sorted({number for rank in world.all_gather_object(own) for number in rank})
+    if dataset is None:
+        return []
+    reader = RecordReader(dataset)
+    records = [reader(number) for number in numbers]
+    reader.close()
+    return [record for record in records if not isinstance(record, Fault)]
 
 
 def total_steps(config: RunConfig, loader: PairLoader) -> int:

@@ -105,7 +105,9 @@ def model_as_folder(model: Any, cache_dir: Path) -> str:
     if not isinstance(model, LoadedModel):
         return name_of(model)
     if hasattr(model.model, "peft_config"):
-        raise UserError("a loaded adapter cannot be trained on yet: merge it first (diffdpo export --adapter FOLDER)")
+        raise UserError(
+            "a loaded adapter is not trained on: name its folder as adapter_name_or_path, or merge it (diffdpo export)"
+        )
     from diffdpo.reference.identity import weights_digest
 
     partial = cache_dir / FOLDER / f".model-{os.getpid()}-{uuid.uuid4().hex[:8]}"

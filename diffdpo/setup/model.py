@@ -5,50 +5,69 @@ from pathlib import Path
 
 import torch
 
+from data_pipeline.hub import split_revision
 from diffdpo.config import RunConfig, TrainConfig
 from diffdpo.engine.base import Engine
 from diffdpo.engine.choice import EngineChoice
 from diffdpo.engine.make import load_device, weight_shards
 from diffdpo.engine.world import World
 from diffdpo.models.bundled import model_or_bundled
-from diffdpo.models.checkpoint.adapter_folder import is_adapter, note_base
+from diffdpo.models.checkpoint.adapter_folder import is_adapter, note_base, uses_dora
 from diffdpo.models.checkpoint.model_folder import write_model
 from diffdpo.models.load import LoadedModel, dtype_name, load_model
 
 
-def load_policy(config: TrainConfig, choice: EngineChoice, world: World) -> LoadedModel:
-    """The model to be trained: all of its weights, or an adapter on it."""
+def load_policy(config: RunConfig, choice: EngineChoice, world: World, *, with_start: bool = False) -> LoadedModel:
+    """The model to be trained: all of its weights, or an adapter on it, new or gone on with. ``with_start``: that
+    adapter as it starts is kept beside it, as the reference."""
+    adapter, lora = config.adapter_name_or_path, config if isinstance(config, TrainConfig) else None
+    dora = uses_dora(adapter) if adapter else lora is not None and lora.use_dora
     loaded = load_model(
         model_or_bundled(config.policy),
-        dtype=dtype_name(choice.reads_bf16(trained=not config.use_peft)),
+        dtype=dtype_name(choice.reads_bf16(trained=not config.adapts)),
         device=load_device(choice, world),
-        load_in_4bit=config.load_in_4bit,
+        load_in_4bit=lora is not None and lora.load_in_4bit,
         block_size=config.block_size,
         # DoRA starts from norms of whole weights; and on a mesh of copies peft takes a shard's size for the weight's
-        shards=None if config.use_dora or (config.use_peft and choice.has_copies) else weight_shards(choice, world),
+        shards=None if dora or (config.adapts and choice.has_copies) else weight_shards(choice, world),
     )
-    if not config.use_peft:
-        return replace(loaded, model=loaded.model.requires_grad_(True))
-    from diffdpo.models.lora.adapters import add_lora  # peft takes seconds to import
+    return adapted(loaded, config, with_start=with_start)
 
-    torch.manual_seed(config.seed)  # the adapter starts the same on every rank
+
+def adapted(loaded: LoadedModel, config: RunConfig, *, with_start: bool = False) -> LoadedModel:
+    """The base with what is trained of it: every weight, or the adapter that the settings ask for."""
+    adapter, lora = config.adapter_name_or_path, config if isinstance(config, TrainConfig) else None
+    if not config.adapts:
+        return replace(loaded, model=loaded.model.requires_grad_(True))
+    from diffdpo.models.lora.adapters import add_lora, attach_adapter  # peft takes seconds to import
+
+    if adapter:
+        from diffdpo.models.lora.start import keep_start
+
+        model = attach_adapter(loaded.model, adapter, trained=True)
+        name, revision = split_revision(model_or_bundled(config.policy))
+        model.peft_config["default"].base_model_name_or_path, model.peft_config["default"].revision = name, revision
+        return replace(loaded, model=keep_start(model) if with_start else model)
+    assert lora is not None
+    torch.manual_seed(lora.seed)  # the adapter starts the same on every rank
     model = add_lora(
         loaded.model,
         loaded.spec,
-        r=config.lora_r,
-        alpha=config.lora_alpha,
-        target_modules=config.lora_target_modules,
-        modules_to_save=config.lora_modules_to_save,
-        revision=config.model_revision,
-        use_dora=config.use_dora,
-        use_rslora=config.use_rslora,
+        r=lora.lora_r,
+        alpha=lora.lora_alpha,
+        target_modules=lora.lora_target_modules,
+        modules_to_save=lora.lora_modules_to_save,
+        revision=lora.model_revision,
+        use_dora=lora.use_dora,
+        use_rslora=lora.use_rslora,
     )
     return replace(loaded, model=model)
 
 
 def describe_model(config: RunConfig) -> str:
     """For the user."""
-    return config.policy or "the bundled arithmetic model"
+    base = config.policy or "the bundled arithmetic model"
+    return f"adapter {config.adapter_name_or_path} on {base}" if config.adapter_name_or_path else base
 
 
 def reading_of(config: RunConfig) -> str:

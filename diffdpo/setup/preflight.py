@@ -8,6 +8,7 @@ from diffdpo.engine.choice import EngineChoice
 from diffdpo.engine.make import check_host
 from diffdpo.errors import UserError
 from diffdpo.models.bundled import model_or_bundled
+from diffdpo.models.checkpoint.adapter_folder import check_base
 from diffdpo.models.load import empty_model, load_tokenizer_and_spec
 from diffdpo.models.lora.targets import target_pattern, whole_modules
 from diffdpo.noise.estimators import check_estimator
@@ -32,7 +33,7 @@ def check_before_weights(config: RunConfig, choice: EngineChoice) -> None:
     """UserError or DataError for what engine, data and models would refuse, as far as it is known without weights."""
     check_host(choice)
     if isinstance(config, TrainConfig):
-        check_deferred(config.segmentation, choice.no_sync_obstacle(few=config.use_peft))
+        check_deferred(config.segmentation, choice.no_sync_obstacle(few=config.adapts))
     check_named(config)
 
 
@@ -65,6 +66,8 @@ def check_named(config: RunConfig) -> None:
         names.append(config.ref_model_name_or_path)
     for name in filter(None, names):
         load_tokenizer_and_spec(name, block_size=config.block_size)
+    if config.adapter_name_or_path and config.model_name_or_path:
+        check_base(config.adapter_name_or_path, model_or_bundled(config.policy))
     if isinstance(config, TrainConfig) and config.ref_model_name_or_path:
         _check_read_alike(model_or_bundled(config.policy), config.ref_model_name_or_path, config.block_size)
     if isinstance(config, TrainConfig) and (config.lora_target_modules or config.lora_modules_to_save):

@@ -48,6 +48,7 @@ class StepReport:
     reference_point: float | None = None  # z of kto, nats
     computed_tokens: int = 0  # through the policy in all forwards of the step, padding included ...
     padding_tokens: int = 0  # ... and the padding among them
+    flops: float = 0.0  # that the step cannot do without (``models.architecture.work``); 0: not counted
     segment_rows: int = 0  # size of a segment, where it is a number of rows,
     segment_tokens: int = 0  # or of tokens
     notes: tuple[str, ...] = ()  # what the user should be told
@@ -62,13 +63,15 @@ def report_of(
     grad_norm: float,
     records: int,
     reference_point: torch.Tensor | None,
+    reference_forwards: int = 0,
 ) -> StepReport:
     """The report of a step from its scores; every rank calls, once a step."""
     own: dict[str, float] = {}
     for micro in scored:
         _add(own, _sums_of(micro, loss, compared=compared, records=records))
     computed, padding = _tokens_computed(engine)
-    whole = _summed(own | {"computed": computed, "padding": padding}, engine.world)
+    flops = _work(scored, engine, reference_forwards)
+    whole = _summed(own | {"computed": computed, "padding": padding, "flops": flops}, engine.world)
     largest, relative = _largest_logits(scored, engine.world)
     total, supervised = whole.pop("loss"), whole.pop("supervised")
     return StepReport(
@@ -78,6 +81,7 @@ def report_of(
         tokens=int(whole.pop("tokens")),
         computed_tokens=int(whole.pop("computed")),
         padding_tokens=int(whole.pop("padding")),
+        flops=whole.pop("flops"),
         sums=whole,
         records=records,
         largest_logit=largest,
@@ -140,3 +144,11 @@ def _tokens_computed(engine: Engine) -> tuple[int, int]:
     found = counted.computed, counted.padding
     counted.computed = counted.padding = 0
     return found
+
+
+def _work(scored: Sequence[MicroScores], engine: Engine, forwards: int) -> float:
+    """FLOPs of this rank's rows; 0 for block-causal families, whose clean streams are not counted."""
+    module = cast(MaskedLogProbs, engine.module)
+    if module.spec.block_size:
+        return 0.0
+    return sum(module.work.of_rows(m.rows.lengths_R, len(m.rows.row_M), forwards=forwards) for m in scored)

@@ -21,7 +21,7 @@ from diffdpo.losses.preference import loss_count
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.noise.rows import NoisyRows
 from diffdpo.scores.fold import fold
-from diffdpo.scores.reference import Reference
+from diffdpo.scores.reference import Reference, timed_reference
 from diffdpo.scores.segments import Segments
 from diffdpo.step.backward import STRATEGIES, Backward, LossOf
 from diffdpo.step.coupled import coupled_gradients
@@ -34,6 +34,7 @@ class PreferenceStep:
     """``step(micro_batches, learning_rate)`` → StepReport.
 
     ``compared``: whether there is a reference (its scores are 0 otherwise). ``max_length``: of rows joined by kto.
+    ``reference_forwards``: of the reference model in a step, 0 or 1; for the report of work done.
     """
 
     def __init__(
@@ -47,17 +48,19 @@ class PreferenceStep:
         segments: Segments,
         compared: bool = True,
         max_length: int | None = None,
+        reference_forwards: int = 0,
     ):
-        self.engine, self.reference, self.noise, self.loss = engine, reference, noise, loss
+        self.engine, self.noise, self.loss = engine, noise, loss
+        self.reference = timed_reference(reference, engine.world.clock)
         self.strategy, self.segments = strategy, segments
-        self.compared, self.max_length = compared, max_length
+        segments.answers_apart = strategy == "deferred"  # for the reference too: equal models differ by 0 to the bit
+        self.compared, self.max_length, self.reference_forwards = compared, max_length, reference_forwards
 
     def __call__(self, micro_batches: Sequence[PairBatch], learning_rate: float) -> StepReport:
         world = self.engine.world
         count = sum(loss_count(self.loss.names, batch.weight_B2) for batch in micro_batches)
         whole = world.all_reduce_sum(torch.as_tensor(count, device=world.device).double())
-        # a step without a pair has a gradient of 0 / 1, not 0 / 0
-        total = whole.clamp(min=1).float()
+        total = whole.clamp(min=1).float()  # a step without a pair has a gradient of 0 / 1, not 0 / 0
         notes: list[str] = []
         while True:
             try:
@@ -67,15 +70,15 @@ class PreferenceStep:
                 self.engine.abort_step()  # all of it: what a broken backward left cannot be told from the rest
                 notes.append(halve_segments(self.engine, self.segments, failure))
                 self.strategy = "two_pass" if self.strategy == "none" else self.strategy
-        norm = self.engine.step(learning_rate)
         report = report_of(
             scored,
             engine=self.engine,
             loss=self.loss,
             compared=self.compared,
-            grad_norm=norm,
+            grad_norm=self.engine.step(learning_rate),
             records=int(whole),
             reference_point=point,
+            reference_forwards=self.reference_forwards,
         )
         return replace(
             report,
@@ -105,11 +108,12 @@ class PreferenceStep:
         self, micro_batches: Sequence[PairBatch], total: torch.Tensor, point: torch.Tensor | None
     ) -> list[MicroScores]:
         rows = [self._rows(batch) for batch in micro_batches]
-        how = (total, point, self.segments)
-        return coupled_gradients(self.engine, self.reference, self.loss, micro_batches, rows, *how)
+        how = (self.engine, self.reference, self.loss, micro_batches, rows, total, point, self.segments)
+        return coupled_gradients(*how)
 
     def _rows(self, batch: PairBatch) -> NoisyRows:
-        return self.noise.draw_rows(batch, self.engine.world.device)
+        with self.engine.world.clock.phase("noise"):
+            return self.noise.draw_rows(batch, self.engine.world.device)
 
     def _waits(self) -> bool:
         """Whether gradients are reduced at the end of the step: where that is free, so that ranks can repeat it."""
@@ -122,8 +126,8 @@ class PreferenceStep:
             rows = self._rows(batch)
             reference_R = self.reference(rows, batch)
             loss_of = self._loss_of(rows, batch, reference_R, total)
-            last = index == len(micro_batches) - 1
-            policy_R = self._backward_of(rows)(self.engine, rows, loss_of, segments=self.segments, last=last)
+            backward, last = self._backward_of(rows), index == len(micro_batches) - 1
+            policy_R = backward(self.engine, rows, loss_of, segments=self.segments, last=last)
             scored.append(MicroScores(batch, rows, reference_R, policy_R, loss_of(policy_R)))
         return scored
 
@@ -140,11 +144,5 @@ class PreferenceStep:
         """z of ``kto`` over the global step; None for other losses."""
         if not self.loss.needs_reference_point:
             return None
-        return reference_point(
-            self.engine,
-            self.reference,
-            self._rows,
-            micro_batches,
-            segments=self.segments,
-            max_length=self.max_length,
-        )
+        how = (self.engine, self.reference, self._rows, micro_batches)
+        return reference_point(*how, segments=self.segments, max_length=self.max_length)

@@ -56,12 +56,19 @@ def check_deferred(name: str, obstacle: str | None) -> None:
 
 
 def choose_strategy(
-    name: str, *, obstacle: str | None, reduces_in_backward: bool, segments: Segments, shape: MicroBatchShape
+    name: str,
+    *,
+    obstacle: str | None,
+    reduces_in_backward: bool,
+    segments: Segments,
+    shape: MicroBatchShape,
+    few: bool = False,
 ) -> tuple[str, str]:
     """(strategy, why) for ``--segmentation``. UserError for a strategy that this run cannot use.
 
     ``obstacle``: what stands against whole gradients until the end of a step (``Engine.no_sync_obstacle``);
-    ``reduces_in_backward``: whether a backward moves gradients off the device (``EngineChoice``).
+    ``reduces_in_backward``: whether a backward moves gradients off the device (``EngineChoice``); ``few``: what is
+    trained is small (LoRA), so that two more gradients of it are nothing.
     """
     check_segmentation(name, couples_pairs=shape.couples_pairs)
     if shape.couples_pairs:
@@ -74,6 +81,8 @@ def choose_strategy(
     full = segments.fit([shape.max_length] * shape.rows_per_answer) > 1
     if full and not obstacle:
         return "deferred", "the rows of one answer fill a segment, so no row needs a second forward"
+    if few and not obstacle and segments.fit([shape.max_length] * 2 * shape.rows_per_answer) > 1:
+        return "deferred", "the rows of one answer fill half a segment or more, so no row needs a second forward"
     if reduces_in_backward:
         return (
             "two_pass",

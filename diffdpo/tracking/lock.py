@@ -8,15 +8,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from diffdpo.engine.world import World
 from diffdpo.errors import UserError
+
+if TYPE_CHECKING:
+    from diffdpo.engine.world import World  # torch is not needed to see whether a run lives
 
 FILE = "run.lock"
 
 
 @contextmanager
-def one_run_in(output_dir: Path, world: World) -> Iterator[None]:
+def one_run_in(output_dir: Path, world: "World") -> Iterator[None]:
     """Hold the folder. UserError, on every rank, where a living run has it. What was made for the lock goes with it."""
     held, refusal = None, None
     if world.is_main:
@@ -31,6 +34,16 @@ def one_run_in(output_dir: Path, world: World) -> Iterator[None]:
     finally:
         if held is not None:
             _release(held, output_dir)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """The same for a process that is no rank, such as that of a sweep."""
+    held = _take(folder)
+    try:
+        yield
+    finally:
+        _release(held, folder)
 
 
 def _take(output_dir: Path) -> int:

@@ -11,6 +11,7 @@ import os
 import re
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,9 +22,12 @@ from diffdpo.errors import TrainingError, UserError
 from diffdpo.settings.credentials import PASSWORD, STORE, TOKEN, USER, are_told, given_back, hidden, untold
 from diffdpo.tracking.journal import FILE, NOTE, parsed, read_journal
 from diffdpo.tracking.lock import is_held
+from diffdpo.tracking.shown import send_answers, send_datasets, send_description
 
 STATE_FILE = "mlflow.json"
-ARTIFACTS = ("config.yaml", "environment.json", "ds_config.json", "summary.json", FILE, "plots")
+AT_ONCE = ("config.yaml", "asked.yaml", "environment.json", "ds_config.json", "changes.diff", "sweep.yaml")
+AT_THE_END = ("summary.json", "held_out.json", FILE, "plots", "comparison.html", "comparison.csv")
+KIND = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's page opens with runs, not with chat traces
 BATCH = 900  # the server takes at most 1000 metrics a call
 LARGEST_LINE = 100  # metrics in one line of the journal
 INTERVAL = 2.0  # seconds between shipments
@@ -45,7 +49,8 @@ class Shipped:
     status: str = "RUNNING"  # of the run itself, to be told to MLflow at the end
     run_id: str | None = None
     experiment_id: str | None = None
-    described: bool = False  # parameters and tags are there
+    datasets: list[dict[str, str]] = field(default_factory=list)  # name, context, digest, source, records
+    described: bool = False  # parameters, tags, datasets and the files that are known at the start are there
     delivered: bool = False  # everything, the final status too
     last_step: dict[str, int] = field(default_factory=dict)
     needs_credentials: bool = False  # the store was told who asks, which stands in no file
@@ -78,8 +83,9 @@ def check_tracking_uri(uri: str, source: str = "--tracking_uri") -> None:
     """UserError for a store MLflow cannot use."""
     scheme = uri.partition(":")[0].partition("+")[0]
     if scheme not in SCHEMES:
+        shown = hidden(uri) if "://" in uri else uri.rpartition("@")[2]
         raise UserError(
-            f"{source} {hidden(uri)} is no MLflow store; allowed: {'none, ' if source.startswith('--') else ''}"
+            f"{source} {shown} is no MLflow store; allowed: {'none, ' if source.startswith('--') else ''}"
             "sqlite:////abs/path/mlflow.db, http(s)://host:port"
         )
 
@@ -93,6 +99,7 @@ class MlflowRun:
         self._client: Any = None
         self._monitor: Any = None
         self._position = 0
+        self._notes: dict[int, list[str]] = {}  # of a step there may be several, and one tag
         self._others_due = True
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._ship_until_stopped, name="mlflow", daemon=True)
@@ -158,9 +165,9 @@ class MlflowRun:
     def ship_all(self) -> None:
         """Everything of a run that has ended: points, files, status. Raises what MLflow raises."""
         self.ship()
-        for name in ARTIFACTS:
-            if (self.output_dir / name).exists():
-                self._send_file(self.output_dir / name)
+        self._send_files(AT_ONCE + AT_THE_END)
+        send_answers(self._client, self.shipped.run_id, self.output_dir)
+        send_description(self._client, self.shipped.run_id, self.output_dir)
         if self.shipped.status != "RUNNING":
             self._client.set_terminated(self.shipped.run_id, self.shipped.status)
             self.shipped.delivered = True
@@ -184,12 +191,7 @@ class MlflowRun:
 
     def _connect(self) -> None:
         if self._client is None:
-            _quiet_mlflow()
-            import mlflow
-
-            for name in ("mlflow", "alembic"):  # mlflow's import has set its own level
-                logging.getLogger(name).setLevel(logging.ERROR)
-            self._client = mlflow.MlflowClient(given_back(self.shipped.tracking_uri))
+            self._client = client_of(self.shipped.tracking_uri)
         if self.shipped.run_id is None:
             self.shipped.experiment_id = self._experiment()
             run = self._client.create_run(
@@ -202,7 +204,9 @@ class MlflowRun:
         found = self._client.get_experiment_by_name(self.shipped.experiment)
         if found is not None:
             return found.experiment_id
-        return self._client.create_experiment(self.shipped.experiment, artifact_location=self._artifact_location())
+        return self._client.create_experiment(
+            self.shipped.experiment, artifact_location=self._artifact_location(), tags=KIND
+        )
 
     def _artifact_location(self) -> str | None:
         """Absolute, beside an sqlite file; a server decides for itself."""
@@ -220,6 +224,9 @@ class MlflowRun:
         params = [Param(key, str(value)[:6000]) for key, value in self.shipped.params.items()]
         for start in range(0, len(params), 100):
             self._client.log_batch(self.shipped.run_id, params=params[start : start + 100])
+        send_datasets(self._client, self.shipped.run_id, self.shipped.datasets)
+        send_description(self._client, self.shipped.run_id, self.output_dir)
+        self._send_files(AT_ONCE)
         self.shipped.described = True
         self.shipped.write(self.output_dir)
 
@@ -239,22 +246,24 @@ class MlflowRun:
                     continue
                 step, when, note = line.pop("step"), int(1000 * line.pop("time")), line.pop(NOTE, None)
                 if note is not None:
-                    self._client.set_tag(self.shipped.run_id, f"{NOTE}.step-{step}", note)
+                    self._notes[step] = [*(text for text in self._notes.get(step, []) if text != note), note]
+                    self._client.set_tag(self.shipped.run_id, f"{NOTE}.step-{step}", "; ".join(self._notes[step]))
                 new = {k: v for k, v in line.items() if v is not None and step > self.shipped.last_step.get(k, -1)}
                 metrics += [Metric(key, value, when, step) for key, value in new.items()]
         return metrics, end
 
-    def _send_file(self, path: Path) -> None:
-        if path.is_dir():
-            self._client.log_artifacts(self.shipped.run_id, str(path), path.name)
-        else:
-            self._client.log_artifact(self.shipped.run_id, str(path))
+    def _send_files(self, names: Sequence[str]) -> None:
+        for path in (self.output_dir / name for name in names):
+            if path.is_dir():
+                self._client.log_artifacts(self.shipped.run_id, str(path), path.name)
+            elif path.exists():
+                self._client.log_artifact(self.shipped.run_id, str(path))
 
     def _ship_others(self) -> None:
         """What earlier runs beside this one could not send to the same store; once."""
         others, self._others_due = self._others_due, False
         for path in self.output_dir.parent.glob(f"*/{STATE_FILE}") if others else ():
-            if path.parent == self.output_dir or self._stop.is_set():
+            if path.parent == self.output_dir or self._stop.is_set() or is_held(path.parent):  # the living send theirs
                 continue
             try:
                 other = Shipped.read(path.parent)
@@ -277,11 +286,22 @@ class MlflowRun:
         self._monitor.start()
 
 
+def client_of(uri: str) -> Any:
+    """MLflow's client of a store, which says on the screen what went wrong and nothing else."""
+    _quiet_mlflow()
+    import mlflow
+
+    for name in ("mlflow", "alembic"):  # mlflow's import has set its own level
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return mlflow.MlflowClient(given_back(uri))
+
+
 def _quiet_mlflow() -> None:
     """Our own loop does the retrying; MLflow's would hold a call for minutes."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 
 def missing_credentials(shipped: Shipped) -> str:

@@ -13,6 +13,8 @@ TRAIN_PANELS = (
     ("learning rate", ("learning_rate",)),
 )
 
+PARTS = ("data", "noise", "reference", "forward", "backward", "communication", "optimizer")
+
 
 def plot_curves(output_dir: Path) -> Path | None:
     """``plots/curves.png``: each panel is one quantity over steps; dots are held-out values. None without any step."""
@@ -37,6 +39,41 @@ def plot_curves(output_dir: Path) -> Path | None:
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     path = output_dir / "plots" / "curves.png"
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return path
+
+
+def plot_time(output_dir: Path) -> Path | None:
+    """``plots/time.png``: where the time of a step goes, over steps and on the whole. None without such times."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = [line for line in read_journal(output_dir / FILE) if line.get("step_seconds") and "time/data" in line]
+    lines = lines[1:] or lines  # the first step warms caches
+    if not lines:
+        return None
+    parts = [part for part in PARTS if any(f"time/{part}" in line for line in lines)]
+    times = [[line.get(f"time/{part}") or 0.0 for line in lines] for part in parts]
+    rest = [
+        max(0.0, line["step_seconds"] - sum(column))
+        for line, column in zip(lines, zip(*times, strict=True), strict=True)
+    ]
+    figure, (over, whole) = pyplot.subplots(1, 2, figsize=(13, 4), layout="constrained", width_ratios=(3, 2))
+    labels, times = [*parts, "other"], [*times, rest]
+    over.stackplot([line["step"] for line in lines], times, labels=labels)
+    over.set(title="seconds of a step, by part", xlabel="step", ylim=(0, None))
+    over.legend(fontsize=8, loc="upper right")
+    totals = [sum(part) / len(lines) for part in times]
+    whole.barh(labels, totals, color=[f"C{i}" for i in range(len(labels))])
+    for place, total in enumerate(totals):
+        whole.text(total, place, f" {100 * total / max(1e-12, sum(totals)):.1f} %", va="center", fontsize=8)
+    whole.invert_yaxis()
+    whole.set(title="mean seconds a step", xlim=(0, 1.15 * max(totals)))
+    path = output_dir / "plots" / "time.png"
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

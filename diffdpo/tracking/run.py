@@ -3,12 +3,14 @@
 import logging
 import os
 import shlex
-import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from diffdpo import __version__
 from diffdpo.errors import UserError
-from diffdpo.settings.credentials import STORE, are_told, taken
+from diffdpo.settings.credentials import STORE, are_told, taken, untold
 from diffdpo.tracking.journal import Journal
 from diffdpo.tracking.mlflow_run import (
     STATE_FILE,
@@ -18,7 +20,8 @@ from diffdpo.tracking.mlflow_run import (
     missing_credentials,
     sqlite_uri,
 )
-from diffdpo.tracking.plots import plot_curves
+from diffdpo.tracking.plots import plot_curves, plot_time
+from diffdpo.tracking.readers import SINKS, Reader
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +32,13 @@ class Tracking:
     def __init__(self, output_dir: Path, journal: Journal):
         self.output_dir, self.journal = output_dir, journal
         self.mlflow: MlflowRun | None = None
+        self.readers: list[Reader] = []
+
+    def start_readers(self, names: Sequence[str], run_name: str, project: str, config: Mapping[str, Any]) -> None:
+        """Feed the other trackers that are named."""
+        self.readers = [Reader(name, self.output_dir, run_name, project, config) for name in names if name in SINKS]
+        for reader in self.readers:
+            reader.start()
 
     def start_mlflow(self, shipped: Shipped, *, elsewhere: bool = False) -> None:
         """Begin a run, or go on with the one this folder already has.
@@ -51,12 +61,20 @@ class Tracking:
     def close(self, status: str, *, timeout: float, curves: bool) -> bool:
         """Draw the curves, ship what is left and the run's files, set the final status, in about ``timeout`` seconds
         however long the server takes. True when all arrived."""
-        for work in (self.journal.close, *((lambda: plot_curves(self.output_dir),) if curves else ())):
+        for work in (self.journal.close, *(self._plots() if curves else ())):
             try:
                 work()
             except OSError as error:  # a full disk must not hide what has ended the run
                 log.warning("the record of the run in %s is not whole: %s", self.output_dir, error)
-        return self.mlflow is None or self.mlflow.close(status, timeout=timeout)
+        until = time.monotonic() + timeout
+        arrived = self.mlflow is None or self.mlflow.close(status, timeout=timeout)
+        for reader in self.readers:
+            if not reader.close(status, timeout=max(1.0, until - time.monotonic())):
+                log.warning("%s has not all of this run (%s)", reader.name, untold(reader.error))
+        return arrived
+
+    def _plots(self) -> tuple[Callable[[], object], ...]:
+        return (lambda: plot_curves(self.output_dir), lambda: plot_time(self.output_dir))
 
 
 def tracking_uri(given: str | None, output_dir: Path) -> str | None:
@@ -78,17 +96,12 @@ def named_elsewhere(given: str | None) -> bool:
     return given is None and bool(os.environ.get(STORE))
 
 
-def run_tags() -> dict[str, str]:
-    """Versions, and the commit of the code where it is a git checkout."""
+def run_tags(git: Mapping[str, Any] | None) -> dict[str, str]:
+    """Version, and the commit of the code where it is a git checkout (``git``: {commit, dirty})."""
     tags = {"diffdpo.version": __version__, "mlflow.source.name": "diffdpo"}
-    root = Path(__file__).parents[2]
-    try:
-        commit = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
+    if git is None:
         return tags  # installed from a wheel, or no git
-    return tags | {"mlflow.source.git.commit": commit}
+    return tags | {"mlflow.source.git.commit": git["commit"], "git.dirty": str(git["dirty"]).lower()}
 
 
 def open_command(uri: str) -> str:

@@ -44,7 +44,7 @@ class NotSaved(TrainingError):
 
 
 def save_checkpoint(output_dir: Path, step: int, engine: Engine, state: dict[str, Any], *, keep: int) -> Path:
-    """Write ``checkpoints/step-N``, then drop all but the ``keep`` newest. Every rank calls.
+    """Write ``checkpoints/step-N``, then drop all but the ``keep`` newest and the best. Every rank calls.
 
     NotSaved, on every rank, where any of them could not write.
     """
@@ -98,8 +98,10 @@ def write_checkpoint(place: Place, write: Callable[[Path], None], state: dict[st
         sums.update(share)
     _on_every_rank(end, place)
     if world.is_main:
+        best = (state.get("best") or {}).get("step")  # which the run may go back to
         for old in list_checkpoints(place.output_dir)[:-keep]:  # the newest has just been read back: a sound one stays
-            shutil.rmtree(old)
+            if _step_of(old) != best:
+                shutil.rmtree(old)
     world.barrier()
     return final
 
@@ -163,13 +165,13 @@ def find_checkpoint(name: str, output_dir: Path, world: World, say: Callable[[st
     ``latest`` and ``auto`` pass over damaged ones and say so. UserError when there is none. Every rank calls.
     """
     if name not in ("latest", "auto"):
-        if fault := _fault_of(Path(name), world):
+        if fault := fault_in(Path(name), world):
             raise UserError(f"--resume_from_checkpoint {name} cannot be used: {fault}; resume from another checkpoint")
         return Path(name)
     known = list_checkpoints(output_dir)
     world.barrier()  # nothing is renamed before all have looked
     for path in reversed(known):
-        fault = _fault_of(path, world)
+        fault = fault_in(path, world)
         if fault is None:
             return path
         say(f"{path} is passed over: {fault}")
@@ -183,7 +185,8 @@ def find_checkpoint(name: str, output_dir: Path, world: World, say: Callable[[st
     raise UserError(f"--resume_from_checkpoint latest: {output_dir / FOLDER} holds no checkpoint; 'auto' would start")
 
 
-def _fault_of(path: Path, world: World) -> str | None:
+def fault_in(path: Path, world: World) -> str | None:
+    """What is wrong with a checkpoint, every file of it looked at; None where nothing is. Every rank calls."""
     if not path.is_dir():
         return world.broadcast("there is no such folder")
     fault = fault_of(path, world)

@@ -8,13 +8,15 @@ from typing import Any
 
 from diffdpo.config import RunConfig
 from diffdpo.engine.base import Engine
-from diffdpo.errors import Stopped
+from diffdpo.engine.world import part
+from diffdpo.errors import Stopped, TrainingError, UserError
 from diffdpo.evaluation.result import Evaluation, comparison
 from diffdpo.memory.peak import peak_memory_gib
 from diffdpo.settings.credentials import untold
 from diffdpo.setup.context import RunContext
 from diffdpo.tracking.journal import FILE, read_journal
 from diffdpo.tracking.mlflow_run import missing_credentials
+from diffdpo.tracking.registry import register
 from diffdpo.tracking.run import Tracking, open_command
 from diffdpo.training.card import model_card
 from diffdpo.training.checkpoint import list_checkpoints, told_if_unwritable
@@ -22,6 +24,7 @@ from diffdpo.training.guard import Watch
 from diffdpo.training.result import print_comparison, write_summary
 from diffdpo.training.resume import asked_of
 
+CLOSING = "the end of the record"  # a stage of the pulse
 LOCAL_SECONDS = 60.0  # for an sqlite file
 
 
@@ -64,8 +67,8 @@ class Finish:
                 f"--output_dir {self.context.output_dir} --resume_from_checkpoint latest"
             )
 
-    def completed(self, *, steps: int, engine: Engine) -> None:
-        """``summary.json``; the table is printed when the record is closed."""
+    def completed(self, *, steps: int, kept: int, engine: Engine) -> None:
+        """``summary.json``; the table is printed when the record is closed. ``kept``: the step of the final model."""
         self.status = "FINISHED"
         peaks = engine.world.all_gather_object(peak_memory_gib(engine.world.device))
         if self.tracking is None:
@@ -75,6 +78,7 @@ class Finish:
         summary = {
             "run_name": self.context.run_name,
             "steps": steps,
+            "kept_step": kept,
             "asked": asked_of(self.config),
             "seconds": round(time.time() - self.started, 1),
             **{key: value for key, value in rates.items() if value is not None},
@@ -94,7 +98,7 @@ class Finish:
         if self.compared:
             print_comparison(self.compared)
         output_dir = self.context.output_dir
-        print(f"files   {output_dir}  (final/, metrics.jsonl, summary.json, plots/curves.png)")
+        print(f"files   {output_dir}  (final/, metrics.jsonl, summary.json, plots/)")
         mlflow = self.tracking.mlflow
         if mlflow is not None:
             print(f"mlflow  run {mlflow.shipped.run_name} in experiment {mlflow.shipped.experiment}; see it with")
@@ -103,6 +107,16 @@ class Finish:
                 reason = untold(mlflow.error).splitlines()[0][:120]
                 print(f"        NOT all of it arrived ({reason}); send the rest with")
                 print(f"        python -m diffdpo.tracking {output_dir}{missing_credentials(mlflow.shipped)}")
+            if self.config.register_model:
+                self._register(self.config.register_model)
+
+    def _register(self, name: str) -> None:
+        """The final model in MLflow's registry. A store that does not take it takes nothing of the run away."""
+        try:
+            print(f"model   {register(self.context.output_dir, name)}")
+        except (UserError, TrainingError) as error:
+            print(f"model   NOT registered: {error}; try again with")
+            print(f"        python -m diffdpo.tracking {self.context.output_dir} --register_model {name}")
 
     def _patience(self) -> float:
         """Seconds for MLflow: a file of ours takes what it takes, a server may hold nobody, and a run that is told to
@@ -129,5 +143,7 @@ def finish(context: RunContext, tracking: Tracking | None, watch: Watch, config:
         end.interrupted()
         raise
     finally:
+        watch.pulse.beat(CLOSING, watch.pulse.step)  # drawing and sending have no usual time
+        part()  # who has gone is known, or does not matter any more
         with watch.stop.set_deferred(True):
             end.close()

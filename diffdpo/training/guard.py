@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from diffdpo.config import RunConfig
+from diffdpo.engine.companions import ATTEMPT
 from diffdpo.engine.launcher import watch_launcher
-from diffdpo.engine.world import shutdown_distributed
-from diffdpo.errors import Stopped
+from diffdpo.engine.world import part, shutdown_distributed
+from diffdpo.errors import Stopped, UserError
 from diffdpo.setup.context import RunContext, open_context
 from diffdpo.tracking.lock import one_run_in
 from diffdpo.training.heartbeat import Pulse, beating
@@ -37,6 +38,8 @@ def guarded(
 
     UserError where another run has the folder.
     """
+    if config.max_restarts and ATTEMPT not in os.environ:
+        raise UserError("--max_restarts starts the command again, and there is none from Python; leave it out")
     whole = True
     with stop_on_signals(StopRequest(config.stop_seconds)) as stop:
         try:
@@ -53,6 +56,7 @@ def guarded(
             whole = False
             raise
         finally:
+            part()
             if whole:  # the end of a group that has lost a member may wait for it
                 shutdown_distributed()
             stop.ended.set()

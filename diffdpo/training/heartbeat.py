@@ -24,6 +24,7 @@ from pathlib import Path
 
 import psutil
 
+from diffdpo.engine.companions import GONE, Member
 from diffdpo.engine.world import World
 from diffdpo.errors import HUNG, TrainingError, UserError
 
@@ -31,7 +32,9 @@ FOLDER, SETUP = "heartbeats", "setup"
 PAUSE_SECONDS, STALE_SECONDS = 1.0, 10.0
 LOOK_TURNS = 5  # seconds between looks at the others
 LATELY = 20  # times of a stage that are remembered: the first step may compile for minutes
+WAITING = "an exchange with the others"
 STAGES = (  # a file's place and function to what is being done there, the innermost first
+    ("engine/world.py", "", WAITING),
     ("engine/", "backward", "backward"),
     ("engine/", "step", "optimizer step"),
     ("reference/", "", "reference"),
@@ -39,12 +42,14 @@ STAGES = (  # a file's place and function to what is being done there, the inner
     ("data_pipeline/", "", "data"),
     ("scores/masked_log_probs.py", "", "forward"),
     ("evaluation/", "", "evaluation"),
+    ("tracking/", "", "record"),
 )
 
 
 @dataclass(frozen=True)
 class Sign:
-    """What a rank has last said of itself. ``waited``: seconds in this stage; ``age``: of the sign itself."""
+    """What a rank has last said of itself. ``waited``: seconds in this stage; ``age``: of the sign itself;
+    ``unreached``: ranks whose host has not answered it for long."""
 
     rank: int
     host: str
@@ -53,6 +58,7 @@ class Sign:
     step: int
     waited: float
     age: float = 0.0
+    unreached: tuple[int, ...] = ()
 
     def describe(self) -> str:
         """Who and where, for the user."""
@@ -91,12 +97,19 @@ class Pulse:
         """Whether another rank has given no sign for too long."""
         return self.world.size > 1 and any(sign.age > self.timeout for sign in read_signs(self.output_dir))
 
+    def unreached(self) -> dict[int, float]:
+        """Ranks that could be reached once and cannot any more, and for how many seconds."""
+        return self.world.companions.unreached_for() if self.world.companions is not None else {}
+
     def sign(self) -> Sign:
         """Of this rank, now."""
-        stage, waited = self.stage, time.monotonic() - self.since
-        return Sign(
-            self.world.rank, socket.gethostname(), os.getpid(), stage_of(self.main_thread) or stage, self.step, waited
-        )
+        waited, stage = time.monotonic() - self.since, stage_of(self.main_thread) or self.stage
+        place = (self.world.rank, socket.gethostname(), os.getpid())
+        return Sign(*place, stage, self.step, waited, unreached=tuple(self.unreached()))
+
+    def is_cut_off(self) -> bool:
+        """Whether another rank has not been reached for too long."""
+        return any(seconds > self.timeout for seconds in self.unreached().values())
 
     def watch(self) -> None:
         """Until ended, in a thread of its own."""
@@ -109,8 +122,18 @@ class Pulse:
                 with suppress(OSError):  # a full disk is another's matter
                     self._write(self.sign())
             # all ranks read the signs of all: not every second
-            if self.timeout and (self.is_late() or (turn % LOOK_TURNS == 0 and self.hears_nothing())):
+            look = turn % LOOK_TURNS == 0
+            if self.timeout and (self.is_late() or (look and (self.is_cut_off() or self.hears_nothing()))):
                 self.end_hung()
+
+    def members(self) -> Sequence[Member]:
+        """The processes as they met; none where there is one."""
+        return self.world.companions.members if self.world.companions is not None else ()
+
+    def where(self, rank: int) -> str:
+        """What a rank was doing when it last said so, in words."""
+        signs = [sign for sign in read_signs(self.output_dir) if sign.rank == rank]
+        return f" in {signs[0].stage} of step {signs[0].step}" if signs else ""
 
     def _write(self, sign: Sign) -> None:
         path = self.output_dir / FOLDER / f"rank-{sign.rank}.json"
@@ -123,10 +146,12 @@ class Pulse:
         """Dump the stacks; one of the living says what is wrong; end frozen processes of this host, and this one."""
         with suppress(OSError), (self.output_dir / f"hang-rank-{self.world.rank}.txt").open("w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
-        signs = read_signs(self.output_dir) or [self.sign()]
+        # its own sign as it is now, and those of others where they share the folder
+        signs = [sign for sign in read_signs(self.output_dir) if sign.rank != self.world.rank] + [self.sign()]
+        signs.sort(key=lambda sign: sign.rank)
         living = [sign for sign in signs if sign.age < STALE_SECONDS] or signs
         if living[0].rank == self.world.rank:
-            line = f"error: {diagnosis(signs)}; stacks: {self.output_dir}/hang-rank-*.txt"
+            line = f"error: {diagnosis(signs, self.members())}; stacks: {self.output_dir}/hang-rank-*.txt"
             print(f"\n{line}", file=sys.stderr, flush=True)  # not behind the progress bar
         else:
             time.sleep(3 * PAUSE_SECONDS)  # the launcher ends all of them when the first has ended
@@ -142,6 +167,8 @@ def beating(pulse: Pulse) -> Iterator[Pulse]:
     folder = pulse.output_dir / FOLDER
     if pulse.world.is_main:
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    if pulse.world.companions is not None:
+        pulse.world.companions.where = pulse.where
     thread = threading.Thread(target=pulse.watch, name="heartbeat", daemon=True)
     thread.start()
     try:
@@ -152,11 +179,16 @@ def beating(pulse: Pulse) -> Iterator[Pulse]:
     except (UserError, TrainingError):
         raise
     except RuntimeError as error:  # what torch.distributed raises when another process has gone
-        if pulse.world.size > 1 and (gone := lost(read_signs(pulse.output_dir))):
+        told = [
+            f"{sign.describe()} ended in {sign.stage} of step {sign.step}"
+            for sign in lost(read_signs(pulse.output_dir))
+        ]
+        told = told or [f"{member.describe()} ended" for member in pulse.members() if member.probe() == GONE]
+        if pulse.world.size > 1 and told:
             print(file=sys.stderr)  # behind the progress bar of who is gone
             raise TrainingError(
-                f"{' and '.join(sign.describe() for sign in gone)} ended in {gone[0].stage} of step {gone[0].step}; "
-                "its own output says why, or it was killed; go on with --resume_from_checkpoint latest"
+                f"{' and '.join(told)}; its own output says why, or it was killed; go on with "
+                "--resume_from_checkpoint latest"
             ) from error
         raise
     finally:
@@ -168,9 +200,10 @@ def read_signs(output_dir: Path) -> list[Sign]:
     """The newest sign of every rank that has given one, in rank order."""
     signs = []
     for path in (output_dir / FOLDER).glob("rank-*.json"):
-        with suppress(OSError, ValueError, TypeError):  # just being replaced
-            sign = Sign(**json.loads(path.read_text()))
-            signs.append(Sign(**asdict(sign) | {"age": max(0.0, time.time() - path.stat().st_mtime)}))
+        with suppress(OSError, ValueError, TypeError, KeyError):  # just being replaced
+            told = json.loads(path.read_text())
+            age = max(0.0, time.time() - path.stat().st_mtime)
+            signs.append(Sign(**told | {"age": age, "unreached": tuple(told["unreached"])}))
     return sorted(signs, key=lambda sign: sign.rank)
 
 
@@ -188,9 +221,16 @@ def _is_ours(pid: int) -> bool:
     return False
 
 
-def diagnosis(signs: Sequence[Sign]) -> str:
+def diagnosis(signs: Sequence[Sign], members: Sequence[Member] = ()) -> str:
     """Who holds the others up, as far as the signs tell."""
     waited = max(sign.waited for sign in signs)
+    if cut := [(sign, rank) for sign in signs for rank in sign.unreached]:
+        names = {member.rank: member.describe() for member in members}
+        sign, other = cut[0]
+        return (
+            f"hung: {sign.describe()} cannot reach {names.get(other, f'rank {other}')} any more; it is in "
+            f"{sign.stage} of step {sign.step}: the link between their hosts is cut, or the other host is down"
+        )
     if silent := [sign for sign in signs if sign.age > STALE_SECONDS]:
         first = silent[0]
         return (
@@ -201,7 +241,7 @@ def diagnosis(signs: Sequence[Sign]) -> str:
         return f"hung: {signs[0].describe()} has been in {signs[0].stage} of step {signs[0].step} for {waited:.0f} s"
     behind = min(sign.step for sign in signs)
     late = [sign for sign in signs if sign.step == behind]
-    late = [sign for sign in late if sign.stage == "data"] or late
+    late = [s for s in late if s.stage == "data"] or [s for s in late if s.stage != WAITING] or late
     if len(late) < len(signs):
         return f"hung: {late[0].describe()} has been in {late[0].stage} of step {behind} for {late[0].waited:.0f} s"
     stages = ", ".join(f"rank {sign.rank} on {sign.host}: {sign.stage}" for sign in signs[:8])
@@ -212,10 +252,13 @@ def diagnosis(signs: Sequence[Sign]) -> str:
 
 
 def stage_of(thread: int) -> str | None:
-    """What a thread is doing, by the innermost of our functions on its stack."""
+    """What a thread is doing, by the innermost of our functions on its stack; None where no more is known than that it
+    is in a step."""
     frame = sys._current_frames().get(thread)
     while frame is not None:
         place, name = frame.f_code.co_filename, frame.f_code.co_name
+        if place.endswith("training/loop.py"):  # what lies further out is not of this stage
+            return None
         for part, function, stage in STAGES:
             if part in place and ("diffdpo" in place or "data_pipeline" in place) and function in ("", name):
                 return stage

@@ -8,13 +8,16 @@ from typing import Any, cast
 import numpy as np
 from torch import nn
 
+from data_pipeline.addresses import hidden
 from data_pipeline.facts import refuse_unusable
 from diffdpo.config import TrainConfig, resolve
-from diffdpo.engine.base import Engine, FrozenModule, count_parameters
+from diffdpo.engine.base import Engine, FrozenModule, count_parameters, trains_few
 from diffdpo.engine.choice import EngineChoice
 from diffdpo.engine.make import choice_for, make_engine
 from diffdpo.engine.optimizer import OptimizerOptions
-from diffdpo.evaluation.heldout import HeldOutPairs, SampledAnswers
+from diffdpo.engine.plain import PlainEngine
+from diffdpo.evaluation.heldout import HeldOutPairs
+from diffdpo.evaluation.heldout_tasks import HeldOutTasks
 from diffdpo.losses.options import LossOptions
 from diffdpo.models.bundled import model_or_bundled
 from diffdpo.models.encoder import make_encoder
@@ -23,10 +26,12 @@ from diffdpo.noise.block_score import resolved
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.reference.modes import choose_mode, make_frozen, make_reference, second_model_share
 from diffdpo.reference.precompute import Precomputed, ReferencePass
+from diffdpo.reference.refresh import RefreshingStep
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.scores.reference import Reference
 from diffdpo.scores.rounding import RELATIVE
 from diffdpo.scores.segments import Segments, make_segments
+from diffdpo.settings.engine import over_processes
 from diffdpo.setup import data as run_data
 from diffdpo.setup.chosen import chosen_settings
 from diffdpo.setup.context import RunContext
@@ -59,7 +64,8 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Result:
 def _train(
     config: TrainConfig, asked: TrainConfig, context: RunContext, watch: Watch, callbacks: Sequence[Callback]
 ) -> Result:
-    choice = choice_for(config, context.world)
+    config = over_processes(config, context.world.size)
+    choice = choice_for(config, context.world, adapter=config.adapts)
     check_before_weights(config, choice)
     if (finished := finished_before(config, context)) is not None:
         return finished
@@ -129,8 +135,8 @@ class _Training:
         # before another model is in memory
         self.scores = parts.precompute() if self.mode == "precomputed" else None
         self.context.print(reading_of(config))
-        self.loaded = load_policy(config, choice, world)
-        self.noise = NoiseOptions.of(config, self.loaded.spec)
+        self.loaded = load_policy(config, choice, world, with_start=self.mode == "adapter_start")
+        self.noise = NoiseOptions.of(config, self.loaded.spec, ld_alpha=config.ld_alpha)
         module = MaskedLogProbs.of(self.loaded.model, self.loaded.spec, config)
         frozen = make_frozen(config, module, choice, world) if self.mode == "copy" else None
         options = OptimizerOptions.of(config)
@@ -143,6 +149,9 @@ class _Training:
         """The references, and what evaluations measure under them."""
         config, parts, world = self.config, self.parts, self.context.world
         held = self.engine.freeze(frozen) if frozen is not None else None
+        if config.sync_ref_model:
+            assert isinstance(self.engine, PlainEngine) and frozen is not None
+            self.engine.beside["reference"] = frozen
         # evaluations keep the shapes that scores made before were made in, whatever --max_memory finds for steps
         segments = make_segments(config, self.choice, world.device, world=world)
         self.reference, held_out_reference, self.reference_text = self._references(held, segments)
@@ -153,9 +162,18 @@ class _Training:
             self.noise,
             self.loss,
             batches,
-            SampledAnswers(config, self.engine, self.loaded, batches),
+            HeldOutTasks(
+                config,
+                self.engine,
+                self.loaded,
+                parts.encoder,
+                records=run_data.held_out_records(parts.eval_set, batches, world),
+                batches=batches,
+                segments=segments,
+            ),
             segments=segments,
             max_length=config.max_length,
+            moves=config.sync_ref_model,
         )
 
     def _references(self, frozen: FrozenModule | None, eval_segments: Segments) -> tuple[Reference, Reference, str]:
@@ -175,6 +193,7 @@ class _Training:
             reduces_in_backward=self.choice.reduces_in_backward,
             segments=self.segments,
             shape=self._shape(),
+            few=trains_few(self.engine.module),
         )
         self.context.print(self._announcement(strategy, why, measured))
         step = PreferenceStep(
@@ -186,6 +205,7 @@ class _Training:
             segments=self.segments,
             compared=self.mode != "none",
             max_length=config.max_length,
+            reference_forwards=int(self.mode in ("copy", "adapter_off")),
         )
         return Run(
             config=self._resolved(strategy),
@@ -198,13 +218,21 @@ class _Training:
             loader=self.loader,
             loaded=self.loaded,
             engine=self.engine,
-            step=step,
+            step=self._refreshing(step) if config.sync_ref_model else step,
             held_out=self.held_out,
             check_first=self._check_first,
             unit="answers" if self.loss.unpaired else "pairs",
+            step_is_of_records=not (self.loss.couples_pairs or self.loss.needs_reference_point),
             base=model_or_bundled(config.policy),
             callbacks=callbacks,
         )
+
+    def _refreshing(self, step: PreferenceStep) -> RefreshingStep:
+        """The step with a reference that follows the policy (``--sync_ref_model``)."""
+        assert isinstance(self.engine, PlainEngine)
+        alpha, every = self.config.ref_model_mixup_alpha, self.config.ref_model_sync_steps
+        moving = self.engine.beside["reference"]
+        return RefreshingStep(step, moving, alpha=alpha, every=every, steps_per_epoch=len(self.loader))
 
     def _resolved(self, strategy: str) -> TrainConfig:
         """The settings with all that was chosen, so that they repeat the run."""
@@ -215,7 +243,7 @@ class _Training:
             reference=self.mode,
             segmentation=strategy,
             score_estimator=self.noise.estimator,
-            eval_task=self.held_out.answers.task,
+            eval_task=self.held_out.tasks.task,
         )
 
     def _facts(self, why: str) -> dict[str, Any]:
@@ -225,6 +253,7 @@ class _Training:
             "trained_parameters": trained,
             "pairs": len(self.parts.train_set),
             "held_out_pairs": len(self.parts.eval_set) if self.parts.eval_set is not None else 0,
+            "held_out_fingerprint": self.parts.eval_set.fingerprint if self.parts.eval_set is not None else None,
             "dtype": dtype_name(self.choice.bf16),
             "reference_model": self.reference_text,
             "why_reference": self.why_mode,
@@ -268,8 +297,8 @@ class _Training:
             f"policy     {describe_model(config)}, "
             f"{total / 1e6:.2f}M parameters, {trained / 1e6:.2f}M trained, {'bf16' if self.choice.bf16 else 'fp32'}\n"
             f"reference  {self.reference_text} ({self.why_mode})\n"
-            f"data       {config.train_data or 'generated arithmetic-reasoning pairs'}: {len(parts.train_set)} "
-            f"{'records' if self.loss.unpaired else 'pairs'}, "
+            f"data       {hidden(config.train_data or '') or 'generated arithmetic-reasoning pairs'}: "
+            f"{len(parts.train_set)} {'records' if self.loss.unpaired else 'pairs'}, "
             f"{held_out}\n"
             f"engine     {self.choice.describe()}, {context.world.size} process(es) on {context.world.device.type}\n"
             f"scores     {self._scores()}; loss {self.loss.describe()}, "
@@ -289,7 +318,8 @@ class _Training:
     def _check_first(self, report: StepReport) -> None:
         """With policy = reference and shared noise every preference logit is 0, so the sigmoid loss is ln 2."""
         config, loss = self.config, self.loss
-        if config.ref_model_name_or_path or self.mode == "none" or "sigmoid" not in loss.names:
+        apart = self.mode == "adapter_off" and config.adapter_name_or_path  # the policy starts with an adapter
+        if config.ref_model_name_or_path or apart or self.mode == "none" or "sigmoid" not in loss.names:
             return
         if not report.records or not math.isfinite(report.loss):
             return  # told of by the loop: there is no loss to compare
@@ -300,7 +330,8 @@ class _Training:
                 "scores, more than rounding makes: policy and reference do not compute the same numbers"
             )
         elif _is_plain_sigmoid(loss):
-            self.context.print(f"step 1: loss {report.loss:.6f}, ln 2 as it must be while policy = reference")
+            off = f" (log-ratios of up to {report.largest_logit:.1e} nats: rounding)" if report.largest_logit else ""
+            self.context.print(f"step 1: loss {report.loss:.6f}, ln 2 as it must be while policy = reference{off}")
 
 
 def _is_plain_sigmoid(loss: LossOptions) -> bool:

@@ -9,6 +9,7 @@ import json
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,11 @@ import yaml
 from diffdpo import __version__
 from diffdpo.config import RunConfig, to_yaml, usual_settings
 from diffdpo.engine.world import World
-from diffdpo.settings.base import changed
+from diffdpo.settings.base import changed, public
+from diffdpo.settings.credentials import hidden, untold
+from diffdpo.tracking.commit import git_state
+
+LONGEST_DIFF = 1_000_000  # characters
 
 
 def write_record(
@@ -36,6 +41,21 @@ def write_record(
     (output_dir / "asked.yaml").write_text(settings_text(asked))
     (output_dir / "ds_config.json").write_text(json.dumps(dict(ds_config), indent=1))
     (output_dir / "environment.json").write_text(json.dumps(dict(environment), indent=1))
+    write_changes(output_dir)
+
+
+def write_changes(output_dir: Path) -> None:
+    """``changes.diff``: what the code has that its commit has not; nothing where that is nothing."""
+    state = git_state()
+    (output_dir / "changes.diff").unlink(missing_ok=True)
+    if state is None or not state["dirty"]:
+        return
+    root = Path(__file__).parents[2]
+    command = ["git", "-C", str(root), "diff", "HEAD", "--stat", "--patch", "--no-color"]
+    with suppress(subprocess.SubprocessError):
+        text = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=30, check=True).stdout
+        short = text if len(text) <= LONGEST_DIFF else f"{text[:LONGEST_DIFF]}\n(cut: {len(text)} characters)\n"
+        (output_dir / "changes.diff").write_text(untold(short))
 
 
 def settings_text(asked: RunConfig) -> str:
@@ -79,22 +99,36 @@ def _name(requirement: str) -> str:
     return requirement
 
 
-def git_state() -> dict[str, Any] | None:
-    """Commit of the code and whether the tree had changes; None outside a git checkout."""
-    root = Path(__file__).parents[2]
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")) != root:
-            return None  # installed into somebody else's checkout
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
+
+
+def parameters_of(config: RunConfig, environment: Mapping[str, Any]) -> dict[str, str]:
+    """What MLflow is told as parameters: settings and facts that have a value. Packages, commit and command are in
+    ``environment.json``, the DeepSpeed file is an artifact."""
+    left_out = ("packages", "git", "command")
+    params = {**public(config), **{key: value for key, value in environment.items() if key not in left_out}}
+    return {key: str(value) for key, value in params.items() if value is not None}
+
+
+def data_inputs(config: RunConfig, environment: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The run's data: name, what it is for, fingerprint, source and number of records."""
+    generated = "generated arithmetic"
+    source = hidden(config.train_data or generated)
+    count = environment.get("pairs", environment.get("answers", 0))
+    found = [("training", source, environment["data_fingerprint"], count)]
+    if environment.get("held_out_fingerprint"):
+        held_out = hidden(config.eval_data or source)
+        found.append(
+            ("evaluation", held_out, environment["held_out_fingerprint"], environment.get("held_out_pairs", 0))
+        )
+    return [
+        {
+            "name": f"{Path(source.split(',')[0]).name or source}"[:200],
+            "context": context,
+            "digest": digest,
+            "source": source,
+            "records": str(records),
+        }
+        for context, source, digest, records in found
+    ]

@@ -20,12 +20,15 @@ WITHOUT_EFFECT = {
     "data_cache_dir",
     "tracking_uri",
     "tracking_timeout",
+    "max_restarts",
+    "replay",
 }
 FREE_TO_CHANGE = WITHOUT_EFFECT | {
     *("dataset_num_workers", "save_minutes", "save_on_full_disk", "stop_seconds", "hang_timeout"),
     *("on_nonfinite", "nonfinite_limit", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_token"),
     *("logging_steps", "eval_steps", "save_steps", "save_total_limit", "segmentation", "segment_rows", "max_memory"),
     *("reference", "reference_cache", "precompute_only", "strict"),
+    *("load_best_model_at_end", "early_stopping_patience", "early_stopping_threshold"),
     # where the engine that was can be another (``EngineChoice.reads``), and its number of processes
     *("engine", "ds_config", "fsdp_cpu_offload", "fsdp_reshard_after_forward", "fsdp_shard_size"),
     # their product cannot change: the reader refuses another number of records a step

@@ -1,12 +1,11 @@
 """The beginning and the end of a run, whatever it trains: its record is opened, and closed on every way out."""
 
-import json
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -27,6 +26,7 @@ from diffdpo.step.report import StepReport
 from diffdpo.tracking.journal import Journal
 from diffdpo.tracking.mlflow_run import Shipped
 from diffdpo.tracking.run import Tracking, named_elsewhere, run_tags, tracking_uri
+from diffdpo.training.best import Best
 from diffdpo.training.callbacks import Callback, Callbacks
 from diffdpo.training.checkpoint import (
     read_state,
@@ -37,22 +37,12 @@ from diffdpo.training.finish import finish
 from diffdpo.training.guard import Watch
 from diffdpo.training.loop import EVALUATION, Loop, StepFunction
 from diffdpo.training.manifest import publish, sync_tree
-from diffdpo.training.record import environment_of, write_record
+from diffdpo.training.measured import HeldOut, Measured
+from diffdpo.training.record import data_inputs, environment_of, parameters_of, write_record
+from diffdpo.training.replay import replay
 from diffdpo.training.resume import finished_summary, held_by, resume_parts
 from diffdpo.training.room import check_guards, check_room
 from diffdpo.training.schedule import in_steps
-
-
-class HeldOut(Protocol):
-    """What a command measures on held-out data."""
-
-    def evaluate(self, when: str) -> Evaluation:
-        """Everything, before or after."""
-        ...
-
-    def quick(self) -> dict[str, float]:
-        """Means of what is cheap enough for between steps."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -100,11 +90,15 @@ class Run:
     unit: str  # what a record is called
     base: str | None  # folder or name of what was trained, for the model card; None: random weights
     callbacks: Sequence[Callback] = ()
+    step_is_of_records: bool = True  # whether the loss of a record depends on that record alone
 
 
 def carry_out(run: Run) -> Result:
     """Before, train, after; the record of it and the final model."""
     config, context, engine, held_out = run.config, run.context, run.engine, run.held_out
+    if config.replay is not None:
+        replay(Path(config.replay), context, engine, run.step, alone=run.step_is_of_records)
+        return Result(context.output_dir, steps=0, complete=True)
     state, changes = (read_state(run.resume) if run.resume else {}), []
     if run.resume:  # before anything of the run's record is touched: a refusal must leave it as it was
         changes = resume_parts(config, context, run.resume, engine, run.loader)
@@ -113,8 +107,12 @@ def carry_out(run: Run) -> Result:
     tracking = start_tracking(run, state=state, changes=changes)
     with finish(context, tracking, run.watch, config) as end:
         run.watch.pulse.beat(EVALUATION, state.get("step", 0))
-        before = Evaluation(state["before"]) if run.resume else held_out.evaluate("before")
-        loop = _loop_of(run, tracking, before, done=state.get("step", 0))
+        measured = Measured(held_out, tracking, data=run.facts["held_out_fingerprint"], resume_step=state.get("step"))
+        before = measured.again(Evaluation(state["before"])) if run.resume else measured.evaluate("before")
+        loop = _loop_of(run, tracking, before, resumed=state)
+        measured.follow(loop)
+        if loop.best is not None:
+            loop.best.check(before.means())
         if not run.resume:
             loop.record_evaluation(before.means())
         end.phase = "in training"
@@ -123,14 +121,16 @@ def carry_out(run: Run) -> Result:
         if not_learned := run.loader.summary(engine.world.all_reduce_sums):
             context.print(f"data    {not_learned}")
         if complete:
+            kept = loop.settle_for_the_best()
             folder = context.output_dir / "final"
             _save_whole(folder, engine, run.loaded)
             end.phase = f"in the evaluation after training; the trained model is in {folder}"
             run.watch.pulse.beat(EVALUATION, loop.done)
-            after = held_out.evaluate("after")
-            loop.record_evaluation(after.means())
+            after = measured.evaluate("after")
+            if kept == loop.done:  # else they stand where they were measured
+                loop.record_evaluation(after.means())
             end.write_card(folder, run.base, run.asked, before, after)
-            end.completed(steps=loop.done, engine=engine)
+            end.completed(steps=loop.done, kept=kept, engine=engine)
         else:
             end.stopped(loop.done)
         loop.callbacks.on_end(loop.done)
@@ -175,7 +175,7 @@ def _save_whole(folder: Path, engine: Engine, loaded: LoadedModel) -> None:
             raise
 
 
-def _loop_of(run: Run, tracking: Tracking | None, before: Evaluation, *, done: int) -> Loop:
+def _loop_of(run: Run, tracking: Tracking | None, before: Evaluation, *, resumed: Mapping[str, Any]) -> Loop:
     total = total_steps(run.config, run.loader)
     return Loop(
         config=in_steps(run.config, total),
@@ -191,8 +191,15 @@ def _loop_of(run: Run, tracking: Tracking | None, before: Evaluation, *, done: i
         unit=run.unit,
         watch=run.watch,
         state={"before": dict(before.values), "config": public(run.config), "held_by": held_by(run.engine)},
-        done=done,
+        best=Best.of(run.config, resumed),
+        done=resumed.get("step", 0),
     )
+
+
+def _lines_every(state: Mapping[str, Any]) -> int | None:
+    """Steps between the lines of the journal that a checkpoint's run has written, where that was a number of them."""
+    steps = state.get("config", {}).get("logging_steps")
+    return int(steps) if isinstance(steps, int | float) and steps >= 1 else None
 
 
 def start_tracking(run: Run, *, state: Mapping[str, Any], changes: Sequence[str]) -> Tracking | None:
@@ -216,16 +223,23 @@ def start_tracking(run: Run, *, state: Mapping[str, Any], changes: Sequence[str]
             output_dir,
             resume_step=step,
             position=state.get("journal"),
+            every=_lines_every(state),
             say=context.print,
             wait_for_room=config.save_on_full_disk == "continue",
         )
         for change in changes:
             journal.note(step or 0, change)
         tracking = Tracking(output_dir, journal)
-        if uri is not None:
-            params = {**public(config), **environment, "ds_config_json": json.dumps(ds_config)}
-            texts = {key: str(value) for key, value in params.items()}
-            shipped = Shipped(uri, config.experiment_name, context.run_name, texts, run_tags())
+        tracking.start_readers(config.trackers(), context.run_name, config.experiment_name, public(config))
+        if uri is not None and "mlflow" in config.trackers():
+            shipped = Shipped(
+                uri,
+                config.experiment_name,
+                context.run_name,
+                parameters_of(config, environment),
+                run_tags(environment["git"]) | config.tags(),
+                datasets=data_inputs(config, environment),
+            )
             if named_elsewhere(run.asked.tracking_uri):
                 context.print(f"mlflow  {uri}, as {STORE} says")
             tracking.start_mlflow(shipped, elsewhere=run.asked.tracking_uri is not None)

@@ -2,11 +2,12 @@
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diffdpo.engine.base import Engine
+from diffdpo.engine.world import World
 from diffdpo.training.checkpoint import NotSaved, Place, planned_bytes, save_checkpoint, write_checkpoint
 
 Outcome = Path | NotSaved
@@ -14,9 +15,10 @@ Outcome = Path | NotSaved
 
 @dataclass
 class Saver:
-    """Saves one checkpoint at a time. Every rank calls its methods alike; rank 0's thread writes.
+    """Saves one checkpoint at a time. Every rank calls its methods alike, and each has a thread that writes its part.
 
-    ``on_saved``: called on every rank when a checkpoint is whole; ``on_not_saved``: where there was no room for one.
+    ``on_saved``: called on every rank when a checkpoint is whole; ``on_not_saved``: where there was no room for one;
+    ``on_waiting``: when the step is to wait for all of a save.
     """
 
     output_dir: Path
@@ -24,27 +26,33 @@ class Saver:
     keep: int
     on_saved: Callable[[int, Path], None]
     on_not_saved: Callable[[int, NotSaved], None]
+    on_waiting: Callable[[], None] = lambda: None
     step: int | None = None  # of the checkpoint that is being written
-    thread: threading.Thread | None = None  # on rank 0
+    thread: threading.Thread | None = None
     outcome: Outcome | None = None  # what the thread came to
+    beside: World | None = None  # what the threads talk in
 
     def save(self, step: int, state: dict[str, Any], *, wait: bool) -> None:
         """Write the engine's state as it is now; ``wait``: until it is whole."""
         self.settle()
         world = self.engine.world
-        write = None if wait else self.engine.snapshot()
-        if not world.broadcast(write is not None):  # rank 0's memory decides for all
-            try:
-                self._tell(step, save_checkpoint(self.output_dir, step, self.engine, state, keep=self.keep))
-            except NotSaved as error:
-                self._tell(step, error)
+        self.beside = self.beside or world.beside()
+        write = None if wait else self.engine.snapshot(self.beside)
+        if world.all_reduce_max(int(write is None)):  # one without memory decides for all
+            self._save_now(step, state)
             return
+        assert write is not None, "nobody has said so"
         self.step = step
-        if world.is_main:
-            assert write is not None, "rank 0 has said so"
-            place = Place(self.output_dir, step, replace(world, size=1), planned_bytes(self.engine))
-            self.thread = threading.Thread(target=self._write, args=(place, write, state), name="saver")
-            self.thread.start()
+        place = Place(self.output_dir, step, self.beside, planned_bytes(self.engine))
+        self.thread = threading.Thread(target=self._write, args=(place, write, state), name="saver")
+        self.thread.start()
+
+    def _save_now(self, step: int, state: dict[str, Any]) -> None:
+        self.on_waiting()
+        try:
+            self._tell(step, save_checkpoint(self.output_dir, step, self.engine, state, keep=self.keep))
+        except NotSaved as error:
+            self._tell(step, error)
 
     def _write(self, place: Place, write: Callable[[Path], None], state: dict[str, Any]) -> None:
         try:
@@ -55,7 +63,7 @@ class Saver:
             self.outcome = NotSaved(f"{place.partial} was not written: {error!r}", full=False)
 
     def is_done(self) -> bool:
-        """Whether the thread has come to an end that has not been told yet; on rank 0 only."""
+        """Whether the thread has come to an end that has not been told yet."""
         return self.thread is not None and not self.thread.is_alive()
 
     def settle(self) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+from data_pipeline.addresses import hidden
 from data_pipeline.batch import Fault
 from data_pipeline.dataset import ShardedDataset
 from data_pipeline.facts import count_kinds, refuse_unusable
@@ -20,7 +21,8 @@ from diffdpo.engine.choice import EngineChoice
 from diffdpo.engine.make import choice_for, load_device, make_engine, weight_shards
 from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.errors import UserError
-from diffdpo.evaluation.heldout import HeldOutAnswers, SampledAnswers
+from diffdpo.evaluation.heldout import HeldOutAnswers
+from diffdpo.evaluation.heldout_tasks import HeldOutTasks
 from diffdpo.losses.options import LossOptions
 from diffdpo.models.architecture.from_scratch import new_model, train_tokenizer
 from diffdpo.models.encoder import make_encoder
@@ -29,10 +31,11 @@ from diffdpo.noise.options import NoiseOptions
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.scores.reference import no_reference
 from diffdpo.scores.segments import make_segments
+from diffdpo.settings.engine import over_processes
 from diffdpo.setup import data as run_data
 from diffdpo.setup.chosen import chosen_settings
 from diffdpo.setup.context import RunContext
-from diffdpo.setup.model import reading_of
+from diffdpo.setup.model import describe_model, load_policy, reading_of
 from diffdpo.setup.preflight import check_before_weights, check_settings_meet, doubts
 from diffdpo.step.report import StepReport
 from diffdpo.step.step import PreferenceStep
@@ -45,6 +48,7 @@ from diffdpo.training.loop import StepFunction
 from diffdpo.training.run import Result, Run, carry_out, finished_before
 
 CONTEXT = 1024  # of a new model, unless its rows are longer
+SUPERVISED = LossOptions(("sft",), (1.0,), beta=1.0)
 TOKENIZER_RECORDS = 20_000  # the tokenizer of a new model is trained on the first of the data
 
 
@@ -63,6 +67,7 @@ def sft(config: SftConfig, *, callbacks: Sequence[Callback] = ()) -> Result:
 def _sft(
     config: SftConfig, asked: SftConfig, context: RunContext, watch: Watch, callbacks: Sequence[Callback]
 ) -> Result:
+    config = over_processes(config, context.world.size)
     choice = choice_for(config, context.world)
     check_before_weights(config, choice)
     if (finished := finished_before(config, context)) is not None:
@@ -100,21 +105,18 @@ def _build(
         segments=segments,
         shape=micro_batch_shape(config, couples_pairs=False, block_size=loaded.spec.block_size),
     )
-    held_out = HeldOutAnswers(
-        engine,
-        noise,
-        batches,
-        SampledAnswers(config, engine, loaded, batches),
-        segments=make_segments(config, choice, world.device, world=world),
-    )
+    eval_segments = make_segments(config, choice, world.device, world=world)
+    records = run_data.held_out_records(eval_set, batches, world)
+    tasks = HeldOutTasks(config, engine, loaded, encoder, records=records, batches=batches, segments=eval_segments)
+    held_out = HeldOutAnswers(engine, noise, batches, tasks, segments=eval_segments)
     context.print(_announcement(config, context, choice, loaded, answers, f"'{strategy}' ({why})"))
-    loss = LossOptions(("sft",), (1.0,), beta=1.0)
-    step = PreferenceStep(engine, no_reference, noise, loss, strategy=strategy, segments=segments, compared=False)
-    chosen = chosen_settings(config, context, choice, encoder) | {"model_name_or_path": config.model_name_or_path}
+    step = PreferenceStep(engine, no_reference, noise, SUPERVISED, strategy=strategy, segments=segments, compared=False)
+    named = {"model_name_or_path": config.model_name_or_path or config.policy}  # None: a new one
+    chosen = chosen_settings(config, context, choice, encoder) | named
     return Run(
-        config=replace(config, **chosen, segmentation=strategy, eval_task=held_out.answers.task),
+        config=replace(config, **chosen, segmentation=strategy, eval_task=held_out.tasks.task),
         asked=config,
-        facts=_facts(loaded, choice, answers=len(train_set), why=why),
+        facts=_facts(loaded, choice, (train_set, eval_set), why=why),
         context=context,
         watch=watch,
         resume=resume,
@@ -137,18 +139,29 @@ def _with_canvas(step: PreferenceStep, config: SftConfig, loaded: LoadedModel) -
     return lambda micro_batches, rate: step([fill_canvas(batch, **canvas) for batch in micro_batches], rate)
 
 
-def _facts(loaded: LoadedModel, choice: EngineChoice, *, answers: int, why: str) -> dict[str, Any]:
+def _facts(
+    loaded: LoadedModel, choice: EngineChoice, data: tuple[ShardedDataset, ShardedDataset | None], *, why: str
+) -> dict[str, Any]:
     total, trained = count_parameters(loaded.model)
-    facts = {"parameters": total, "trained_parameters": trained, "answers": answers}
-    return facts | {"dtype": dtype_name(choice.bf16), "why_segmentation": why}
+    answers, held_out = data
+    return {
+        "parameters": total,
+        "trained_parameters": trained,
+        "answers": len(answers),
+        "held_out_pairs": len(held_out) if held_out is not None else 0,
+        "held_out_fingerprint": held_out.fingerprint if held_out is not None else None,
+        "dtype": dtype_name(choice.bf16),
+        "why_segmentation": why,
+    }
 
 
 def _announcement(
     config: SftConfig, context: RunContext, choice: EngineChoice, loaded: LoadedModel, answers: str, strategy: str
 ) -> str:
+    model = describe_model(config) if config.policy else "new"
     return (
-        f"model    {config.policy or 'new'}, {count_parameters(loaded.model)[0]:,} parameters\n"
-        f"data     {config.train_data or 'generated arithmetic-reasoning answers'}: {answers}\n"
+        f"model    {model}, {count_parameters(loaded.model)[0]:,} parameters\n"
+        f"data     {hidden(config.train_data or '') or 'generated arithmetic-reasoning answers'}: {answers}\n"
         f"engine   {choice.describe()}; segmentation {strategy}\n"
         f"output   {context.output_dir}"
     )
@@ -179,10 +192,7 @@ def _load_or_make(
     device, shards = load_device(choice, context.world), weight_shards(choice, context.world)
     if config.policy:
         context.print(reading_of(config))
-        dtype = dtype_name(choice.reads_bf16(trained=True))
-        loaded = load_model(config.policy, dtype=dtype, device=device, block_size=config.block_size, shards=shards)
-        loaded.model.requires_grad_(True)
-        return loaded
+        return load_policy(config, choice, context.world)
     folder = context.output_dir / "start"
     if context.world.is_main and not (keep and folder.exists()):
         shutil.rmtree(folder, ignore_errors=True)  # of a start that was broken off, perhaps with other settings

@@ -52,8 +52,8 @@ start() {
 }
 
 # until_stopped COMMAND...: run it, hand SIGTERM on to it, and put the job into the queue again if it was stopped on the
-# way (exit code 3, or SIGTERM came: torchrun and deepspeed keep the code of their ranks to themselves). A job that was
-# cancelled is not RUNNING any more and stays away.
+# way (exit code 3, or SIGTERM came: torchrun and deepspeed, sent it, keep the code of their ranks to themselves), or hung
+# (exit code 4; three times at most: the next nodes may be better ones). A job that was cancelled is not RUNNING any more and stays away.
 until_stopped() {
     local code step signals=0 seen
     trap 'signals=$((signals + 1)); kill -TERM "$step" 2>/dev/null || true' TERM
@@ -65,7 +65,10 @@ until_stopped() {
         if [ "$signals" -eq "$seen" ]; then break; fi # else a signal ended `wait`, not the step
     done
     trap - TERM
-    if [ "$code" -ne 0 ] && { [ "$code" -eq 3 ] || [ "$signals" -gt 0 ]; }; then
+    local again=0
+    if [ "$code" -eq 3 ] || [ "$signals" -gt 0 ]; then again=1; fi
+    if [ "$code" -eq 4 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 3 ]; then again=1; fi
+    if [ "$code" -ne 0 ] && [ "$again" -eq 1 ]; then
         if scontrol show job -o "$SLURM_JOB_ID" | grep -q 'JobState=RUNNING'; then
             echo "stopped with exit code $code; the job goes back into the queue"
             scontrol requeue "$SLURM_JOB_ID"

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ FLAGS = [
     *("--max_steps", "4", "--num_generated_pairs", "96", "--max_eval_pairs", "16", "--num_eval_problems", "0"),
     *("--per_device_train_batch_size", "2", "--tracking_uri", "none"),
 ]
-MEASURED = ("time", "seconds", "per_second", "memory", "wait")
+MEASURED = ("time", "seconds", "per_second", "memory", "wait", "utilisation")
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,38 @@ def by_torchrun(members: Sequence[Host], out: Path) -> list[dict]:
     own = [["--local_addr", host.address, "--rdzv_conf", f"is_host={host is members[0]}"] for host in members]
     finish([host.start([*line, *more, *training]) for host, more in zip(members, own, strict=True)])
     return curve(out)
+
+
+def by_hand(members: Sequence[Host], out: Path, *flags: str, limit: float) -> list[tuple[int, float, str]]:
+    """A rank on every host, without a launcher, under host names of their own; the cable of the last one is drawn
+    after some steps. (exit code, seconds from then, what was said) of each."""
+    processes = []
+    for rank, host in enumerate(members):
+        own = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": len(members), "MASTER_PORT": PORT}
+        named = ["unshare", "--uts", "sh", "-c", f'hostname {host.name}; exec "$@"', "sh"]
+        line = [*named, sys.executable, "launch/train.py", *FLAGS, "--output_dir", str(out), *flags]
+        environment = {name: str(value) for name, value in own.items()}
+        processes.append(host.start(line, MASTER_ADDR=members[0].address, **environment))
+    try:
+        until = time.monotonic() + TIME_LIMIT
+        while not (out / "metrics.jsonl").exists() or sum("loss" in line for line in curve(out)) < 3:
+            if time.monotonic() > until or any(process.poll() is not None for process in processes):
+                break
+            time.sleep(0.1)
+        ip("-n", members[-1].name, "link", "set", INTERFACE, "down")
+        began, ended = time.monotonic(), {}
+        while len(ended) < len(processes) and time.monotonic() < began + limit:
+            ended |= {
+                n: time.monotonic() - began for n, p in enumerate(processes) if p.poll() is not None and n not in ended
+            }
+            time.sleep(0.1)
+    finally:
+        ip("-n", members[-1].name, "link", "set", INTERFACE, "up")
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    said = [process.communicate()[0] for process in processes]
+    return [(p.returncode, ended.get(n, float("inf")), said[n]) for n, p in enumerate(processes)]
 
 
 def by_deepspeed(members: Sequence[Host], out: Path, folder: Path) -> list[dict]:

@@ -4,6 +4,7 @@ import pytest
 
 from tests.cluster.hosts import (
     by_deepspeed,
+    by_hand,
     by_torchrun,
     first_difference,
     hosts,
@@ -45,3 +46,14 @@ def test_a_difference_would_be_found(expected):
     other = [dict(line) for line in expected]
     other[-1]["loss" if "loss" in other[-1] else "eval/loss"] += 1e-9
     assert "not" in first_difference(other, expected) and "lines" in first_difference(other[1:], expected)
+
+
+def test_a_cut_link_is_told_by_name(members, tmp_path):
+    timeout = 20
+    flags = ("--max_steps", "5000", "--hang_timeout", str(timeout))
+    ends = by_hand(members, tmp_path / "run", *flags, limit=120)
+    for code, seconds, said in ends:
+        print(code, f"{seconds:.0f} s", [line for line in said.splitlines() if line.startswith("error: ")])
+    assert [code for code, _, _ in ends] == [4, 4] and max(seconds for _, seconds, _ in ends) < timeout + 20
+    line = next(line for line in ends[0][2].splitlines() if line.startswith("error: "))
+    assert f"rank 0 on {members[0].name}" in line and f"cannot reach rank 1 on {members[1].name}" in line

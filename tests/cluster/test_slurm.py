@@ -125,13 +125,21 @@ def test_a_run_for_every_line_of_a_sweep(slurm):
         ("0", "RUNNING", []),
         ("3", "RUNNING", ["4711"]),
         ("3", "CANCELLED", []),
+        ("4", "RUNNING", ["4711"]),
+        ("4", "CANCELLED", []),
         ("1", "RUNNING", []),
         ("2", "RUNNING", []),
+        ("130", "RUNNING", []),
     ],
 )
 def test_a_stopped_run_goes_back_into_the_queue(slurm, code, state, requeued):
     job = slurm(SINGLE, SRUN_CODE=code, JOB_STATE=state)
     assert job.requeued == requeued and job.code == int(code)
+
+
+@pytest.mark.parametrize(("code", "before", "requeued"), [("4", "2", ["4711"]), ("4", "3", []), ("3", "30", ["4711"])])
+def test_a_run_that_hangs_everywhere_does_not_go_round_for_ever(slurm, code, before, requeued):
+    assert slurm(SINGLE, SRUN_CODE=code, SLURM_RESTART_COUNT=before).requeued == requeued
 
 
 @pytest.mark.parametrize(("kept", "code"), [("ranks", 3), ("launcher", 1), ("finished", 0)])

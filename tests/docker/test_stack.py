@@ -20,6 +20,9 @@ from urllib.request import HTTPBasicAuthHandler, HTTPPasswordMgrWithDefaultRealm
 
 import pytest
 
+from diffdpo.errors import TrainingError
+from diffdpo.tracking.journal import Journal
+from diffdpo.tracking.mlflow_run import MlflowRun, Shipped, ship_later
 from tests.docker.compose import read_compose
 from tests.support.paths import ROOT
 from tests.support.ports import free_port
@@ -64,39 +67,57 @@ def postgres():
         shutil.rmtree(folder)
 
 
+class Server:
+    """Compose's service ``mlflow``: its address, the folder of its artifacts; killed and started again at will."""
+
+    def __init__(self, postgres: int, folder: Path):
+        self.service = read_compose(ROOT / "docker/compose.yaml", SECRETS)["services"]["mlflow"]
+        self.folder, self.artifacts, self.port = folder, folder / "artifacts", free_port()
+        self.address = f"http://127.0.0.1:{self.port}"
+        self.there = {
+            "PGHOST": "127.0.0.1",
+            "PGPORT": str(postgres),
+            "MLFLOW_AUTH_CONFIG_PATH": str(ROOT / "docker/basic_auth.ini"),
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+        }
+
+    def start(self) -> None:
+        here = {"5000": str(self.port), "/artifacts": str(self.artifacts), "0.0.0.0": "127.0.0.1"}
+        with (self.folder / "log").open("a") as log:
+            self.process = subprocess.Popen(
+                [here.get(word, word) for word in self.service["command"]],
+                env={**os.environ, **self.service["environment"], **self.there},
+                cwd=self.folder,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        wait_until_healthy(self.address, self.process, self.folder / "log")
+
+    def end(self, *signals: signal.Signals) -> None:
+        for sent in signals:
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(self.process.pid, sent)
+                self.process.wait(20)
+
+
 @pytest.fixture(scope="module")
-def server(postgres, tmp_path_factory):
-    """Compose's service ``mlflow``. Its address and the folder of its artifacts."""
+def stack(postgres, tmp_path_factory):
+    """The server, started."""
     pytest.importorskip("psycopg2", reason="pip install '.[server]'")
     pytest.importorskip("flask_wtf", reason="pip install '.[server]'")
-    service = read_compose(ROOT / "docker/compose.yaml", SECRETS)["services"]["mlflow"]
-    folder, port = tmp_path_factory.mktemp("mlflow"), free_port()
-    here = {"5000": str(port), "/artifacts": str(folder / "artifacts"), "0.0.0.0": "127.0.0.1"}
-    command = [here.get(word, word) for word in service["command"]]
-    there = {
-        "PGHOST": "127.0.0.1",
-        "PGPORT": str(postgres),
-        "MLFLOW_AUTH_CONFIG_PATH": str(ROOT / "docker/basic_auth.ini"),
-        "PATH": f"{BIN}:{os.environ['PATH']}",
-    }
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            command,
-            env={**os.environ, **service["environment"], **there},
-            cwd=folder,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    address = f"http://127.0.0.1:{port}"
+    found = Server(postgres, tmp_path_factory.mktemp("mlflow"))
     try:
-        wait_until_healthy(address, process, folder / "log")
-        yield address, folder / "artifacts"
+        found.start()
+        yield found
     finally:
-        for sent in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                os.killpg(process.pid, sent)
-                process.wait(20)
+        found.end(signal.SIGTERM, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def server(stack):
+    """Its address and the folder of its artifacts."""
+    return stack.address, stack.artifacts
 
 
 def wait_until_healthy(address: str, process: subprocess.Popen, log: Path) -> None:
@@ -189,3 +210,40 @@ def test_it_is_all_in_postgresql(server, run, postgres):
         cursor.execute("select username, password_hash from users")
         users = cursor.fetchall()
     assert [name for name, _ in users] == ["admin"] and PASSWORD not in users[0][1]
+
+
+def test_a_server_that_is_killed_and_started_again_loses_no_point(stack, tmp_path, monkeypatch):
+    """And holds no step up; and no file of the run has the password."""
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
+    journal = Journal(tmp_path)
+    run = MlflowRun(tmp_path, Shipped(stack.address, "killed", "run"))
+    run.start()
+    slowest = 0.0
+    for step in range(1, 61):
+        if step == 20:
+            stack.end(signal.SIGKILL)
+        if step == 40:
+            stack.start()
+        began = time.monotonic()
+        journal.write(step, {"loss": 1 / step})
+        slowest = max(slowest, time.monotonic() - began)
+        time.sleep(0.2)
+    journal.close()
+    assert run.close("FINISHED", timeout=300) and slowest < 1
+    path = f"/api/2.0/mlflow/metrics/get-history?run_id={run.shipped.run_id}&metric_key=loss"
+    points = [(int(one["step"]), one["value"]) for one in json.loads(fetch(stack.address, path))["metrics"]]
+    assert sorted(points) == [(step, pytest.approx(1 / step)) for step in range(1, 61)]
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and PASSWORD.encode() in file.read_bytes()]
+
+
+def test_a_wrong_password_takes_nothing_of_the_run_away(stack, tmp_path, monkeypatch):
+    Journal(tmp_path).write(1, {"loss": 1.0})
+    Shipped(stack.address, "killed", "other", status="FINISHED").write(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")
+    with pytest.raises(TrainingError) as caught:
+        ship_later(tmp_path)
+    assert "wrong" not in str(caught.value)
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
+    assert ship_later(tmp_path) == 1

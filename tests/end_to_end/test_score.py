@@ -251,3 +251,16 @@ def test_benchmarks_of_scores_run(folder, tmp_path, command_line):
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(output.read_text())["lines"]
+
+
+def test_in_4_bits(folder, capsys):
+    pytest.importorskip("bitsandbytes")
+    whole = lines(capsys, folder, "--score_estimator", "exact")
+    four = lines(capsys, folder, "--score_estimator", "exact", "--load_in_4bit")
+    pairs = [(a["chosen"]["score"], b["chosen"]["score"]) for a, b in zip(whole, four, strict=True)]
+    assert all(0 < abs(a - b) < 0.1 * abs(a) for a, b in pairs)
+
+
+def test_auto_is_settled_before_it_is_recorded(folder, tmp_path, capsys):
+    lines(capsys, folder, "--num_mc_samples", "2", "--output", str(tmp_path / "out.jsonl"))
+    assert "float32" in "".join(path.read_text() for path in tmp_path.iterdir())

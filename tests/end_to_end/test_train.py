@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import mlflow
+import psutil
 import pytest
 import torch
 
@@ -60,11 +61,28 @@ def test_mlflow_has_it_all(readme_run):
     client = mlflow.MlflowClient(f"sqlite:///{out.parent}/mlflow.db")
     run = client.get_run(json.loads((out / "mlflow.json").read_text())["run_id"])
     assert run.info.status == "FINISHED"
-    assert run.data.params["beta"] == "0.1" and '"stage": 2' in run.data.params["ds_config_json"]
+    assert run.data.params["beta"] == "0.1" and "max_steps=2" in run.data.tags["changed"]
+    assert "| reward margin" in run.data.tags["mlflow.note.content"]
+    used = {one.tags[0].value: one.dataset.digest for one in run.inputs.dataset_inputs}
+    assert set(used) == {"training", "evaluation"} and used["training"] == run.data.params["data_fingerprint"]
+    assert {"seconds/policy", "seconds/reference", "seconds/optimizer"} <= set(run.data.metrics)
     assert run.data.params["data_fingerprint"] and "mlflow.source.git.commit" in run.data.tags
     assert [m.step for m in client.get_metric_history(run.info.run_id, "loss")] == [1, 2]
     assert len(client.get_metric_history(run.info.run_id, "eval/rewards/margins")) == 2
-    assert {file.path for file in client.list_artifacts(run.info.run_id)} >= {"config.yaml", "plots", "summary.json"}
+    names = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert names >= {
+        "config.yaml",
+        "asked.yaml",
+        "ds_config.json",
+        "plots",
+        "summary.json",
+        "held_out.json",
+        "answers.json",
+    }
+    assert {file.path for file in client.list_artifacts(run.info.run_id, "plots")} == {
+        "plots/curves.png",
+        "plots/time.png",
+    }
 
 
 def test_the_final_model_loads_with_one_call(readme_run):
@@ -180,6 +198,59 @@ def test_a_run_that_diverges_says_so_and_is_recorded_as_failed(command, tiny_mod
     assert last["step"] > 1 and None in (last["loss"], last["grad_norm"])
     run_id = json.loads((out / "mlflow.json").read_text())["run_id"]
     assert mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_run(run_id).info.status == "FAILED"
+    # the step that ended it, taken again with the weights before it
+    culprit, before = out / f"culprit-step-{last['step']}.json", sorted(out.rglob("*"))
+    again = command([*TRAIN, "--config", str(out / "config.yaml"), "--replay", str(culprit)])
+    assert again.returncode == 0, again.stderr[-3000:]
+    then = json.loads(culprit.read_text())
+    line = next(line for line in again.stdout.splitlines() if line.startswith(f"step {last['step']}: "))
+    numbers = f"loss {then['loss']}, gradient norm {then['grad_norm']}"
+    assert line == f"step {last['step']}: {numbers}; in the run {numbers}"
+    records = [line for line in again.stdout.splitlines() if "<- not finite" in line]
+    assert records and all(any(name in line for name in then["ranks"][0][0]["ids"]) for line in records)
+    assert sorted(out.rglob("*")) == before, "a replay writes nothing"
+
+
+@pytest.mark.slow
+def test_a_killed_run_starts_itself_again_and_gives_the_curve_of_one(
+    command, tiny_model, pairs_file, tmp_path, uninterrupted
+):
+    out = tmp_path / "run"
+    line = [*TRAIN, *flags_of(tiny_model, pairs_file, out), "--max_restarts", "2"]
+    process = subprocess.Popen(line, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        until = time.monotonic() + 240
+        while not (out / "metrics.jsonl").exists() or len(losses(out)) < 4:
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.01)
+        (child,) = psutil.Process(process.pid).children()
+        child.kill()
+        assert process.wait(timeout=240) == 0
+    finally:
+        process.kill()
+    assert losses(out) == uninterrupted
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_ranks_of_which_one_is_killed_start_themselves_again(tiny_model, pairs_file, tmp_path):
+    out = tmp_path / "run"
+    torchrun = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", "launch/train.py"]
+    line = [*torchrun, *flags_of(tiny_model, pairs_file, out), "--max_restarts", "1"]
+    process = subprocess.Popen(line, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        until = time.monotonic() + 240
+        while not (out / "metrics.jsonl").exists() or len(losses(out)) < 3:
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.01)
+        ranks = [psutil.Process(process.pid).children()[n].children()[0] for n in (0, 1)]
+        ranks[1].kill()
+        assert process.wait(timeout=240) == 0
+        assert not any(rank.is_running() for rank in ranks)
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+    assert [step for step, _ in losses(out)] == list(range(1, 9))
 
 
 @pytest.fixture(scope="module")

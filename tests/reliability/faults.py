@@ -177,17 +177,21 @@ def finished_before(bench: Bench) -> tuple[Seen, bool]:
     return again, first.codes == [0] and again.codes == [0] and same and "is finished" in again.said
 
 
-def launcher_killed(bench: Bench) -> tuple[Seen, bool]:
-    """kill -9 of torchrun: its ranks stop by themselves."""
-    out, log = bench.folder / "orphans", bench.folder / "orphans.log"
-    flags = [*flags_for("plain x2", bench.model, bench.data, out), "--max_steps", "5000"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0")
+DEEPSPEED = (str(Path(sys.executable).with_name("deepspeed")), "--master_port", "0")
+
+
+def launcher_killed(bench: Bench, name: str, line: tuple[str, ...], engine: str) -> tuple[Seen, bool]:
+    """kill -9 of a launcher: its ranks stop by themselves, and one of them says so."""
+    out, log = bench.folder / name, bench.folder / f"{name}.log"
+    flags = [*flags_for(engine, bench.model, bench.data, out), "--max_steps", "5000"]
+    launcher = [sys.executable, *line]
     with log.open("w") as file:
         process = subprocess.Popen([*launcher, "launch/train.py", *flags], cwd=ROOT, stdout=file, stderr=file)
         until = time.monotonic() + PATIENCE
         while not in_step(3)(out, Started([], log)) and process.poll() is None and time.monotonic() < until:
             time.sleep(0.05)
-        ranks = psutil.Process(process.pid).children()
+        ranks = psutil.Process(process.pid).children(recursive=True)
         began = time.monotonic()
         process.kill()
         process.wait()
@@ -197,7 +201,8 @@ def launcher_killed(bench: Bench) -> tuple[Seen, bool]:
         rank.kill()
     seen = Seen([], seconds, log.read_text(), out, not alive)
     saved = list((out / "checkpoints").glob("step-*"))
-    return seen, len(ranks) == 2 and not alive and seconds < 15 and bool(saved)
+    told = seen.said.count("has gone: stopping")
+    return seen, bool(ranks) and not alive and seconds < 15 and bool(saved) and told == 1
 
 
 CASES: dict[str, Callable[[Bench], tuple[Seen, bool]]] = {
@@ -217,7 +222,8 @@ CASES: dict[str, Callable[[Bench], tuple[Seen, bool]]] = {
     "full disk, stop": lambda b: full_disk(b, "stop"),
     "full disk, continue": lambda b: full_disk(b, "continue"),
     "auto on a finished run": finished_before,
-    "kill -9 of torchrun": launcher_killed,
+    "kill -9 of torchrun": lambda b: launcher_killed(b, "torchrun", TORCHRUN, "plain x2"),
+    "kill -9 of deepspeed": lambda b: launcher_killed(b, "deepspeed", DEEPSPEED, "ZeRO-2 offload"),
     "a second run in the folder": second_run,
     "a frozen rank (--hang_timeout 15)": frozen,
     "a killed rank 1": lambda b: lost(b, 1),

@@ -5,10 +5,12 @@ nobody disturbed: curve, weights and held-out numbers to the bit, and no process
 """
 
 import argparse
+import contextlib
 import random
 import signal
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -76,36 +78,67 @@ def compare(whole: Path, out: Path, tally: Tally) -> None:
 
 
 def _kill_somewhere(run: Started, out: Path, tally: Tally, chance: random.Random, *, in_save: bool) -> None:
-    """One rank or all of them, in the next save but some, or some time after a step."""
+    """One rank or all of them: in the next save but some, some time after a step, or at any time after the start."""
+    left = _partials(out)  # by the run that was killed before
+    if in_save:
+        moment = _in_a_save(out, left, chance.randrange(0, 3))
+    elif chance.random() < 0.5:
+        moment = _after_a_step(out, chance.randrange(0, 6))
+    else:
+        moment = _after_seconds(4 * chance.random())
     until = time.monotonic() + PATIENCE
-    steps = len(curve(out)) if (out / "metrics.jsonl").exists() else 0
-    some = chance.randrange(0, 3)
-    seen: set[str] = set()
-    wanted = chance.randrange(0, 6)
-    while not run.poll() and time.monotonic() < until:
-        if in_save:
-            seen |= {path.name for path in (out / "checkpoints").glob("*.partial")}
-            if len(seen) > some:
-                time.sleep(chance.random() * 0.05)
-                break
-        elif (out / "metrics.jsonl").exists() and len(curve(out)) > min(steps, 10) + wanted:
-            time.sleep(chance.random() * 0.1)
-            break
+    while not run.poll() and time.monotonic() < until and not moment():
         time.sleep(0.0005)
+    time.sleep(chance.random() * (0.05 if in_save else 0.1))
     if run.poll():
         tally.finished += 1
         return
-    inside = bool(list((out / "checkpoints").glob("*.partial")))
+    inside = bool(_partials(out) - left)
     run.kill(run.pids if chance.random() < 0.5 else [chance.choice(run.pids)])
     tally.kills += 1
     tally.in_saves += inside
     if not run.wait(60.0):  # the others end by themselves, but for one that waits for its companion to start
         tally.told += 1
+        print(f"  alive after 60 s: {out}, of {run.pids} ended {run.codes}", flush=True)
         run.kill(run.pids, signal.SIGTERM)  # as a launcher does at once
     if not run.wait(15.0):
         tally.orphans += 1
         run.kill(run.pids)
         run.wait(10.0)
+
+
+def _partials(out: Path) -> set[tuple[str, int]]:
+    """Checkpoints that are being written, or were when their run was killed: two of a name are not the same."""
+    found = set()
+    for path in (out / "checkpoints").glob("*.partial"):
+        with contextlib.suppress(OSError):
+            found.add((path.name, path.stat().st_ino))
+    return found
+
+
+def _in_a_save(out: Path, left: set, some: int) -> Callable[[], bool]:
+    seen: set = set()
+
+    def saving() -> bool:
+        now = _partials(out) - left
+        seen.update(now)
+        return bool(now) and len(seen) > some
+
+    return saving
+
+
+def _after_a_step(out: Path, wanted: int) -> Callable[[], bool]:
+    steps = len(curve(out)) if (out / "metrics.jsonl").exists() else 0
+    return lambda: (out / "metrics.jsonl").exists() and len(curve(out)) > min(steps, 10) + wanted
+
+
+def _after_seconds(wanted: float) -> Callable[[], bool]:
+    began = time.monotonic()
+
+    def seconds() -> bool:
+        return time.monotonic() > began + wanted
+
+    return seconds
 
 
 def table(tallies: dict[str, Tally]) -> str:

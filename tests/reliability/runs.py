@@ -150,7 +150,7 @@ def weights(out: Path) -> str:
     return hashlib.sha256((out / "final" / "model.safetensors").read_bytes()).hexdigest()
 
 
-def make_inputs(folder: Path) -> tuple[Path, Path]:
+def make_inputs(folder: Path, *, width: int = 32, layers: int = 2) -> tuple[Path, Path]:
     """A tiny model and generated pairs."""
     from data_pipeline.generate import generate_corpus, generate_pairs
     from diffdpo.models.architecture.from_scratch import new_model, train_tokenizer
@@ -158,7 +158,7 @@ def make_inputs(folder: Path) -> tuple[Path, Path]:
 
     texts = [record["prompt"] + record["completion"] for record in generate_corpus(500, seed=0)]
     tokenizer = train_tokenizer(texts, vocab_size=400)
-    save_model(new_model(tokenizer, width=32, layers=2, heads=2, seed=0), tokenizer, folder / "model")
+    save_model(new_model(tokenizer, width=width, layers=layers, heads=2, seed=0), tokenizer, folder / "model")
     data = folder / "pairs.jsonl"
     data.write_text("".join(json.dumps(record) + "\n" for record in generate_pairs(64, seed=0)))
     return folder / "model", data

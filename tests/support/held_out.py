@@ -15,7 +15,8 @@ from diffdpo.config import SftConfig, TrainConfig
 from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.plain import PlainEngine
 from diffdpo.engine.world import World, init_distributed, shutdown_distributed
-from diffdpo.evaluation.heldout import HeldOutAnswers, HeldOutPairs, SampledAnswers
+from diffdpo.evaluation.heldout import HeldOutAnswers, HeldOutPairs
+from diffdpo.evaluation.heldout_tasks import HeldOutTasks
 from diffdpo.models.encoder import make_encoder
 from diffdpo.models.load import load_model
 from diffdpo.noise.options import NoiseOptions
@@ -40,10 +41,11 @@ def figures(model: str, pairs: str, unpaired: str, *, batch: int, limit: int, wo
 
 
 def _values(config, data: str, world: World, cache: Path) -> dict:
-    held_out, answers = held_out_of(config, data, world, cache)
-    problems = [[problem.record, problem.truth, *problem.prompt] for problem in answers.problems]
+    held_out, tasks = held_out_of(config, data, world, cache)
+    asked = tasks.tasks["exact_match"].problems
+    problems = [[problem.id, problem.truth, *problem.ids] for problem in asked]
     values = dict(held_out.evaluate("before").values)
-    return values | {"problems": problems, "length": answers.length if problems else 0}
+    return values | {"problems": problems, "length": tasks.length if problems else 0}
 
 
 def held_out_of(config, data: str, world: World, cache: Path):
@@ -56,14 +58,16 @@ def held_out_of(config, data: str, world: World, cache: Path):
             parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4))
     engine = PlainEngine(module, world, OptimizerOptions(learning_rate=1e-3))
     encoder = make_encoder(config, loaded.tokenizer, loaded.spec)
-    batches = run_data.eval_batches(config, open_dataset(data, cache_dir=cache), encoder, world)
-    noise = NoiseOptions.of(config, loaded.spec)
-    answers, segments = SampledAnswers(config, engine, loaded, batches), Segments(rows=8)
+    dataset = open_dataset(data, cache_dir=cache)
+    batches = run_data.eval_batches(config, dataset, encoder, world)
+    noise, segments = NoiseOptions.of(config, loaded.spec), Segments(rows=8)
+    records = run_data.held_out_records(dataset, batches, world)
+    tasks = HeldOutTasks(config, engine, loaded, encoder, records=records, batches=batches, segments=segments)
     if isinstance(config, SftConfig):
-        return HeldOutAnswers(engine, noise, batches, answers, segments=segments), answers
+        return HeldOutAnswers(engine, noise, batches, tasks, segments=segments), tasks
     reference = copy_reference(engine, frozen, segments=segments)
     options = {"segments": segments, "max_length": config.max_length}
-    return HeldOutPairs(engine, reference, noise, config.loss(), batches, answers, **options), answers
+    return HeldOutPairs(engine, reference, noise, config.loss(), batches, tasks, **options), tasks
 
 
 def main() -> None:

@@ -3,10 +3,11 @@
 import json
 import sys
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 
-from benchmarks import segment_memory, throughput
+from benchmarks import ablations, on_policy, segment_memory, throughput
 from tests.support.paths import ROOT
 
 
@@ -38,3 +39,102 @@ def test_throughput_names_the_commands_that_made_its_table():
     assert (
         "commands that were not recorded (medium (n = 4))" in text and "`python benchmarks/throughput.py`" not in text
     )
+
+
+def test_ablations_go_on_where_they_were_killed(tmp_path, monkeypatch):
+    """A run is replaced by its result; broken off at the third cell, the first two are not run again."""
+    ran = []
+
+    def run(command):
+        flags = dict(zip(command[4::2], command[5::2], strict=True))
+        if len(ran) == 2:
+            ran.append("killed")
+            raise KeyboardInterrupt
+        ran.append(flags["--beta"])
+        folder = Path(flags["--output_dir"])
+        folder.mkdir(parents=True)
+        held_out = {"exact_match": {"after": {"mean": 0.25 + 0.1 * int(flags["--seed"])}}}
+        summary = {"held_out": held_out, "pairs_per_second": 2.0, "peak_memory_gib": 1.0}
+        (folder / "summary.json").write_text(json.dumps(summary))
+        (folder / "metrics.jsonl").write_text(json.dumps({"rewards/margins": 0.5}) + "\n")
+        return Namespace(returncode=0)
+
+    monkeypatch.setattr(ablations.subprocess, "run", run)
+    monkeypatch.setattr(
+        sys, "argv", ["ablations.py", "--full", "--only", "beta", "--seeds", "2", "--out", str(tmp_path)]
+    )
+    with pytest.raises(KeyboardInterrupt):
+        ablations.main()
+    ablations.main()
+    assert ran == ["0.02", "0.1", "killed", "0.5", "2.0", "0.02", "0.1", "0.5", "2.0"]
+    assert "| 0.02 | 200 | 2 | 30.0% ± 5.0% | - | - | 2.0 | 1.00 |" in (tmp_path / "ablations.md").read_text()
+    assert (tmp_path / "beta.png").exists() and not list((tmp_path / "runs").iterdir())
+
+
+def test_rounds_are_set_beside_one_offline_run(tmp_path):
+    for seed in (0, 1):
+        for way in ("rounds", "offline"):
+            (tmp_path / f"{way}-{seed}").mkdir()
+        matched = {"before": {"mean": 0.1}, "after": {"mean": 0.3 + 0.2 * seed}}
+        rounds = [{"round": 1, "held_out": {"exact_match": matched}}]
+        (tmp_path / f"rounds-{seed}" / "summary.json").write_text(json.dumps(rounds))
+        (tmp_path / f"offline-{seed}" / "summary.json").write_text(json.dumps(rounds[0]))
+    lines = on_policy.table(tmp_path).splitlines()
+    assert "| start | 2 | 10.0% ± 0.0% |" in lines and "| round 1 | 2 | 40.0% ± 10.0% |" in lines
+
+
+@pytest.fixture
+def evidence(tmp_path, monkeypatch):
+    """The driver with parts that take no time, and what was run."""
+    from benchmarks import gpu_evidence
+
+    run = []
+
+    def found(part, args, left):
+        run.append(part.name)
+        return {"state": "failed" if part.name == "head" else "done", "seconds": 0, "told": "a\nlast line"}
+
+    monkeypatch.setattr(gpu_evidence, "run_part", found)
+    return gpu_evidence, tmp_path / "gpu.json", run
+
+
+def test_gpu_evidence_leaves_out_what_the_minutes_do_not_suffice_for(evidence):
+    driver, file, run = evidence
+    assert driver.main(["--minutes", "0.5", "--json", str(file), "--device", "cpu"]) == 1, "head has failed"
+    parts = json.loads(file.read_text())["parts"]
+    assert list(parts) == [part.name for part in driver.PARTS]
+    left_out = {name for name, part in parts.items() if part["state"] == "left out"}
+    assert left_out == {part.name for part in driver.PARTS if part.seconds > 27} and left_out.isdisjoint(run)
+    assert all("it needs" in parts[name]["left_out"] for name in left_out)
+
+
+def test_gpu_evidence_does_what_is_asked(evidence, capsys):
+    driver, file, run = evidence
+    assert driver.main(["--json", str(file), "--parts", "machine,attention"]) == 0
+    assert run == ["machine", "attention"]
+    with pytest.raises(SystemExit):
+        driver.main(["--json", str(file), "--parts", "everything"])
+    assert "everything" in capsys.readouterr().err
+
+
+def test_a_part_that_hangs_or_breaks_is_a_line(tmp_path, monkeypatch):
+    from benchmarks import gpu_evidence
+
+    monkeypatch.setattr(gpu_evidence, "__file__", str(tmp_path / "part.py"))
+    args, part = Namespace(device="cpu", tiny=True), gpu_evidence.Part("x", "", 0, 60)
+    (tmp_path / "part.py").write_text("print('CUDA error'); raise SystemExit(3)")
+    assert gpu_evidence.run_part(part, args, 30)["state"] == "failed"
+    (tmp_path / "part.py").write_text("import time; print('begun', flush=True); time.sleep(60)")
+    cut = gpu_evidence.run_part(part, args, 1.5)
+    assert cut["state"] == "cut short" and cut["seconds"] < 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["machine", "qlora", "throughput", "head", "attention"])
+def test_a_part_works_on_a_cpu(part, tmp_path):
+    from benchmarks import gpu_evidence
+
+    flags = ["--minutes", "5", "--json", str(tmp_path / "cpu.json"), "--device", "cpu", "--tiny", "--parts", part]
+    assert gpu_evidence.main(flags) == 0
+    found = json.loads((tmp_path / "cpu.json").read_text())["parts"][part]
+    assert found["state"] == "done" and found["summary"]

@@ -12,7 +12,7 @@ from tests.support.paths import ROOT
 TOPS = ("diffdpo", "data_pipeline")
 GRAPH = graph_of(ROOT, TOPS)
 FLOORS = (
-    {"errors", "quiet"},
+    {"errors", "quiet", "gpus", "cards"},
     {"command"},
     {"shipped", "memory", "progress"},
     {"settings"},
@@ -28,7 +28,8 @@ FLOORS = (
     {"evaluation"},
     {"tracking"},
     {"setup"},
-    {"training", "planner"},
+    {"training", "planner", "comparison", "doctor"},
+    {"sweep", "onpolicy"},
     {"cli"},
     {"api"},
 )

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffdpo.gpus import is_gpu
+
 CHUNK = 512
 """Queries that attend together, on the CPU: half of a block-causal mask hides, and what all of them do not see is left
 out."""
@@ -260,7 +262,7 @@ def _row_chunks(start: int, width: int, clean: int, block_size: int, device: tor
 def _spans(size: int, block_size: int, device: torch.device) -> list[slice]:
     """Consecutive parts of about CHUNK tokens, in whole blocks; on a GPU one, as launches cost more than what is
     hidden there."""
-    step = max(1, CHUNK // block_size) * block_size if device.type == "cpu" else max(1, size)
+    step = max(1, CHUNK // block_size) * block_size if not is_gpu(device) else max(1, size)
     return [slice(first, min(first + step, size)) for first in range(0, size, step)]
 
 

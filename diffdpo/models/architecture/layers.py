@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffdpo.gpus import is_gpu
 from diffdpo.models.architecture.token_log_probs import liger_log_probs, token_log_probs
 
 
@@ -19,7 +20,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda:  # the fused kernel accumulates in fp32 and casts before the weight as well
+        if is_gpu(x.device):  # the fused kernel accumulates in fp32 and casts before the weight as well
             return self.weight * F.rms_norm(x, (x.shape[-1],), None, self.eps)
         return self.weight * _UnitRMS.apply(x, self.eps)
 

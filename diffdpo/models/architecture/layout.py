@@ -8,19 +8,24 @@ bucket of full width is the ordinary padded batch. Equal buckets need no mask, w
 Shapes: R rows, T padded length, N tokens in the stream, H heads, G key/value heads, D head size.
 """
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffdpo.gpus import is_gpu, kind_of
+
 try:  # block-diagonal flash attention; used on GPUs of compute capability >= 8.0 only
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # torch < 2.10
     varlen_attn = None  # type: ignore[assignment]
+VARLEN_GROUPS = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
+"""Whether it takes fewer key heads than query heads; torch 2.11 does not."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +96,12 @@ class Layout:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _attend_varlen(self, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
-        repeat = q_NHD.shape[1] // k_NGD.shape[1]
-        k_NHD, v_NHD = (t.repeat_interleave(repeat, dim=1) if repeat > 1 else t for t in (k_NGD, v_NGD))
         cuts, longest = self.cumulative_lengths, self.max_length
-        out = varlen_attn(q_NHD, k_NHD, v_NHD, cuts, cuts, longest, longest)
+        grouped: Any = {"enable_gqa": True} if k_NGD.shape[1] != q_NHD.shape[1] else {}
+        if grouped and not VARLEN_GROUPS:
+            repeat, grouped = q_NHD.shape[1] // k_NGD.shape[1], {}
+            k_NGD, v_NGD = (t.repeat_interleave(repeat, dim=1) for t in (k_NGD, v_NGD))
+        out = varlen_attn(q_NHD, k_NGD, v_NGD, cuts, cuts, longest, longest, **grouped)
         return cast(Tensor, out).flatten(1)
 
     @classmethod
@@ -158,4 +165,4 @@ def _bucket_size(ascending: Sequence[int], max_waste: float) -> int:
 def _varlen_usable(q: Tensor) -> bool:
     """The varlen kernel is flash attention: half precision, heads it can tile, on an Ampere or newer GPU."""
     fits = q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-    return varlen_attn is not None and q.is_cuda and fits and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    return varlen_attn is not None and fits and is_gpu(q.device) and kind_of(q.device).tiles_flash(q.device)

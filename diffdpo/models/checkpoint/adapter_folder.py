@@ -22,6 +22,19 @@ def is_adapter(name_or_path: str | Path) -> bool:
     return (Path(name_or_path) / ADAPTER_CONFIG).is_file()
 
 
+def check_adapter(folder: str | Path) -> None:
+    """UserError for what is no folder with an adapter that can be read."""
+    if not is_adapter(folder):
+        found = "a folder without one" if Path(folder).is_dir() else "no folder here"
+        raise UserError(f"--adapter_name_or_path {folder} is {found}; name a folder that holds {ADAPTER_CONFIG}")
+    base_of_adapter(folder)
+
+
+def uses_dora(folder: str | Path) -> bool:
+    """Whether an adapter learns sizes of whole weight rows."""
+    return bool(json.loads((Path(folder) / ADAPTER_CONFIG).read_text()).get("use_dora"))
+
+
 def base_of_adapter(folder: str | Path) -> str:
     """The base model an adapter folder names. UserError when it names none or is no LoRA adapter."""
     file = Path(folder) / ADAPTER_CONFIG

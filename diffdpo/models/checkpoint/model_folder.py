@@ -15,6 +15,8 @@ AUTO_CLASSES = ("AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM")
 
 def write_model(model: Any, tokenizer: Any, folder: Path, **options: Any) -> None:
     """Config, safetensors and tokenizer. ``options``: those of transformers' ``save_pretrained``."""
+    if len(getattr(model, "peft_config", ())) > 1:  # the adapter as it started stands beside the trained one
+        options = {"selected_adapters": ["default"], **options}
     with _without_bars():
         model.save_pretrained(folder, **options)
     save_tokenizer(tokenizer, folder)

@@ -168,7 +168,7 @@ def stream_weights(
                     if shards is not None:
                         shards.fill(model.get_parameter(name), shard.get_slice(name))
                     else:
-                        _set_parameter(model, name, shard.get_tensor(name).to(device, dtype, copy=True))
+                        set_parameter(model, name, shard.get_tensor(name).to(device, dtype, copy=True))
         except SafetensorError as error:
             raise _unreadable(folder, f"{path.name}: {error}") from error
     missing = sorted(shapes.keys() - place.keys() - tied.keys())
@@ -205,7 +205,8 @@ def _check_tied(model: PreTrainedModel, name: str, path: Path, shards: Shards | 
         raise UserError(f"{str(path.parent)!r}: config.json says that {name} is tied, but other numbers are stored")
 
 
-def _set_parameter(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+def set_parameter(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Put a tensor in the place of a parameter, quantised where 4-bit weights are expected."""
     owner_name, _, attribute = name.rpartition(".")
     owner = model.get_submodule(owner_name)
     expected = getattr(owner, attribute)

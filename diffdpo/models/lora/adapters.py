@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import cast
 
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -42,7 +42,7 @@ def add_lora(
     """
     check_lora(r, alpha)
     if hasattr(model, "peft_config"):
-        raise UserError("the model has an adapter already: merge it into full weights first (launch/export.py)")
+        raise UserError("the model has an adapter already: go on with it (--adapter_name_or_path), or merge it first")
     adapted = target_pattern(model, spec, target_modules)
     config = LoraConfig(
         r=r,
@@ -66,8 +66,8 @@ def check_lora(r: int, alpha: float) -> None:
         raise UserError(f"--lora_alpha is {alpha}; it must be above 0 (the adapter is scaled by lora_alpha / lora_r)")
 
 
-def attach_adapter(model: nn.Module, folder: str | Path) -> PeftModel:
-    """`model` with the adapter that peft saved in `folder`, in eval mode.
+def attach_adapter(model: nn.Module, folder: str | Path, *, trained: bool = False) -> PeftModel:
+    """`model` with the adapter that peft saved in `folder`, in eval mode; `trained`: to go on with it, in fp32.
 
     UserError unless every tensor of the adapter finds its place and every place its tensor: peft would leave places
     at their random start and ignore tensors it cannot place.
@@ -80,7 +80,9 @@ def attach_adapter(model: nn.Module, folder: str | Path) -> PeftModel:
             saved = set(tensors.keys())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of missing keys, which are an error below
-            adapted = PeftModel.from_pretrained(model, str(folder)).eval()
+            config = PeftConfig.from_pretrained(str(folder))
+            config.lora_dropout, config.inference_mode = 0.0, not trained  # dropout is off in every model here
+            adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trained, config=config).eval()
     except (RuntimeError, ValueError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"adapter {str(folder)!r} does not fit {base!r}: {reason}") from error

@@ -11,6 +11,7 @@ from data_pipeline.sources.formats import convert
 
 PAIR = {"chosen": "The sum is 5.", "rejected": "The sum is 6."}
 TURNS = {"chosen": [*user_turn("2+3?"), *assistant_turn("5")], "rejected": [*user_turn("2+3?"), *assistant_turn("6")]}
+SFT = {"prompt": "2+3?", "completion": "5"}
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
 
 
@@ -265,3 +266,66 @@ def test_rows_that_were_stored_are_read_back_as_they_are(make_rows):
     for row in rows:
         record = one(row)
         assert RowReader()(encode_record(record)) == decode_record(encode_record(record)) == record
+
+
+@pytest.mark.parametrize("names", [("Prompt", "CHOSEN", "Rejected"), (" prompt", "Chosen ", "rejected")])
+def test_known_names_in_capitals_are_known(names):
+    record = one(dict(zip(names, ("2+3?", "5", "6"), strict=True)) | {"System Prompt": "Add.", "Source": "x"})
+    assert record.prompt == ({"role": "system", "content": "Add."}, *user_turn("2+3?"))
+
+
+def test_names_that_differ_in_capitals_alone_are_left_to_the_user():
+    row = {"Prompt": "2+3?", "PROMPT": "3+4?", **PAIR}
+    assert refused(row).kind == "unknown_prompt"
+    assert one(row, columns=parse_columns("prompt=PROMPT")).prompt == "3+4?"
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        {"passage": "Anna came home."},
+        {"documents": ["Anna came home."]},
+        {"choices": ["Anna", "Bert"]},
+        {"inputs": "x"},
+    ],
+)
+def test_what_stands_around_a_question_is_not_passed_over(around):
+    row = {"question": "Who came home?", **around, **PAIR}
+    assert refused(row).kind == "ambiguous_prompt"
+    assert one(row, columns=parse_columns("prompt=question")).prompt == "Who came home?"
+
+
+def test_two_system_columns_say_the_same_or_are_refused():
+    row = {"prompt": "2+3?", "system": "Add.", "system_prompt": "Add.", **PAIR}
+    assert one(row).prompt[0] == {"role": "system", "content": "Add."}
+    assert refused(row | {"system_message": "Be brief."}).kind == "ambiguous_prompt"
+    assert refused({"prompt": "2+3?", "system": list(user_turn("hi")), **PAIR}).kind == "wrong_type"
+
+
+@pytest.mark.parametrize("name", ["tokenize", "add_generation_prompt", "chat_template", "tools"])
+def test_arguments_of_the_tokenizer_are_not_the_datas_to_give(name):
+    assert refused({"prompt": "2+3?", "chat_template_kwargs": {name: True}, **PAIR}).kind == "wrong_type"
+
+
+@pytest.mark.parametrize("row", [{"prompt": "q", "completion": "a", "label": None}, {**SFT, "is_correct": None}])
+def test_an_answer_whose_label_is_empty_is_not_taken_for_a_good_one(row):
+    assert refused(row).malformed
+
+
+def test_two_columns_that_could_be_the_answer_are_refused():
+    row = {"problem": "2+3?", "solution": "2 + 3 = 5", "answer": "5"}
+    assert refused(row).kind == "ambiguous_answer"
+    assert one(row, columns=parse_columns("answer=solution")).answer == "2 + 3 = 5"
+    assert one(row | {"solution": "5"}).answer == "5"
+
+
+@pytest.mark.parametrize("grade", [True, 0, "Bad", "false"])
+def test_a_column_that_may_be_a_label_is_not_passed_over(grade):
+    assert refused({**SFT, "is_good": grade}).kind == "unknown_column"
+    assert one({**SFT, "stage": 1, "percentage": 0}).label
+
+
+@pytest.mark.parametrize("images", [[], [None], None, ""])
+def test_no_image_is_no_image(images):
+    assert one({"prompt": "q", "images": images, **PAIR}).prompt == "q"
+    assert refused({"prompt": "q", "image_path": "a.png", **PAIR}).kind == "not_text"

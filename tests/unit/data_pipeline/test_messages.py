@@ -51,6 +51,10 @@ def test_other_text_is_text(text):
         "[{'role': 'user', 'content': 'hi",
         "[Message(role='user', content='hi')]",
         "{'role': 'user', 'content': it's}",
+        "[{'weight': 1, 'role': 'user', 'content': 'hi'}\n {'weight': 0, 'role': 'assistant', 'content': 'ho'}]",
+        "[OrderedDict([('role', 'user'), ('content', 'hi')])]",
+        "[{'role': 'user', 'content': 'hi', 'name': nan}]",
+        "[{'id': 5, 'from': 'human', 'value': array(['hi'], dtype=object)}]",
     ],
 )
 def test_what_python_printed_and_cannot_be_read_back_is_refused(text):
@@ -106,3 +110,41 @@ def test_keys_of_turns_that_nobody_reads_are_counted():
     unread = Counter()
     read_text(json.dumps([{"role": "user", "content": "hi", "weight": 1, "end": None}] * 2), "prompt", unread)
     assert unread == {"weight (of a turn)": 2}
+    unread.clear()
+    read_text([{"role": "user", "content": "hi", "weight": 0, "train": False, "end": ""}], "prompt", unread)
+    assert unread == {"weight (of a turn)": 1, "train (of a turn)": 1}
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [("Human", "user"), ("USER", "user"), ("GPT", "assistant"), ("Assistant ", "assistant"), ("AI", "assistant")],
+)
+def test_roles_in_any_letters(written, read):
+    assert read_text([{"role": written, "content": "hi"}], "prompt")[0]["role"] == read
+    assert read_text([{"from": "Narrator", "value": "hi"}], "prompt")[0]["role"] == "Narrator"
+
+
+@pytest.mark.parametrize(
+    ("turn", "kind"),
+    [
+        ({"role": "user", "content": "hi", "value": "ho"}, "wrong_type"),
+        ({"role": "user", "from": "gpt", "content": "hi"}, "wrong_type"),
+        ({"role": " ", "content": "hi"}, "wrong_type"),
+        ({"role": "user", "content": [{"image": "x", "text": "hi"}]}, "not_text"),
+        ({"role": "system", "content": "hi", "tools": [CALL]}, "unknown_column"),
+        ({"role": "assistant", "content": "", "tool_calls": "f(1)"}, "wrong_type"),
+        ({"role": "assistant", "content": "", "tool_calls": ["f"]}, "wrong_type"),
+        ({"role": "assistant", "content": "hi", "reasoning_content": ["ho"]}, "wrong_type"),
+    ],
+)
+def test_turns_that_say_two_things_or_what_no_template_reads(turn, kind):
+    with pytest.raises(RecordError) as error:
+        read_text([turn], "prompt")
+    assert error.value.kind == kind
+
+
+@pytest.mark.parametrize("calls", [[CALL], CALL, json.dumps([CALL]), str([CALL])])
+def test_calls_of_tools_are_a_list(calls):
+    assert read_text([{"role": "assistant", "content": None, "tool_calls": calls}], "prompt")[0]["tool_calls"] == [CALL]
+    both = [{"role": "user", "from": "human", "content": "hi", "value": "hi"}]  # what one of two layouts repeats
+    assert read_text(both, "prompt") == HI

@@ -202,3 +202,61 @@ def test_no_beginning_is_invented(tokenizer, caplog):
     assert beginning_of(tokenizer) == ()
     Encoder(tokenizer)
     assert not caplog.text
+
+
+# ------------------------------------------------------------------------------- what a template passes over
+
+
+PASSES_OVER = (
+    "{% for m in messages %}{% if m.role == 'user' %}<head>{{ m.content }}<eot>{% elif m.role == 'assistant' %}"
+    "<head>a</head>{{ m.content }}<eot>{% endif %}{% endfor %}{% if add_generation_prompt %}<head>a</head>{% endif %}"
+)
+LAST = "<head>{{ messages[-1].content }}<eot><head>a</head>"
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt"),
+    [
+        (PASSES_OVER, ({"role": "system", "content": "Be kind."}, *user_turn("q"))),
+        (PASSES_OVER, ({"role": "developer", "content": "Be kind."}, *user_turn("q"))),
+        (PASSES_OVER, (*user_turn("q"), *assistant_turn("b"), {"role": "tool", "content": "42"})),
+        (LAST, (*user_turn("first"), *assistant_turn("b"), *user_turn("second"))),
+        (CHAT.replace("m['content']", "m['content'] | upper"), user_turn("abc")),
+        (CHAT.replace("m['content']", "m['content'][:4]"), user_turn("abcdef")),
+    ],
+)
+def test_a_turn_that_the_template_does_not_write_is_refused(chat, text, prompt):
+    encoder = Encoder(chat(text), template="chat")
+    assert "does not write what a turn" in reason(encoder, pair(prompt))
+    assert text_of(encoder, pair(user_turn("AB")))
+
+
+def test_what_templates_change_around_contents_is_no_loss(chat):
+    text = CHAT.replace("m['content']", "(m['content'].split('</think>')[-1] | trim | tojson)")
+    encoder = Encoder(chat(text), template="chat")
+    prompt = (*user_turn(' say "a\\b"\n'), *assistant_turn("<think>so</think>b"), *user_turn("b"))
+    assert text_of(encoder, pair(prompt))
+
+
+def test_tools_must_stand_in_what_is_written(chat):
+    counts = "{{ tools | length if tools else '' }}" + CHAT  # reads them, and writes none
+    assert "does not write a tool, 'add'" in reason(
+        Encoder(chat(counts), template="chat"), pair(user_turn("q"), tools=[TOOL])
+    )
+    assert text_of(Encoder(chat(TOOLS), template="chat"), pair(user_turn("q"), tools=[TOOL]))
+
+
+def test_a_template_that_throws_dice_is_refused(chat):
+    with pytest.raises(DataError, match="to chance"):
+        Encoder(chat("{{ ['a', 'b'] | random }}" + CHAT))
+
+
+@pytest.mark.parametrize("answer", ["x<eot>y", "<head>user</head>y"])
+def test_special_tokens_in_a_text_are_no_text(chat, answer):
+    encoder = Encoder(chat(CHAT), template="chat")
+    for record in (pair(user_turn("q"), answer), pair(user_turn(answer)), pair(answer)):
+        got = encoder(record)
+        assert isinstance(got, Drop) and got.reason == "special_token"
+    rendered = "<head>user</head>q<eot><head>assistant</head>"
+    record = PreferenceRecord("x", rendered, "x", "y")
+    assert text_of(Encoder(chat(CHAT), template="auto"), record) == rendered + "x<eos>"

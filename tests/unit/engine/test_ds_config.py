@@ -41,6 +41,8 @@ def test_page_locked_memory_is_for_gpus():
         ({"optimizer": {"type": "Lion"}}, {}, "Lion"),
         ({"optimizer": {"params": {"lr": 0.01}}}, {}, r"optimizer.params.lr to 0.01, the flags to 0.001"),
         ({"optimizer": {"params": {"betas": [0.8, 0.99]}}}, {}, r"optimizer.params.betas"),
+        ({"train_micro_batch_size_per_gpu": "4"}, {}, "train_micro_batch_size_per_gpu to '4', the flags to 4"),
+        ({"gradient_clipping": False}, {}, "gradient_clipping to False, the flags to 0.0"),
         ({}, {"bf16": True}, "stage 1"),
     ],
 )
@@ -70,6 +72,20 @@ ZERO2 = {"zero_optimization": {"stage": 2}}
         (ZERO2 | {"colour": "blue"}, "'colour', which DeepSpeed does not know; remove it"),
         (ZERO2 | {"scheduler": {"type": "WarmupLR"}}, "sets a scheduler"),
         ([], "must hold a JSON object"),
+        ({"zero_optimization": True}, "must be an object, found True"),
+        ({"zero_optimization": {"stage": 2.0}}, "stage is 2.0"),
+        ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, "is an old name"),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "the stage is 2"),
+        (ZERO2 | {"bf16": True}, "bf16 must be an object"),
+        (ZERO2 | {"activation_checkpointing": "on"}, "must be an object"),
+        (ZERO2 | {"prescale_gradients": "false"}, "write true or false"),
+        (ZERO2 | {"steps_per_print": "auto"}, "write a whole number"),
+        (ZERO2 | {"steps_per_print": True}, "write a whole number"),
+        (ZERO2 | {"data_types": {"grad_accum_dtype": "fp8"}}, "allowed: fp32, bf16"),
+        (ZERO2 | {"optimizer": {"type": "AdamW", "parms": {}}}, "optimizer has 'parms'"),
+        (ZERO2 | {"optimizer": {"params": {"learning_rate": 1e-3}}}, "optimizer.params has 'learning_rate'"),
+        (ZERO2 | {"optimizer": {"params": {"adam_w_mode": False}}}, "another optimizer"),
+        (ZERO2 | {"optimizer": {"params": {"torch_adam": "true"}}}, "write true or false"),
     ],
 )
 def test_a_json_that_cannot_be_meant_is_one_line(content, said, tmp_path):
@@ -78,6 +94,28 @@ def test_a_json_that_cannot_be_meant_is_one_line(content, said, tmp_path):
     with pytest.raises(UserError) as caught:
         read_ds_config(path)
     assert said in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"zero_optimization": {"stage": 2}, "zero_optimization": {"stage": 3}}', "'zero_optimization' stands twice"),
+        ('{"zero_optimization": {"stage": 2, "stage": 3}}', "'stage' stands twice"),
+        ('{"zero_optimization": {"stage": 2, "reduce_bucket_size": Infinity}}', "Infinity is no number"),
+        ('{"zero_optimization": {"stage": 2} // two\n}', "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("zero_optimization:\n  stage: 2\n", "is not JSON"),
+        ("", "is not JSON"),
+    ],
+)
+def test_a_text_that_json_would_guess_at_is_one_line(text, said, tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_ds_config(path)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+    path.write_text("\ufeff" + json.dumps(ZERO2))
+    assert read_ds_config(path) == ZERO2
 
 
 def test_what_is_switched_off_may_stand(tmp_path):

@@ -67,9 +67,22 @@ def test_it_reads_its_own_and_the_plain_engines_checkpoints_whatever_the_process
         ({"fsdp_shard_size": 4}, "--fsdp_shard_size is about --engine fsdp2"),
         ({"engine": "fsdp2", "ds_config": "ds_configs/zero2.json"}, "--engine fsdp2 does not read --ds_config"),
         ({"engine": "fsdp2", "load_in_4bit": True, "use_peft": True}, "FSDP2 would cut the numbers alone"),
+        ({"ds_config": "zero3", "load_in_4bit": True, "use_peft": True}, "ZeRO-3 would cut the numbers alone"),
         ({"engine": "fsdp2", "torch_compile": True}, "under ZeRO-3 and FSDP2"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(flags, told):
     with pytest.raises(UserError, match=told):
         make_config(TrainConfig, flags)
+
+
+def test_the_plain_engine_has_bf16_for_frozen_weights_only():
+    def plain(adapter, able=True, **flags):
+        config = make_config(TrainConfig, flags)
+        return choose_engine(config, processes=1, cuda=able, bf16_able=able, adapter=adapter)
+
+    assert plain(True).reads_bf16(trained=False) and not plain(True).reads_bf16(trained=True)
+    assert not plain(True, able=False).bf16 and not plain(False).bf16
+    assert plain(True, able=False, bf16=True, use_peft=True).bf16
+    with pytest.raises(UserError, match="--use_peft"):
+        plain(False, bf16=True)

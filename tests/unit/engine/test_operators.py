@@ -1,11 +1,15 @@
 """Operators that are missing, and locks left behind."""
 
 import os
+from contextlib import nullcontext
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 
+from diffdpo.engine import operators
+from diffdpo.engine.ds_config import read_ds_config
 from diffdpo.engine.operators import missing_operators, needed_operators, prepare_operators
 from diffdpo.engine.world import World
 from diffdpo.errors import UserError
@@ -74,11 +78,41 @@ def test_without_a_compiler_it_is_one_line(cpu_adam, monkeypatch):
 
 
 def test_what_deepspeed_was_installed_with_is_not_compiled(cpu_adam, monkeypatch):
+    (cpu_adam / "cpu_adam.so").unlink()
+    monkeypatch.setattr(operators, "_installed", lambda: ({"cpu_adam": True}, "cpu"))
+    assert missing_operators(needed_operators(OFFLOAD)) == []
+    monkeypatch.setattr(operators, "_installed", lambda: ({"cpu_adam": True}, "cuda"))  # made for another device
+    assert missing_operators(needed_operators(OFFLOAD)) == ["cpu_adam"]
+
+
+def test_what_deepspeed_wrote_of_its_installation_is_read():
     from deepspeed import git_version_info
 
-    (cpu_adam / "cpu_adam.so").unlink()
-    monkeypatch.setitem(git_version_info.installed_ops, "cpu_adam", True)
-    monkeypatch.setattr(git_version_info, "accelerator_name", "cpu")
-    assert missing_operators(needed_operators(OFFLOAD)) == []
-    monkeypatch.setattr(git_version_info, "accelerator_name", "cuda")  # made for another device
-    assert missing_operators(needed_operators(OFFLOAD)) == ["cpu_adam"]
+    assert operators._installed() == (git_version_info.installed_ops, git_version_info.accelerator_name)
+
+
+NVME = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}
+
+
+@pytest.mark.parametrize(
+    ("release", "said"),
+    [(None, "no CUDA toolkit"), ("", "no nvcc"), ("12.4", "CUDA 12.4 in .* built with 13.0"), ("13.1", None)],
+)
+def test_operators_of_a_gpu_need_the_toolkit_of_torch_s_major_version(tmp_path, monkeypatch, release, said):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "empty"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", None if release is None else str(tmp_path))
+    if release:
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin/nvcc").write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V'\n")
+        (tmp_path / "bin/nvcc").chmod(0o755)
+    with nullcontext() if said is None else pytest.raises(UserError, match=said):
+        assert "async_io" in missing_operators(needed_operators(NVME))
+    with nullcontext() if said is None else pytest.raises(UserError, match=f"{said}.*torch_adam"):
+        assert missing_operators(["fused_adam"]) == ["fused_adam"]
+
+
+def test_an_adapter_that_stays_on_the_card_compiles_nothing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert needed_operators(read_ds_config(Path("4080_qlora"))) == []

@@ -4,11 +4,12 @@ import json
 
 import pytest
 
+from diffdpo.cards import GPUS
 from diffdpo.config import TrainConfig
 from diffdpo.errors import UserError
 from diffdpo.planner import advise as module
 from diffdpo.planner.advise import advise
-from diffdpo.planner.hardware import GPUS, Host
+from diffdpo.planner.hardware import Host
 from diffdpo.planner.memory import DEVICE
 from diffdpo.planner.plan import Machine, make_plan
 from tests.support.paths import ROOT

@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 
+from diffdpo.cards import GPUS
 from diffdpo.config import TrainConfig
 from diffdpo.errors import UserError
-from diffdpo.planner.hardware import GPUS, Host
+from diffdpo.planner.hardware import Host
 from diffdpo.planner.memory import DEVICE, DISK, HOST
 from diffdpo.planner.plan import Machine, Plan, make_plan
 from tests.support.shapes import LLADA_8B
@@ -171,8 +172,8 @@ def test_fsdp2_reads_its_copy_of_the_reference_into_shards(small):
 
 
 def test_advice_for_fsdp2_stays_with_fsdp2(small):
+    from diffdpo.cards import Gpu
     from diffdpo.planner.advise import advise
-    from diffdpo.planner.hardware import Gpu
 
     config = TrainConfig(model_name_or_path=small, engine="fsdp2", bf16=True, **(BASE | {"max_length": 40}))
     plan = make_plan(config, Machine(GPUS["RTX 4080"], None, 1))

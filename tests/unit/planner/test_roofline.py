@@ -3,8 +3,9 @@
 import json
 from dataclasses import replace
 
+from diffdpo.cards import GPUS
 from diffdpo.config import TrainConfig
-from diffdpo.planner.hardware import GPUS, Host
+from diffdpo.planner.hardware import Host
 from diffdpo.planner.plan import Machine, make_plan
 
 BASE = {"max_length": 64, "max_prompt_length": 32, "per_device_train_batch_size": 1, "segment_rows": 2}

@@ -2,8 +2,9 @@
 
 import pytest
 
+from diffdpo.cards import GPUS
 from diffdpo.config import TrainConfig
-from diffdpo.planner.hardware import GPUS, Host
+from diffdpo.planner.hardware import Host
 from diffdpo.planner.memory import DEVICE
 from diffdpo.planner.plan import Machine, make_plan
 from diffdpo.planner.report import as_json, as_text

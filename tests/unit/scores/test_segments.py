@@ -112,3 +112,13 @@ def test_halving_starts_from_the_micro_batch_cut_last():
     segments.fit([8] * 50)
     assert segments.one(rows_of([(8, 8)], n=20))
     assert segments.halve(segments.most) and segments.rows == 3
+
+
+def test_kept_apart_everyone_gets_the_segments_of_answers():
+    rows = rows_of([(5, 9), (30, 2), (0, 4), (9, 9)], n=3)
+    segments = Segments(tokens=40)
+    by_answer = [piece.index_S.tolist() for own in segments.by_answer(rows) for piece in own]
+    assert [piece.index_S.tolist() for piece in segments(rows)] != by_answer
+    segments.answers_apart = True
+    assert [piece.index_S.tolist() for piece in segments(rows)] == by_answer
+    assert [piece.index_S.tolist() for group in segments.by_stream(rows) for piece in group] == by_answer

@@ -11,9 +11,10 @@ from diffdpo.step.strategy import MicroBatchShape, choose_strategy
 SHAPE = MicroBatchShape(pairs=8, rows_per_answer=4, max_length=100, couples_pairs=False)
 
 
-def chosen(name="auto", obstacle=None, leaves=False, tokens=1000, shape=SHAPE):
+def chosen(name="auto", obstacle=None, leaves=False, tokens=1000, shape=SHAPE, few=False):
     segments = Segments(tokens=tokens)
-    return choose_strategy(name, obstacle=obstacle, reduces_in_backward=leaves, segments=segments, shape=shape)
+    how = {"obstacle": obstacle, "reduces_in_backward": leaves, "segments": segments, "shape": shape}
+    return choose_strategy(name, **how, few=few)
 
 
 def test_auto_names_its_reason():
@@ -41,3 +42,10 @@ def test_deferred_is_refused_where_it_would_undo_the_sharding():
     with pytest.raises(UserError, match=r"^--segmentation deferred: would undo; use --segmentation two_pass or auto$"):
         chosen("deferred", obstacle="would undo")
     assert chosen("deferred") == ("deferred", "as asked for")
+
+
+def test_an_adapter_defers_where_an_answer_fills_half_a_segment():
+    assert chosen(tokens=700, few=True)[0] == "deferred"  # of 4 rows of 100 tokens, twice
+    assert chosen(tokens=800, few=True)[0] == "checkpoint"
+    assert chosen(tokens=700)[0] == "checkpoint"
+    assert chosen(tokens=700, few=True, obstacle="sharded", leaves=True)[0] == "two_pass"

@@ -8,6 +8,7 @@ import pytest
 
 from diffdpo.errors import TrainingError, UserError
 from diffdpo.tracking.journal import Journal
+from diffdpo.tracking.lock import alone_in
 from diffdpo.tracking.mlflow_run import MlflowRun, Shipped, check_tracking_uri, ship_later
 
 
@@ -115,6 +116,22 @@ def test_the_next_run_sends_what_the_one_before_could_not(tmp_path, uri):
     assert mlflow.MlflowClient(uri).get_run(shipped.run_id).info.status == "FINISHED"
 
 
+def test_a_run_beside_it_that_lives_is_left_alone(tmp_path, uri):
+    """As in a sweep of several at a time: two who send one journal would write one state."""
+    living, later = tmp_path / "living", tmp_path / "later"
+    with alone_in(living):
+        Journal(living).write(1, {"loss": 1.0})
+        Shipped(uri, "experiment", "living").write(living)
+        later.mkdir()
+        Journal(later).write(1, {"loss": 1.0})
+        run = make_run(later, uri)
+        run._ship_others()
+        assert Shipped.read(living).run_id is None
+    run._others_due = True
+    run._ship_others()
+    assert Shipped.read(living).run_id is not None and Shipped.read(living).status == "KILLED"
+
+
 def test_a_run_that_was_killed_is_told_as_killed(tmp_path, uri):
     Journal(tmp_path).write(1, {"loss": 1.0})
     Shipped(uri, "experiment", "name").write(tmp_path)
@@ -126,6 +143,7 @@ def test_damaged_lines_and_words_do_not_hold_the_rest(tmp_path, uri):
     journal = Journal(tmp_path)
     journal.write(1, {"loss": 1.0})
     journal.note(1, "--beta was 0.1 and is 0.2")
+    journal.note(1, "--seed was 0 and is 1")
     with journal.path.open("ab") as file:
         file.write(bytes(20) + b"\n")
     journal.write(2, {"loss": 2.0})
@@ -133,7 +151,8 @@ def test_damaged_lines_and_words_do_not_hold_the_rest(tmp_path, uri):
     ship_later(tmp_path)
     run_id = Shipped.read(tmp_path).run_id
     assert history(uri, run_id) == [(1, 1.0), (2, 2.0)]
-    assert mlflow.MlflowClient(uri).get_run(run_id).data.tags["note.step-1"] == "--beta was 0.1 and is 0.2"
+    told = "--beta was 0.1 and is 0.2; --seed was 0 and is 1"
+    assert mlflow.MlflowClient(uri).get_run(run_id).data.tags["note.step-1"] == told
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"tracking_uri": 1, "x": 2}'])

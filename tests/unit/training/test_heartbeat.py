@@ -9,7 +9,7 @@ import textwrap
 import threading
 import time
 from collections import deque
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from diffdpo.errors import HUNG, TrainingError
 from diffdpo.training.heartbeat import (
     FOLDER,
     STALE_SECONDS,
+    WAITING,
     Pulse,
     Sign,
     beating,
@@ -70,6 +71,8 @@ def test_a_silent_rank_is_a_hang_even_in_the_first_step(tmp_path):
         ([sign(0), sign(1, stage="data", step=4)], r"rank 1 on host1 .* has been in data of step 4 for 130 s"),
         ([sign(0), sign(1, stage="data")], r"rank 1 on host1 .* has been in data of step 5"),
         ([sign(0), sign(1)], r"all 2 ranks live and wait for one another for 130 s in step 5 .*links"),
+        ([sign(0, stage=WAITING), sign(1, stage="forward")], r"rank 1 on host1 .* has been in forward of step 5"),
+        ([sign(0), replace(sign(1), unreached=(0,))], r"rank 1 on host1 .* cannot reach rank 0 any more"),
         ([sign(0, stage="save")], r"rank 0 on host0 .* has been in save of step 5 for 130 s"),
     ],
 )
@@ -108,15 +111,31 @@ def test_signs_are_written_from_the_first_stage_on_and_go_at_the_end(tmp_path):
     assert not (tmp_path / FOLDER).exists()
 
 
-def test_the_stage_is_read_off_the_stack():
+@pytest.mark.parametrize(
+    ("places", "stage"),
+    [
+        ((("/x/diffdpo/engine/plain.py", "backward"),), "backward"),
+        ((("/x/diffdpo/engine/world.py", "barrier"),), WAITING),
+        # every command is run by a function of data_pipeline, which makes no step a reading of data
+        ((("/x/diffdpo/training/loop.py", "run"), ("/x/data_pipeline/cli.py", "exit_code")), None),
+    ],
+)
+def test_the_stage_is_read_off_the_stack(places, stage):
     ready, done = threading.Event(), threading.Event()
-    source = "def backward(ready, done):\n    ready.set()\n    done.wait()\n"
-    scope: dict = {}
-    exec(compile(source, "/x/diffdpo/engine/plain.py", "exec"), scope)
-    thread = threading.Thread(target=scope["backward"], args=(ready, done))
+
+    def wait():
+        ready.set()
+        done.wait()
+
+    inner = wait
+    for place, name in places:
+        scope: dict = {"inner": inner}
+        exec(compile(f"def {name}():\n    inner()\n", place, "exec"), scope)
+        inner = scope[name]
+    thread = threading.Thread(target=inner)
     thread.start()
     ready.wait()
-    assert stage_of(thread.ident) == "backward"
+    assert stage_of(thread.ident) == stage
     done.set()
     thread.join()
 

@@ -3,21 +3,32 @@
 from collections import Counter
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+from data_pipeline.batch import PairBatch, collate
+from data_pipeline.encode import TokenAnswer, TokenPair
 from diffdpo.config import TrainConfig
 from diffdpo.engine.world import World
 from diffdpo.errors import TrainingError
 from diffdpo.step.report import StepReport
 from diffdpo.tracking.journal import FILE, Journal, read_journal
+from diffdpo.training.best import Best, Standing
 from diffdpo.training.callbacks import Callback, Callbacks
+from diffdpo.training.culprit import each_record, read_culprit
 from diffdpo.training.guard import Watch
 from diffdpo.training.heartbeat import Pulse
 from diffdpo.training.loop import Loop
 
 SETTINGS = {"learning_rate": 1.0, "warmup_steps": 0, "lr_scheduler_type": "linear"}
 WORLD = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
+
+
+def micro_batch() -> PairBatch:
+    sides = [TokenAnswer(np.array([5, 6, 7]), 1), TokenAnswer(np.array([5, 8]), 1)]
+    pairs = [TokenPair(name, *sides) for name in ("a", "b")]
+    return collate(pairs, pad_id=0, epoch=0, step=0, micro=0, last_micro=True, records=(0, 1))
 
 
 class FakeLoader:
@@ -32,7 +43,7 @@ class FakeLoader:
 
     def steps(self):
         while True:
-            yield [SimpleNamespace(ids=("a", "b"))]
+            yield [micro_batch()]
             self.step += 1
 
     def state_dict(self, summed):
@@ -77,29 +88,39 @@ class FakeSaver:
         """It waits for its saves."""
 
 
+class FakeEngine:
+    """Its weights survive a step that is not finite."""
+
+    world, choice = WORLD, SimpleNamespace(skips_nonfinite=True)
+
+    def save(self, folder):
+        (folder / "weights").write_text("before the step")
+
+
 @pytest.fixture
 def loop(tmp_path, monkeypatch):
     """``loop(settings, step=…, total=…)`` → the Loop and what happened, in order."""
 
-    def make(settings=None, *, step=lambda batches, rate: report(), total=6, callbacks=()):
+    def make(settings=None, *, step=lambda batches, rate: report(), total=6, callbacks=(), losses=None):
         happened = []
         monkeypatch.setattr("diffdpo.training.loop.Saver", lambda *given: FakeSaver(happened, given[3]))
-        monkeypatch.setattr("diffdpo.training.loop.means", lambda sums: {"rewards/margins": sums["margin"]})
+        monkeypatch.setattr("diffdpo.training.window.means", lambda sums: {"rewards/margins": sums["margin"]})
         made = Loop(
             config=TrainConfig(
                 **{"learning_rate": 1.0, "warmup_steps": 0, "lr_scheduler_type": "linear"} | (settings or {})
             ),
             output_dir=tmp_path,
-            engine=SimpleNamespace(world=WORLD),
+            engine=FakeEngine(),
             loader=FakeLoader(),
             step=lambda batches, rate: (happened.append(("step", rate)), step(batches, rate))[1],
             total_steps=total,
             journal=Journal(tmp_path),
-            evaluate=lambda: (happened.append("evaluation"), {"loss": 0.1})[1],
+            evaluate=lambda: (happened.append("evaluation"), {"loss": next(losses) if losses else 0.1})[1],
             check_first=lambda first: happened.append("first"),
             watch=Watch(Pulse(WORLD, tmp_path, 0.0)),
             callbacks=Callbacks(callbacks),
         )
+        made.best = Best.of(made.config, {})
         return made, happened
 
     return make
@@ -115,6 +136,23 @@ def test_a_run_to_its_end(loop, tmp_path):
     assert [event for event in happened if event[0] == "save"] == [("save", 4)]
     lines = read_journal(tmp_path / FILE)
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+def test_patience_ends_a_run_and_every_better_model_is_kept(loop, tmp_path):
+    settings = {"eval_steps": 1, "early_stopping_patience": 2, "load_best_model_at_end": True, "logging_steps": 10}
+    made, happened = loop(settings, losses=iter([3.0, 2.0, 2.5, 2.0, 0.0]))
+    assert made.run() is True and made.done == 4, "two evaluations that were no better than the second"
+    assert [event[1] for event in happened if event[0] == "save"] == [1, 2]
+    assert made.best.standing == Standing(step=2, value=2.0, evaluations=4, without_gain=2)
+    assert [line["step"] for line in read_journal(tmp_path / FILE) if "loss" in line][-1] == 4
+    again = Best.of(made.config, {"best": made.best.state()})
+    assert again.stops and not Best.of(made.config, {"best": made.best.state() | {"metric": "x"}}).stops
+
+
+def test_the_last_step_is_evaluated_where_that_decides(loop):
+    made, happened = loop({"eval_steps": 4, "load_best_model_at_end": True}, losses=iter([1.0, 2.0]))
+    assert made.run() is True and happened.count("evaluation") == 2
+    assert made.best.standing.step == 4
 
 
 def test_lines_are_means_over_their_window(loop, tmp_path):
@@ -156,6 +194,42 @@ def test_what_is_not_finite_ends_the_run_with_its_line_written(loop, tmp_path, b
     with pytest.raises(TrainingError, match="step 3"):
         made.run()
     assert [line["step"] for line in read_journal(tmp_path / FILE) if "grad_norm" in line] == [1, 2, 3]
+
+
+def test_the_culprit_is_kept_with_the_weights_before_it(loop, tmp_path):
+    made, _ = loop(step=lambda batches, rate: report(loss=float("nan")) if made.done == 2 else report())
+    with pytest.raises(TrainingError, match=r"--replay .*culprit-step-3\.json"):
+        made.run()
+    kept = read_culprit(tmp_path / "culprit-step-3.json")
+    ((batch,),) = kept.batches
+    assert kept.step == 3 and kept.learning_rate == pytest.approx(4 / 6) and kept.loss != kept.loss
+    for name in ("input_ids_B2T", "lengths_B2", "prompt_lengths_B2", "weight_B2"):
+        assert torch.equal(getattr(batch, name), getattr(micro_batch(), name))
+    assert (batch.ids, batch.records, batch.epoch) == (("a", "b"), (0, 1), 0)
+    assert [alone.ids for alone in each_record(batch)] == [("a",), ("b",)]
+    assert (tmp_path / "culprit-step-3" / "weights").read_text() == "before the step"
+
+
+@pytest.mark.parametrize(("limit", "taken"), [(1, 3), (2, 6)])
+def test_steps_that_are_not_finite_are_left_out_up_to_the_limit(loop, tmp_path, limit, taken):
+    settings = {"on_nonfinite": "skip", "nonfinite_limit": limit}
+    made, _ = loop(settings, step=lambda batches, rate: report(norm=float("inf")) if made.done in (1, 2) else report())
+    if taken < 6:
+        with pytest.raises(TrainingError, match="step 3"):
+            made.run()
+    else:
+        assert made.run() is True
+    assert made.done == taken and made.skipped == 2
+    lines = list(read_journal(tmp_path / FILE))
+    assert [line["step"] for line in lines if "a, b" in line.get("note", "")] == [2, 3]
+    assert {path.name for path in tmp_path.glob("culprit-*")} == {"culprit-step-2.json", "culprit-step-3.json"}
+
+
+def test_a_gradient_far_from_those_before_is_told_with_its_records(loop, tmp_path):
+    made, _ = loop(step=lambda batches, rate: report(norm=500.0 if made.done == 24 else 1.0), total=26)
+    assert made.run() is True
+    (line,) = [line for line in read_journal(tmp_path / FILE) if "note" in line]
+    assert line["step"] == 25 and "500" in line["note"] and "records a, b" in line["note"]
 
 
 def test_a_step_without_records_is_no_divergence(loop, capsys):

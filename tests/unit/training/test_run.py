@@ -19,7 +19,7 @@ from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.setup import data as run_data
 from diffdpo.setup.context import RunContext, open_context
 from diffdpo.setup.model import save_final
-from diffdpo.training.finish import finish
+from diffdpo.training.finish import CLOSING, finish
 from diffdpo.training.guard import Watch
 from diffdpo.training.heartbeat import Pulse
 
@@ -141,3 +141,5 @@ def test_an_interruption_says_where_the_run_was_and_what_there_is(tmp_path, caps
     said = capsys.readouterr().out
     assert "stopped in the evaluation" in said and end.status == "KILLED"
     assert ("step-4; go on from there with --output_dir" in said) == saved
+    # what follows the last evaluation has no usual time: slow drawing is no hang
+    assert watch.pulse.stage == CLOSING and watch.pulse.limit() == float("inf")

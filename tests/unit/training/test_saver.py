@@ -47,8 +47,8 @@ def test_a_checkpoint_is_of_the_moment_it_was_asked_for(tmp_path, monkeypatch):
     take_step(engine)
     told, snapshot = Told(tmp_path, engine), engine.snapshot
 
-    def slow_snapshot():
-        write = snapshot()
+    def slow_snapshot(beside):
+        write = snapshot(beside)
         return lambda folder: go.wait(30) and write(folder)
 
     monkeypatch.setattr(engine, "snapshot", slow_snapshot)
@@ -83,7 +83,7 @@ def test_what_the_thread_could_not_write_is_told_when_it_is_settled(tmp_path, mo
     def failing(folder):
         raise error
 
-    monkeypatch.setattr(engine, "snapshot", lambda: failing)
+    monkeypatch.setattr(engine, "snapshot", lambda beside: failing)
     told.saver.save(1, STATE | {"step": 1}, wait=False)
     told.saver.settle()
     ((step, failure),) = told.failed
@@ -96,7 +96,7 @@ def test_the_step_waits_a_small_share_of_the_save(tmp_path):
     engine = make_engine(1500)  # 2.25 M weights: 27 MB of state
     take_step(engine)
     told = Told(tmp_path, engine)
-    engine.snapshot()  # memory is taken from the system once
+    engine.snapshot(WORLD)  # memory is taken from the system once
     began = time.monotonic()
     told.saver.save(1, STATE | {"step": 1}, wait=True)
     whole = time.monotonic() - began
@@ -110,7 +110,7 @@ def test_the_step_waits_a_small_share_of_the_save(tmp_path):
 
 def test_without_memory_for_a_copy_it_is_saved_in_the_step(tmp_path, monkeypatch):
     engine = make_engine()
-    monkeypatch.setattr("diffdpo.engine.plain.SNAPSHOT_SHARE", 0.0)
+    monkeypatch.setattr("diffdpo.engine.saved.SNAPSHOT_SHARE", 0.0)
     take_step(engine)
     told = Told(tmp_path, engine)
     told.saver.save(1, STATE | {"step": 1}, wait=False)

@@ -11,8 +11,10 @@ from diffdpo.config import TrainConfig, make_config
 from diffdpo.errors import UserError
 from diffdpo.models.architecture import compiled
 from diffdpo.models.architecture.spec import LLADA_LORA_TARGETS, FamilySpec
+from diffdpo.models.load import load_model
 from diffdpo.models.lora.adapters import add_lora, reference
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
+from tests.support.published import LLADA, write
 
 SPEC = FamilySpec("llada", 2, 1, 1, "LLaDABlock", LLADA_LORA_TARGETS)
 TRAINED = ("all", "LoRA")
@@ -107,5 +109,20 @@ def test_where_it_has_not_been_seen_to_work_it_is_refused(tmp_path):
     path.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
     with pytest.raises(UserError, match="torch_compile has not been seen to work under ZeRO-3"):
         make_config(TrainConfig, {"torch_compile": True, "ds_config": str(path)})
-    with pytest.raises(UserError, match="torch_compile has not been seen to work with --load_in_4bit"):
-        make_config(TrainConfig, {"torch_compile": True, "load_in_4bit": True, "use_peft": True})
+
+
+def test_4_bit_layers_compile_to_no_more_graphs(counter, tmp_path, tokenizer):
+    """bitsandbytes' product is an operator that a graph holds: the one break of a block stays its attention."""
+    pytest.importorskip("bitsandbytes")
+    write(tmp_path / "published", LLADA, tokenizer, shards=1)
+    frames = {}
+    for four in (False, True):
+        model = load_model(tmp_path / "published", load_in_4bit=four).model
+        before = counter.frame_count
+        plain, compiled_ = scorers(model, "LoRA")
+        wanted, found = (scores_and_gradients(scorer, rows(5, 9, 3)) for scorer in (plain, compiled_))
+        assert torch.allclose(found[0], wanted[0], rtol=0, atol=1e-5)
+        for ours, theirs in zip(found[1], wanted[1], strict=True):
+            assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+        frames[four] = counter.frame_count - before
+    assert frames[True] == frames[False]

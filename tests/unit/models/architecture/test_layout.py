@@ -51,12 +51,15 @@ def test_an_empty_row_counts_as_one_token_and_gives_no_nan():
     assert layout.attend(x, x, x).isfinite().all()
 
 
+@pytest.mark.parametrize("groups", [True, False], ids=["torch 2.13", "torch 2.11"])
 @pytest.mark.parametrize("kv_heads", [2, 4])
-def test_the_varlen_call_means_the_same_attention(kv_heads, monkeypatch):
+def test_the_varlen_call_means_the_same_attention(kv_heads, groups, monkeypatch):
     """The GPU kernel is replaced by a plain one of its documented meaning: what is tested is how it is called."""
 
-    def plain_varlen(q, k, v, cuts_q, cuts_k, longest_q, longest_k):
+    def plain_varlen(q, k, v, cuts_q, cuts_k, longest_q, longest_k, *, enable_gqa=False):
         assert cuts_q.dtype == torch.int32 and torch.equal(cuts_q, cuts_k)
+        assert enable_gqa is (groups and kv_heads == 2)
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) if enable_gqa else t for t in (k, v))
         assert q.shape == k.shape and longest_q == longest_k == (cuts_q[1:] - cuts_q[:-1]).max()
         parts = []
         for start, stop in itertools.pairwise(cuts_q.tolist()):
@@ -72,6 +75,7 @@ def test_the_varlen_call_means_the_same_attention(kv_heads, monkeypatch):
     )
     per_bucket = layout.attend(q, k, v)
     monkeypatch.setattr("diffdpo.models.architecture.layout.varlen_attn", plain_varlen)
+    monkeypatch.setattr("diffdpo.models.architecture.layout.VARLEN_GROUPS", groups)
     monkeypatch.setattr("diffdpo.models.architecture.layout._varlen_usable", lambda q: True)
     assert torch.allclose(layout.attend(q, k, v), per_bucket, atol=1e-12)
 
@@ -104,5 +108,5 @@ def test_torch_s_own_varlen_function_takes_the_call_and_has_its_backward(kv_head
 )
 def test_where_the_varlen_kernel_is_used(dtype, head_size, on_gpu, capability, usable, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    q = SimpleNamespace(dtype=dtype, shape=(7, 4, head_size), is_cuda=on_gpu, device="cuda:0")
+    q = SimpleNamespace(dtype=dtype, shape=(7, 4, head_size), device=torch.device("cuda:0" if on_gpu else "cpu"))
     assert _varlen_usable(q) == usable

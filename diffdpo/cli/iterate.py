@@ -1,0 +1,76 @@
+"""Rounds of on-policy preference training: sample answers, judge and pair them, train on the pairs, evaluate, again.
+
+    python launch/iterate.py recipes/on_policy_arithmetic.yaml --output_dir rounds
+
+The recipe is YAML: settings of the rounds (below), and under make_pairs: and train: settings of those two commands.
+Flags override the recipe's own settings. Killed at any moment and run again it goes on; with a larger --rounds too.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffdpo.cli.flags import build_parser, own_settings
+from diffdpo.config import PairsConfig, RoundsConfig, TrainConfig, bundled_settings, make_config
+from diffdpo.errors import UserError
+from diffdpo.shipped import find_shipped
+
+SECTIONS = {"make_pairs": PairsConfig, "train": TrainConfig}
+
+
+def main(argv: list[str]) -> None:
+    """Run the rounds that are not done."""
+    named = argv[0] if argv and not argv[0].startswith("-") else None
+    flags = vars(build_parser(RoundsConfig, __doc__ or "").parse_args(argv[1:] if named else argv))
+    recipe = flags.pop("config", None) or named
+    flags.pop("local_rank", None)
+    given = read_rounds(Path(recipe)) if recipe else {}
+    sections = {name: section(name, given.pop(name, None), recipe) for name in SECTIONS}
+    where = f"{recipe}: "
+    own = own_settings(RoundsConfig, given, where=where) | own_settings(RoundsConfig, flags)
+    config = make_config(RoundsConfig, own)
+    if not (config.model_name_or_path or config.adapter_name_or_path):
+        sections["train"] = bundled() | sections["train"]
+    from diffdpo.onpolicy.iterate import iterate
+    from diffdpo.onpolicy.rounds import Rounds
+
+    rounds = Rounds(config, sections["make_pairs"], sections["train"])
+    make_config(PairsConfig, rounds.pairs_settings(1))  # wrong values end here, and not after a round
+    first = rounds.train_settings(1, tracking_uri="none")
+    if "eval_data" in rounds.train:
+        first["train_data"] = first["eval_data"]  # in the place of pairs that are not made yet
+    else:
+        first = {name: value for name, value in first.items() if name not in ("train_data", "eval_data")}
+    make_config(TrainConfig, first)
+    iterate(rounds, say=lambda text: print(text, flush=True))
+
+
+def read_rounds(path: Path) -> dict[str, Any]:
+    """The recipe as it is written. UserError for what is no YAML file of settings."""
+    path = find_shipped("recipes", str(path), flag="the recipe")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from None
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} holds no settings; write lines such as 'rounds: 4'")
+    return {str(name).replace("-", "_"): value for name, value in content.items()}
+
+
+def section(name: str, given: Any, recipe: str | None) -> dict[str, Any]:
+    """Settings of a command. UserError for a name it has not, a value of another type, and what is no mapping."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise UserError(f"{recipe}: {name} is {given!r}; write the command's settings below it, indented")
+    settings = {str(key).replace("-", "_"): value for key, value in given.items()}
+    return own_settings(SECTIONS[name], settings, where=f"{recipe}: {name}: ")
+
+
+def bundled() -> dict[str, Any]:
+    """What suits the bundled model, where it is what is trained."""
+    settings = bundled_settings()
+    settings.pop("num_generated_pairs", None)
+    return settings

@@ -1,0 +1,127 @@
+"""A grid of runs, one after the other or several at a time; the same command goes on after any end, kill -9 too.
+
+diffdpo sweep grid.yaml --jobs 2
+"""
+
+import shlex
+import shutil
+from collections import Counter
+from pathlib import Path
+
+from diffdpo.cli.flags import own_names, parse_config
+from diffdpo.command import Parser
+from diffdpo.config import SftConfig, TrainConfig
+from diffdpo.errors import RESUMABLE, UserError
+from diffdpo.sweep.grid import Grid, read_grid
+
+CONFIGS = {"train": TrainConfig, "sft": SftConfig}
+
+
+def build_parser() -> Parser:
+    """The flags of the command."""
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "grid", type=Path, help="YAML: fixed flags, a grid or a list of those that are tried (docs/tracking.md)"
+    )
+    parser.add_argument(
+        "--output_dir", type=Path, help="folder of the sweep, a folder a run in it; default: outputs/NAME"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; each gets its share of the GPUs")
+    parser.add_argument(
+        "--launcher", default="", help='words that start a run, such as "torchrun --standalone --nproc_per_node 2"'
+    )
+    parser.add_argument("--retry_failed", action="store_true", help="run again what has failed")
+    parser.add_argument("--print_flags", action="store_true", help="print the flags of each run, a line a run, and end")
+    parser.add_argument("--metric", help="held-out metric that says which is best, such as exact_match")
+    parser.add_argument("--tracking_uri", help="MLflow store; default: that of the file, as in train")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Run the cells, then compare them. 1 where one failed, 3 where a signal stopped the sweep."""
+    args = build_parser().parse_args(argv)
+    grid = read_grid(args.grid)
+    _check(args.grid, grid)
+    if args.jobs < 1:
+        raise UserError(f"--jobs is {args.jobs}; it must be at least 1")
+    if args.print_flags:
+        for cell in grid.cells:
+            print(shlex.join(cell.words()))
+        return 0
+    launcher = shlex.split(args.launcher)
+    if launcher and not shutil.which(launcher[0]):
+        raise UserError(f"--launcher: there is no program {launcher[0]}")
+    from diffdpo.tracking.lock import alone_in
+    from diffdpo.tracking.run import tracking_uri
+
+    folder = args.output_dir or Path("outputs") / grid.name
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output_dir {folder} is a file; give a folder")
+    uri = tracking_uri(args.tracking_uri or grid.tracking_uri, folder)
+    with alone_in(folder):
+        return _sweep(args, grid, folder, launcher, uri)
+
+
+def _sweep(args, grid: Grid, folder: Path, launcher: list[str], uri: str | None) -> int:
+    from diffdpo.sweep.parent import TAG, Parent
+    from diffdpo.sweep.states import read_state
+    from diffdpo.sweep.work import Work
+
+    states = {cell.name: read_state(folder, cell).word for cell in grid.cells}
+    again = ("to do", "failed") if args.retry_failed else ("to do",)
+    cells = [cell for cell in grid.cells if states[cell.name] in again]
+    print(f"sweep   {grid.name}: {_counted(states, grid)}; {len(cells)} to run, {args.jobs} at a time, in {folder}")
+    shutil.copyfile(args.grid, folder / "sweep.yaml")
+    parent = Parent(grid, folder, uri)
+    extra = ["--tracking_uri", uri or "none"] + (["--run_tags", f"{TAG}={parent.run_id}"] if parent.run_id else [])
+    work = Work(grid, folder, jobs=args.jobs, launcher=launcher, extra=extra, say=lambda line: print(line, flush=True))
+    work.run(cells)
+    states = {cell.name: read_state(folder, cell).word for cell in grid.cells}
+    _compare(args, folder, [folder / cell.name for cell in grid.cells])
+    print(f"\nsweep   {grid.name}: {_counted(states, grid)}")
+    failed = [name for name, word in states.items() if word == "failed"]
+    if failed:
+        print(f"        failed: {', '.join(failed)}; once mended, --retry_failed runs them again")
+    if work.stopping:
+        print("        stopped; the same command goes on")
+    parent.close(grid.cells, "KILLED" if work.stopping else "FAILED" if failed else "FINISHED")
+    if parent.error:
+        print(f"        MLflow has not all of it ({parent.error}); send the rest with diffdpo compare --sync {folder}")
+    return RESUMABLE if work.stopping else 1 if failed else 0
+
+
+def _counted(states: dict[str, str], grid: Grid) -> str:
+    counts = Counter(states.values())
+    return f"{len(grid.cells)} runs, " + ", ".join(f"{count} {word}" for word, count in sorted(counts.items()))
+
+
+def _compare(args, folder: Path, cells: list[Path]) -> None:
+    """The tables, and the page and the CSV file in the sweep's folder; nothing where no run has begun."""
+    from diffdpo.comparison.find import find_runs
+    from diffdpo.comparison.from_folder import is_run
+    from diffdpo.comparison.page import write_page
+    from diffdpo.comparison.tables import compare, verdict
+    from diffdpo.comparison.text import print_comparison, write_csv
+
+    try:
+        found = compare(find_runs([str(cell) for cell in cells if is_run(cell)]), metric=args.metric)
+    except UserError as error:
+        print(f"        no comparison: {error}")
+        return
+    print()
+    print_comparison(found)
+    write_csv(found, folder / "comparison.csv")
+    write_page(found, folder / "comparison.html")
+    (folder / "verdict.md").write_text("\n\n".join(verdict(found)))
+    print(f"page    {folder / 'comparison.html'}")
+
+
+def _check(path: Path, grid: Grid) -> None:
+    """Every cell as its command would check it, before the first one runs. UserError."""
+    config_class = CONFIGS[grid.command]
+    for cell in grid.cells:
+        try:
+            own_names(config_class, {name: value for name, value in cell.flags.items() if name != "config"})
+            parse_config(config_class, cell.words(), "")
+        except UserError as error:
+            raise UserError(f"{path}, {cell.name}: {error}") from None

@@ -1,0 +1,117 @@
+"""Runs from an MLflow store, for who has not their folders."""
+
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffdpo.comparison.from_folder import FACTS, command_of, estimates, facts_of, texts
+from diffdpo.comparison.recorded import RecordedRun, curves_of, last_held_out, peak_of, rate_of
+from diffdpo.errors import UserError
+from diffdpo.evaluation.item_file import read_items
+from diffdpo.settings.credentials import untold
+from diffdpo.tracking.mlflow_run import client_of
+
+STATES = {"FINISHED": "finished", "RUNNING": "running", "KILLED": "stopped", "FAILED": "failed", "SCHEDULED": "waiting"}
+FILES = ("summary.json", "held_out.json", "config.yaml", "asked.yaml", "environment.json")
+MOST = 200  # runs of one look-up
+
+
+def by_name(uri: str, name: str) -> list[RecordedRun]:
+    """The run of this id, all runs of this name, or those of the experiment of this name. UserError for none."""
+    client = client_of(uri)
+    try:
+        return [_read(client, uri, client.get_run(name))]
+    except Exception as error:
+        if not _is_absent(error):
+            raise _told(uri, error) from None
+    quoted = name.replace("'", "''")
+    found = search(uri, experiment=None, where=f"attributes.run_name = '{quoted}'", needed=False)
+    found = found or search(uri, experiment=name, where=None, needed=False)
+    if not found:
+        raise UserError(f"{name} is neither a folder nor a run's id or name, nor an experiment, in {uri}")
+    return found
+
+
+def search(uri: str, *, experiment: str | None, where: str | None, needed: bool = True) -> list[RecordedRun]:
+    """The runs of an experiment (of all, where None) that a filter lets through, oldest first."""
+    client = client_of(uri)
+    try:
+        known = client.search_experiments()
+        chosen = [one.experiment_id for one in known if experiment is None or one.name == experiment]
+        runs = (
+            client.search_runs(chosen, where or "", max_results=MOST, order_by=["attributes.start_time ASC"])
+            if chosen
+            else []
+        )
+        found = [_read(client, uri, run) for run in runs]
+    except Exception as error:
+        raise _told(uri, error) from None
+    if not chosen and needed:
+        raise UserError(f"--experiment_name {experiment}: {uri} has {', '.join(one.name for one in known)}")
+    if not found and needed:
+        raise UserError(f"no run of {uri} fits {where or experiment}")
+    return found
+
+
+def _is_absent(error: Exception) -> bool:
+    return getattr(error, "error_code", None) in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+
+
+def _told(uri: str, error: Exception) -> UserError:
+    reason = " ".join(untold(error).split())[:200]
+    return UserError(f"{uri} does not answer what was asked ({reason})")
+
+
+def _read(client: Any, uri: str, run: Any) -> RecordedRun:
+    """One run: its points, and the files that it left with its end."""
+    lines = [
+        {"step": point.step, "time": point.timestamp / 1000, key: point.value if math.isfinite(point.value) else None}
+        for key in run.data.metrics
+        if not key.startswith("system/")
+        for point in client.get_metric_history(run.info.run_id, key)
+    ]
+    curves, minutes = curves_of(lines)
+    with tempfile.TemporaryDirectory() as folder:
+        fetched = _fetch(client, run.info.run_id, Path(folder))
+        items = read_items(Path(folder))
+    summary, config = fetched["summary.json"], fetched["config.yaml"] or dict(run.data.params)
+    status, ended = STATES.get(run.info.status, run.info.status), run.info.end_time
+    held_out = summary.get("held_out") if status == "finished" else None
+    return RecordedRun(
+        name=run.info.run_name or run.info.run_id,
+        place=f"{run.info.run_id} in {uri}",
+        status=status,
+        params=texts(config),
+        curves=curves,
+        after=(estimates(held_out, "after") if isinstance(held_out, dict) else {}) or last_held_out(curves),
+        command=command_of(config),
+        run_id=run.info.run_id,
+        asked=tuple(fetched["asked.yaml"]),
+        facts=facts_of(fetched["environment.json"] or {key: run.data.params.get(key) for key in FACTS}),
+        minutes=minutes,
+        items=items,
+        steps=max((line["step"] for line in lines), default=0),
+        seconds=summary.get("seconds") or ((ended - run.info.start_time) / 1000 if ended else None),
+        rate=rate_of(curves),
+        memory=summary.get("peak_memory_gib") or peak_of(curves),
+        gaps=() if curves else ("no point in MLflow",),
+    )
+
+
+def _fetch(client: Any, run_id: str, folder: Path) -> dict[str, dict[str, Any]]:
+    """The small files of a run, parsed; {} for those that it has not (yet)."""
+    there: Sequence[str] = [file.path for file in client.list_artifacts(run_id)]
+    found: dict[str, dict[str, Any]] = {}
+    for name in FILES:
+        content = None
+        if name in there:
+            try:
+                content = yaml.safe_load(Path(client.download_artifacts(run_id, name, str(folder))).read_text())
+            except (OSError, ValueError, yaml.YAMLError):
+                content = None
+        found[name] = content if isinstance(content, dict) else {}
+    return found

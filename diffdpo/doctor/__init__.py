@@ -1,0 +1,1 @@
+"""What this machine can do for a run and what is missing, and whether its devices give the right numbers."""

@@ -1,0 +1,88 @@
+"""What compiles here, and DeepSpeed's operators: which are there, which a first run will compile, which cannot be."""
+
+import ctypes.util
+import os
+import shutil
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from diffdpo.doctor.finding import Finding, ok, warning
+from diffdpo.doctor.software import installed
+
+USED_BY = {
+    "cpu_adam": "optimizer on the host",
+    "deepspeed_shm_comm": "any --ds_config without a GPU",
+    "fused_adam": "optimizer on the device",
+    "async_io": "NVMe offload",
+}
+SECONDS = {"cpu_adam": 60, "deepspeed_shm_comm": 50, "fused_adam": 60, "async_io": 40}
+"""To compile one, of the order seen on two cores."""
+
+
+def compilers(*, gpu: bool) -> Iterator[Finding]:
+    """g++ and Python.h, which DeepSpeed's operators and --torch_compile need; nvcc on a GPU."""
+    for_what = "no --torch_compile, no DeepSpeed operator that is not compiled yet"
+    found = next((path for name in (os.environ.get("CXX"), "g++", "c++") if name and (path := shutil.which(name))), "")
+    header = (Path(sysconfig.get_paths()["include"]) / "Python.h").exists()
+    yield ok("C++ compiler", found) if found else warning("C++ compiler", f"none: {for_what}", "install g++")
+    if not header:
+        yield warning("Python.h", f"not there: {for_what}", "install python3-dev (of this Python's version)")
+    if gpu:
+        yield from _toolkit()
+
+
+def _toolkit() -> Iterator[Finding]:
+    from diffdpo.engine.operators import toolkit_fault
+
+    if fault := toolkit_fault():
+        advice = "only some runs need it (below): install the CUDA toolkit of torch's version and set CUDA_HOME"
+        yield warning("CUDA toolkit", fault, advice)
+        return
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    yield ok("CUDA toolkit", str(CUDA_HOME))
+
+
+def operators(*, gpu: bool) -> Iterator[Finding]:
+    """A line for what can be had, and one for each that cannot."""
+    if installed("deepspeed") is None or installed("torch") is None:
+        return
+    from diffdpo.engine.operators import extension_root, locked_operators, missing_operators
+    from diffdpo.errors import UserError
+
+    names = ["cpu_adam", "fused_adam" if gpu else "deepspeed_shm_comm"]
+    there: list[str] = []
+    to_compile: list[str] = []
+    refused: dict[str, list[str]] = {}
+    for name in (*names, "async_io"):
+        try:
+            (to_compile if missing_operators([name]) else there).append(name)
+        except UserError as fault:
+            refused.setdefault(str(fault), []).append(name)
+    for fault_text, those in refused.items():
+        said, _, advice = fault_text.rpartition("; ")
+        lost = ", ".join(f"{name} ({USED_BY[name]})" for name in those)
+        yield warning("operators", f"{said}; not to be had: {lost}", advice)
+    if "async_io" in to_compile and ctypes.util.find_library("aio") is None:
+        to_compile.remove("async_io")
+        yield warning(
+            "operator async_io", "no libaio: no NVMe offload", "install libaio-dev, if NVMe offload is wanted"
+        )
+    yield ok("operators there", ", ".join(there) or "none")
+    if to_compile:
+        long = sum(seconds for name, seconds in SECONDS.items() if name in to_compile and name != "async_io")
+        yield ok("to be compiled", f"{', '.join(to_compile)}: once, by the first run that uses it (about {long} s)")
+    for lock in locked_operators([*names, "async_io"]):
+        yield warning(
+            "operator lock", f"{lock}: something compiles, or was killed", "a run waits for it, or removes it"
+        )
+    yield from _cache(extension_root(), needed=bool(to_compile))
+
+
+def _cache(root: Path, *, needed: bool) -> Iterator[Finding]:
+    """Whether what is compiled can be kept."""
+    existing = next(folder for folder in (root, *root.parents) if folder.exists())
+    if needed and not (existing.is_dir() and os.access(existing, os.W_OK)):
+        advice = "set TORCH_EXTENSIONS_DIR to a folder that can be written"
+        yield warning("operator cache", f"{root} cannot be written: no --ds_config", advice)

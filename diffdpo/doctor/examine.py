@@ -1,0 +1,42 @@
+"""All looks at the machine, in the order of the screen: what everything needs first."""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from diffdpo.doctor import compilers, folders, gpus, host, network, software
+from diffdpo.doctor.finding import ERROR, Finding, looked, worst
+
+START_SECONDS = 120.0  # for the import of torch from a cold or far disk, and for CUDA to begin
+
+
+def examine(*, output_dir: Path | None = None, nvme_path: Path | None = None) -> Iterator[tuple[str, list[Finding]]]:
+    """(subject, findings) one by one, each as soon as it is known."""
+    torch = looked("torch", software.torch, patience=START_SECONDS)
+    usable = bool(torch) and worst(torch) != ERROR
+    found = looked("GPU", gpus.driver, patience=START_SECONDS) if usable else []
+    gpu = usable and gpus.visible() > 0
+    yield (
+        "software",
+        [
+            *looked("Python", software.python),
+            *torch,
+            *looked("packages", software.packages),
+            *looked("optional packages", partial(software.optional, gpu=gpu)),
+        ],
+    )
+    if gpu:
+        found += looked("GPUs", gpus.each, patience=START_SECONDS) + looked("kernels", gpus.kernels)
+    yield "GPU", found
+    compiled = looked("compilers", partial(compilers.compilers, gpu=gpu))
+    if usable:
+        compiled += looked("operators", partial(compilers.operators, gpu=gpu))
+    yield "compiled code", compiled
+    about_host = (host.memory, host.processors, host.locked_memory, host.shared_memory, network.interfaces)
+    yield "host", [finding for look in about_host for finding in looked(look.__name__.replace("_", " "), look)]
+    disks = (
+        *looked("outputs", partial(folders.outputs, output_dir)),
+        *looked("NVMe offload", partial(folders.nvme, nvme_path)),
+        *looked("caches", folders.caches),
+    )
+    yield "disks", list(disks)

@@ -1,0 +1,160 @@
+"""Whole commands on a device that is not the host's: as on a GPU, a forgotten `.to(device)` ends them, or a constant
+that stayed on the host. The numbers are those of a run on the host."""
+
+import json
+from itertools import cycle, islice, pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffdpo.engine.world import World
+from diffdpo.settings.noise import ESTIMATORS as ALL_ESTIMATORS
+from tests.second_device import AWAY, second_device
+
+SHORT = (
+    *("--max_steps", "2", "--num_generated_pairs", "12", "--per_device_train_batch_size", "2", "--save_steps", "1"),
+    *("--max_eval_pairs", "2", "--num_eval_problems", "0", "--num_mc_samples", "2", "--tracking_uri", "none"),
+    *("--max_length", "96", "--max_prompt_length", "48", "--segment_rows", "3", "--per_device_eval_batch_size", "2"),
+)
+STRATEGIES = ("none", "checkpoint", "two_pass", "deferred")
+REFERENCES = (("copy",), ("precomputed",), ("adapter_off", "--use_peft", "--lora_r", "2"), ("none",))
+LOSSES = ("sigmoid", "simpo", "aot", "kto", "ipo,sft")  # of pairs, without reference, of batches, of answers, sums
+ESTIMATORS = tuple(name for name in ALL_ESTIMATORS if name not in ("auto", "exact"))
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, tiny_model, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").symlink_to(tiny_model)
+
+
+@pytest.fixture
+def away(monkeypatch):
+    world = World(rank=0, local_rank=0, size=1, device=AWAY)
+    monkeypatch.setattr("diffdpo.setup.context.init_distributed", lambda **_: world)
+    with second_device() as kind:
+        yield kind
+
+
+def train(out: str, *flags: str) -> dict[int, dict]:
+    """The lines of its steps."""
+    from diffdpo.cli.train import main
+
+    assert main([*SHORT, "--model_name_or_path", "tiny", "--output_dir", out, *flags]) == 0
+    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line for line in lines if "loss" in line}
+
+
+def generate(folder: str) -> list[dict]:
+    """Answers sampled on a device that is named to the command as a GPU would be."""
+    from diffdpo.cli.generate import main
+
+    asked = ["--prompt", "1 + 2 =", "--gen_length", "8", "--block_length", "4", "--output", "answers.jsonl"]
+    main([*asked, "--model_name_or_path", folder, "--device", str(AWAY), "--temperature", "0.5"])
+    return [json.loads(line) for line in Path("answers.jsonl").read_text().splitlines()]
+
+
+def flags_of(strategy: str, reference: tuple[str, ...], loss: str, estimator: str) -> list[str]:
+    if set(loss.split(",")) & {"aot", "kto"}:
+        strategy = "two_pass"
+    if loss == "kto" and reference[0] in ("precomputed", "none"):
+        reference = ("copy",)
+    names, weights = loss.split(","), ",".join("1" for _ in loss.split(","))
+    loss_flags = ["--loss_type", loss, *(["--loss_weights", weights] if names[1:] else [])]
+    estimator_flags = ["--num_diffusion_steps", "4"] if estimator == "trajectory" else []
+    how = ["--segmentation", strategy, "--reference", *reference, "--score_estimator", estimator]
+    return [*how, *loss_flags, *estimator_flags]
+
+
+# every value of each occurs, and the neighbours of each change from row to row
+ROWS = list(
+    islice(
+        zip(cycle(STRATEGIES), cycle((*REFERENCES, REFERENCES[0])), cycle(LOSSES), cycle(ESTIMATORS), strict=False), 14
+    )
+)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [pytest.param(row, marks=[] if number in (3, 4) else pytest.mark.slow) for number, row in enumerate(ROWS)],
+    ids=lambda row: "-".join((row[0], row[1][0], *row[2:])),
+)
+def test_training_there(away, row):
+    steps = train("out", *flags_of(*row))
+    assert sorted(steps) == [1, 2]
+    assert all(torch.isfinite(torch.tensor(line["loss"])) for line in steps.values())
+
+
+def test_the_rows_reach_everything():
+    for column, values in zip(zip(*ROWS, strict=True), (STRATEGIES, REFERENCES, LOSSES, ESTIMATORS), strict=True):
+        assert set(column) == set(values)
+
+
+def test_the_numbers_are_the_host_s_and_it_goes_on_from_a_checkpoint(monkeypatch):
+    flags = ["--segmentation", "deferred", "--use_peft", "--lora_r", "2", "--num_eval_problems", "1"]
+    wanted = train("host", *flags)
+    world = World(rank=0, local_rank=0, size=1, device=AWAY)
+    monkeypatch.setattr("diffdpo.setup.context.init_distributed", lambda **_: world)
+    with second_device():
+        found = train("there", *flags)
+        Path("again/checkpoints").mkdir(parents=True)
+        Path("there/checkpoints/step-1").rename("again/checkpoints/step-1")
+        again = train("again", *flags, "--resume_from_checkpoint", "latest")
+        assert generate("there/final")
+    for step, line in wanted.items():
+        assert found[step]["loss"] == pytest.approx(line["loss"], abs=1e-5)
+        assert found[step]["grad_norm"] == pytest.approx(line["grad_norm"], rel=1e-3)
+    assert again[2]["loss"] == found[2]["loss"]
+    host, there = (json.loads((Path(name) / "summary.json").read_text()) for name in ("host", "there"))
+    assert set(host) == set(there)
+
+
+@pytest.mark.slow
+def test_segments_that_fit_are_measured_there(away):
+    assert sorted(train("out", "--segment_rows", "0", "--max_memory", "0.5")) == [1, 2]
+
+
+@pytest.mark.slow
+def test_blocks_there(away, tmp_path):
+    from diffdpo.cli.sft import main
+
+    shape = ["--width", "16", "--layers", "1", "--heads", "2", "--vocab_size", "300", "--block_size", "4"]
+    sft = [*SHORT, "--num_generated_answers", "40", *shape, "--output_dir", "blocks", "--segment_rows", "0"]
+    assert main([flag for flag in sft if flag not in ("--num_generated_pairs", "12")]) == 0
+    flags = ["--model_name_or_path", "blocks/final", "--segmentation", "two_pass", "--score_estimator", "auto"]
+    assert sorted(train("out", *flags)) == [1, 2]
+
+
+def test_packed_attention_there(away, monkeypatch):
+    """The call of the kernel for rows of unequal lengths, with attention row by row in its place."""
+    from diffdpo.models.architecture import layout
+
+    def row_by_row(q, k, v, cuts, _cuts, longest, _longest, **options):
+        assert cuts.dtype == torch.int32 and cuts.device == q.device and longest == int(cuts.diff().max())
+        ends = cuts.tolist()
+        parts = [[t[a:b].transpose(0, 1)[None] for t in (q, k, v)] for a, b in pairwise(ends)]
+        attend = torch.nn.functional.scaled_dot_product_attention
+        return torch.cat([attend(*part, **options)[0].transpose(0, 1) for part in parts])
+
+    away.flash = True
+    monkeypatch.setattr(layout, "varlen_attn", row_by_row)
+    lengths, ids = [5, 3, 5], torch.arange(3)
+    packed = layout.Layout.packed(lengths, 5, device=AWAY)
+    q, k, v = (torch.randn(13, heads, 8, dtype=torch.bfloat16).to(AWAY) for heads in (4, 2, 2))
+    assert len(packed.buckets) == 2 and len(ids) == 3
+    packed_out = packed.attend(q, k, v)
+    away.flash = False
+    assert torch.allclose(packed_out.cpu().float(), packed.attend(q, k, v).cpu().float(), atol=1e-2)
+
+
+def test_logits_of_half_precision_are_not_rounded_there(away):
+    from diffdpo.models.architecture.token_log_probs import token_log_probs
+
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(shape, generator=generator).bfloat16() for shape in ((20, 64), (300, 64)))
+    target = torch.randint(0, 300, (20,), generator=generator)
+    exact = token_log_probs(hidden.double(), weight.double(), target, logits_budget=None)
+    there = token_log_probs(hidden.to(AWAY), weight.to(AWAY), target.to(AWAY), logits_budget=None).cpu()
+    rounded = token_log_probs(hidden, weight, target, logits_budget=None)
+    assert (there - exact).abs().max() < 1e-4 < 1e-2 < (rounded - exact).abs().max()

@@ -1,0 +1,194 @@
+"""A second device for machines that have none: tensors that say they live on `away:0` and hold numbers of the host.
+
+Inside ``second_device()`` every operation that mixes the two (numbers without a dimension aside, as on a GPU), reads an
+away tensor as numpy or writes into one from the other side fails. `away` goes the ways of a GPU (``diffdpo.gpus``):
+packed attention without padding, fused AdamW, fused norms, unrounded half-precision products, its own memory figures.
+
+Not covered, because below the dispatcher: streams, page-locked memory, DeepSpeed, collectives. What has no kernel on a
+CPU is computed from what has one (``EMULATED``).
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+from diffdpo import gpus
+
+NAME = "away"
+_setup_privateuseone_for_python_backend(NAME)
+# torch.utils.checkpoint asks an accelerator for it, of code on the host too
+torch.away.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]  # type: ignore[attr-defined]
+AWAY = torch.device(NAME, 0)
+GIB = 2**30
+aten = torch.ops.aten
+
+
+class Memory:
+    """What away tensors hold, by storage, and the most they held: a GPU of ``total`` bytes."""
+
+    total = 4 * GIB
+
+    def __init__(self) -> None:
+        self.uses: Counter[int] = Counter()
+        self.now = self.peak = 0
+
+    def hold(self, tensor: "Away") -> None:
+        storage = tensor.raw.untyped_storage()
+        key, size = storage.data_ptr(), storage.nbytes()
+        self.uses[key] += 1
+        if self.uses[key] == 1:
+            self.now += size
+            self.peak = max(self.peak, self.now)
+        weakref.finalize(tensor, self._let_go, key, size, storage)
+
+    def _let_go(self, key: int, size: int, storage: Any) -> None:
+        self.uses[key] -= 1
+        if not self.uses[key]:
+            self.now -= size
+
+
+MEMORY = Memory()
+
+
+class AwayKind:
+    """As ``diffdpo.gpus.Cuda``. Flash attention over rows of unequal length has no kernel on a CPU: a test puts a
+    function of the same arguments in its place, and ``flash`` on."""
+
+    flash = False
+
+    def total_memory(self, device: torch.device) -> int:
+        return MEMORY.total
+
+    def held_by_others(self, device: torch.device) -> int:
+        return 0
+
+    def peak_allocated(self, device: torch.device) -> int:
+        return MEMORY.peak
+
+    peak_reserved = peak_allocated
+
+    def reset_peaks(self, device: torch.device) -> None:
+        MEMORY.peak = MEMORY.now
+
+    def synchronize(self, device: torch.device) -> None:
+        pass
+
+    def tiles_flash(self, device: torch.device) -> bool:
+        return self.flash
+
+    def has_bf16(self, device: torch.device) -> bool:
+        return False
+
+
+class Away(torch.Tensor):
+    """Numbers of the host that claim to be elsewhere."""
+
+    raw: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, raw: torch.Tensor):
+        layout = {"strides": raw.stride(), "storage_offset": raw.storage_offset(), "dtype": raw.dtype}
+        return torch.Tensor._make_wrapper_subclass(cls, raw.size(), **layout, device=AWAY)
+
+    def __init__(self, raw: torch.Tensor):
+        self.raw = raw
+        MEMORY.hold(self)
+
+    def __repr__(self, **_):
+        return f"Away({self.raw!r})"
+
+    def tolist(self):
+        return self.raw.tolist()
+
+    def numpy(self, *_, **__):
+        raise TypeError("an away tensor has no numpy; .cpu() first")
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return run(func, args, kwargs or {})
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return a.to(dtype) @ b.to(dtype)
+
+
+EMULATED = {aten.mm.dtype: _product}
+CROSSING = {aten.copy_.default, aten._to_copy.default, aten._copy_from.default}
+FROM_THE_HOST = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
+"""A GPU's tensor may be indexed by one of the host."""
+
+
+def run(func, args, kwargs):
+    """An operation on the host, its results away where one of its arguments is, or where it was asked for."""
+    asked = kwargs.get("device")
+    leaves = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
+    there = [x for x in leaves if isinstance(x, Away)]
+    here = [x for x in leaves if not isinstance(x, Away)]
+    if func in FROM_THE_HOST and isinstance(args[0], Away):
+        here = []
+    if there and any(x.dim() for x in here) and func not in CROSSING:
+        both = [(tuple(x.shape), str(x.device)) for x in leaves]
+        raise RuntimeError(f"{func}: expected all tensors to be on the same device, but found {both}")
+    if asked is not None:
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+    raw_args, raw_kwargs = tree_map(_raw, args), tree_map(_raw, kwargs)
+    out = EMULATED.get(func, func)(*raw_args, **raw_kwargs)
+    if func is aten._local_scalar_dense.default:
+        return out
+    if func is aten.copy_.default:
+        return args[0]
+    away = torch.device(asked).type == NAME if asked is not None else bool(there)
+    if not away:
+        return out
+    known = {id(x.raw): x for x in there}
+    return tree_map(lambda x: (known[id(x)] if id(x) in known else Away(x)) if _is_plain(x) else x, out)
+
+
+def _raw(x: Any) -> Any:
+    return x.raw if isinstance(x, Away) else x
+
+
+def _is_plain(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and not isinstance(x, Away)
+
+
+class _Dispatch(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return run(func, args, kwargs or {})
+
+
+BUILDERS = (torch.tensor, torch.as_tensor, torch.asarray)
+
+
+class _Functions(TorchFunctionMode):
+    """What does not reach the dispatcher: torch.tensor builds on the host first, and addresses are those of the host's
+    memory, by which safetensors tells shared tensors."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if func in BUILDERS and device is not None and torch.device(device).type == NAME:
+            return func(*args, **{**kwargs, "device": "cpu"}).to(AWAY)
+        if func in (torch.Tensor.untyped_storage, torch.Tensor.data_ptr) and isinstance(args[0], Away):
+            return func(args[0].raw)
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def second_device() -> Iterator[AwayKind]:
+    """Inside there is an ``AWAY``, which goes a GPU's ways."""
+    kind = AwayKind()
+    gpus.KINDS[NAME] = kind
+    try:
+        with _Functions(), _Dispatch():
+            yield kind
+    finally:
+        del gpus.KINDS[NAME]

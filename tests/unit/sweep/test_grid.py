@@ -1,0 +1,76 @@
+"""The YAML of a sweep: its cells, their names, and mistakes in it."""
+
+import shlex
+
+import pytest
+
+from diffdpo.cli.sweep import main
+from diffdpo.errors import UserError
+from diffdpo.sweep.grid import read_grid
+
+
+def grid_of(tmp_path, text: str):
+    path = tmp_path / "tries.yaml"
+    path.write_text(text)
+    return read_grid(path)
+
+
+def test_every_combination_and_every_entry_of_the_list(tmp_path):
+    grid = grid_of(
+        tmp_path,
+        "fixed: {max-steps: 5, use_peft: true}\n"
+        "grid: {beta: [0.1, 0.2], seed: [0, 1]}\n"
+        "list: [{loss_type: [sigmoid, ipo]}, {learning_rate: 1e-4}]\n",
+    )
+    assert (grid.name, grid.command, len(grid.cells)) == ("tries", "train", 8)
+    assert len({cell.name for cell in grid.cells}) == 8
+    assert grid.cells[0].words() == shlex.split(
+        "--max_steps 5 --use_peft true --loss_type sigmoid ipo --beta 0.1 --seed 0"
+    )
+    assert grid.cells[-1].name == "learning_rate=1e-4 beta=0.2 seed=1"
+
+
+def test_names_are_folders_of_one_level_and_tell_long_values_apart(tmp_path):
+    values = [f"/data/{'x' * 120}/{name}.jsonl" for name in ("a", "b")]
+    cells = grid_of(tmp_path, f"grid: {{train_data: {values}}}").cells
+    assert len({cell.name for cell in cells}) == 2
+    assert all("/" not in cell.name and len(cell.name) < 120 for cell in cells)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("", "holds no sweep"),
+        ("- a", "holds no sweep"),
+        ("grid: [", "not a YAML file"),
+        ("beta: [1, 2]", "beta is no part"),
+        ("fixed: {beta: 1}", "tries nothing"),
+        ("grid: {beta: 0.1}", "give a list"),
+        ("grid: {beta: []}", "give a list"),
+        ("grid: [beta]", "flags by name"),
+        ("grid: {beta: [0.1, 0.1]}", "twice"),
+        ("list: {beta: 1}", "give entries|entries"),
+        ("list: [beta]", "flags by name"),
+        ("{grid: {beta: [1]}, list: [{beta: 2}]}", "in the list and in the grid"),
+        ("{command: evaluate, grid: {beta: [1]}}", "command"),
+        ("grid: {output_dir: [a, b]}", "output_dir"),
+        ("{name: a/b, grid: {beta: [1]}}", "name is"),
+        ("grid: {bta: [0.1]}", "--beta meant"),
+        ("grid: {beta: [0.1, -1]}", "beta=-1: --beta"),
+        ("grid: {beta: [0.1, high]}", "a number"),
+        ("grid: {use_peft: [maybe]}", "true or false"),
+        ("{fixed: {config: nowhere.yaml}, grid: {beta: [1]}}", "nowhere.yaml"),
+    ],
+)
+def test_a_mistake_is_one_line_before_any_run(tmp_path, monkeypatch, text, named):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tries.yaml").write_text(text)
+    with pytest.raises(UserError, match=named) as caught:
+        main(["tries.yaml"])
+    assert "\n" not in " ".join(str(caught.value).split()) and not (tmp_path / "outputs").exists()
+
+
+def test_flags_for_a_scheduler_s_array(tmp_path, capsys):
+    (tmp_path / "g.yaml").write_text("grid: {beta: [0.1, 0.2]}")
+    assert main([str(tmp_path / "g.yaml"), "--print_flags"]) == 0
+    assert capsys.readouterr().out == "--beta 0.1\n--beta 0.2\n"
