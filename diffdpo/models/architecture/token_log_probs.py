@@ -87,7 +87,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def _logits(hidden_CK: Tensor, weight_VK: Tensor) -> Tensor:
     """[C, V] in fp32 or wider, on a GPU straight from the sums of products: rounded to bf16 before, a logit of 18 is
     off by 0.03, and an update changes it by no more."""
-    if hidden_CK.dtype.itemsize == 2 and is_gpu(hidden_CK.device):
+    if hidden_CK.dtype.itemsize == 2 and (is_gpu(hidden_CK.device) or hidden_CK.is_meta):  # meta: a GPU, planned
         return torch.mm(hidden_CK, weight_VK.T, out_dtype=torch.float32)
     return (hidden_CK @ weight_VK.T).to(_wide(hidden_CK.dtype))
 
