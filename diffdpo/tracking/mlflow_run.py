@@ -101,6 +101,7 @@ class MlflowRun:
         self._position = 0
         self._notes: dict[int, list[str]] = {}  # of a step there may be several, and one tag
         self._others_due = True
+        self._described = False  # by this process; a resumed run has written some of its files anew
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._ship_until_stopped, name="mlflow", daemon=True)
 
@@ -165,7 +166,7 @@ class MlflowRun:
     def ship_all(self) -> None:
         """Everything of a run that has ended: points, files, status. Raises what MLflow raises."""
         self.ship()
-        self._send_files(AT_ONCE + AT_THE_END)
+        self._send_files(AT_THE_END if self._described else AT_ONCE + AT_THE_END)
         send_answers(self._client, self.shipped.run_id, self.output_dir)
         send_description(self._client, self.shipped.run_id, self.output_dir)
         if self.shipped.status != "RUNNING":
@@ -227,7 +228,7 @@ class MlflowRun:
         send_datasets(self._client, self.shipped.run_id, self.shipped.datasets)
         send_description(self._client, self.shipped.run_id, self.output_dir)
         self._send_files(AT_ONCE)
-        self.shipped.described = True
+        self.shipped.described = self._described = True
         self.shipped.write(self.output_dir)
 
     def _next_batch(self, journal: Path) -> tuple[list[Any], int]:

@@ -149,6 +149,7 @@ def run(server, command, python, tmp_path_factory):
     flags = ["--max_steps", "4", "--num_generated_pairs", "64", "--max_eval_pairs", "16", "--num_eval_problems", "2"]
     login = {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": PASSWORD}
     line = [python, "launch/train.py", *flags, "--tracking_uri", address, "--output_dir", str(out)]
+    line += ["--tracking_timeout", "300"]  # a busy host's server may take more than the usual 5 s for all of it
     done = command(line, timeout=400, **login)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     run_id = json.loads((out / "mlflow.json").read_text())["run_id"]

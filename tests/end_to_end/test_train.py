@@ -65,7 +65,7 @@ def test_mlflow_has_it_all(readme_run):
     assert "| reward margin" in run.data.tags["mlflow.note.content"]
     used = {one.tags[0].value: one.dataset.digest for one in run.inputs.dataset_inputs}
     assert set(used) == {"training", "evaluation"} and used["training"] == run.data.params["data_fingerprint"]
-    assert {"seconds/policy", "seconds/reference", "seconds/optimizer"} <= set(run.data.metrics)
+    assert {"time/forward", "time/backward", "time/reference", "time/optimizer"} <= set(run.data.metrics)
     assert run.data.params["data_fingerprint"] and "mlflow.source.git.commit" in run.data.tags
     assert [m.step for m in client.get_metric_history(run.info.run_id, "loss")] == [1, 2]
     assert len(client.get_metric_history(run.info.run_id, "eval/rewards/margins")) == 2
