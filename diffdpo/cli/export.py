@@ -2,9 +2,11 @@
 
     python launch/export.py --adapter outputs/run/final --output merged
     python launch/export.py --model_name_or_path DIR --dtype bfloat16 --output half
+    python launch/export.py --checkpoint outputs/run/checkpoints/step-500 --output step_500
 
 The folder has the published layout (config, safetensors, tokenizer), so the published modeling code loads it too. It
-appears whole or not at all. An adapter trained on 4-bit weights is merged into the original ones.
+appears whole or not at all. An adapter trained on 4-bit weights is merged into the original ones. Of a checkpoint it
+does not matter which engine wrote it, on how many processes; an adapter in it is merged too.
 """
 
 import os
@@ -27,6 +29,7 @@ def build_parser() -> Parser:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--adapter", help="folder of a LoRA adapter, to be merged")
     parser.add_argument("--model_name_or_path", help="folder or hub name; default: the base that --adapter names")
+    parser.add_argument("--checkpoint", help="folder under checkpoints/ of a run, by any engine")
     parser.add_argument("--output", required=True, help="folder to make")
     parser.add_argument(
         "--dtype", default="auto", choices=DTYPES, help="of the written weights; auto: as they are read"
@@ -41,10 +44,12 @@ def main(argv: list[str]) -> None:
     args = build_parser().parse_args(argv)
     check(args)
     from diffdpo.models.checkpoint.weights import stored_dtype
-    from diffdpo.models.load import load_adapter, load_model, save_model
+    from diffdpo.models.load import load_adapter, load_model
     from diffdpo.models.lora.adapters import merge
-    from diffdpo.training.card import model_card
 
+    if args.checkpoint:
+        export_checkpoint(args)
+        return
     base = args.model_name_or_path or base_of_adapter(args.adapter)
     if args.adapter and (unknown := check_base(args.adapter, base)):
         print(f"warning: {unknown}", file=sys.stderr)
@@ -52,8 +57,29 @@ def main(argv: list[str]) -> None:
     options = {"dtype": dtype, "block_size": args.block_size}
     loaded = load_adapter(args.adapter, base=base, **options) if args.adapter else load_model(base, **options)
     model = merge(loaded.model) if args.adapter else loaded.model
+    write(args, model, loaded.tokenizer, base=base, dtype=dtype)
+
+
+def export_checkpoint(args) -> None:
+    """The model of a checkpoint, an adapter merged."""
+    import torch
+
+    from diffdpo.models.lora.adapters import merge
+    from diffdpo.training.checkpoint_model import base_of_checkpoint, load_checkpoint
+
+    loaded, base = load_checkpoint(args.checkpoint), base_of_checkpoint(args.checkpoint)
+    model = merge(loaded.model) if hasattr(loaded.model, "peft_config") else loaded.model
+    dtype = "float32" if args.dtype == "auto" else args.dtype
+    write(args, model.to(getattr(torch, dtype)), loaded.tokenizer, base=base, dtype=dtype)
+
+
+def write(args, model, tokenizer, *, base: str | None, dtype: str) -> None:
+    """The folder, and a line about it."""
+    from diffdpo.models.load import save_model
+    from diffdpo.training.card import model_card
+
     with folder_in_one_piece(Path(args.output)) as folder:
-        save_model(model, loaded.tokenizer, folder, max_shard_size=args.max_shard_size)
+        save_model(model, tokenizer, folder, max_shard_size=args.max_shard_size)
         (folder / "README.md").write_text(model_card(folder, base=base))
     size = sum(parameter.numel() for parameter in model.parameters())
     print(f"{size / 1e6:.2f}M parameters in {dtype} in {args.output}", file=sys.stderr)
@@ -64,8 +90,10 @@ def check(args) -> None:
     import re
 
     output = Path(args.output)
-    if not args.adapter and not args.model_name_or_path:
-        raise UserError("nothing to export: give --adapter FOLDER, --model_name_or_path NAME, or both")
+    if args.checkpoint and (args.adapter or args.model_name_or_path):
+        raise UserError("--checkpoint says itself what it was trained on; leave --adapter and --model_name_or_path out")
+    if not args.adapter and not args.model_name_or_path and not args.checkpoint:
+        raise UserError("nothing to export: give --adapter FOLDER, --model_name_or_path NAME, both, or --checkpoint")
     if args.adapter and not is_adapter(args.adapter):
         raise UserError(f"--adapter {args.adapter} has no {ADAPTER_CONFIG}; full weights go to --model_name_or_path")
     if args.model_name_or_path and is_adapter(args.model_name_or_path):

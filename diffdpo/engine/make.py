@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from diffdpo.engine.accelerate_file import check_accelerate
 from diffdpo.engine.base import Engine, FrozenModule
 from diffdpo.engine.choice import DEEPSPEED, FSDP2, EngineChoice, choose_engine
 from diffdpo.engine.deepspeed import DeepSpeedEngine, frozen_by_deepspeed
@@ -21,6 +22,7 @@ from diffdpo.settings.engine import EngineSettings
 
 def check_host(choice: EngineChoice) -> None:
     """UserError for what the engine would ask of this host in vain, or not accept; before a model is loaded."""
+    check_accelerate(choice.kind)
     if choice.kind == DEEPSPEED:
         check_values(choice.ds_config)
         missing_operators(needed_operators(choice.ds_config))

@@ -39,11 +39,19 @@ class ZeroFiles:
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(NAME, fp32 weight), (NAME.exp_avg, ...), (NAME.exp_avg_sq, ...) and (NAME.step, ...), each whole."""
-        for what in (None, *MOMENTS):
-            for name, tensor in self._at_stage_3(what) if self.stage == 3 else self._below_stage_3(what):
-                yield (f"{name}.{what}" if what else name), tensor
+        yield from self.weights()
+        for what in MOMENTS:
+            for name, tensor in self._each(what):
+                yield f"{name}.{what}", tensor
         for name in (name for group in self.groups for name in group):
             yield f"{name}.step", torch.tensor(self._steps())
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(NAME, fp32 weight), each whole."""
+        return self._each(None)
+
+    def _each(self, what: str | None) -> Iterator[tuple[str, torch.Tensor]]:
+        return self._at_stage_3(what) if self.stage == 3 else self._below_stage_3(what)
 
     def _below_stage_3(self, what: str | None) -> Iterator[tuple[str, torch.Tensor]]:
         paddings = self.states[0].get("param_alignment_paddings") or [[0] * len(group) for group in self.groups]

@@ -17,6 +17,7 @@ from diffdpo.planner.memory import DEVICE, HOST, Part, memory_parts, needed
 from diffdpo.planner.roofline import StepTime, step_time
 from diffdpo.planner.shapes import Numbers, block_size_of, count, read_shape, skeleton, weight_elements
 from diffdpo.reference.modes import share_of_memory
+from diffdpo.settings.engine import over_processes
 from diffdpo.step.fit import fit_micro_batch
 from diffdpo.step.strategy import micro_batch_shape, with_micro_batch
 
@@ -81,7 +82,7 @@ def make_plan(
 
     With ``--max_memory`` the job is that of the sizes that a run would find: its config names them.
     """
-    fit = None
+    fit, config = None, over_processes(config, machine.gpus)
     if config.max_memory:
         fit, config = _sized(config, machine, cuda=cuda)
     policy = model_or_bundled(config.policy)

@@ -1,7 +1,7 @@
 """What holds and updates the weights: engine, precision, optimizer, rate and batch."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, TypeVar
 
 from diffdpo.errors import UserError
 from diffdpo.settings.base import setting
@@ -10,6 +10,23 @@ from diffdpo.settings.schedule import ScheduleSettings
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "adafactor", "muon")
 """transformers' names; the first two are one: AdamW is fused where the device can."""
 FSDP_FLAGS = {"fsdp_cpu_offload": False, "fsdp_reshard_after_forward": True, "fsdp_shard_size": 0}
+
+T = TypeVar("T", bound="EngineSettings")
+
+
+def over_processes(settings: T, processes: int) -> T:
+    """The settings with the micro-batches of so many processes where ``--global_batch_size`` decides: of the size that
+    was given, or of the largest below it that comes out even. UserError where no step of that size can be."""
+    if not settings.global_batch_size:
+        return settings
+    own, rest = divmod(settings.global_batch_size, processes)
+    if rest:
+        raise UserError(
+            f"--global_batch_size {settings.global_batch_size} cannot be dealt to {processes} processes; take a "
+            "multiple, or another number of processes"
+        )
+    micro = next(size for size in range(min(own, settings.per_device_train_batch_size), 0, -1) if own % size == 0)
+    return replace(settings, per_device_train_batch_size=micro, gradient_accumulation_steps=own // micro)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +57,12 @@ class EngineSettings(ScheduleSettings):
         "adamw_torch",
         "the optimizer: AdamW, AdamW with 8-bit moments, Adafactor or Muon; all but AdamW on the plain engine only",
         choices=OPTIMIZERS,
+    )
+    global_batch_size: int = setting(
+        0,
+        "records in a step over all processes, however many there are: micro-batches in a step follow from it, smaller "
+        "ones where they must; 0: what the two flags above come to",
+        at_least=0,
     )
     weight_decay: float = setting(0.01, "AdamW's, on matrices only", at_least=0)
     adam_beta1: float = setting(0.9, "AdamW's beta1", at_least=0, below=1)

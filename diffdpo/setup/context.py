@@ -15,6 +15,7 @@ from diffdpo.errors import UserError
 from diffdpo.gpus import is_gpu
 from diffdpo.memory.allocator import keep_freed_memory
 from diffdpo.setup.publish import check_hub
+from diffdpo.setup.shared_folder import check_seen_by_all
 from diffdpo.tracking.run import tracking_uri
 
 MEETINGS = 5  # times --hang_timeout that processes may take to meet
@@ -50,6 +51,7 @@ def open_context(config: RunConfig, command: str) -> RunContext:
     tracking_uri(config.tracking_uri, output_dir)  # a wrong one is refused here, before a model is loaded
     check_hub(config, world)
     world.barrier()  # no rank may write there before all have looked
+    check_seen_by_all(output_dir, world)
     cache_dir = Path(config.data_cache_dir) if config.data_cache_dir else output_dir.parent / "data_cache"
     return RunContext(world, output_dir, cache_dir, name)
 

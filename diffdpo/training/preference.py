@@ -31,6 +31,7 @@ from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.scores.reference import Reference
 from diffdpo.scores.rounding import RELATIVE
 from diffdpo.scores.segments import Segments, make_segments
+from diffdpo.settings.engine import over_processes
 from diffdpo.setup import data as run_data
 from diffdpo.setup.chosen import chosen_settings
 from diffdpo.setup.context import RunContext
@@ -63,6 +64,7 @@ def train(config: TrainConfig, *, callbacks: Sequence[Callback] = ()) -> Result:
 def _train(
     config: TrainConfig, asked: TrainConfig, context: RunContext, watch: Watch, callbacks: Sequence[Callback]
 ) -> Result:
+    config = over_processes(config, context.world.size)
     choice = choice_for(config, context.world, adapter=config.adapts)
     check_before_weights(config, choice)
     if (finished := finished_before(config, context)) is not None:

@@ -31,6 +31,7 @@ from diffdpo.noise.options import NoiseOptions
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.scores.reference import no_reference
 from diffdpo.scores.segments import make_segments
+from diffdpo.settings.engine import over_processes
 from diffdpo.setup import data as run_data
 from diffdpo.setup.chosen import chosen_settings
 from diffdpo.setup.context import RunContext
@@ -66,6 +67,7 @@ def sft(config: SftConfig, *, callbacks: Sequence[Callback] = ()) -> Result:
 def _sft(
     config: SftConfig, asked: SftConfig, context: RunContext, watch: Watch, callbacks: Sequence[Callback]
 ) -> Result:
+    config = over_processes(config, context.world.size)
     choice = choice_for(config, context.world)
     check_before_weights(config, choice)
     if (finished := finished_before(config, context)) is not None:
@@ -126,7 +128,6 @@ def _build(
         held_out=held_out,
         check_first=_nothing_to_check,
         unit="answers",
-        step_is_of_records=True,
         base=config.policy,
         callbacks=callbacks,
     )

@@ -15,7 +15,7 @@ TRAINING = [line for line in LINES if "launch/train.py" in line]
 
 
 def test_there_is_a_line_for_every_launcher():
-    assert {line[0] for line in TRAINING} == {"python", "deepspeed", "torchrun"}
+    assert {line[0] for line in TRAINING} == {"python", "deepspeed", "torchrun", "accelerate"}
     assert {line[0] for line in LINES} >= {"sbatch", "kubectl"} and len(TRAINING) >= 6
 
 
@@ -31,6 +31,18 @@ def test_torchrun_takes_it(line):
     from torch.distributed.run import get_args_parser
 
     assert get_args_parser().parse_args(line[1:]).training_script == "launch/train.py"
+
+
+@pytest.mark.parametrize("line", [line for line in TRAINING if line[0] == "accelerate"], ids=" ".join)
+def test_accelerate_takes_it(line, monkeypatch):
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    monkeypatch.chdir(ROOT)
+    parsed = launch_command_parser().parse_args(line[2:])
+    assert parsed.training_script == "launch/train.py"
+    kind = load_config_from_file(parsed.config_file).distributed_type.value
+    assert kind == ("FSDP" if "fsdp2" in line else "DEEPSPEED")
 
 
 @pytest.mark.parametrize("line", [line for line in TRAINING if line[0] == "deepspeed"], ids=" ".join)
