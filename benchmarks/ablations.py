@@ -37,7 +37,13 @@ CURVES = {
 }
 """What to look at when a margin rises and answers get worse."""
 COMMON = {"per_device_train_batch_size": 8, "max_length": 128, "max_prompt_length": 64, "warmup_steps": 5}
-COMMON |= {"learning_rate": 3e-4, "tracking_uri": "none", "eval_steps": 0, "num_mc_samples": 4}
+COMMON |= {
+    "learning_rate": 3e-4,
+    "tracking_uri": "none",
+    "eval_steps": 0,
+    "num_mc_samples": 4,
+    "eval_task": "arithmetic",
+}
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,7 @@ class Rounds:
         tags = [str(given.pop("run_tags", None) or ""), f"{PARENT_TAG}={parent}" if parent else ""]
         return {
             "eval_data": str(self.folder / "held_out.jsonl"),
+            "eval_task": self.task(),
             **given,
             **policy,
             **self.reference(number),
@@ -119,6 +120,11 @@ class Rounds:
             "experiment_name": config.experiment_name,
             "run_tags": ",".join(filter(None, tags)) or None,
         }
+
+    def task(self) -> str:
+        """Who judges the answers to held-out problems unless ``train`` says: the verifier of the pairs."""
+        verifier = self.make_pairs.get("verifier", "arithmetic")
+        return "none" if verifier == "none" or verifier.startswith("scores:") else verifier
 
     def reference(self, number: int) -> dict[str, str]:
         """The reference of a round, as settings; nothing where it is the policy as the round starts."""

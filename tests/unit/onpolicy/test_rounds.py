@@ -159,6 +159,15 @@ def test_wrong_recipes_end_in_one_line(tmp_path, text, named):
     assert not (tmp_path / "out").exists()
 
 
+def test_held_out_answers_are_judged_by_the_verifier_of_the_pairs():
+    def task(made):
+        return made.train_settings(1, tracking_uri="none")["eval_task"]
+
+    assert task(rounds()) == "arithmetic" and task(rounds(make_pairs={"verifier": "gsm8k"})) == "gsm8k"
+    assert task(rounds(make_pairs={"verifier": "scores:x.jsonl"})) == "none"
+    assert task(rounds({"eval_task": "number"})) == "number"
+
+
 def test_too_few_prompts_are_told(tmp_path):
     (tmp_path / "p.txt").write_text("one\ntwo\n")
     config = make_config(RoundsConfig, {"output_dir": "out", "prompts": str(tmp_path / "p.txt"), "rounds": 3})
