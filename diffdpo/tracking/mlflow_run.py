@@ -288,7 +288,7 @@ class MlflowRun:
 
 def client_of(uri: str) -> Any:
     """MLflow's client of a store, which says on the screen what went wrong and nothing else."""
-    _quiet_mlflow()
+    quiet_mlflow()
     import mlflow
 
     for name in ("mlflow", "alembic"):  # mlflow's import has set its own level
@@ -296,7 +296,7 @@ def client_of(uri: str) -> Any:
     return mlflow.MlflowClient(given_back(uri))
 
 
-def _quiet_mlflow() -> None:
+def quiet_mlflow() -> None:
     """Our own loop does the retrying; MLflow's would hold a call for minutes."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
