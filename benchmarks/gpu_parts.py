@@ -206,7 +206,7 @@ def full3b(setting: Setting) -> dict[str, Any]:
         return {"left_out": "3B on a CPU takes hours; --tiny shows that the part works"}
     with tempfile.TemporaryDirectory() as folder:
         model = _random_folder(Path(folder) / "model", setting)
-        ds = ROOT / "ds_configs" / ("4080_offload.json" if setting.kind == "cuda" else "zero2.json")
+        ds = ROOT / "ds_configs" / ("4080_offload.json" if setting.kind == "cuda" else "4080_qlora.json")
         flags = [
             "--model_name_or_path",
             str(model),

@@ -70,7 +70,7 @@ class Index:
     def local_shard(self, shard: int, cache_dir: Path | None) -> Path:
         """A shard as a plain tar on this machine: fetched and unpacked into the cache where need be."""
         known, url = self.manifest["shards"][shard], self.url(shard)
-        size = None if url.endswith(GZIP) else known["bytes"]  # bytes are unpacked
+        size = None if url.lower().endswith(GZIP) else known["bytes"]  # bytes are unpacked
         version = "" if is_remote(known["name"]) else known["sha256"]  # full names: indexed from the cached copy
         return plain_tar(url, cache_dir, size=size, version=version)[0]
 
@@ -78,7 +78,7 @@ class Index:
 def plain_tar(url: str, cache_dir: Path | None, *, size: int | None = None, version: str = "") -> tuple[Path, str]:
     """(path of the uncompressed tar on this machine, what is wrong with its compression or '')."""
     path = cached_file(url, cache_dir, size=size, version=version) if is_remote(url) else Path(url)
-    if not path.name.endswith(GZIP):
+    if not path.name.lower().endswith(GZIP):
         return path, ""
     key = hashlib.blake2b(f"{url} {content_digest(path, cache_dir)}".encode(), digest_size=8).hexdigest()
     target = (cache_dir or default_cache_dir()) / "unpacked" / key / "shard.tar"

@@ -37,7 +37,8 @@ WRITTEN_ASIDE = ("reasoning_content", "reasoning", "thinking", "tool_calls", "fu
 KEPT_OF_A_TURN = (*WRITTEN_ASIDE, "tool_call_id", "name")
 GRADES = ("is_correct", "correct")  # fields that say whether an answer is right
 LABELS = ("label", "kto_tag", *GRADES)
-TRUE, FALSE = ("true", "yes", "1", "1.0"), ("false", "no", "0", "0.0")  # as tables spell a label; any case
+TRUE = ("true", "yes", "1", "1.0", "good", "desirable")  # as tables spell a label; any case
+FALSE = ("false", "no", "0", "0.0", "bad", "undesirable")
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,8 @@ def _is_absent(error: Exception) -> bool:
     """True when the other side says that there is no such file. fsspec's http raises FileNotFoundError for a refused
     connection and a busy server as well; then the true error is its cause, and worth another attempt."""
     cause = error.__cause__
+    while isinstance(cause, FileNotFoundError) and cause.__cause__ is not None:  # fsspec wraps those of a ? twice
+        cause = cause.__cause__
     masked = isinstance(cause, TimeoutError) or type(cause).__module__.startswith("aiohttp")
     return isinstance(error, FileNotFoundError) and (not masked or getattr(cause, "status", 0) in (404, 410))
 

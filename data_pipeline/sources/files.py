@@ -9,7 +9,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +17,7 @@ from typing import IO, Any, NamedTuple, cast
 
 from data_pipeline.addresses import hidden
 from data_pipeline.errors import DataError
+from data_pipeline.hub import in_a_line
 from data_pipeline.members import Bad, read_members
 from data_pipeline.records import LABELS, RecordError, parse_json, without_repetition
 from data_pipeline.remote import cached_file, is_remote
@@ -257,12 +258,28 @@ def _csv_rows(path: Path, name: str) -> Iterator[Row]:
     delimiter = "\t" if ".tsv" in path.name.lower() else ","
     with _open(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter=delimiter)
+        _refuse_repeated(_header(reader, name), name)
         for cells in _csv_cells(reader, name):
             where = f"{name}:{reader.line_num}"
             if None in cells:
                 raise DataError(f"{where}: more cells than the header has columns ({len(reader.fieldnames or [])})")
             row = {column: value or None for column, value in cells.items() if value or column in LABELS}
             yield Row(where, row | dict.fromkeys(_empty_texts(cells), ""))
+
+
+def _header(reader: csv.DictReader, name: str) -> list[str]:
+    try:
+        return [column for column in reader.fieldnames or [] if column]
+    except TORN as error:
+        raise _torn(f"{name}: the header", error) from error
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{name}: the header: {error}; save the table as UTF-8") from error
+
+
+def _refuse_repeated(columns: Sequence[str], name: str) -> None:
+    """DataError for a column that stands twice in a table, of which the last would be read in silence."""
+    if twice := next((column for column in columns if columns.count(column) > 1), None):
+        raise DataError(f"{name}: the column {twice!r} stands twice in the table; take one out")
 
 
 def _csv_cells(reader: csv.DictReader, name: str) -> Iterator[dict]:
@@ -291,11 +308,13 @@ def _parquet_rows(path: Path, name: str) -> Iterator[Row]:
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{name}: not a readable parquet file: {error}") from error
     number = 0
+    _refuse_repeated(file.schema_arrow.names, name)
+    classes = _classes_of_parquet(file.schema_arrow)
     with file:
         for batch in file.iter_batches(batch_size=1024):
             for item in batch.to_pylist():
                 number += 1
-                yield Row(f"{name}, row {number}", item)
+                yield Row(f"{name}, row {number}", item | _class_names(item, classes))
 
 
 def _tar_gz_rows(path: Path, name: str) -> Iterator[Row]:
@@ -344,17 +363,41 @@ READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
 def _saved_dataset_rows(path: Path, options: SourceOptions) -> Iterator[Row]:
     import datasets
 
-    data = datasets.load_from_disk(str(path))
+    try:
+        data = datasets.load_from_disk(str(path))
+    except Exception as error:  # of many kinds, by what is missing or damaged
+        raise DataError(f"{path} is no saved data set that can be read: {in_a_line(error)}") from error
     splits = data if isinstance(data, datasets.DatasetDict) else {str(data.split or "train"): data}
     split = options.split or (DEFAULT_SPLIT if isinstance(data, datasets.DatasetDict) else next(iter(splits)))
     if split not in splits:
         raise DataError(f"{path} has no split {split!r}; allowed: {', '.join(splits)}")
     data = splits[split]
-    for number, item in enumerate(data, 1):
-        yield Row(f"{path.name}, row {number}", item)
+    yield from _rows_of(data, data.features, path.name)
 
 
 def _hub_rows(source: str, options: SourceOptions) -> Iterator[Row]:
     split = options.split or DEFAULT_SPLIT
-    for number, item in enumerate(hub_items(source, options.config, split), 1):
-        yield Row(f"{source}[{split}], row {number}", item)
+    items = hub_items(source, options.config, split)
+    yield from _rows_of(items, getattr(items, "features", None), f"{source}[{split}]")
+
+
+def _rows_of(items: Iterable[dict], features: Any, name: str) -> Iterator[Row]:
+    """The rows of a data set; a class is what its name says, whatever its number."""
+    classes = {column: kind.names for column, kind in (features or {}).items() if hasattr(kind, "names")}
+    for number, item in enumerate(items, 1):
+        yield Row(f"{name}, row {number}", item | _class_names(item, classes))
+
+
+def _class_names(item: dict, classes: dict[str, list[str]]) -> dict[str, str | None]:
+    """What the numbers of classes stand for; a negative one, and none, for nothing."""
+    numbers = {column: item[column] for column in classes}
+    return {column: None if n is None or n < 0 else classes[column][n] for column, n in numbers.items()}
+
+
+def _classes_of_parquet(schema: Any) -> dict[str, list[str]]:
+    """{column: names of its classes}, as the library ``datasets`` notes them in a file; empty in other files."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {name: kind["names"] for name, kind in features.items() if kind.get("_type") == "ClassLabel"}
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return {}

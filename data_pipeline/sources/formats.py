@@ -22,8 +22,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_pipeline.records import (
+    FALSE,
     GRADES,
     LABELS,
+    TRUE,
     AnswerRecord,
     Message,
     PreferenceRecord,
@@ -63,7 +65,7 @@ HH_TURN = re.compile(r"(?:\n\n|\A\s*)(Human|Assistant):")  # at the beginning th
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 OTHER_SIDE = re.compile("reject|chosen|prefer|worse|loser|lose|negative", re.IGNORECASE)
 OTHER_LABEL = re.compile("label|(?<![a-z])tag|good|desirab|thumb|accept|prefer|correct|right|wrong|bad", re.IGNORECASE)
-GRADE_WORDS = frozenset(("good", "bad", "true", "false", "desirable", "undesirable", "correct", "incorrect", "wrong"))
+GRADE_WORDS = frozenset((*TRUE, *FALSE, "correct", "incorrect", "right", "wrong"))
 SENTENCE_ENDS = "。！？：；…"  # where text without blanks may be split
 TO_BE_BUILT = "to_be_built"  # kind of a row that does not make one record of its own
 SPLIT = "prompt split from the answers' common beginning"

@@ -1,12 +1,12 @@
 """Data sets by name: from the hub, or what the library `datasets` keeps of it on this machine."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 from data_pipeline.errors import DataError
 from data_pipeline.hub import NotOnHub, in_a_line, why_silent
 
 
-def hub_items(name: str, config: str | None, split: str) -> Iterator[dict]:
+def hub_items(name: str, config: str | None, split: str) -> Iterable[dict]:
     """The rows of a split. Raises DataError, in one line, when it cannot be had."""
     import datasets
 
@@ -24,4 +24,4 @@ def hub_items(name: str, config: str | None, split: str) -> Iterator[dict]:
         raise DataError(f"{what}: {why}") from error
     finally:
         datasets.config.HF_HUB_OFFLINE = online
-    return iter(data)
+    return data

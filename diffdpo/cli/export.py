@@ -61,20 +61,15 @@ def main(argv: list[str]) -> None:
 
 
 def export_checkpoint(args) -> None:
-    """The model of a checkpoint, every file of which is looked at first; an adapter merged."""
+    """The model of a checkpoint, an adapter merged."""
     import torch
 
-    from diffdpo.engine.world import World
     from diffdpo.models.lora.adapters import merge
-    from diffdpo.training.checkpoint import find_checkpoint
     from diffdpo.training.checkpoint_model import base_of_checkpoint, load_checkpoint
 
-    alone = World(0, 0, 1, torch.device("cpu"))
-    find_checkpoint(args.checkpoint, Path(args.checkpoint).parents[1], alone, print)
-    loaded = load_checkpoint(args.checkpoint)
+    loaded, base = load_checkpoint(args.checkpoint), base_of_checkpoint(args.checkpoint)
     model = merge(loaded.model) if hasattr(loaded.model, "peft_config") else loaded.model
     dtype = "float32" if args.dtype == "auto" else args.dtype
-    base = base_of_checkpoint(args.checkpoint)
     write(args, model.to(getattr(torch, dtype)), loaded.tokenizer, base=base, dtype=dtype)
 
 

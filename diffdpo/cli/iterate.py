@@ -34,10 +34,11 @@ def main(argv: list[str]) -> None:
     if not (config.model_name_or_path or config.adapter_name_or_path):
         sections["train"] = bundled() | sections["train"]
     from diffdpo.onpolicy.iterate import iterate
+    from diffdpo.onpolicy.make import check_sampler
     from diffdpo.onpolicy.rounds import Rounds
 
     rounds = Rounds(config, sections["make_pairs"], sections["train"])
-    make_config(PairsConfig, rounds.pairs_settings(1))  # wrong values end here, and not after a round
+    check_sampler(make_config(PairsConfig, rounds.pairs_settings(1)))  # wrong values end here, and not after a round
     first = rounds.train_settings(1, tracking_uri="none")
     if "eval_data" in rounds.train:
         first["train_data"] = first["eval_data"]  # in the place of pairs that are not made yet

@@ -75,23 +75,26 @@ def read_training_state(folder: Path, module: nn.Module, optimizer: torch.optim.
 
 
 def read_weights(folder: Path, module: nn.Module) -> None:
-    """Put the trained weights of a checkpoint in place, whatever engine wrote it; this process alone, no engine needed.
+    """Put the trained weights of a checkpoint of any engine in place, in one process, tensor by tensor.
 
-    ValueError where they cannot be read without DeepSpeed (ZeRO stage 0), UserError where the folder holds other
-    weights than those trained in the module.
+    UserError where it holds other weights than those trained here, or none that can be read.
     """
-    zero = ZeroFiles(folder / TAG) if (folder / TAG).is_dir() else None
-    saved = zero.shapes if zero else saved_shapes(folder)
-    of_optimizer = (*MOMENTS, *OTHERS)
-    check_trained({name: shape for name, shape in saved.items() if name.rpartition(".")[2] not in of_optimizer}, module)
-    weights = {name: parameter.detach() for name, parameter in trained_by_name(module).items()}
-    if zero:
-        for name, whole in zero.weights():
-            weights[name].copy_(whole)
+    trained = {name: parameter.detach() for name, parameter in trained_by_name(module).items()}
+    if not (folder / TAG).is_dir():
+        of_optimizer = (*MOMENTS, *OTHERS)
+        saved = {n: shape for n, shape in saved_shapes(folder).items() if n.rpartition(".")[2] not in of_optimizer}
+        check_trained(saved, module)
+        with _first_failure(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as is meant here
+            dcp.load(dict(trained), storage_reader=_reader(folder), no_dist=True)
         return
-    with _first_failure(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as is meant here
-        dcp.load(weights, storage_reader=_reader(folder), no_dist=True)
+    try:
+        zero = ZeroFiles(folder / TAG)
+    except ValueError as error:
+        raise UserError(f"{error}; go on with the run that wrote it and export its final/") from None
+    check_trained({name: shape for group in zero.groups for name, shape in group.items()}, module)
+    for name, whole in zero.weights():
+        trained[name].copy_(whole)
 
 
 def _read_other(

@@ -45,12 +45,10 @@ def make_pairs(config: PairsConfig, *, say: Callable[[str], None] = print) -> Ma
     """Sample, judge, pair, write; what is there already is not made again. Every process calls; rank 0 tells."""
     assert config.output_dir is not None
     folder, judge = Path(config.output_dir), None if config.verifier == NOBODY else judge_named(config.verifier)
-    options = config.decoding()
-    Decoding(**options | {"block_length": options["block_length"] or config.gen_length})  # refused before weights
+    check_sampler(config)
     asked = _asked(config)
     if isinstance(judge, Verified):
         judge.check(asked.questions)
-    load_tokenizer_and_spec(config.adapter_name_or_path or model_or_bundled(config.model_name_or_path))
     world = init_distributed()
     fingerprint = world.broadcast(_fingerprint(config) if world.is_main else None)
     open_folder(folder, _identity(config, asked, fingerprint), world)
@@ -66,6 +64,15 @@ def make_pairs(config: PairsConfig, *, say: Callable[[str], None] = print) -> Ma
         say(f"answers  {folder / ANSWERS}; nobody judged them (--verifier none)")
         return Made(folder, {})
     return _pair(config, folder, asked.questions, judge, fingerprint, say)
+
+
+def check_sampler(config: PairsConfig) -> None:
+    """UserError for a model that cannot be read and for options of the sampler that contradict one another or that the
+    model cannot serve, before weights are read."""
+    name = config.adapter_name_or_path or model_or_bundled(config.model_name_or_path)
+    blocks = load_tokenizer_and_spec(name)[1].block_size
+    options = config.decoding()
+    Decoding(**options | ({"block_length": config.gen_length} if blocks else {}))
 
 
 def _asked(config: PairsConfig) -> Asked:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.files import write_whole
+from diffdpo.tracking.mlflow_run import quiet_mlflow
 
 log = logging.getLogger(__name__)
 STATE = "mlflow_parent_run"
@@ -19,6 +20,8 @@ class ParentRun:
         if uri is None:
             return
         try:
+            quiet_mlflow()
+            logging.getLogger("mlflow").setLevel(logging.WARNING)  # of a new store it tells every table
             from mlflow import MlflowClient
 
             self.client = MlflowClient(tracking_uri=uri)

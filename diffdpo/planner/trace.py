@@ -136,15 +136,25 @@ def _segment_reduce(data, reduce, *, lengths, **_):
     return data.new_empty(lengths.shape)
 
 
+def _grouped_mm(rows, matrices, offs, *_, **__):
+    """Of rows by a matrix for each group, or of two stacks of rows, group by group; torch's knows 16 bits alone."""
+    if matrices.ndim == 3:
+        return rows.new_empty(rows.shape[0], matrices.shape[-1])
+    return rows.new_empty(len(offs), rows.shape[0], matrices.shape[-1])
+
+
 def _some_number(tensor):
     return 1.0 if tensor.is_meta else aten._local_scalar_dense(tensor)
 
 
 aten = torch.ops.aten
-RULES: dict[Any, Callable[..., Any]] = {  # operations whose output shape depends on data, which meta tensors have not
+RULES: dict[
+    Any, Callable[..., Any]
+] = {  # shapes that depend on data, which meta tensors have not, or are refused there
     aten.bincount: _bincount,
     aten._local_scalar_dense: _some_number,
     aten.segment_reduce: _segment_reduce,
+    aten._grouped_mm: _grouped_mm,
     aten._segment_reduce_backward: lambda grad, out, data, *_, **__: torch.empty_like(data),
 }
 IN_PLACE = {aten.addmm_: aten.addmm}  # torch knows the work of the latter

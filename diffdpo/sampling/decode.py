@@ -238,6 +238,11 @@ def _choices(
     size = max(1, decoding.logits_budget // (len(predictor.model.embed.weight) * BYTES_A_LOGIT))
     for row_C, hidden_GCK in zip(row_M.split(size), hidden_GMK.split(size, dim=1), strict=True):
         logits_CV = predictor.logits(hidden_GCK)
+        if not logits_CV.isfinite().all():  # the largest of them would be a token all the same
+            raise UserError(
+                "the model's logits are not finite: its weights are damaged or diverged, or overflow in 16 bits "
+                "(--dtype float32)"
+            )
         logits_CV[:, canvas.mask_token_id] = -torch.inf
         if decoding.on_eos == "forbid":
             logits_CV[:, canvas.terminators.to(logits_CV.device)] = -torch.inf

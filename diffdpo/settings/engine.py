@@ -53,16 +53,16 @@ class EngineSettings(ScheduleSettings):
     bf16: bool | None = setting(None, "bfloat16 weights; default: on a GPU that has it")
     per_device_train_batch_size: int = setting(8, "records in a micro-batch of one process", at_least=1, common=True)
     gradient_accumulation_steps: int = setting(1, "micro-batches in a step", at_least=1, common=True)
+    optim: str = setting(
+        "adamw_torch",
+        "the optimizer: AdamW, AdamW with 8-bit moments, Adafactor or Muon; all but AdamW on the plain engine only",
+        choices=OPTIMIZERS,
+    )
     global_batch_size: int = setting(
         0,
         "records in a step over all processes, however many there are: micro-batches in a step follow from it, smaller "
         "ones where they must; 0: what the two flags above come to",
         at_least=0,
-    )
-    optim: str = setting(
-        "adamw_torch",
-        "the optimizer: AdamW, AdamW with 8-bit moments, Adafactor or Muon; all but AdamW on the plain engine only",
-        choices=OPTIMIZERS,
     )
     weight_decay: float = setting(0.01, "AdamW's, on matrices only", at_least=0)
     adam_beta1: float = setting(0.9, "AdamW's beta1", at_least=0, below=1)

@@ -35,17 +35,18 @@ class Journal:
         resume_step: int | None = None,
         position: Mapping[str, Any] | None = None,
         say: Callable[[str], None] = print,
+        every: int | None = None,
         wait_for_room: bool = False,
     ):
         """``resume_step``: keep lines up to this step and drop the rest, which will be run again. ``position``: where
-        the journal was at that step; what is missing or changed before it is told, in the journal too.
-        ``wait_for_room``: keep lines in memory while the disk is full, instead of raising OSError."""
+        the journal was at that step; what is missing or changed before it is told, in the journal too, counted in
+        ``every`` steps. ``wait_for_room``: keep lines in memory while the disk is full, instead of raising OSError."""
         self.path, self.wait_for_room, self.pending = output_dir / FILE, wait_for_room, b""
         before = self.path.read_bytes() if resume_step is not None and self.path.exists() else b""
         fault = ""
         if resume_step is not None:
             known = Position(**position) if position else None
-            before, fault = kept_lines(before, resume_step, known)
+            before, fault = kept_lines(before, resume_step, known, every)
         partial = self.path.with_suffix(".partial")
         partial.write_bytes(before)
         partial.replace(self.path)
@@ -90,7 +91,7 @@ class Journal:
             self.file.close()
 
 
-def kept_lines(raw: bytes, step: int, known: Position | None) -> tuple[bytes, str]:
+def kept_lines(raw: bytes, step: int, known: Position | None, every: int | None = None) -> tuple[bytes, str]:
     """The lines up to a step, and what is wrong with them; '' when they are as they were written."""
     if known is not None and hashlib.sha256(raw[: known.bytes]).hexdigest() == known.sha256:
         return raw[: known.bytes], ""
@@ -98,8 +99,8 @@ def kept_lines(raw: bytes, step: int, known: Position | None) -> tuple[bytes, st
     kept = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
     if known is None:
         return kept, ""
-    steps = sorted({line["step"] for line in lines})
-    every = min((after - before for before, after in itertools.pairwise(steps)), default=1)  # --logging_steps
+    steps = sorted({line["step"] for line in lines if line["step"] and not line.keys() <= {"step", "time", NOTE}})
+    every = every or min((after - before for before, after in itertools.pairwise(steps)), default=1)  # --logging_steps
     missing = [number for number in range(every, step + 1, every) if number not in steps]
     gap = f", without steps {_ranges(missing)}" if missing else ""
     return kept, f"had been changed before step {step}: {len(lines)} of {known.lines} lines are left{gap}"

@@ -99,6 +99,7 @@ class MlflowRun:
         self._client: Any = None
         self._monitor: Any = None
         self._position = 0
+        self._notes: dict[int, list[str]] = {}  # of a step there may be several, and one tag
         self._others_due = True
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._ship_until_stopped, name="mlflow", daemon=True)
@@ -245,7 +246,8 @@ class MlflowRun:
                     continue
                 step, when, note = line.pop("step"), int(1000 * line.pop("time")), line.pop(NOTE, None)
                 if note is not None:
-                    self._client.set_tag(self.shipped.run_id, f"{NOTE}.step-{step}", note)
+                    self._notes[step] = [*(text for text in self._notes.get(step, []) if text != note), note]
+                    self._client.set_tag(self.shipped.run_id, f"{NOTE}.step-{step}", "; ".join(self._notes[step]))
                 new = {k: v for k, v in line.items() if v is not None and step > self.shipped.last_step.get(k, -1)}
                 metrics += [Metric(key, value, when, step) for key, value in new.items()]
         return metrics, end
@@ -286,7 +288,7 @@ class MlflowRun:
 
 def client_of(uri: str) -> Any:
     """MLflow's client of a store, which says on the screen what went wrong and nothing else."""
-    _quiet_mlflow()
+    quiet_mlflow()
     import mlflow
 
     for name in ("mlflow", "alembic"):  # mlflow's import has set its own level
@@ -294,7 +296,7 @@ def client_of(uri: str) -> Any:
     return mlflow.MlflowClient(given_back(uri))
 
 
-def _quiet_mlflow() -> None:
+def quiet_mlflow() -> None:
     """Our own loop does the retrying; MLflow's would hold a call for minutes."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")

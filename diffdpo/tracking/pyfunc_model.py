@@ -6,7 +6,7 @@ MLflow copies the file beside the weights and runs it where the model is loaded;
 from typing import Any
 
 import mlflow.models
-import numpy as np
+import pandas as pd
 from mlflow.pyfunc.model import PythonModel
 
 from diffdpo.models.load import load_model
@@ -21,12 +21,12 @@ class Answers(PythonModel):
         """The model, or the adapter with its base."""
         self.loaded = load_model(context.artifacts["model"])
 
-    def predict(self, context, model_input, params=None):  # with types MLflow would make a signature of its own
-        """``model_input``: texts, or a table whose first column holds them."""
-        prompts = model_input.iloc[:, 0] if hasattr(model_input, "iloc") else model_input
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> list[str]:
+        """``model_input``: a table whose first column holds the prompts; MLflow makes it of a list."""
+        prompts = model_input.iloc[:, 0]
         options = {key: value for key, value in (params or {}).items() if key != "seed"}
         options |= {"steps": options.get("gen_length", 64)}
-        encoded = [encode_prompt(str(prompt), self.loaded, "auto") for prompt in np.ravel(prompts)]
+        encoded = [encode_prompt(str(prompt), self.loaded, "auto") for prompt in prompts]
         seed = int((params or {}).get("seed", 0))
         answers = sample(self.loaded.model, self.loaded.spec, encoded, seed=seed, batch_size=8, **options)
         return [str(self.loaded.tokenizer.decode(ids, skip_special_tokens=True)) for ids in answers]

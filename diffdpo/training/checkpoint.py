@@ -165,13 +165,13 @@ def find_checkpoint(name: str, output_dir: Path, world: World, say: Callable[[st
     ``latest`` and ``auto`` pass over damaged ones and say so. UserError when there is none. Every rank calls.
     """
     if name not in ("latest", "auto"):
-        if fault := _fault_of(Path(name), world):
+        if fault := fault_in(Path(name), world):
             raise UserError(f"--resume_from_checkpoint {name} cannot be used: {fault}; resume from another checkpoint")
         return Path(name)
     known = list_checkpoints(output_dir)
     world.barrier()  # nothing is renamed before all have looked
     for path in reversed(known):
-        fault = _fault_of(path, world)
+        fault = fault_in(path, world)
         if fault is None:
             return path
         say(f"{path} is passed over: {fault}")
@@ -185,7 +185,8 @@ def find_checkpoint(name: str, output_dir: Path, world: World, say: Callable[[st
     raise UserError(f"--resume_from_checkpoint latest: {output_dir / FOLDER} holds no checkpoint; 'auto' would start")
 
 
-def _fault_of(path: Path, world: World) -> str | None:
+def fault_in(path: Path, world: World) -> str | None:
+    """What is wrong with a checkpoint, every file of it looked at; None where nothing is. Every rank calls."""
     if not path.is_dir():
         return world.broadcast("there is no such folder")
     fault = fault_of(path, world)

@@ -14,13 +14,16 @@ import torch
 
 from diffdpo.config import SftConfig, TrainConfig
 from diffdpo.engine.tensor_files import read_weights
+from diffdpo.engine.world import World
 from diffdpo.errors import UserError
 from diffdpo.models.bundled import model_or_bundled
 from diffdpo.models.load import LoadedModel, load_model
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.setup.model import adapted
-from diffdpo.training.checkpoint import NAME, STATE, list_checkpoints, read_state, told_if_unreadable
+from diffdpo.training.checkpoint import NAME, STATE, fault_in, list_checkpoints, read_state, told_if_unreadable
 from diffdpo.training.manifest import MANIFEST
+
+ALONE = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
 
 
 def is_checkpoint(folder: str) -> bool:
@@ -67,7 +70,9 @@ def base_of_checkpoint(folder: str) -> str:
 
 def load_checkpoint(folder: str, **options: Any) -> LoadedModel:
     """The model at that step; ``options`` are those of ``load_model``. UserError where its files cannot be read
-    alone."""
+    alone, or are damaged: every one is looked at."""
+    if fault := fault_in(Path(folder), ALONE):
+        raise UserError(f"{folder} cannot be used: {fault}; take another checkpoint")
     settings = _settings(folder)
     loaded = adapted(load_model(base_of_checkpoint(folder), block_size=settings.block_size, **options), settings)
     with told_if_unreadable(Path(folder)), torch.no_grad():

@@ -294,8 +294,11 @@ class Loop:
 
     def _diverged(self, report: StepReport) -> TrainingError:
         saved = list_checkpoints(self.output_dir)
+        advice = "a smaller --learning_rate or --max_grad_norm may help"
+        if self.done == 1 and not math.isfinite(report.loss):  # nothing has been changed yet
+            advice = "the weights of the model or its reference are damaged or diverged, or overflow in 16 bits"
         return TrainingError(
             f"step {self.done}: loss {report.loss}, gradient norm {report.grad_norm}; which records: the same command "
-            f"with --replay {self.output_dir}/culprit-step-{self.done}.json; a smaller --learning_rate or "
-            f"--max_grad_norm may help; newest checkpoint: {saved[-1] if saved else 'none (see --save_steps)'}"
+            f"with --replay {self.output_dir}/culprit-step-{self.done}.json; {advice}; newest checkpoint: "
+            f"{saved[-1] if saved else 'none (see --save_steps)'}"
         )

@@ -88,9 +88,9 @@ class Run:
     held_out: HeldOut
     check_first: Callable[[StepReport], None]
     unit: str  # what a record is called
-    step_is_of_records: bool  # whether the loss of a record depends on that record alone
     base: str | None  # folder or name of what was trained, for the model card; None: random weights
     callbacks: Sequence[Callback] = ()
+    step_is_of_records: bool = True  # whether the loss of a record depends on that record alone
 
 
 def carry_out(run: Run) -> Result:
@@ -196,6 +196,12 @@ def _loop_of(run: Run, tracking: Tracking | None, before: Evaluation, *, resumed
     )
 
 
+def _lines_every(state: Mapping[str, Any]) -> int | None:
+    """Steps between the lines of the journal that a checkpoint's run has written, where that was a number of them."""
+    steps = state.get("config", {}).get("logging_steps")
+    return int(steps) if isinstance(steps, int | float) and steps >= 1 else None
+
+
 def start_tracking(run: Run, *, state: Mapping[str, Any], changes: Sequence[str]) -> Tracking | None:
     """Write the record's files (``record.py``); open the journal and MLflow. Rank 0 only.
 
@@ -217,6 +223,7 @@ def start_tracking(run: Run, *, state: Mapping[str, Any], changes: Sequence[str]
             output_dir,
             resume_step=step,
             position=state.get("journal"),
+            every=_lines_every(state),
             say=context.print,
             wait_for_room=config.save_on_full_disk == "continue",
         )

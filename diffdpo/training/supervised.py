@@ -128,7 +128,6 @@ def _build(
         held_out=held_out,
         check_first=_nothing_to_check,
         unit="answers",
-        step_is_of_records=True,
         base=config.policy,
         callbacks=callbacks,
     )

@@ -15,6 +15,7 @@ from tests.support.paths import ROOT
 TABLE = DOC.read_text().partition(BEGIN)[2].partition(END)[0]
 
 
+BLOCKS = ("sdar8b.json", "llada2mini.json")
 LONG = [
     pytest.param(
         each, marks=pytest.mark.slow if each.shape in ("sdar8b.json", "llada2mini.json") else (), id=each.recipe

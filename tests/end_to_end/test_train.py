@@ -231,6 +231,28 @@ def test_a_killed_run_starts_itself_again_and_gives_the_curve_of_one(
     assert losses(out) == uninterrupted
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_ranks_of_which_one_is_killed_start_themselves_again(tiny_model, pairs_file, tmp_path):
+    out = tmp_path / "run"
+    torchrun = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", "launch/train.py"]
+    line = [*torchrun, *flags_of(tiny_model, pairs_file, out), "--max_restarts", "1"]
+    process = subprocess.Popen(line, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        until = time.monotonic() + 240
+        while not (out / "metrics.jsonl").exists() or len(losses(out)) < 3:
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.01)
+        ranks = [psutil.Process(process.pid).children()[n].children()[0] for n in (0, 1)]
+        ranks[1].kill()
+        assert process.wait(timeout=240) == 0
+        assert not any(rank.is_running() for rank in ranks)
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+    assert [step for step, _ in losses(out)] == list(range(1, 9))
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(command, tiny_model, pairs_file, tmp_path_factory) -> list[tuple[int, float]]:
     out = tmp_path_factory.mktemp("whole") / "run"

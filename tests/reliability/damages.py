@@ -124,7 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--damages", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--engines", default="plain x1,ZeRO-2 offload,ZeRO-3 x2")
+    parser.add_argument("--engines", default="plain x1,ZeRO-2 offload,ZeRO-3 x2,FSDP2 x2")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="damages-") as name:
         folder = Path(name)

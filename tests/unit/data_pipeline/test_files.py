@@ -169,6 +169,19 @@ def test_another_split_of_a_saved_dataset(tmp_path, make_rows):
         ("x.json", b"[3]", "x.json, item 1: an object is needed"),
         ("x.json", b"3", "a list of objects is needed"),
         ("x.parquet", b"PAR1", "x.parquet: not a readable parquet file"),
+        ("x.csv", b"prompt,chosen,rejected,chosen\nq,a,b,c\n", "the column 'chosen' stands twice"),
+        ("x.csv", b"prompt,completion,label\nq,a,\n", "'label' is empty"),
+        (
+            "x.jsonl",
+            b'{"prompt": "q", "chosen": "a", "rejected": "b", "chosen": "c"}',
+            "the name 'chosen' stands twice",
+        ),
+        (
+            "x.json",
+            b'[{"prompt": "q", "chosen": "a", "rejected": "b", "chosen": "c"}]',
+            "the name 'chosen' stands twice",
+        ),
+        ("x.jsonl", '{"prompt": "q", "chosen": "a", "rejected": "b"}\n'.encode("utf-16"), "x.jsonl:1: invalid JSON"),
         ("x.txt", b"words", "files ending in '.txt' are not read; allowed: .csv"),
         ("x.jsonl", b"", "has no rows"),
         ("x.jsonl.gz", b"words", "x.jsonl.gz: after line 0"),
@@ -455,3 +468,49 @@ def test_a_json_file_of_one_row_is_that_row(tmp_path):
     for data, rows in ((row, [row]), ({"version": 1, "data": [row, row]}, [row, row])):
         (tmp_path / "a.json").write_text(json.dumps(data))
         assert [found.data for found in open_rows(str(tmp_path / "a.json"), SourceOptions())] == rows
+
+
+@pytest.mark.parametrize("kept_as", ["saved", "parquet"])
+def test_classes_are_what_their_names_say(tmp_path, kept_as):
+    import datasets
+
+    features = {"prompt": datasets.Value("string"), "completion": datasets.Value("string")}
+    columns = {"prompt": ["p", "q", "r"], "completion": ["a", "b", "c"], "label": [0, 1, None]}
+    named = datasets.Features(features | {"label": datasets.ClassLabel(names=["good", "bad"])})
+    data = datasets.Dataset.from_dict(columns, features=named)
+    source = tmp_path / ("x.parquet" if kept_as == "parquet" else "saved")
+    data.to_parquet(source) if kept_as == "parquet" else data.save_to_disk(source)
+    build([str(source)], tmp_path / "out", BuildOptions(on_error="skip"))
+    assert [row["label"] for row in contents(tmp_path / "out")] == [True, False]
+
+
+def test_a_damaged_saved_dataset_is_one_line(tmp_path, make_rows):
+    saved = write_saved_dataset(tmp_path, make_rows(3))
+    (arrow,) = saved.glob("*.arrow")
+    arrow.write_bytes(arrow.read_bytes()[:200])
+    with pytest.raises(DataError, match="no saved data set that can be read"):
+        list(open_rows(str(saved), SourceOptions()))
+
+
+def test_a_folder_tells_what_it_does_not_read_and_mixes_no_splits(tmp_path, jsonl, make_rows, caplog, cache):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    jsonl(folder / "a.jsonl", make_rows(2))
+    jsonl(folder / "b.JSONL", make_rows(2, start=2))
+    for name in ("c.jsonl.zst", "README.md", "d.arrow"):
+        (folder / name).write_text("x")
+    assert len(open_dataset(str(folder), cache_dir=cache)) == 4
+    assert "2 files are not read for their ending: c.jsonl.zst, d.arrow" in caplog.text
+    jsonl(folder / "test.jsonl", make_rows(2, start=4))
+    with pytest.raises(DataError, match="the split test and, besides, files of no split"):
+        open_dataset(str(folder), cache_dir=cache)
+    assert len(open_dataset(f"{folder}:test", cache_dir=cache)) == 2
+
+
+@pytest.mark.parametrize("ending", [".JSONL.GZ", ".TSV", ".Json"])
+def test_endings_in_capitals(tmp_path, ending):
+    row = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    text = {".TSV": "prompt\tchosen\trejected\nq\ta\tb\n"}.get(ending, json.dumps(row))
+    path = tmp_path / f"x{ending}"
+    path.write_bytes(gzip.compress(text.encode()) if ending.endswith("GZ") else text.encode())
+    assert [read.parsed() for read in open_rows(str(path), SourceOptions())] == [row]

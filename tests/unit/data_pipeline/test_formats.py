@@ -1,5 +1,7 @@
 """Each layout of the field → the record it means."""
 
+from collections import Counter
+
 import pytest
 
 from data_pipeline.errors import DataError
@@ -235,3 +237,32 @@ def test_turns_that_cannot_be_told_are_not_split_by_characters():
     assert error.value.kind == "not_one_answer"
     record = one({"prompt": "Human: hi\nAssistant:", "chosen": " a", "rejected": " b"})
     assert (record.prompt, record.chosen) == ("Human: hi\nAssistant:", " a")  # a prompt of somebody's own
+
+
+def test_whole_transcripts_beside_a_prompt_that_they_repeat():
+    sides = {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}
+    for prompt in ("q", "\n\nHuman: q\n\nAssistant:"):
+        (record,) = convert({"prompt": prompt, **sides})
+        assert (record.prompt, record.chosen) == ((user("q"),), (assistant("a"),))
+    with pytest.raises(RecordError) as error:
+        list(convert({"prompt": "another", **sides}))
+    assert error.value.kind == "ambiguous_prompt"
+
+
+def test_a_transcript_that_ends_within_the_answer_is_continued():
+    (record,) = convert({"prompt": "\n\nHuman: q\n\nAssistant: Sure, ", "chosen": "yes", "rejected": " no"})
+    assert record.prompt == (user("q"), assistant("Sure, ")) and record.rejected == (assistant(" no"),)
+
+
+def test_answers_that_begin_with_the_prompt_are_told():
+    rows = [
+        {"prompt": "What is 2+3?", "chosen": "What is 2+3? 5", "rejected": "What is 2+3? 6"},
+        {"prompt": [user("q"), assistant("The sum is")], "chosen": "The sum is 5", "rejected": "The sum is 6"},
+    ]
+    for row in rows:
+        told = Counter()
+        list(convert(row, told=told))
+        assert list(told.values()) == [1] and "words of the prompt" in next(iter(told))
+    told = Counter()
+    list(convert({"prompt": [user("q"), assistant("A")], "chosen": "A sum", "rejected": "A tree"}, told=told))
+    assert not told

@@ -11,10 +11,13 @@ from data_pipeline.records import (
     PreferenceRecord,
     RecordError,
     as_label,
+    assistant_turn,
+    check,
     content_hash,
     decode_record,
     encode_record,
     is_empty,
+    parse_json,
     prompt_hash,
     user_turn,
 )
@@ -100,3 +103,38 @@ def test_labels(value):
         as_label("perhaps")
     with pytest.raises(RecordError):
         as_label([1])
+
+
+@pytest.mark.parametrize("text", [" ", "\u3000\n", "\u200b", "\ufeff", "\x00", "\u200d\u2060"])
+def test_an_answer_without_a_visible_sign_is_empty(text):
+    with pytest.raises(RecordError) as error:
+        check(PreferenceRecord("x", "q", "a", text))
+    assert error.value.kind == "empty_rejected"
+
+
+def test_answers_that_differ_in_blanks_around_them_are_equal():
+    for chosen, rejected in (("a", " a\n"), (assistant_turn("a"), assistant_turn("a "))):
+        with pytest.raises(RecordError) as error:
+            check(PreferenceRecord("x", "q", chosen, rejected))
+        assert error.value.kind == "chosen_equals_rejected"
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        PreferenceRecord("x", user_turn("q"), "a", "b", {}, {"tools": [{"name": "\ud83d"}]}),
+        PreferenceRecord("x", ({"role": "\ud83d", "content": "q"},), "a", "b"),
+        AnswerRecord("\ud83d", "q", "a"),
+    ],
+)
+def test_half_a_surrogate_pair_anywhere(record):
+    with pytest.raises(RecordError) as error:
+        check(record)
+    assert error.value.kind == "invalid_unicode"
+
+
+def test_a_name_twice_in_one_object_is_no_json_to_guess_at():
+    for raw in ('{"prompt": "a", "prompt": "b"}', b'{"meta": {"x": 1, "x": 1}}'):
+        with pytest.raises(RecordError) as error:
+            parse_json(raw)
+        assert error.value.kind == "repeated_key" and error.value.malformed

@@ -9,6 +9,8 @@ import fsspec
 import pytest
 
 import data_pipeline.remote as remote
+from data_pipeline.__main__ import main
+from data_pipeline.cli import exit_code
 from data_pipeline.dataset import open_dataset
 from data_pipeline.encode import Encoder
 from data_pipeline.errors import DataError
@@ -202,6 +204,27 @@ def test_an_absent_file_is_asked_for_once_and_a_dead_host_is_not_called_absent(s
     with pytest.raises(DataError, match="unreachable after 3 attempts"):
         cached_file("http://127.0.0.1:9/a.jsonl", tmp_path, retries=3, sleep=pauses.append)
     assert len(pauses) == 2
+    with pytest.raises(DataError, match="unreachable after 2 attempts"):
+        cached_file("http://127.0.0.1:9/a.jsonl?token=x", tmp_path, retries=2, sleep=pauses.append)
+
+
+def test_no_file_and_no_line_has_the_secrets_of_an_address(served, shards, jsonl, make_rows, cache, tmp_path, capsys):
+    folder, base, _ = served
+    jsonl(folder / "a.jsonl", [*make_rows(3), {"prompt": "", "chosen": "a", "rejected": "b"}])
+    shutil.copy(next(shards.glob("*.tar")), folder / "b.tar")
+    secret = base.replace("://", "://alice:sw0rdfish@")
+    for name in ("a.jsonl?X-Amz-Signature=s1gn&token=t0ken", "b.tar?sig=s1gn", "b.tar"):
+        dataset = open_dataset(f"{secret}/{name}", cache_dir=cache)
+        assert RecordReader(dataset)(0).meta["source"] in ("a", "b", "x")
+    build([f"{secret}/a.jsonl?sig=s1gn"], tmp_path / "out", BuildOptions())
+    code = exit_code(main, ["verify", f"{secret}/b.tar", "--cache_dir", str(cache), "--json", str(tmp_path / "v.json")])
+    code += exit_code(main, ["inspect", f"{secret}/no.jsonl?sig=s1gn", "--cache_dir", str(cache)])
+    out = "".join(capsys.readouterr())
+    assert code == 2 and "***@" in out and "does not exist" in out
+    written = [path for path in tmp_path.rglob("*") if path.is_file() and folder not in path.parents]
+    assert len(written) > 5
+    for word in ("sw0rdfish", "s1gn", "t0ken"):
+        assert word not in out and not [path for path in written if word.encode() in path.read_bytes()]
 
 
 def test_a_folder_built_anew_behind_its_url_is_fetched_anew(served, tmp_path, jsonl, make_rows):

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 
 import pytest
@@ -266,3 +267,12 @@ def test_shifted_models_need_a_prompt_and_seeds_must_match(model):
         sample(model, dataclasses.replace(SPEC, logit_shift=1), [[]], **SMALL)
     with pytest.raises(UserError, match="2 seeds for 3 prompts"):
         sample(model, SPEC, PROMPTS, seed=[1, 2], **SMALL)
+
+
+@pytest.mark.parametrize("damage", [float("nan"), float("inf")])
+@pytest.mark.parametrize("order", ["low_confidence", "random"])
+def test_a_model_whose_logits_are_not_finite_answers_nothing(model, damage, order):
+    damaged = copy.deepcopy(model)
+    next(damaged.parameters()).data[7] = damage
+    with pytest.raises(UserError, match="not finite"):
+        sample(damaged, SPEC, PROMPTS, **SMALL, remasking=order)

@@ -79,6 +79,19 @@ def test_a_damaged_journal_is_repaired_and_says_so_itself(tmp_path, kind):
     assert lines[-1]["loss"] == 2.0
 
 
+def test_a_first_line_that_is_gone_is_named(tmp_path):
+    """What is left has its lines two steps apart, and so do steps 0 (an evaluation) and 2."""
+    journal = Journal(tmp_path)
+    for step in (0, 1, 2):
+        journal.write(step, {"loss": 1.0})
+    position = journal.position()
+    journal.close()
+    (tmp_path / FILE).write_bytes((tmp_path / FILE).read_bytes().replace(b'{"step": 1', bytes(10)))
+    said: list[str] = []
+    Journal(tmp_path, resume_step=2, position=position, say=said.append, every=1).close()
+    assert len(said) == 1 and "without steps 1" in said[0]
+
+
 class Full:
     """A disk with room for so many bytes."""
 

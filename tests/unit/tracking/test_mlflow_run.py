@@ -143,6 +143,7 @@ def test_damaged_lines_and_words_do_not_hold_the_rest(tmp_path, uri):
     journal = Journal(tmp_path)
     journal.write(1, {"loss": 1.0})
     journal.note(1, "--beta was 0.1 and is 0.2")
+    journal.note(1, "--seed was 0 and is 1")
     with journal.path.open("ab") as file:
         file.write(bytes(20) + b"\n")
     journal.write(2, {"loss": 2.0})
@@ -150,7 +151,8 @@ def test_damaged_lines_and_words_do_not_hold_the_rest(tmp_path, uri):
     ship_later(tmp_path)
     run_id = Shipped.read(tmp_path).run_id
     assert history(uri, run_id) == [(1, 1.0), (2, 2.0)]
-    assert mlflow.MlflowClient(uri).get_run(run_id).data.tags["note.step-1"] == "--beta was 0.1 and is 0.2"
+    told = "--beta was 0.1 and is 0.2; --seed was 0 and is 1"
+    assert mlflow.MlflowClient(uri).get_run(run_id).data.tags["note.step-1"] == told
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"tracking_uri": 1, "x": 2}'])

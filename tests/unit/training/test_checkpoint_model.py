@@ -9,7 +9,6 @@ from diffdpo.cli import export
 from diffdpo.config import TrainConfig
 from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.plain import PlainEngine
-from diffdpo.engine.world import World
 from diffdpo.errors import UserError
 from diffdpo.models.load import load_model
 from diffdpo.models.lora.adapters import merge
@@ -17,8 +16,7 @@ from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.settings.base import public
 from diffdpo.setup.model import load_policy
 from diffdpo.training.checkpoint import save_checkpoint
-
-ALONE = World(0, 0, 1, torch.device("cpu"))
+from diffdpo.training.checkpoint_model import ALONE, load_checkpoint
 
 
 def checkpoint_of(config: TrainConfig, out: Path) -> tuple[Path, torch.nn.Module]:
@@ -52,9 +50,9 @@ def test_a_damaged_one_is_refused(tiny_model, tmp_path):
     file = folder / "weights.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"weights\.safetensors"):
-        export.main(["--checkpoint", str(folder), "--output", str(tmp_path / "out")])
+        load_checkpoint(str(folder))
     with pytest.raises(UserError, match="no such folder"):
-        export.main(["--checkpoint", str(tmp_path / "no/checkpoints/step-1"), "--output", str(tmp_path / "out")])
+        load_checkpoint(str(tmp_path / "nothing" / "checkpoints" / "step-1"))
 
 
 def test_it_stands_alone(tmp_path):
