@@ -51,7 +51,7 @@ def truth(command, started, pairs_file, tmp_path_factory) -> list[float]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", [pytest.param("ZeRO-2", marks=pytest.mark.slow), "ZeRO-3", "FSDP2, 2 processes"])
 def test_same_curve_as_with_a_second_model(command, started, truth, pairs_file, tmp_path, name):
     launcher, flags, processes = ENGINES[name]
     flags = [*flags, "--adapter_name_or_path", str(started)]

@@ -17,7 +17,7 @@ EXACT = ("problems", "length", "exact_match")
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_figures_do_not_depend_on_the_processes(command, tiny_model, tmp_path, processes):
     records = list(generate_pairs(13, seed=5))
     single = [{"completion": r["chosen"], "label": True} if i % 2 else {} for i, r in enumerate(records)]

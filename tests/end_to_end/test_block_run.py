@@ -84,6 +84,7 @@ def scores(command, python, model, pairs_file, *options):
     return done, [line["chosen"]["score"] for line in lines]
 
 
+@pytest.mark.slow
 def test_blocks_that_config_json_does_not_declare(made, undeclared, command, python, pairs_file, tmp_path):
     done, _ = scores(command, python, undeclared, pairs_file)
     assert done.returncode == 2 and "give --block_size" in done.stderr

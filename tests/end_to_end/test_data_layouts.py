@@ -46,6 +46,7 @@ def test_any_layout_can_be_mapped(run):
     assert "give pairs such as" in refused(run(rows, "--columns", "question"))
 
 
+@pytest.mark.slow
 def test_what_is_likely_a_mistake_is_told_before_training(run):
     good = [{"prompt": f"Say {n}", "completion": str(n), "label": True} for n in range(6)]
     assert "all 6 answers are desirable" in run(good, "--loss_type", "apo_zero_unpaired").stdout

@@ -26,7 +26,7 @@ def losses(out: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
-@pytest.mark.parametrize("base", [None, QUANTISED], ids=["LoRA", "QLoRA"])
+@pytest.mark.parametrize("base", [pytest.param(None, marks=pytest.mark.slow), QUANTISED], ids=["LoRA", "QLoRA"])
 def test_an_adapter_goes_on_to_the_bit_from_a_small_checkpoint(command, tmp_path, base):
     flags = [*FLAGS, *([base] if base else [])]
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"

@@ -68,6 +68,7 @@ def test_the_micro_batch_is_measured_and_the_run_is_the_same(tmp_path, fits, cap
     assert (recorded["per_device_train_batch_size"], recorded["gradient_accumulation_steps"]) == (pairs, 8 // pairs)
 
 
+@pytest.mark.slow
 def test_deepspeed_is_told_the_sizes_asked_for_and_takes_the_same_steps(tmp_path, command, python):
     """Made before anything can be measured; no gradient depends on its sizes, with the optimizer on the host either."""
     zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}}

@@ -81,7 +81,8 @@ def test_the_full_forward_is_block_causal_and_transformers_reads_what_is_saved(t
     mask = block_causal(13, 4, torch.float64)
     assert torch.allclose(loaded.model(ids).logits, widen(model)(ids, attention_mask=mask).logits, atol=1e-10)
     theirs = type(model).from_pretrained(tmp_path / "back", config=model.config, dtype=torch.float64)
-    assert torch.equal(widen(theirs)(ids, attention_mask=mask).logits, widen(model)(ids, attention_mask=mask).logits)
+    found, expected = (widen(each)(ids, attention_mask=mask).logits for each in (theirs, model))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)  # not to the bit: they lie at other addresses
 
 
 @pytest.mark.parametrize("estimator", [name for name in ESTIMATORS if name not in ("exact", "trajectory")])

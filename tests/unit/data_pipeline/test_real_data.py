@@ -152,7 +152,7 @@ def test_the_same_pairs_in_the_other_layouts_of_the_field(real_data, tmp_path, c
     explicit = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in turns]
     implicit = [{"chosen": p + c, "rejected": p + r} for p, c, r in turns]
     feedback = [{"prompt": p[0]["content"], "chosen": p + c, "rejected": p + r, "score_chosen": 9} for p, c, r in turns]
-    texts = [{"prompt": str(p), "chosen": c[0]["content"], "rejected": r[0]["content"]} for p, c, r in turns]
+    texts = [{"prompt": p[0]["content"], "chosen": c[0]["content"], "rejected": r[0]["content"]} for p, c, r in turns]
     assert keys(read("explicit", explicit)) == keys(read("implicit", implicit)) == original
     assert keys(read("feedback", feedback)) == original
     assert [(r.chosen, r.rejected) for r in read("texts", texts)] == [(t["chosen"], t["rejected"]) for t in texts]

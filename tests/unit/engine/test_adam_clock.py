@@ -27,7 +27,7 @@ def take_steps(weight, optimizer, first: int, count: int) -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("kind", ["cpu", "fused"])
+@pytest.mark.parametrize("kind", ["cpu", pytest.param("fused", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("wound", [True, False], ids=["wound up", "not"])
 def test_a_resumed_adam_is_the_uninterrupted_one_to_the_bit(kind, wound):
     if torch.cuda.is_available():

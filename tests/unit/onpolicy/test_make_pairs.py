@@ -29,18 +29,18 @@ def prompts(tmp_path):
 @pytest.fixture
 def judge(tmp_path, monkeypatch):
     """A verifier of a user's: an answer is right where its text has an even number of characters."""
-    (tmp_path / "my_judge.py").write_text(
+    (tmp_path / "judge_of_pairs.py").write_text(
         "def even(answer, truth, prompt):\n    return len(answer) % 2 == 0\n\n"
         "def raises(answer, truth, prompt):\n    raise ValueError('no idea')\n\n"
         "def right(answer, truth, prompt):\n    return True\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    return "my_judge:even"
+    return "judge_of_pairs:even"
 
 
 def config(tiny_model, prompts, out, **given) -> PairsConfig:
-    settings = {"num_samples": 4, "gen_length": 8, "batch_size": 4, "verifier": "my_judge:even", **given}
+    settings = {"num_samples": 4, "gen_length": 8, "batch_size": 4, "verifier": "judge_of_pairs:even", **given}
     return make_config(
         PairsConfig,
         {"model_name_or_path": str(tiny_model), "prompts": str(prompts), "output_dir": str(out), **settings},
@@ -58,7 +58,7 @@ def test_pairs_and_where_they_come_from(tiny_model, prompts, judge, tmp_path):
     assert made.counts["all_right"] + made.counts["all_wrong"] + len({r["prompt"] for r in rows}) <= 10
     for row in rows:
         assert len(row["chosen"]) % 2 == 0 and len(row["rejected"]) % 2 == 1
-        assert row["meta"]["scores"] == [1.0, 0.0] and row["meta"]["verifier"] == "my_judge:even"
+        assert row["meta"]["scores"] == [1.0, 0.0] and row["meta"]["verifier"] == "judge_of_pairs:even"
         assert len(row["meta"]["checkpoint"]) == 16 and row["meta"]["sampler"]["temperature"] == 1.0
     assert len(open_dataset([str(made.shards)], cache_dir=tmp_path / "cache")) == len(rows)
     assert str(made.counts["all_wrong"]) in said[-1]
@@ -121,13 +121,13 @@ def test_answers_are_judged_and_paired_anew_without_sampling(tiny_model, prompts
 
 def test_a_verifier_that_raises_names_prompt_and_answer_and_costs_no_answers(tiny_model, prompts, judge, tmp_path):
     with pytest.raises(DataError, match=r"'p0'.*ValueError: no idea"):
-        make_pairs(config(tiny_model, prompts, tmp_path / "out", verifier="my_judge:raises"), say=str)
+        make_pairs(config(tiny_model, prompts, tmp_path / "out", verifier="judge_of_pairs:raises"), say=str)
     assert (tmp_path / "out" / "answers.jsonl").exists()
 
 
 def test_no_pair_at_all_is_told_with_the_counts(tiny_model, prompts, judge, tmp_path):
     with pytest.raises(UserError, match="all right: 10 prompts"):
-        make_pairs(config(tiny_model, prompts, tmp_path / "out", verifier="my_judge:right"), say=str)
+        make_pairs(config(tiny_model, prompts, tmp_path / "out", verifier="judge_of_pairs:right"), say=str)
 
 
 def test_another_sampler_in_the_same_folder_is_refused(tiny_model, prompts, judge, tmp_path):

@@ -60,7 +60,7 @@ def test_on_a_device_the_inputs_are_gone_meanwhile(tiny_model, batch):
 
 def test_it_is_planned(tmp_path):
     """What leaves the card is what comes to the host."""
-    (tmp_path / "config.json").write_text(json.dumps(LLADA_8B | {"n_layers": 3}))
+    (tmp_path / "config.json").write_text(json.dumps(LLADA_8B | {"n_layers": 12}))
     flags = {"model_name_or_path": str(tmp_path / "config.json"), "ds_config": "4080_qlora", "load_in_4bit": True}
     flags |= {"use_peft": True, "gradient_checkpointing": True, "segment_rows": 4, "num_mc_samples": 8}
     flags |= {"max_length": 1024, "per_device_train_batch_size": 1}
@@ -73,7 +73,7 @@ def test_it_is_planned(tmp_path):
         for to in ("none", "cpu")
     ]
     moved = [sum(part.bytes for part in plan.parts if part.place == HOST) for plan in plans]
-    inputs = 3 * 4096 * 4 * 1024 * 2
+    inputs = 12 * 4096 * 4 * 1024 * 2
     assert moved[1] - moved[0] == inputs
     card = [sum(part.bytes for part in plan.parts if part.place == DEVICE and not part.assumed) for plan in plans]
     assert 0.8 * inputs < card[0] - card[1] <= inputs

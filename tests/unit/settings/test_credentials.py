@@ -156,7 +156,7 @@ def test_a_later_shipper_has_them_from_the_environment_or_says_what_is_missing(t
     uri = taken(f"http://alice:{SECRET}@{address}")
     tracking = Tracking(tmp_path, Journal(tmp_path))
     tracking.start_mlflow(Shipped(uri, "experiment", "run"))
-    assert not tracking.close("FINISHED", timeout=60, curves=False)  # of a busy machine; the answer ends it
+    assert not tracking.close("FINISHED", timeout=20, curves=False)  # of a busy machine; the answer ends it
     expected = "Basic " + base64.b64encode(f"alice:{SECRET}".encode()).decode()
     assert expected in seen
     assert not any(SECRET in path.read_text() for path in tmp_path.iterdir() if path.is_file())
