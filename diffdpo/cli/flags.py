@@ -26,7 +26,7 @@ def parse_config(config_class: type[Settings], argv: Sequence[str], description:
     """Defaults, then the recipe of ``--config``, then flags; checked. UserError for a setting's mistake."""
     flags = vars(build_parser(config_class, description).parse_args(argv))
     recipe, _ = flags.pop("config", None), flags.pop("local_rank", None)
-    in_recipe = _read_yaml(Path(recipe)) if recipe else {}
+    in_recipe = read_yaml(Path(recipe)) if recipe else {}
     together = {**in_recipe, **flags}
     given = {
         **own_settings(config_class, in_recipe, beside=together, where=f"--config {recipe}: "),
@@ -37,7 +37,7 @@ def parse_config(config_class: type[Settings], argv: Sequence[str], description:
 
 def read_recipe(config_class: type[Settings], path: Path) -> dict[str, Any]:
     """The settings of a YAML recipe; each key must be a flag's name and each value of its type."""
-    return own_settings(config_class, _read_yaml(path), where=f"--config {path}: ")
+    return own_settings(config_class, read_yaml(path), where=f"--config {path}: ")
 
 
 def own_settings(
@@ -91,14 +91,16 @@ def _names(config_class: type[Settings]) -> list[str]:
     return [item.name for item in dataclasses.fields(config_class)]
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    path = find_shipped("recipes", str(path), flag="--config")
+def read_yaml(path: Path, *, what: str = "--config", example: str = "learning_rate: 1e-5") -> dict[str, Any]:
+    """The settings in a YAML file, or a shipped recipe, as they are written. UserError, beginning with ``what``, for a
+    file that is none or holds no settings."""
+    path = find_shipped("recipes", str(path), flag=what)
     try:
         content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"--config {path} is not a YAML file: {error}") from None
+        raise UserError(f"{what} {path} is not a YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(content, Mapping):
-        raise UserError(f"--config {path} holds no settings; write lines such as 'learning_rate: 1e-5'")
+        raise UserError(f"{what} {path} holds no settings; write lines such as '{example}'")
     return {str(name).replace("-", "_"): value for name, value in content.items()}
 
 

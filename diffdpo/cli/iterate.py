@@ -10,12 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from diffdpo.cli.flags import build_parser, own_settings
+from diffdpo.cli.flags import build_parser, own_settings, read_yaml
 from diffdpo.config import PairsConfig, RoundsConfig, TrainConfig, bundled_settings, make_config
 from diffdpo.errors import UserError
-from diffdpo.shipped import find_shipped
 
 SECTIONS = {"make_pairs": PairsConfig, "train": TrainConfig}
 
@@ -26,7 +23,7 @@ def main(argv: list[str]) -> None:
     flags = vars(build_parser(RoundsConfig, __doc__ or "").parse_args(argv[1:] if named else argv))
     recipe = flags.pop("config", None) or named
     flags.pop("local_rank", None)
-    given = read_rounds(Path(recipe)) if recipe else {}
+    given = read_yaml(Path(recipe), what="the recipe", example="rounds: 4") if recipe else {}
     sections = {name: section(name, given.pop(name, None), recipe) for name in SECTIONS}
     where = f"{recipe}: "
     own = own_settings(RoundsConfig, given, where=where) | own_settings(RoundsConfig, flags)
@@ -46,18 +43,6 @@ def main(argv: list[str]) -> None:
         first = {name: value for name, value in first.items() if name not in ("train_data", "eval_data")}
     make_config(TrainConfig, first)
     iterate(rounds, say=lambda text: print(text, flush=True))
-
-
-def read_rounds(path: Path) -> dict[str, Any]:
-    """The recipe as it is written. UserError for what is no YAML file of settings."""
-    path = find_shipped("recipes", str(path), flag="the recipe")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from None
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path} holds no settings; write lines such as 'rounds: 4'")
-    return {str(name).replace("-", "_"): value for name, value in content.items()}
 
 
 def section(name: str, given: Any, recipe: str | None) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def _dequantised(loaded: LoadedModel, case: Case) -> nn.Module:
         state = getattr(getattr(layer, "weight", None), "quant_state", None)
         if state is not None:
             weight = layer.weight  # type: ignore[union-attr]
-            layers[name].weight.data = dequantize_4bit(weight.data, state).to("cpu", torch.float64)  # type: ignore
+            layers[name].weight.data = dequantize_4bit(weight.data, state).to("cpu", torch.float64)  # type: ignore[attr-defined]
     return exact
 
 

@@ -206,5 +206,7 @@ def test_weights_of_answers_are_not_negative():
 @pytest.mark.parametrize("config_class", [TrainConfig, SftConfig])
 def test_an_adapter_is_no_policy_to_train(config_class, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match="is a LoRA adapter"):
+    with pytest.raises(
+        UserError, match="is a LoRA adapter; go on with it as --adapter_name_or_path, or merge it first"
+    ):
         parse_config(config_class, ["--model_name_or_path", str(tmp_path)], "")
