@@ -67,7 +67,7 @@ class Engine(Protocol):
     def step(self, learning_rate: float) -> float:
         """Clip, update, zero. Returns the gradient's norm before clipping.
 
-        No step is taken where that is not finite, but under DeepSpeed; ``choice.skips_nonfinite`` says which.
+        Where that is not finite on any rank no step is taken: weights and moments stay as they were on all.
         """
         ...
 

@@ -60,11 +60,6 @@ class EngineChoice:
         return self.kind == DEEPSPEED
 
     @property
-    def skips_nonfinite(self) -> bool:
-        """Whether a step whose gradient is not finite leaves weights and optimizer as they were."""
-        return self.kind in (PLAIN, FSDP2)
-
-    @property
     def fixes_batch_sizes(self) -> bool:
         """Whether the user's JSON says how a step is cut into micro-batches."""
         return any(self.given.get(name, "auto") != "auto" for name in SIZES)

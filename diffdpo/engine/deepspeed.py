@@ -47,6 +47,8 @@ class DeepSpeedEngine:
             model_parameters=parameter_groups(module, options.weight_decay),
             config=copy.deepcopy(dict(choice.ds_config)),
         )
+        # in bf16 its ZeRO 1 and 2 take a step on a gradient that is not finite unless told to look; 3 never does
+        self.optimizer.check_grad_overflow = True
         self.module, self.parameters = module, trained_parameters(module)
         self.files = self.engine.checkpoint_engine = CheckpointFiles(self.engine.checkpoint_engine, module)
         self.holding = False  # inside ``no_sync``

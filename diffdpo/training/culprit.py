@@ -1,8 +1,7 @@
 """The step whose loss or gradient was not finite, kept so that ``--replay`` can take it again.
 
 ``culprit-step-N.json`` holds the tokens of every rank's micro-batches; noise is a function of seed, epoch and record.
-``culprit-step-N/`` beside it holds weights and optimizer as they were before the step, where the run stopped there and
-its engine has not taken it (plain, FSDP2).
+``culprit-step-N/`` beside it holds weights and optimizer as they were before the step, where the run stopped there.
 """
 
 import json
@@ -54,9 +53,7 @@ def keep_culprit(
 
 
 def keep_state(path: Path, engine: Engine) -> None:
-    """Weights and optimizer beside a culprit's file, where the engine has not taken the step; every rank calls."""
-    if not engine.choice.skips_nonfinite:
-        return
+    """Weights and optimizer beside a culprit's file: no engine has taken the step; every rank calls."""
     folder = path.with_suffix("")
     partial = folder.with_name(folder.name + ".partial")
     if engine.world.is_main:

@@ -22,8 +22,8 @@ def replay(path: Path, context: RunContext, engine: Engine, step: StepFunction, 
     culprit = read_culprit(path)
     micro_batches = share_of(culprit, context)
     context.print(f"replay     step {culprit.step}, {_load(path, context, engine)}")
-    if context.world.size > 1 or not alone or not engine.choice.skips_nonfinite:
-        context.print("           the step as a whole; record by record it goes on one process under the plain engine")
+    if context.world.size > 1 or not alone:
+        context.print("           the step as a whole; record by record it goes on one process")
     else:
         _each(micro_batches, context, step)
     report = step(micro_batches, culprit.learning_rate)

@@ -1,4 +1,4 @@
-"""What a run asks of its engine and its disk, looked at when its weights are known and before it begins."""
+"""What a run asks of its disk, looked at when its weights are known and before it begins."""
 
 import shutil
 
@@ -7,15 +7,6 @@ from diffdpo.engine.base import Engine, count_parameters
 from diffdpo.errors import UserError
 from diffdpo.setup.context import RunContext
 from diffdpo.training.checkpoint import in_words, list_checkpoints, planned_bytes
-
-
-def check_guards(config: RunConfig, engine: Engine) -> None:
-    """UserError where a step that is not finite could not be left out."""
-    if config.on_nonfinite == "skip" and not engine.choice.skips_nonfinite:
-        raise UserError(
-            f"--on_nonfinite skip: {engine.choice.describe()} updates its weights before it is known; use the plain "
-            "engine, or stop and resume"
-        )
 
 
 def check_room(config: RunConfig, context: RunContext, engine: Engine) -> None:

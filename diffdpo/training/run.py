@@ -41,7 +41,7 @@ from diffdpo.training.measured import HeldOut, Measured
 from diffdpo.training.record import data_inputs, environment_of, parameters_of, write_record
 from diffdpo.training.replay import replay
 from diffdpo.training.resume import finished_summary, held_by, resume_parts
-from diffdpo.training.room import check_guards, check_room
+from diffdpo.training.room import check_room
 from diffdpo.training.schedule import in_steps
 
 
@@ -102,7 +102,6 @@ def carry_out(run: Run) -> Result:
     state, changes = (read_state(run.resume) if run.resume else {}), []
     if run.resume:  # before anything of the run's record is touched: a refusal must leave it as it was
         changes = resume_parts(config, context, run.resume, engine, run.loader)
-    check_guards(config, engine)
     check_room(config, context, engine)
     tracking = start_tracking(run, state=state, changes=changes)
     with finish(context, tracking, run.watch, config) as end:

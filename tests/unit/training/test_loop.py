@@ -1,7 +1,6 @@
 """The loop with a step that does nothing: what is written when, when it saves and evaluates, and how it stops."""
 
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -91,7 +90,7 @@ class FakeSaver:
 class FakeEngine:
     """Its weights survive a step that is not finite."""
 
-    world, choice = WORLD, SimpleNamespace(skips_nonfinite=True)
+    world = WORLD
 
     def save(self, folder):
         (folder / "weights").write_text("before the step")

@@ -23,12 +23,8 @@ def batch(*names: str):
 class Engine:
     """Says which folder it has read."""
 
-    def __init__(self, skips: bool = True):
-        self.world, self.choice, self.read = (
-            World(0, 0, 1, torch.device("cpu")),
-            SimpleNamespace(skips_nonfinite=skips),
-            [],
-        )
+    def __init__(self):
+        self.world, self.read = World(0, 0, 1, torch.device("cpu")), []
 
     def save(self, folder):
         (folder / "weights").write_text("")
@@ -61,14 +57,6 @@ def test_the_record_to_blame_is_marked_and_no_other(tmp_path, context):
     context.said.clear()
     replay(path, context, engine, step, alone=False)
     assert not any("<- not finite" in line for line in context.said), "of coupled pairs none has a loss of its own"
-
-
-def test_where_the_engine_has_taken_the_step_its_weights_are_not_kept(tmp_path, context):
-    engine = Engine(skips=False)
-    path = keep_culprit(tmp_path, 7, SimpleNamespace(loss=0.5, grad_norm=2.0), 0.25, [batch("a")], engine)
-    keep_state(path, engine)
-    replay(path, context, engine, step, alone=True)
-    assert engine.read == [] and not (tmp_path / "culprit-step-7").exists()
 
 
 def test_micro_batches_go_to_as_many_processes_or_to_fewer():

@@ -1,4 +1,4 @@
-"""What is looked at before a run begins: room on the disk, and guards that the engine has."""
+"""What is looked at before a run begins: room on the disk."""
 
 from types import SimpleNamespace
 
@@ -12,7 +12,7 @@ from diffdpo.engine.plain import PlainEngine
 from diffdpo.engine.world import World
 from diffdpo.errors import UserError
 from diffdpo.training.checkpoint import planned_bytes
-from diffdpo.training.room import check_guards, check_room
+from diffdpo.training.room import check_room
 
 WORLD = World(0, 0, 1, torch.device("cpu"))
 
@@ -48,10 +48,3 @@ def test_room_for_what_is_kept_one_in_writing_and_the_model(engine, place, monke
     assert place.said == []
     check_room(TrainConfig(save_total_limit=keep, save_on_full_disk="continue"), place, engine)
     assert len(place.said) == 1 and place.said[0].startswith("WARNING")
-
-
-def test_steps_can_be_left_out_where_the_engine_has_not_taken_them(engine):
-    check_guards(TrainConfig(on_nonfinite="skip"), engine)
-    told = SimpleNamespace(skips_nonfinite=False, describe=lambda: "ZeRO-2")
-    with pytest.raises(UserError, match="ZeRO-2"):
-        check_guards(TrainConfig(on_nonfinite="skip"), SimpleNamespace(choice=told))
