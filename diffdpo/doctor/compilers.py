@@ -48,7 +48,8 @@ def operators(*, gpu: bool) -> Iterator[Finding]:
     """A line for what can be had, and one for each that cannot."""
     if installed("deepspeed") is None or installed("torch") is None:
         return
-    from diffdpo.engine.operators import extension_root, locked_operators, missing_operators
+    from diffdpo.engine.operator_cache import operator_folder
+    from diffdpo.engine.operators import locked_operators, missing_operators
     from diffdpo.errors import UserError
 
     names = ["cpu_adam", "fused_adam" if gpu else "deepspeed_shm_comm"]
@@ -77,7 +78,7 @@ def operators(*, gpu: bool) -> Iterator[Finding]:
         yield warning(
             "operator lock", f"{lock}: something compiles, or was killed", "a run waits for it, or removes it"
         )
-    yield from _cache(extension_root(), needed=bool(to_compile))
+    yield from _cache(operator_folder(), needed=bool(to_compile))
 
 
 def _cache(root: Path, *, needed: bool) -> Iterator[Finding]:

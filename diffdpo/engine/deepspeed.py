@@ -23,6 +23,8 @@ from diffdpo.engine.base import FrozenModule, count_parameters, parameter_groups
 from diffdpo.engine.choice import EngineChoice
 from diffdpo.engine.clock import timed
 from diffdpo.engine.deepspeed_files import TAG, CheckpointFiles, write_files
+from diffdpo.engine.operator_cache import use_kept
+from diffdpo.engine.operators import needed_operators
 from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.plain import PlainFrozen
 from diffdpo.engine.saved import fits_beside
@@ -40,6 +42,7 @@ class DeepSpeedEngine:
 
     def __init__(self, module: nn.Module, world: World, options: OptimizerOptions, *, choice: EngineChoice):
         deepspeed = import_deepspeed()
+        use_kept(needed_operators(choice.ds_config))
         self.world, self.choice = world, choice
         deepspeed.init_distributed(verbose=False)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
@@ -131,6 +134,7 @@ class ShardedFrozen:
 
     def __init__(self, module: nn.Module, world: World, choice: EngineChoice):
         deepspeed = import_deepspeed()
+        use_kept(needed_operators(choice.ds_config))
         deepspeed.init_distributed(verbose=False)
         config = {k: v for k, v in choice.ds_config.items() if k not in ("optimizer", "gradient_clipping")}
         config["zero_optimization"] = {k: v for k, v in config["zero_optimization"].items() if k not in FOR_GRADIENTS}

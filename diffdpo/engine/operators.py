@@ -1,6 +1,6 @@
 """DeepSpeed's compiled operators: which a run loads, whether they are there, and who holds them up.
 
-torch compiles an operator once a machine, under a lock that it never says a word about (`locks`).
+torch compiles an operator under a lock that it never says a word about (`locks`); `operator_cache` says where.
 """
 
 import ast
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from diffdpo.engine.locks import wait_for
+from diffdpo.engine.operator_cache import kept, operator_folder
 from diffdpo.engine.world import World
 from diffdpo.errors import UserError
 
@@ -47,15 +48,13 @@ def needed_operators(ds_config: Mapping[str, Any]) -> list[str]:
 
 
 def missing_operators(needed: Sequence[str]) -> list[str]:
-    """Those of them that are not in torch's extension cache, or there for another environment: its cache is shared by
-    all environments of a user and holds what the last one compiled. Those that DeepSpeed was
-    installed with are not missing.
+    """Those of them that nobody has compiled for environments like this one, and DeepSpeed was not installed with.
 
     UserError when they cannot be compiled here (no C++ compiler, no Python headers, for a GPU no CUDA toolkit, or one
     of another major version than torch's).
     """
     to_compile = [name for name in needed if not _is_installed(name)]
-    missing = [name for name in to_compile if not any(map(_is_current, extension_root().glob(f"**/{name}/{name}.so")))]
+    missing = [name for name in to_compile if kept(name) is None]
     if missing and not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "c++", "g++") if name):
         raise UserError("DeepSpeed compiles its CPU operators once and finds no C++ compiler; install g++")
     if missing and not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
@@ -120,23 +119,7 @@ def _deepspeed_folder() -> Path:
     return Path(package.submodule_search_locations[0])
 
 
-def _is_current(library: Path) -> bool:
-    """Whether it was built, to the end, by the instructions for this environment's DeepSpeed."""
-    try:
-        instructions = library.with_name("build.ninja")
-        ours = str(_deepspeed_folder()) in instructions.read_text()
-        return ours and instructions.stat().st_mtime <= library.stat().st_mtime
-    except FileNotFoundError:
-        return False
-
-
 def locked_operators(names: Sequence[str]) -> list[Path]:
     """Locks of operators that some process compiles or loads, or was killed while it did."""
-    return [lock for name in names for lock in extension_root().glob(f"**/{name}/lock")]
-
-
-def extension_root() -> Path:
-    """Where torch keeps what it compiles."""
-    from torch.utils.cpp_extension import get_default_build_root
-
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    locks = (operator_folder() / name / "lock" for name in names)
+    return [lock for lock in locks if lock.exists()]
