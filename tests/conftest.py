@@ -51,7 +51,7 @@ def real_data() -> Path:
 
 def run_command(command: list[str], *, timeout: float = 300, cwd: Path = ROOT, **env: str):
     """Run a command from the project's root; on a time-out it and all its children are killed and the test fails."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", **env}
+    environment = {**os.environ, "MPLBACKEND": "Agg", **env}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
     environment.update(env)

@@ -23,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 INTERFACE = "eth0"
+THREADS = os.environ.get("OMP_NUM_THREADS", "1")
 PORT = "29500"
 TIME_LIMIT = 600
 FLAGS = [
@@ -42,7 +43,7 @@ class Host:
     def start(self, command: Sequence[str], **environment: str) -> subprocess.Popen:
         """A command on this host, in a process group of its own, its output captured."""
         clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-        own = {"GLOO_SOCKET_IFNAME": INTERFACE, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
+        own = {"GLOO_SOCKET_IFNAME": INTERFACE, "OMP_NUM_THREADS": THREADS, "PATH": f"{BIN}:{os.environ['PATH']}"}
         return subprocess.Popen(
             ["ip", "netns", "exec", self.name, *command],
             env=clean | own | environment,
@@ -172,7 +173,7 @@ def by_deepspeed(members: Sequence[Host], out: Path, folder: Path) -> list[dict]
         hostfile = folder / "hostfile"
         hostfile.write_text("".join(f"{host.address} slots=1\n" for host in members))
         (folder / ".deepspeed_env").write_text(
-            f"GLOO_SOCKET_IFNAME={INTERFACE}\nOMP_NUM_THREADS=1\nPATH={BIN}:{os.environ['PATH']}\n"
+            f"GLOO_SOCKET_IFNAME={INTERFACE}\nOMP_NUM_THREADS={THREADS}\nPATH={BIN}:{os.environ['PATH']}\n"
         )
         line = ["deepspeed", "--hostfile", str(hostfile), "--master_addr", members[0].address, "--master_port", PORT]
         training = ["--no_ssh_check", "launch/train.py", *FLAGS, "--output_dir", str(out)]

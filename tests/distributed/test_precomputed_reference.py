@@ -46,7 +46,7 @@ def curve(command, launcher: list[str], arguments: list[str], out: Path) -> list
 
 def kill_half_way(arguments: list[str], cache: Path) -> set[Path]:
     """Start the pass in a group of its own, kill all of it after the second part; the parts that were there."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = dict(os.environ)
     process = subprocess.Popen([*TORCHRUN, *arguments], cwd=ROOT, env=environment, start_new_session=True)
     deadline = time.monotonic() + 300
     try:

@@ -32,7 +32,7 @@ def make(command, folder, tiny_model, out, *launcher):
 
 def killed(folder, argv, until, *, seconds=120):
     """Start a command, kill it with SIGKILL as soon as ``until()`` holds; the exit status."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         argv, cwd=folder, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )

@@ -175,7 +175,7 @@ def losses(out: Path) -> list[tuple[int, float]]:
 
 def interrupt(arguments: list[str], out: Path, *, after: int, how: int) -> int:
     """Start a run and send it a signal when its journal has so many steps; the exit code."""
-    process = subprocess.Popen([*TRAIN, *arguments], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen([*TRAIN, *arguments], cwd=ROOT, env=os.environ.copy())
     deadline = time.monotonic() + 240
     try:
         while process.poll() is None and time.monotonic() < deadline:
@@ -217,7 +217,7 @@ def test_a_killed_run_starts_itself_again_and_gives_the_curve_of_one(
 ):
     out = tmp_path / "run"
     line = [*TRAIN, *flags_of(tiny_model, pairs_file, out), "--max_restarts", "2"]
-    process = subprocess.Popen(line, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(line, cwd=ROOT, env=os.environ.copy())
     try:
         until = time.monotonic() + 240
         while not (out / "metrics.jsonl").exists() or len(losses(out)) < 4:
@@ -237,7 +237,7 @@ def test_two_ranks_of_which_one_is_killed_start_themselves_again(tiny_model, pai
     out = tmp_path / "run"
     torchrun = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", "launch/train.py"]
     line = [*torchrun, *flags_of(tiny_model, pairs_file, out), "--max_restarts", "1"]
-    process = subprocess.Popen(line, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(line, cwd=ROOT, env=os.environ.copy())
     try:
         until = time.monotonic() + 240
         while not (out / "metrics.jsonl").exists() or len(losses(out)) < 3:
