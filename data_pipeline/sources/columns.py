@@ -6,18 +6,19 @@ columns that could both be it are refused, for the one that is left out might be
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from data_pipeline.errors import DataError
 from data_pipeline.records import GRADES, LABELS, Message, RecordError, Text, assistant_turn, missing_field, user_turn
-from data_pipeline.sources.messages import parse_written, read_text, without_nulls
+from data_pipeline.sources.messages import parse_written, read_text, refuse_printed, without_nulls
 
 PAIR = ("chosen", "rejected")
 ASKED = ("prompt", "question", "query", "instruction", "input", "problem")  # texts, or turns; the first that is there
 TURNS = ("messages", "conversations", "conversation")  # turns: a whole conversation, or those before an answer
-SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "system_content", "sys")
+SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "system_content", "sys", "sys_prompt")
 AROUND = (  # part of a prompt for some, a note for others: never guessed
     *("context", "contexts", "passage", "passages", "document", "documents", "article", "background", "persona"),
     *("input_text", "inputs", "user_input", "options", "choices"),
@@ -40,7 +41,7 @@ WRITTEN = (*LISTS, *FLAGS, *TURNS, *FOR_TEMPLATE, *MEDIA_COLUMNS, "history", "me
 OTHER_PAIRS = (("preferred_output", "non_preferred_output"), ("chosen_response", "rejected_response"))
 TARGETS = (*PAIR, *PROMPTS, *ANSWERS, "label", *LISTS, *FLAGS, *FOR_TEMPLATE, "id", "meta", *META_COLUMNS)
 NAMED = frozenset((*TARGETS, "kto_tag", "rejected_response")) - {"id", "meta", *META_COLUMNS}
-"""Names that are also read in capitals and with blanks: ``Prompt``, ``System Prompt``."""
+"""Names that are also read in capitals, with blanks and hyphens: ``Prompt``, ``System Prompt``, ``systemPrompt``."""
 RESERVED = frozenset(
     (
         *("conversation", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message"),
@@ -88,6 +89,7 @@ class Fields(dict):
         self.notes: Counter[str] = Counter()
         self.mapped = frozenset(ours for ours, _ in columns)
         self.format = "auto"  # as the user named it
+        self.written: dict[str, str] = {}  # our name for a column → the one it has
         super().__init__(self._known_names(self._renamed(present, columns)))
         for name in self:
             self[name] = _unwritten(name, self[name])
@@ -103,12 +105,11 @@ class Fields(dict):
 
     def _known_names(self, row: dict) -> dict:
         """The row with small letters and underscores in the names that are known then, and say nothing twice."""
-        plain = {name: name.strip().lower().replace(" ", "_") for name in row if isinstance(name, str)}
+        plain = {name: _plain(name) for name in row if isinstance(name, str)}
         count = Counter(plain.values())
-        return {
-            plain[name] if plain[name] in NAMED - self.mapped and count[plain[name]] == 1 else name: value
-            for name, value in row.items()
-        }
+        known = {name: ours for name, ours in plain.items() if ours in NAMED - self.mapped and count[ours] == 1}
+        self.written = {ours: name for name, ours in known.items()}
+        return {known.get(name, name): value for name, value in row.items()}
 
     def _take_media(self) -> None:
         if name := next((name for name in MEDIA_COLUMNS if _holds_something(self.get(name))), None):
@@ -149,24 +150,36 @@ class Fields(dict):
         if name not in self:
             raise absent(name, self)
         self.read.add(name)
-        return read_text(self[name], name, self.unread)
+        text = read_text(self[name], name, self.unread)
+        if isinstance(text, str) and name not in self.mapped:
+            refuse_printed(text, name)
+        return text
 
     def left(self) -> list[str]:
         """The columns that nobody has read, and that say something."""
         known = self.read | {"id", "meta", *META_COLUMNS}
         return [name for name, value in self.items() if name not in known and value not in ("", [], {}, ())]
 
+    def found(self) -> list[str]:
+        """The columns as the user wrote them."""
+        return [self.written.get(name, name) for name in self]
+
     def finish(self) -> None:
         """Count the columns that nobody has read."""
-        self.unread.update(self.left())
+        self.unread.update(self.written.get(name, name) for name in self.left())
 
 
 def absent(name: str, row: Mapping[str, Any]) -> RecordError:
     """The error for a column that is not there, naming what is and how to say that another one holds it."""
-    error = missing_field(name, dict(row))
+    error = missing_field(name, dict.fromkeys(row.found()) if isinstance(row, Fields) else dict(row))
     if not row:
         return error
     return RecordError(error.kind, f"{error}; if another column holds it, --columns {name}=COLUMN", malformed=True)
+
+
+def _plain(name: str) -> str:
+    """``System Prompt``, ``system-prompt`` and ``systemPrompt`` → ``system_prompt``."""
+    return re.sub(r"[\s-]+", "_", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.strip())).lower()
 
 
 def _is_absent(value: Any) -> bool:

@@ -59,6 +59,7 @@ from data_pipeline.sources.columns import (
     refuse_rivals,
     with_turns_before,
 )
+from data_pipeline.sources.turns import answer_begins
 
 FORMATS = ("auto", "preference", "implicit", "hh", "unpaired", "answer", "candidates")
 HH_TURN = re.compile(r"(?:\n\n|\A\s*)(Human|Assistant):")  # at the beginning the empty line may have been stripped
@@ -70,6 +71,7 @@ SENTENCE_ENDS = "。！？：；…"  # where text without blanks may be split
 TO_BE_BUILT = "to_be_built"  # kind of a row that does not make one record of its own
 SPLIT = "prompt split from the answers' common beginning"
 REPEATED = "both answers begin with the words of the prompt, and are learned so"
+ONE_REPEATS = "one answer of two begins with the words of the prompt, and is learned so"
 
 
 @dataclass(frozen=True)
@@ -197,16 +199,20 @@ def _pair(fields: Fields, prompt: Text, chosen: Text, rejected: Text) -> Record:
     """The checked record; where the prompt is turns, the answers are turns too."""
     prompt = with_turns_before(prompt, fields)
     if isinstance(prompt, str):
-        if all(isinstance(side, str) and _repeats(side, prompt) for side in (chosen, rejected)):
-            fields.notes[REPEATED] += 1
+        _tell_repeats(fields, prompt, [side for side in (chosen, rejected) if isinstance(side, str)])
     else:
         chosen, rejected = (assistant_turn(side) if isinstance(side, str) else side for side in (chosen, rejected))
         _one_answer(chosen, rejected)  # type: ignore[arg-type]
-        if all(_repeats(side[0]["content"], prompt[-1]["content"]) for side in (chosen, rejected)):  # type: ignore[index]
-            fields.notes[REPEATED] += 1
+        _tell_repeats(fields, prompt[-1]["content"], [side[0]["content"] for side in (chosen, rejected)])  # type: ignore[index]
         prompt = _before_answer(prompt)
     record = PreferenceRecord("", prompt, chosen, rejected, _meta(fields), read_template_kwargs(fields))
     return with_id(record, fields.get("id"))
+
+
+def _tell_repeats(fields: Fields, prompt: str, answers: list[str]) -> None:
+    count = sum(_repeats(answer, prompt) for answer in answers)
+    if count:
+        fields.notes[REPEATED if count == len(answers) else ONE_REPEATS] += 1
 
 
 def _repeats(answer: str, prompt: str) -> bool:
@@ -302,7 +308,7 @@ def _refuse_unknown(fields: Fields) -> None:
     known = {"chosen", "rejected", "id", "meta", *META_COLUMNS, "tools", "chat_template_kwargs", "template_kwargs"}
     others = [name for name, value in fields.items() if name not in known and isinstance(value, str | list | dict)]
     if any(fields[name] for name in others):
-        found = ", ".join(map(repr, fields))
+        found = ", ".join(map(repr, fields.found()))
         raise RecordError(
             "unknown_prompt",
             f"no column is known to hold the prompt (columns found: {found}); name it with --columns prompt=COLUMN, or "
@@ -319,10 +325,13 @@ def _common_turns(chosen: tuple[Message, ...], rejected: tuple[Message, ...]) ->
 
 
 def _common_words(chosen: str, rejected: str) -> int:
-    """Length of the longest common beginning that ends between words (white space stays with what follows), or, as text
-    without blanks has no words to tell, behind a full-width full stop or colon."""
+    """Length of the longest common beginning that ends where the assistant's turn begins; in texts without turns that
+    ends between words (white space stays with what follows), or, as text without blanks has no words to tell, behind a
+    full-width full stop or colon."""
     limit = min(len(chosen), len(rejected))
     cut = next((i for i in range(limit) if chosen[i] != rejected[i]), limit)
+    if (begins := answer_begins(chosen, rejected, cut)) is not None:
+        return begins
     while cut and not _between_words(chosen, cut) and not _between_words(rejected, cut):
         cut -= 1
     return cut

@@ -29,6 +29,8 @@ ROLES = {
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
 MEDIA = ("image", "images", "image_url", "audio", "audios", "input_audio", "video", "videos", "file")
 OF_THE_ROW = ("tools", "functions", "documents")  # what a template is given beside the turns, never in one
+ANSWERED = ("chosen", "rejected", "completion", "answer", "response", "output", "solution")
+PRINTED_NULLS = ("nan", "<NA>", "NaN", "NaT", "None", "null", "NULL")  # of answers the first two: others are words
 TEXT_PARTS = (None, "text", "input_text", "output_text")
 # A list of turns printed by Python (numpy leaves the commas out), or of objects of a class of messages.
 PRINTED = re.compile(
@@ -72,6 +74,34 @@ def written_turns(text: str, name: str) -> Any:
             malformed=True,
         )
     return None
+
+
+def refuse_printed(text: str, name: str) -> None:
+    """RecordError for a text that is what Python or pandas print of something else: an absent value, or a list or an
+    object that is no turns. What is JSON as well may be an answer in JSON."""
+    said, bare = text.strip(), "say which column it is, as in --columns " + f"{name}={name}, to take it as it is"
+    if said in (PRINTED_NULLS[:2] if name in ANSWERED else PRINTED_NULLS):
+        what = "as tables print what is absent: leave the cell empty"
+    elif is_printed(said):
+        what = "a list or an object as Python prints it: write out the text that it holds"
+    else:
+        return
+    shown = said if len(said) < 40 else said[:37] + "..."
+    raise RecordError("printed_value", f"field {name!r} is {shown}, {what}, or {bare}")
+
+
+def is_printed(text: str) -> bool:
+    """Whether a text is a list of strings, or an object, as Python or numpy prints it and JSON does not."""
+    if not re.match(r"(array\()?\[\s*['\"]|\{\s*'", text) or text[-1] not in "])}":
+        return False
+    if text.startswith("array("):
+        return True
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        value = parse_written(text)
+        return isinstance(value, dict) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
+    return False
 
 
 def parse_written(text: str) -> Any:

@@ -63,7 +63,7 @@ def pair_sums(
         "reference_rejected": side(reference_B2, 1),
         "ratio": all_of(ratio_B2),
         "ratio_per_token": all_of(ratio_B2 / tokens_B2.clamp(min=1)),
-        "displaced": side((ratio_B2 < 0).double(), 0),
+        "displaced": side(torch.where(ratio_B2.isnan(), torch.nan, (ratio_B2 < 0).double()), 0),
         **_known_squares(stderr_B2, present_B2, "score_variance", "known_variances"),
         **_known_squares(ratio_stderr_B2, present_B2, "ratio_variance", "known_ratio_variances"),
         "length": all_of(tokens_B2),

@@ -24,6 +24,7 @@ def size_of(score_B2: Tensor, tokens_B2: Tensor) -> Tensor:
 
 def preferred(margin_B: Tensor, size_B: Tensor) -> Tensor:
     """1 where a margin of scores (nats, of fp32 weights) is above 0, 0 where it is below, and 1/2 for a tie: where it
-    is no larger than rounding could have made it."""
+    is no larger than rounding could have made it. NaN where the margin is not finite: neither is preferred."""
     tied_B = margin_B.abs() <= RELATIVE[False] * size_B
-    return torch.where(tied_B, 0.5, (margin_B > 0).to(margin_B.dtype))
+    known_B = torch.where(tied_B, 0.5, (margin_B > 0).to(margin_B.dtype))
+    return torch.where(margin_B.isfinite(), known_B, torch.nan)

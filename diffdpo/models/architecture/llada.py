@@ -115,7 +115,7 @@ class LLaDAConfig(PublishedConfig):
         **other,
     ) -> "LLaDAConfig":
         """A complete config of a new model. The MLP defaults to 8/3 of the width, rounded up to a multiple of 32."""
-        fixed = {key: allowed[0] for key, allowed in SUPPORTED.items()}
+        fixed = {key: allowed[0] for key, allowed in SUPPORTED.items() if allowed[0] is not None}
         derived = {
             "mlp_hidden_size": mlp_hidden_size or 32 * math.ceil(d_model / 12),
             "n_kv_heads": n_kv_heads or n_heads,

@@ -57,7 +57,9 @@ class PublishedConfig(PreTrainedConfig):
             for meant in difflib.get_close_matches(key, absent, 1, LIKELY_TYPO):
                 raise UserError(f"{cls.model_type} config has {key}, which nothing reads: is {meant} meant?")
         # which kernel another program uses: PyTorch chooses it here, and transformers would ask for a package
-        return super().from_dict({k: v for k, v in config_dict.items() if k not in KERNEL_KEYS}, **kwargs)
+        # and which scaling there is not: transformers warns of the name, whatever it holds
+        known = {k: v for k, v in config_dict.items() if k not in KERNEL_KEYS and (k, v) != ("rope_scaling", None)}
+        return super().from_dict(known, **kwargs)
 
     def require(self, kinds: Mapping[str, type], optional: Mapping[str, type]) -> None:
         """Every key of `kinds` is there, and it and every set key of `optional` is of its type.

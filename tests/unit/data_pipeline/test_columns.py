@@ -329,3 +329,51 @@ def test_a_column_that_may_be_a_label_is_not_passed_over(grade):
 def test_no_image_is_no_image(images):
     assert one({"prompt": "q", "images": images, **PAIR}).prompt == "q"
     assert refused({"prompt": "q", "image_path": "a.png", **PAIR}).kind == "not_text"
+
+
+@pytest.mark.parametrize("name", ["system-prompt", "systemPrompt", "System  Prompt", "sys_prompt"])
+def test_known_names_in_every_spelling(name):
+    record = one({"prompt": "2+3?", name: "Be brief.", **PAIR})
+    assert record.prompt == turns(("system", "Be brief."), ("user", "2+3?"))
+
+
+def test_an_error_names_columns_as_they_are_written():
+    assert "'systemPrompt'" in str(refused({"userPrompt": "2+3?", "systemPrompt": "Be brief.", **PAIR}))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "nan", **PAIR},
+        {"prompt": "None", **PAIR},
+        {"instruction": "Add.", "input": "nan", "output": "5"},
+        {"prompt": "2+3?", "system": "nan", **PAIR},
+        {"prompt": "2+3?", "chosen": "nan", "rejected": "6"},
+        {"prompt": "['2+3?']", **PAIR},
+        {"prompt": "2+3?", "chosen": "['5']", "rejected": "['6']"},
+        {"prompt": "2+3?", "chosen": "['5' '6']", "rejected": "6"},
+        {"prompt": "2+3?", "chosen": "array(['5'], dtype=object)", "rejected": "6"},
+        {"prompt": "2+3?", "chosen": "{'text': '5'}", "rejected": "{'text': '6'}"},
+        {"prompt": "2+3?", "completion": "{'text': '5', 'of': None}"},
+    ],
+)
+def test_what_pandas_and_python_print_is_not_trained_on(row):
+    error = refused(row)
+    assert error.kind == "printed_value" and not error.malformed
+    told = {name: name for name in row}
+    if "input" not in row:
+        assert one(row, columns=parse_columns(told)), "taken as it is where the user names the column"
+
+
+@pytest.mark.parametrize(
+    "answer", ["[1, 2, 3]", '["a", "b"]', '{"a": 1}', "{1: 2}", "None", "null", "['a'] + b", "{'a'"]
+)
+def test_an_answer_in_json_or_in_words_is_an_answer(answer):
+    assert one({"prompt": "2+3?", "chosen": answer, "rejected": "6"}).chosen == answer
+
+
+@pytest.mark.parametrize("sides", [("2 and 3, added? 5", "2 and 3, added? 6"), ("2 and 3, added? 5", "6")])
+def test_an_answer_that_repeats_the_prompt_is_told(sides):
+    told = Counter()
+    one({"prompt": "2 and 3, added?", "chosen": sides[0], "rejected": sides[1]}, told=told)
+    assert sum(told.values()) == 1 and "begin" in next(iter(told))

@@ -74,3 +74,16 @@ def test_without_a_reference_nothing_is_compared_with_one():
 
 def test_nothing_gives_no_means():
     assert means(sums(slice(2, 3))) == {}
+
+
+def test_nothing_is_preferred_among_scores_that_are_not_finite():
+    """A run that diverges has no accuracy, not one of 0."""
+    for damaged in (float("nan"), -float("inf")):
+        policy = torch.tensor([[damaged, -12.0], [-20.0, -9.0], [0.0, 0.0]])
+        found = means(pair_sums(policy, REFERENCE, tokens_B2=TOKENS, weight_B2=WEIGHT, beta=0.1))
+        assert math.isnan(found["rewards/accuracies"])
+    assert math.isnan(
+        means(pair_sums(POLICY * math.nan, REFERENCE, tokens_B2=TOKENS, weight_B2=WEIGHT, beta=0.1))[
+            "scores/displacement"
+        ]
+    )

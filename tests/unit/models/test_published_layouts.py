@@ -1,6 +1,7 @@
 """The published directories load, and are written back as published."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForMaskedLM
 
 from diffdpo.errors import UserError
-from diffdpo.models.load import load_model, save_model
+from diffdpo.models.architecture.from_scratch import new_model
+from diffdpo.models.load import FAMILIES, load_model, made_config, save_model
 from tests.support.published import A2D, CHECKPOINTS, DREAM, ILLADA, LLADA, RAMP, ROWS, tensor_shapes, write
 
 
@@ -168,7 +170,8 @@ def test_unknown_devices_and_damaged_indices_are_errors(tmp_path, tokenizer):
 
 OF_THE_HUB = """
 import sys, torch
-from diffdpo.models.load import load_model, save_model
+from diffdpo.models.architecture.from_scratch import new_model
+from diffdpo.models.load import FAMILIES, load_model, made_config, save_model
 loaded = load_model("org/name")
 save_model(loaded.model, loaded.tokenizer, sys.argv[1])
 """
@@ -189,3 +192,17 @@ def test_a_hub_id_is_read_from_the_hub_s_cache(tmp_path, tokenizer, command, pyt
     assert auto_map["AutoModel"] == "org/name--modeling_dream.DreamModel"
     back = load_file(tmp_path / "back" / "model.safetensors")
     assert back.keys() == tensor_shapes(DREAM).keys()
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_no_config_makes_transformers_warn_of_what_it_will_not_read(name):
+    raw, *_ = CHECKPOINTS[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        made_config(FAMILIES[raw["model_type"]], raw | {"rope_scaling": None}, name)
+
+
+def test_a_new_model_makes_transformers_warn_of_nothing(tokenizer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        new_model(tokenizer, width=32, layers=1, heads=2, seed=0)
