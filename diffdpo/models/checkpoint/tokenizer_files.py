@@ -15,7 +15,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.hub import at_revision
 from data_pipeline.tokenizer import read_tokenizer
 
-CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+CONFIG, TEMPLATE, NAMED_TEMPLATES = "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates"
 FILES = (
     *("tokenizer.json", CONFIG, "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", TEMPLATE, "chat_template.json"),
@@ -33,9 +33,12 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     if CONFIG in kept and not _is_of_5_only(json.loads(kept[CONFIG].read_text())):
         for name, path in kept.items():
             if path.resolve() != (folder / name).resolve():
+                (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, folder / name)
         if TEMPLATE not in kept:  # one of before would win over the one in the config
             (folder / TEMPLATE).unlink(missing_ok=True)
+        else:
+            _say_template_in_config(tokenizer, folder / CONFIG)
         return
     for name in ("vocab.json", "merges.txt"):  # transformers 5 writes tokenizer.json alone
         if name in kept and kept[name].resolve() != (folder / name).resolve():
@@ -44,6 +47,16 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     (folder / TEMPLATE).unlink(missing_ok=True)
     settings = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps(_for_both(settings), indent=2, ensure_ascii=False) + "\n")
+
+
+def _say_template_in_config(tokenizer: Any, file: Path) -> None:
+    """A template in a file of its own is one that the first of the versions 4 do not see."""
+    settings = json.loads(file.read_text())
+    if settings.get("chat_template") or not (template := tokenizer.chat_template):
+        return
+    named = isinstance(template, dict)
+    settings["chat_template"] = [{"name": name, "template": template[name]} for name in template] if named else template
+    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
 def _is_of_5_only(settings: dict[str, Any]) -> bool:
@@ -78,6 +91,7 @@ def _identity(tokenizer: Any) -> tuple:
 def _files_of(source: str) -> dict[str, Path]:
     """The files of a tokenizer in a folder or in the hub's cache, by name, with the code that its config names."""
     found = {name: path for name in FILES if (path := _file_of(source, name)) is not None}
+    found |= {f"{NAMED_TEMPLATES}/{path.name}": path for path in Path(source, NAMED_TEMPLATES).glob("*.jinja")}
     settings = json.loads(found[CONFIG].read_text()) if CONFIG in found else {}
     for name in _code_named_by(settings):
         if (path := _file_of(source, name)) is not None:

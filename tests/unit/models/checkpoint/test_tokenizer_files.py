@@ -74,6 +74,28 @@ def test_files_that_changed_since_are_not_taken(published, tmp_path):
     assert load_tokenizer(str(tmp_path / "saved")).chat_template == CHAT
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_a_template_in_a_file_of_its_own_stands_in_the_config_too(published, tmp_path, named):
+    """4.46 does not read the file."""
+    settings = json.loads((published / CONFIG).read_text())
+    del settings["chat_template"]
+    (published / CONFIG).write_text(json.dumps(settings))
+    (published / TEMPLATE).write_text(CHAT)
+    if named:
+        (published / "additional_chat_templates").mkdir()
+        (published / "additional_chat_templates" / "rag.jinja").write_text("rag" + CHAT)
+    save_tokenizer(load_tokenizer(str(published)), tmp_path / "saved")
+    there = json.loads((tmp_path / "saved" / CONFIG).read_text())
+    templates = [{"name": "default", "template": CHAT}, {"name": "rag", "template": "rag" + CHAT}]
+    found = there.pop("chat_template")
+    assert (sorted(found, key=lambda each: each["name"]) == templates) if named else found == CHAT
+    assert there == settings
+    again = load_tokenizer(str(tmp_path / "saved"))
+    assert again.chat_template == ({each["name"]: each["template"] for each in templates} if named else CHAT)
+    names = {str(path.relative_to(published)) for path in published.rglob("*.json*")} | {TEMPLATE}
+    assert {name for name in names if not (tmp_path / "saved" / name).is_file()} == set()
+
+
 OLD = """
 import json, sys, transformers
 from transformers import AutoTokenizer
