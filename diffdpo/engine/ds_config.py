@@ -19,7 +19,7 @@ KNOWN = (
     *("checkpoint", "activation_checkpointing", "aio", "comms_logger", "communication_data_type"),
     *("flops_profiler", "csv_monitor", "tensorboard", "wandb", "comet", "dump_state", "disable_allgather"),
     *("gradient_allreduce_op", "gradient_predivide_factor", "prescale_gradients"),
-    *("managed_gradient_accumulation", "memory_breakdown", "steps_per_print", "wall_clock_breakdown", "seed"),
+    *("managed_gradient_accumulation", "memory_breakdown", "steps_per_print", "wall_clock_breakdown"),
     *("seq_parallel_communication_data_type", "nebula"),
     *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
     *("dataloader_drop_last", "disable_python_gc", "graph_harvesting", "timers"),
@@ -51,7 +51,7 @@ BOOLEANS = (  # DeepSpeed takes any text for true, "false" too
     *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "dataloader_drop_last", "disable_python_gc"),
     "graph_harvesting",
 )
-INTEGERS = ("steps_per_print", "seed")
+INTEGERS = ("steps_per_print",)
 OF_ADAM = {"adam_w_mode": True, "adamw_mode": True, "bias_correction": True, "amsgrad": False}
 """Parameters that would make another optimizer of AdamW, with the values that do not."""
 TO_ADAM = ("lr", "betas", "eps", "weight_decay", "torch_adam", "fp32_optimizer_states", *OF_ADAM)
@@ -94,6 +94,8 @@ def _faults_of_names(content: Mapping[str, Any]) -> Iterator[str]:
                 f" sets {key!r}, a name of accelerate's configuration; a DeepSpeed JSON says "
                 '{"zero_optimization": {"stage": 2, ...}} (see ds_configs/)'
             )
+        if key == "seed":
+            yield " sets seed, which DeepSpeed does not read; give --seed and leave it out of the JSON"
         if key not in (*KNOWN, *OTHER_TRAINING):
             meant = difflib.get_close_matches(key, KNOWN, n=1, cutoff=0.8)
             yield f" sets {key!r}, which DeepSpeed does not know; " + (
@@ -116,13 +118,20 @@ def _faults_of_values(content: Mapping[str, Any]) -> Iterator[str]:
             yield f": {'.'.join(keys)} must be an object, found {found!r}"
     for key in (*BOOLEANS, *INTEGERS):
         kind = bool if key in BOOLEANS else int
-        if type(content.get(key, kind())) is not kind:
-            yield f": {key} is {content[key]!r}; write {'true or false' if kind is bool else 'a whole number'}"
+        if type(value := content.get(key, True if kind is bool else 1)) is not kind or (kind is int and value < 1):
+            yield f": {key} is {value!r}; write {'true or false' if kind is bool else 'a whole number above 0'}"
     yield from _faults_of_optimizer(content.get("optimizer", {}))
-    for section in ("bf16", "fp16"):
-        enabled = (content.get(section) or {}).get("enabled", "auto")
+    for where, enabled in _switches(content):
         if enabled != "auto" and not isinstance(enabled, bool):  # DeepSpeed takes any text for true, "false" too
-            yield f': {section}.enabled is {enabled!r}; write true, false or "auto"'
+            yield f': {where} is {enabled!r}; write true, false or "auto"'
+    if more := next((key for key, value in content.get("bf16", {}).items() if key != "enabled" and value), None):
+        yield f": bf16 has {more!r}; --bf16 says how weights and gradients are kept, so leave it out"
+    for key, value in content.get("aio", {}).items():
+        if type(value) not in (bool, int):
+            yield f": aio.{key} is {value!r}; write a whole number, or true or false"
+    factor = content.get("gradient_predivide_factor", 1)
+    if type(factor) not in (int, float) or factor <= 0:
+        yield f": gradient_predivide_factor is {factor!r}; write a number above 0"
     if (norm := (content.get("zero_optimization") or {}).get("compute_grad_norm", True)) is not True:
         yield f": compute_grad_norm is {norm!r}, and a run records and checks the gradient's norm; leave it out"
     zero = content.get("zero_optimization") or {}
@@ -144,6 +153,15 @@ def _faults_of_values(content: Mapping[str, Any]) -> Iterator[str]:
             ": zero_optimization.stage is 0 (or not there), which shards nothing; give 1, 2 or 3, or leave "
             "--ds_config out for the plain engine, which is the same without DeepSpeed"
         )
+
+
+def _switches(content: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
+    """(name, value) of all that is switched on or off."""
+    for key, value in content.items():
+        if key == "enabled":
+            yield f"{place}{key}", value
+        elif isinstance(value, Mapping):
+            yield from _switches(value, f"{place}{key}.")
 
 
 def _faults_of_optimizer(optimizer: Mapping[str, Any]) -> Iterator[str]:

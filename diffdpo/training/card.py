@@ -21,6 +21,7 @@ from diffdpo.settings.base import changed
 TAGS = ["diffusion-language-model", "masked-diffusion"]
 OF_THIS_MACHINE = {"output_dir", "run_name", "resume_from_checkpoint", "data_cache_dir", "reference_cache"}
 OF_THIS_MACHINE |= {"tracking_uri", "experiment_name", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_token"}
+LICENCE = ("license", "license_name", "license_link")
 Results = Mapping[str, Mapping[str, Any]]
 
 
@@ -35,7 +36,7 @@ def model_card(
     data = ModelCardData(
         model_name=folder.absolute().parent.name if results else None,  # of final/, the run's
         base_model=base and _last_part(split_revision(base)[0]),
-        license=base and licence_of(base),
+        **(licence_of(base) if base else {}),
         library_name="peft" if is_adapter(folder) else "transformers",
         datasets=hub_data_sets(config) or None if config else None,
         pipeline_tag="text-generation",
@@ -58,8 +59,8 @@ Answers are unmasked step by step and not written from left to right, so `genera
 diffdpo generate --model_name_or_path FOLDER_OR_NAME --prompt "..."
 ```
 
-or in Python `diffdpo.generate(["..."], "FOLDER_OR_NAME")`. The published code of the model's family loads
-it too (`trust_remote_code=True`).
+or in Python `diffdpo.generate(["..."], "FOLDER_OR_NAME")`. Where `config.json` names published code of its family
+(`auto_map`), transformers loads it with that (`trust_remote_code=True`).
 """
 
 
@@ -91,18 +92,20 @@ def _model_index(results: Results) -> list[EvalResult]:
     ]
 
 
-def licence_of(base: str) -> str | None:
-    """What the base's own card says, in its folder or in the hub's cache; None where it says nothing."""
+def licence_of(base: str) -> dict[str, str]:
+    """What the base's own card says, in its folder or in the hub's cache: ``license``, and its name and address where
+    it is no common one; empty where it says nothing."""
     file = _card_of(base_of_adapter(base) if is_adapter(base) else base)
     if file is None:
-        return None
+        return {}
     head = re.match(r"\A---\r?\n(.*?)\r?\n---", file.read_text(errors="replace"), re.DOTALL)
     try:
         found = yaml.safe_load(head[1]) if head else None
     except yaml.YAMLError:
-        return None
-    licence = found.get("license") if isinstance(found, dict) else None
-    return licence if isinstance(licence, str) else None
+        return {}
+    if not isinstance(found, dict) or not isinstance(found.get("license"), str):
+        return {}
+    return {name: found[name] for name in LICENCE if isinstance(found.get(name), str)}
 
 
 def _card_of(base: str) -> Path | None:

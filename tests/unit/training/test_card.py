@@ -77,7 +77,13 @@ def test_an_adapter_is_peft_s_and_a_new_model_has_no_base(tmp_path):
 
 @pytest.mark.parametrize("licence", ["license: [a", "license: [a, b]", "other: 1", "license:"])
 def test_a_licence_that_is_not_said_is_not_guessed(tmp_path, licence):
-    assert licence_of(base_of(tmp_path, licence)) is None
+    assert licence_of(base_of(tmp_path, licence)) == {}
+
+
+def test_a_licence_of_ones_own_keeps_its_name(tmp_path):
+    base = base_of(tmp_path, "license: other\nlicense_name: ours\nlicense_link: LICENSE")
+    data = ModelCard(model_card(folder_of(tmp_path), base=base)).data
+    assert (data.license, data.license_name, data.license_link) == ("other", "ours", "LICENSE")
 
 
 @pytest.mark.parametrize(
