@@ -119,10 +119,15 @@ def _said(turn: Message) -> list[str]:
 
 def check_reads(tokenizer: Any, turns: Sequence[Message], kwargs: Mapping[str, Any]) -> None:
     """TemplateError where the template reads nothing of what stands beside the contents: thoughts, calls of tools,
-    their descriptions. (Of what it reads it may leave out what its model does not want to see again.)"""
-    given = {name for name, value in kwargs.items() if not isinstance(value, bool | int | float)}
+    their descriptions. (Of what it reads it may leave out what its model does not want to see again.) A switch that it
+    does not know, such as ``enable_thinking``, is told: it says nothing that would be lost."""
+    switches = {name for name, value in kwargs.items() if isinstance(value, bool | int | float)}
+    given = {*kwargs} - switches
     given.update(name for turn in turns for name in aside_of(turn))
-    source = source_of(tokenizer, kwargs) if given else ""
+    source = source_of(tokenizer, kwargs) if given or switches else ""
+    for name in sorted(switches):
+        if not re.search(rf"\b{name}\b", source):
+            warn_once(f"the chat template does not read {name!r}, which rows set: it changes nothing")
     for name in sorted(given):
         if not re.search(rf"\b{name}\b", source):
             raise LeftOut(f"the chat template does not read {name!r}")

@@ -1,6 +1,6 @@
 """The data of a run: what is opened, how it is encoded, and the streams that training and evaluation read."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -71,12 +71,22 @@ def generated(config: TrainConfig | SftConfig) -> Callable[[Path], tuple[str, st
         train = cache_dir / f"generated-v{GENERATOR_VERSION}-{kind}-{count}-seed{config.seed}.jsonl"
         held_out = cache_dir / f"generated-v{GENERATOR_VERSION}-eval-{GENERATED_EVAL_PAIRS}.jsonl"
         if not train.exists():
-            write_jsonl(records(count, seed=config.seed), train)
+            write_jsonl(_each_once(records(count, seed=config.seed)), train)
         if not held_out.exists():
             write_jsonl(generate_pairs(GENERATED_EVAL_PAIRS, seed=GENERATED_EVAL_SEED, split="eval"), held_out)
         return str(train), str(held_out)
 
     return generate
+
+
+def _each_once(records: Iterable[dict]) -> Iterator[dict]:
+    """Without those that were drawn before: data of others are told of theirs."""
+    met = set()
+    for record in records:
+        texts = tuple(value for name, value in record.items() if isinstance(value, str) and name != "id")
+        if texts not in met:
+            met.add(texts)
+            yield record
 
 
 def train_loader(config: RunConfig, dataset: ShardedDataset, encoder: Encoder, world: World) -> PairLoader:

@@ -136,6 +136,14 @@ def test_a_continued_prompt_is_cut_at_its_beginning_or_dropped(chat):
 # ---------------------------------------------------------------------------------- what stands beside the contents
 
 
+def test_a_switch_that_the_template_does_not_have_is_told_once(chat, caplog):
+    encoder = Encoder(chat(CHAT), template="chat")
+    for _ in range(2):
+        assert text_of(encoder, pair(user_turn("q"), enable_thinking=False))
+    (told,) = caplog.records
+    assert "'enable_thinking'" in told.getMessage()
+
+
 def test_tools_and_calls_reach_a_template_that_reads_them_and_are_refused_by_one_that_does_not(chat):
     prompt = (*user_turn("1+1?"), CALL, {"role": "tool", "content": "2"})
     encoder = Encoder(chat(TOOLS), template="chat")
@@ -146,7 +154,6 @@ def test_tools_and_calls_reach_a_template_that_reads_them_and_are_refused_by_one
     assert "does not read 'tool_calls'" in reason(deaf, pair(prompt))
     assert "does not read 'tools'" in reason(deaf, pair(user_turn("q"), tools=[TOOL]))
     assert "does not read 'documents'" in reason(deaf, pair(user_turn("q"), documents=["d"]))
-    assert text_of(deaf, pair(user_turn("q"), enable_thinking=False)), "a switch that it does not have"
     for record in (pair(prompt), pair(user_turn("q"), tools=[TOOL])):
         assert "plain text has no place" in reason(Encoder(chat(TOOLS), template="plain"), record)
 
