@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any, ClassVar, TypeVar
 
 import yaml
@@ -67,7 +68,7 @@ class RunConfig(
         if policy and is_adapter(policy):
             raise UserError(
                 f"--model_name_or_path {policy} is a LoRA adapter; go on with it as --adapter_name_or_path, or merge "
-                f"it first: python launch/export.py --adapter {policy} --output FOLDER"
+                f"it first: python launch/export.py --adapter {quote(policy)} --output FOLDER"
             )
 
 

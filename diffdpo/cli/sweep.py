@@ -86,7 +86,8 @@ def _sweep(args, grid: Grid, folder: Path, launcher: list[str], uri: str | None)
         print("        stopped; the same command goes on")
     parent.close(grid.cells, "KILLED" if work.stopping else "FAILED" if failed else "FINISHED")
     if parent.error:
-        print(f"        MLflow has not all of it ({parent.error}); send the rest with diffdpo compare --sync {folder}")
+        send = f"diffdpo compare --sync {shlex.quote(str(folder))}"
+        print(f"        MLflow has not all of it ({parent.error}); send the rest with {send}")
     return RESUMABLE if work.stopping else 1 if failed else 0
 
 

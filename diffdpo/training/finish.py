@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from diffdpo.config import RunConfig
@@ -54,7 +55,7 @@ class Finish:
         self.status = "KILLED"
         self.context.print(
             f"stopped after step {step}, which is saved; go on with "
-            f"--output_dir {self.context.output_dir} --resume_from_checkpoint latest"
+            f"--output_dir {quote(str(self.context.output_dir))} --resume_from_checkpoint latest"
         )
 
     def interrupted(self) -> None:
@@ -64,7 +65,7 @@ class Finish:
         if saved := list_checkpoints(self.context.output_dir):
             self.context.print(
                 f"newest checkpoint: {saved[-1]}; go on from there with "
-                f"--output_dir {self.context.output_dir} --resume_from_checkpoint latest"
+                f"--output_dir {quote(str(self.context.output_dir))} --resume_from_checkpoint latest"
             )
 
     def completed(self, *, steps: int, kept: int, engine: Engine) -> None:
@@ -106,7 +107,9 @@ class Finish:
             if not arrived:
                 reason = untold(mlflow.error).splitlines()[0][:120]
                 print(f"        NOT all of it arrived ({reason}); send the rest with")
-                print(f"        python -m diffdpo.tracking {output_dir}{missing_credentials(mlflow.shipped)}")
+                print(
+                    f"        python -m diffdpo.tracking {quote(str(output_dir))}{missing_credentials(mlflow.shipped)}"
+                )
             if self.config.register_model:
                 self._register(self.config.register_model)
 
@@ -116,7 +119,8 @@ class Finish:
             print(f"model   {register(self.context.output_dir, name)}")
         except (UserError, TrainingError) as error:
             print(f"model   NOT registered: {error}; try again with")
-            print(f"        python -m diffdpo.tracking {self.context.output_dir} --register_model {name}")
+            where = quote(str(self.context.output_dir))
+            print(f"        python -m diffdpo.tracking {where} --register_model {quote(name)}")
 
     def _patience(self) -> float:
         """Seconds for MLflow: a file of ours takes what it takes, a server may hold nobody, and a run that is told to

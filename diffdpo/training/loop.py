@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -299,6 +300,6 @@ class Loop:
             advice = "the weights of the model or its reference are damaged or diverged, or overflow in 16 bits"
         return TrainingError(
             f"step {self.done}: loss {report.loss}, gradient norm {report.grad_norm}; which records: the same command "
-            f"with --replay {self.output_dir}/culprit-step-{self.done}.json; {advice}; newest checkpoint: "
+            f"with --replay {quote(f'{self.output_dir}/culprit-step-{self.done}.json')}; {advice}; newest checkpoint: "
             f"{saved[-1] if saved else 'none (see --save_steps)'}"
         )

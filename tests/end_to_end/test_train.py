@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -189,7 +190,7 @@ def interrupt(arguments: list[str], out: Path, *, after: int, how: int) -> int:
 
 
 def test_a_run_that_diverges_says_so_and_is_recorded_as_failed(command, tiny_model, pairs_file, tmp_path):
-    out = tmp_path / "run"
+    out = tmp_path / "a run?"
     arguments = flags_of(tiny_model, pairs_file, out, "--tracking_uri", f"sqlite:///{tmp_path}/mlflow.db")
     done = command([*TRAIN, *arguments, "--learning_rate", "1e30", "--warmup_steps", "0", "--max_grad_norm", "0"])
     assert done.returncode == 1, done.stderr[-3000:]
@@ -200,7 +201,9 @@ def test_a_run_that_diverges_says_so_and_is_recorded_as_failed(command, tiny_mod
     assert mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_run(run_id).info.status == "FAILED"
     # the step that ended it, taken again with the weights before it
     culprit, before = out / f"culprit-step-{last['step']}.json", sorted(out.rglob("*"))
-    again = command([*TRAIN, "--config", str(out / "config.yaml"), "--replay", str(culprit)])
+    told = shlex.split(done.stderr.rpartition("--replay ")[2])[0].rstrip(";")
+    assert Path(told) == culprit, "what is told can be pasted"
+    again = command([*TRAIN, "--config", str(out / "config.yaml"), "--replay", told])
     assert again.returncode == 0, again.stderr[-3000:]
     then = json.loads(culprit.read_text())
     line = next(line for line in again.stdout.splitlines() if line.startswith(f"step {last['step']}: "))
