@@ -92,7 +92,7 @@ def _model_index(results: Results) -> list[EvalResult]:
     ]
 
 
-def licence_of(base: str) -> dict[str, str]:
+def licence_of(base: str) -> dict[str, Any]:
     """What the base's own card says, in its folder or in the hub's cache: ``license``, and its name and address where
     it is no common one; empty where it says nothing."""
     file = _card_of(base_of_adapter(base) if is_adapter(base) else base)
