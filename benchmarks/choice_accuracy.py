@@ -7,16 +7,23 @@ k is spread evenly over 1..L from a random start, the places are random, each ro
 noise of its own. Here it is written anew, plainly, and run on the same questions as ``score_answers``: balanced rows,
 one noise for all choices of a question. The model and its tokens are the same, and neither adds a terminator.
 
-The questions are generated arithmetic: the right working among three with one wrong step, under the bundled model. What
-a method should choose is what the mean of all scores of both methods says ("settled"): a score's noise is what is
+The questions are generated arithmetic: the right working among three with one wrong step, under the bundled model; or
+real ones made of ``--data``: rows {prompt, chosen, rejected} (a question's right solution among wrong ones to the same
+question) or {question, answer} (a question's answer among those of other questions, the nearest in length):
+
+    python benchmarks/choice_accuracy.py --model MODEL --data gsm8k_test_part.jsonl.gz --most_tokens 160
+
+What a method should choose is what the mean of all scores of both methods says ("settled"): a score's noise is what is
 compared, so being right counts beside it.
 
 Shape suffixes: N rows, T tokens of a row, L tokens of an answer, Q questions, C choices.
 """
 
 import argparse
+import gzip
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -70,35 +77,67 @@ class Ours:
         return [each.score for each in found]
 
 
-def questions(loaded: LoadedModel, count: int) -> list[tuple[int, list[NamedAnswer]]]:
-    """(right one, the choices in tokens)."""
+Question = tuple[int, list[NamedAnswer]]  # (right one, the choices in tokens)
+
+
+def questions(loaded: LoadedModel, args: argparse.Namespace) -> list[Question]:
+    """Those of ``--data`` whose choices all have at most ``--most_tokens``, or generated ones."""
+    if args.data is None:
+        rows = [(row["question"], row["choices"], row["answer"]) for row in generate_choices(args.questions, seed=0)]
+    else:
+        rows = [(f"{question}\n", choices, right) for question, choices, right in real_questions(Path(args.data))]
     found = []
-    for row in generate_choices(count, seed=0):
-        prompt = loaded.tokenizer(row["question"], add_special_tokens=False)["input_ids"]
-        ids = [loaded.tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in row["choices"]]
-        found.append((row["answer"], [NamedAnswer(row["id"], [*prompt, *own], len(prompt)) for own in ids]))
-    return found
+    for number, (question, choices, right) in enumerate(rows):
+        prompt = loaded.tokenizer(question, add_special_tokens=False)["input_ids"]
+        ids = [[*prompt, *loaded.tokenizer(one, add_special_tokens=False)["input_ids"]] for one in choices]
+        if args.data is None or max(map(len, ids)) <= args.most_tokens:
+            found.append((right, [NamedAnswer(f"choices-{number}", own, len(prompt)) for own in ids]))
+    return found[: args.questions]
+
+
+def real_questions(path: Path) -> Iterator[tuple[str, list[str], int]]:
+    """(question, four choices, place of the right one, each place as often), in the file's order."""
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
+        rows = [json.loads(line) for line in file]
+    choices: dict[str, list[str]] = {}
+    if "rejected" in rows[0]:
+        for row in rows:
+            own = choices.setdefault(row["prompt"], [row["chosen"]])
+            own += [row["rejected"]] if row["rejected"] not in own else []
+    else:
+        by_length = sorted(rows, key=lambda row: len(row["answer"]))
+        for place, row in enumerate(by_length):
+            first = max(0, min(place - 2, len(rows) - 5))
+            around = by_length[first : first + 5]
+            choices[row["question"]] = [row["answer"], *(each["answer"] for each in around if each is not row)]
+    for number, question in enumerate(dict.fromkeys(row.get("prompt", row.get("question")) for row in rows)):
+        own, right = choices[question][:4], number % 4
+        if len(set(own)) == 4:
+            yield question, [*own[1 : right + 1], own[0], *own[right + 1 :]], right
 
 
 def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], Estimate]:
     """(rows of the table, how far the two ways are apart); a cell is a method, n and repetition."""
     loaded = load_model(model_or_bundled(args.model))
     loaded.model.eval()
-    ours, asked, cells = Ours(loaded), questions(loaded, args.questions), []
+    ours, asked, cells = Ours(loaded), questions(loaded, args), []
     for repeat in range(args.repeats):
         for method, numbers in (("published", args.published), ("balanced", args.balanced)):
             for samples in numbers:
-                started, scores = time.perf_counter(), []
+                started, scores = time.process_time(), []  # of one thread: other work on the machine does not count
                 generator = torch.Generator().manual_seed(1000 * repeat + samples)
                 for _, answers in asked:
                     if method == "published":
                         scores.append([published(loaded, each, samples, generator) for each in answers])
                     else:
                         scores.append(ours(answers, samples, repeat))
-                seconds = time.perf_counter() - started
+                seconds = time.process_time() - started
                 cells.append({"method": method, "n": samples, "scores": scores, "seconds": seconds})
                 print(f"{method} n = {samples}: {seconds:.1f} s", flush=True)
     right = [place for place, _ in asked]
+    print(
+        f"{len(asked)} questions, {np.mean([len(each.ids) for _, own in asked for each in own]):.0f} tokens on average"
+    )
     return report(cells, np.array(right)), agreement(cells, max(args.published), max(args.balanced))
 
 
@@ -170,6 +209,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="default: the bundled model")
+    parser.add_argument("--data", help="JSON lines of pairs or of questions with answers; default: generated")
+    parser.add_argument("--most_tokens", type=int, default=256, help="longest question of --data with an answer")
     parser.add_argument("--questions", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--published", type=int, nargs="*", default=[8, 16, 32, 128])

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from diffdpo.comparison.from_folder import FACTS, command_of, estimates, facts_of, texts
-from diffdpo.comparison.recorded import RecordedRun, curves_of, last_held_out, peak_of, rate_of
+from diffdpo.comparison.recorded import Curve, RecordedRun, curves_of, last_held_out, peak_of, rate_of
 from diffdpo.errors import UserError
 from diffdpo.evaluation.item_file import read_items
 from diffdpo.settings.credentials import untold
@@ -18,26 +18,41 @@ from diffdpo.tracking.mlflow_run import client_of
 STATES = {"FINISHED": "finished", "RUNNING": "running", "KILLED": "stopped", "FAILED": "failed", "SCHEDULED": "waiting"}
 FILES = ("summary.json", "held_out.json", "config.yaml", "asked.yaml", "environment.json")
 MOST = 200  # runs of one look-up
+SWEEP, COMMAND, VERSION, PARENT = "diffdpo.sweep", "diffdpo.command", "diffdpo.version", "mlflow.parentRunId"  # tags
 
 
 def by_name(uri: str, name: str) -> list[RecordedRun]:
-    """The run of this id, all runs of this name, or those of the experiment of this name. UserError for none."""
+    """The run of this id, all runs of this name, or those of the experiment of this name; of a sweep its runs.
+    UserError for none."""
     client = client_of(uri)
     try:
-        return [_read(client, uri, client.get_run(name))]
+        run = client.get_run(name)
+        return _children(uri, name) if SWEEP in run.data.tags else [_read(client, uri, run)]
     except Exception as error:
         if not _is_absent(error):
             raise _told(uri, error) from None
-    quoted = name.replace("'", "''")
-    found = search(uri, experiment=None, where=f"attributes.run_name = '{quoted}'", needed=False)
+    found = [] if name.count("'") and name.count('"') else _of_name(uri, name)  # MLflow has no word for both
     found = found or search(uri, experiment=name, where=None, needed=False)
     if not found:
         raise UserError(f"{name} is neither a folder nor a run's id or name, nor an experiment, in {uri}")
     return found
 
 
-def search(uri: str, *, experiment: str | None, where: str | None, needed: bool = True) -> list[RecordedRun]:
-    """The runs of an experiment (of all, where None) that a filter lets through, oldest first."""
+def _of_name(uri: str, name: str) -> list[RecordedRun]:
+    quote = '"' if "'" in name else "'"
+    where = f"attributes.run_name = {quote}{name}{quote}"
+    return search(uri, experiment=None, where=where, needed=False, sweeps=True)
+
+
+def _children(uri: str, parent: str) -> list[RecordedRun]:
+    return search(uri, experiment=None, where=f"tags.`{PARENT}` = '{parent}'", needed=False)
+
+
+def search(
+    uri: str, *, experiment: str | None, where: str | None, needed: bool = True, sweeps: bool = False
+) -> list[RecordedRun]:
+    """The runs of an experiment (of all, where None) that a filter lets through, oldest first. Evaluations and sweeps
+    are no runs of training and are left out; with ``sweeps`` the runs of a sweep stand for it."""
     client = client_of(uri)
     try:
         known = client.search_experiments()
@@ -47,9 +62,14 @@ def search(uri: str, *, experiment: str | None, where: str | None, needed: bool 
             if chosen
             else []
         )
-        found = [_read(client, uri, run) for run in runs]
+        parents = [run for run in runs if SWEEP in run.data.tags] if sweeps else []
+        found = [_read(client, uri, run) for run in runs if not {SWEEP, COMMAND} & run.data.tags.keys()]
     except Exception as error:
         raise _told(uri, error) from None
+    if getattr(runs, "token", None):
+        raise UserError(f"more than {MOST} runs of {uri} fit {where or experiment}; narrow it down with --filter")
+    for parent in parents:
+        found += _children(uri, parent.info.run_id)
     if not chosen and needed:
         raise UserError(f"--experiment_name {experiment}: {uri} has {', '.join(one.name for one in known)}")
     if not found and needed:
@@ -78,7 +98,9 @@ def _read(client: Any, uri: str, run: Any) -> RecordedRun:
     with tempfile.TemporaryDirectory() as folder:
         fetched = _fetch(client, run.info.run_id, Path(folder))
         items = read_items(Path(folder))
-    summary, config = fetched["summary.json"], fetched["config.yaml"] or dict(run.data.params)
+    summary, config = fetched["summary.json"], fetched["config.yaml"]
+    if not config and VERSION in run.data.tags:  # parameters of others' runs are no settings
+        config = dict(run.data.params)
     status, ended = STATES.get(run.info.status, run.info.status), run.info.end_time
     held_out = summary.get("held_out") if status == "finished" else None
     return RecordedRun(
@@ -95,11 +117,17 @@ def _read(client: Any, uri: str, run: Any) -> RecordedRun:
         minutes=minutes,
         items=items,
         steps=max((line["step"] for line in lines), default=0),
-        seconds=summary.get("seconds") or ((ended - run.info.start_time) / 1000 if ended else None),
+        seconds=summary.get("seconds") or _seconds(run.info.start_time, ended, minutes),
         rate=rate_of(curves),
         memory=summary.get("peak_memory_gib") or peak_of(curves),
         gaps=() if curves else ("no point in MLflow",),
     )
+
+
+def _seconds(started: int, ended: int | None, minutes: Curve) -> float | None:
+    if ended:
+        return (ended - started) / 1000
+    return 60 * (minutes.values[-1] or 0.0) if minutes.values else None
 
 
 def _fetch(client: Any, run_id: str, folder: Path) -> dict[str, dict[str, Any]]:

@@ -62,14 +62,20 @@ class Group:
 
 
 def group_runs(runs: Sequence[RecordedRun]) -> list[Group]:
-    """The runs, those that differ by their seed alone together, in the order of first mention."""
+    """The runs, those that differ by their seed alone together, in the order of first mention. A second run of the same
+    seed says nothing of seeds and is of another group."""
     found: dict[object, list[RecordedRun]] = {}
     for run in runs:
         settings = run.settings()
-        settings.pop("seed", None)
-        key = (run.command, tuple(sorted(settings.items()))) if settings else run.place  # of settings unknown: alone
-        found.setdefault(key, []).append(run)
+        seed = settings.pop("seed", None)
+        same = (run.command, tuple(sorted(settings.items()))) if settings else run.place  # of settings unknown: alone
+        times = sum(1 for number in range(len(runs)) if seed in _seeds(found.get((same, number), ())))
+        found.setdefault((same, times), []).append(run)
     return [Group(_name_of(members), tuple(members)) for members in found.values()]
+
+
+def _seeds(members: Sequence[RecordedRun]) -> list[str | None]:
+    return [run.params.get("seed") for run in members]
 
 
 def _name_of(members: Sequence[RecordedRun]) -> str:
@@ -79,5 +85,5 @@ def _name_of(members: Sequence[RecordedRun]) -> str:
     common = members[0].name
     while not all(run.name.startswith(common) for run in members):
         common = common[:-1]
-    common = re.sub(r"[-_ .=(/]*(s|seed)?[-_ .=(/]*$", "", common) or members[0].name
+    common = re.sub(r"[-_ .=(/]*(s|seed)?[-_ .=(/]*$", "", common) or common.strip("-_ .=(/") or members[0].name
     return f"{common} (seeds {', '.join(run.params.get('seed', '?') for run in members)})"

@@ -35,6 +35,7 @@ class Engine(Protocol):
     world: World
     module: nn.Module  # as it was before wrapping: for saving and for generation
     parameters: list[nn.Parameter]  # those that are trained
+    optimizer: Any  # torch's, or what DeepSpeed puts round one
     loss_factor: float  # what ``backward`` multiplies a loss by: tensors that are no parameters get so much gradient
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:

@@ -38,6 +38,7 @@ class Member:
     pid: int
     address: str
     port: int
+    local_rank: int = 0  # on its host
 
     def describe(self) -> str:
         """Who and where, for the user."""
@@ -62,9 +63,19 @@ class Companions:
     members: Sequence[Member]
     door: socket.socket
     where: Callable[[int], str] = lambda rank: ""
+    store: dist.Store | None = None  # where they have met
     ended: threading.Event = field(default_factory=threading.Event)
     refused: dict[int, int] = field(default_factory=dict)  # rank -> looks in a row
     last_reached: dict[int, float] = field(default_factory=dict)
+
+    def tell(self, key: str, text: str) -> None:
+        """Leave words at the store, in the place of earlier ones."""
+        if self.store is not None:
+            self.store.set(key, text)
+
+    def heard(self, key: str) -> str | None:
+        """The newest words under a key; None where nobody has left any. Waits for nobody."""
+        return self.store.get(key).decode() if self.store is not None and self.store.check([key]) else None
 
     def start(self) -> None:
         """Watch them until ``ended`` is set."""
@@ -137,7 +148,8 @@ def meet(rank: int, size: int, patience: float) -> tuple[dist.Store, Companions]
     until = time.monotonic() + patience
     store = dist.PrefixStore(f"diffdpo-{attempt()}", _store(rank, size, patience))
     door, address = open_door(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-    me = Member(rank, socket.gethostname(), os.getpid(), address, door.getsockname()[1])
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    me = Member(rank, socket.gethostname(), os.getpid(), address, door.getsockname()[1], local_rank)
     names = [f"member-{number}" for number in range(size)]
     store.set(names[rank], json.dumps(asdict(me)))
     store.add("arrived", 1)
@@ -145,7 +157,7 @@ def meet(rank: int, size: int, patience: float) -> tuple[dist.Store, Companions]
     for turn in itertools.count():
         if store.add("arrived", 0) >= size:
             members = [Member(**json.loads(told)) for told in store.multi_get(names)]
-            return store, Companions(rank, members, door)
+            return store, Companions(rank, members, door, store=store)
         time.sleep(min(0.01 * 2**turn, 0.5))
         if turn % LOOK_TURNS == 0 or time.monotonic() > until:
             _check_meeting(store, names, waiting, patience if time.monotonic() > until else None)

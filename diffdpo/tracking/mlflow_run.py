@@ -19,9 +19,10 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from diffdpo.errors import TrainingError, UserError
-from diffdpo.settings.credentials import PASSWORD, STORE, TOKEN, USER, are_told, given_back, hidden, untold
+from diffdpo.settings.credentials import PASSWORD, TOKEN, USER, are_told, given_back, hidden, untold
 from diffdpo.tracking.journal import FILE, NOTE, parsed, read_journal
 from diffdpo.tracking.lock import is_held
+from diffdpo.tracking.nodes import SystemMetrics
 from diffdpo.tracking.shown import send_answers, send_datasets, send_description
 
 STATE_FILE = "mlflow.json"
@@ -93,11 +94,10 @@ def check_tracking_uri(uri: str, source: str = "--tracking_uri") -> None:
 class MlflowRun:
     """One run in MLflow. Made on rank 0 only; ``start`` returns at once, ``close`` in time."""
 
-    def __init__(self, output_dir: Path, shipped: Shipped):
-        self.output_dir, self.shipped = output_dir, shipped
+    def __init__(self, output_dir: Path, shipped: Shipped, system: SystemMetrics | None = None):
+        self.output_dir, self.shipped, self.system = output_dir, shipped, system
         self.error: Exception | None = None  # of the newest failed attempt
         self._client: Any = None
-        self._monitor: Any = None
         self._position = 0
         self._notes: dict[int, list[str]] = {}  # of a step there may be several, and one tag
         self._others_due = True
@@ -109,6 +109,8 @@ class MlflowRun:
         """Begin shipping in the background."""
         self.shipped.status, self.shipped.delivered = "RUNNING", False
         self.shipped.write(self.output_dir)  # also when no server is ever reached: what is to be sent, and where
+        if self.system is not None:
+            self.system.start()
         self._thread.start()
 
     def close(self, status: str, *, timeout: float) -> bool:
@@ -121,6 +123,8 @@ class MlflowRun:
         with suppress(OSError):  # a full disk; the journal's writer tells of it
             self.shipped.write(self.output_dir)
         self._stop.set()
+        if self.system is not None:
+            self.system.stop()
         until = time.monotonic() + timeout
         closing = threading.Thread(target=self._ship_until, args=(until,), name="mlflow-close", daemon=True)
         closing.start()
@@ -136,8 +140,6 @@ class MlflowRun:
             self._thread.join()
         while True:
             try:
-                if self._monitor is not None:
-                    self._monitor.finish()
                 self.ship_all()
                 return
             except Exception as error:  # whatever the server does, the run's own files are safe
@@ -166,6 +168,7 @@ class MlflowRun:
     def ship_all(self) -> None:
         """Everything of a run that has ended: points, files, status. Raises what MLflow raises."""
         self.ship()
+        self._ship_system()
         self._send_files(AT_THE_END if self._described else AT_ONCE + AT_THE_END)
         send_answers(self._client, self.shipped.run_id, self.output_dir)
         send_description(self._client, self.shipped.run_id, self.output_dir)
@@ -179,7 +182,7 @@ class MlflowRun:
         while not self._stop.wait(pause):
             try:
                 self.ship()
-                self._watch_system()
+                self._ship_system()
                 self._ship_others()
                 pause = INTERVAL
             except Exception as error:
@@ -273,18 +276,24 @@ class MlflowRun:
             except (UserError, TrainingError) as error:
                 log.warning("an earlier run beside this one is not sent: %s", error)
 
-    def _watch_system(self) -> None:
-        if self._monitor is not None:
-            return
-        import mlflow
-        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+    def _ship_system(self) -> None:
+        """What was measured on the run's hosts: ``system/...``, of other hosts ``system/1/...`` and the tag ``node.1``
+        with the host's name. Of a server that is away nothing is lost while the run lives."""
+        from mlflow.entities import Metric
 
-        before = os.environ.get(STORE)
-        mlflow.set_tracking_uri(given_back(self.shipped.tracking_uri))  # the monitor has no client of its own
-        os.environ.pop(STORE, None)  # set by that, and the next run in this process would take it for the user's
-        os.environ.update({STORE: before} if before is not None else {})
-        self._monitor = SystemMetricsMonitor(self.shipped.run_id, resume_logging=True)
-        self._monitor.start()
+        waiting, run_id = self.system.waiting if self.system is not None else (), self.shipped.run_id
+        while waiting:
+            sample = waiting[0]
+            prefix = f"system/{sample.node}" if sample.node else "system"
+            step = self.shipped.last_step.get(prefix, -1) + 1
+            when = int(1000 * sample.when)
+            metrics = [Metric(f"{prefix}/{key}", value, when, step) for key, value in sample.values.items()]
+            if sample.node and step == 0:
+                self._client.set_tag(run_id, f"node.{sample.node}", sample.host)
+            self._client.log_batch(run_id, metrics=metrics)
+            self.shipped.last_step[prefix] = step
+            self.shipped.write(self.output_dir)
+            waiting.popleft()
 
 
 def client_of(uri: str) -> Any:

@@ -1,5 +1,6 @@
 """Pictures of a run, drawn from ``metrics.jsonl``."""
 
+import json
 from pathlib import Path
 
 from diffdpo.tracking.journal import FILE, read_journal
@@ -74,6 +75,37 @@ def plot_time(output_dir: Path) -> Path | None:
     whole.invert_yaxis()
     whole.set(title="mean seconds a step", xlim=(0, 1.15 * max(totals)))
     path = output_dir / "plots" / "time.png"
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return path
+
+
+def plot_memory(output_dir: Path) -> Path | None:
+    """``plots/memory.png``: what the first process holds, by part; on the device they add up to its peak. None before
+    there is a ``summary.json``."""
+    try:
+        held = json.loads((output_dir / "summary.json").read_text())["held_memory_gib"]
+        bars = {
+            part if len(held) == 1 else f"{part}, {where}": size for where in held for part, size in held[where].items()
+        }
+        peak = sum(held["device"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(9, 0.5 * len(bars) + 1.4), layout="constrained")
+    axis.barh(list(bars), list(bars.values()), color=[f"C{place}" for place in range(len(bars))])
+    for place, size in enumerate(bars.values()):
+        axis.text(size, place, f" {size:.3g} GiB", va="center", fontsize=8)
+    axis.invert_yaxis()
+    axis.set(
+        title=f"memory by part; peak of the device {peak:.3g} GiB", xlabel="GiB", xlim=(0, 1.2 * max(bars.values()))
+    )
+    path = output_dir / "plots" / "memory.png"
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -5,10 +5,12 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from diffdpo import __version__
+from diffdpo.engine.companions import Companions
 from diffdpo.errors import UserError
 from diffdpo.settings.credentials import STORE, are_told, taken, untold
 from diffdpo.tracking.journal import Journal
@@ -20,7 +22,8 @@ from diffdpo.tracking.mlflow_run import (
     missing_credentials,
     sqlite_uri,
 )
-from diffdpo.tracking.plots import plot_curves, plot_time
+from diffdpo.tracking.nodes import SystemMetrics
+from diffdpo.tracking.plots import plot_curves, plot_memory, plot_time
 from diffdpo.tracking.readers import SINKS, Reader
 
 log = logging.getLogger(__name__)
@@ -40,10 +43,11 @@ class Tracking:
         for reader in self.readers:
             reader.start()
 
-    def start_mlflow(self, shipped: Shipped, *, elsewhere: bool = False) -> None:
+    def start_mlflow(self, shipped: Shipped, *, elsewhere: bool = False, companions: Companions | None = None) -> None:
         """Begin a run, or go on with the one this folder already has.
 
         ``elsewhere``: the user named a store; if the folder's run is in another, a new run there gets everything.
+        ``companions``: through whom other hosts are measured.
         """
         if (self.output_dir / STATE_FILE).exists():
             try:
@@ -55,7 +59,7 @@ class Tracking:
         shipped.needs_credentials = shipped.needs_credentials or are_told(shipped.tracking_uri)
         if missing := missing_credentials(shipped):
             log.warning("%s will hardly take this run; resume it%s", shipped.tracking_uri, missing)
-        self.mlflow = MlflowRun(self.output_dir, shipped)
+        self.mlflow = MlflowRun(self.output_dir, shipped, SystemMetrics(companions))
         self.mlflow.start()
 
     def close(self, status: str, *, timeout: float, curves: bool) -> bool:
@@ -74,7 +78,7 @@ class Tracking:
         return arrived
 
     def _plots(self) -> tuple[Callable[[], object], ...]:
-        return (lambda: plot_curves(self.output_dir), lambda: plot_time(self.output_dir))
+        return tuple(partial(plot, self.output_dir) for plot in (plot_curves, plot_time, plot_memory))
 
 
 def tracking_uri(given: str | None, output_dir: Path) -> str | None:

@@ -22,6 +22,7 @@ from diffdpo.tracking.run import Tracking, open_command
 from diffdpo.training.card import model_card
 from diffdpo.training.checkpoint import list_checkpoints, told_if_unwritable
 from diffdpo.training.guard import Watch
+from diffdpo.training.held_memory import HeldMemory
 from diffdpo.training.result import print_comparison, write_summary
 from diffdpo.training.resume import asked_of
 
@@ -68,8 +69,9 @@ class Finish:
                 f"--output_dir {quote(str(self.context.output_dir))} --resume_from_checkpoint latest"
             )
 
-    def completed(self, *, steps: int, kept: int, engine: Engine) -> None:
-        """``summary.json``; the table is printed when the record is closed. ``kept``: the step of the final model."""
+    def completed(self, *, steps: int, kept: int, engine: Engine, held: HeldMemory) -> None:
+        """``summary.json``; the table is printed when the record is closed. ``kept``: the step of the final model;
+        ``held``: what each process holds."""
         self.status = "FINISHED"
         peaks = engine.world.all_gather_object(peak_memory_gib(engine.world.device))
         if self.tracking is None:
@@ -84,6 +86,7 @@ class Finish:
             "seconds": round(time.time() - self.started, 1),
             **{key: value for key, value in rates.items() if value is not None},
             "peak_memory_gib": max(peaks),
+            "held_memory_gib": held.gib(peaks[0]),
             "held_out": self.compared,
         }
         self.summary = summary

@@ -143,6 +143,7 @@ class _Training:
         self.engine: Engine = make_engine(choice, module, world, options, say=self.context.print)
         meets = world if self.engine.retry_obstacle() is not None else None
         self.segments = make_segments(config, choice, world.device, world=meets, in_training=True)
+        self.frozen = frozen  # the reference's module, where there is a second one
         self.held_out = self._held_out(frozen)
 
     def _held_out(self, frozen: nn.Module | None) -> HeldOutPairs:
@@ -225,6 +226,7 @@ class _Training:
             step_is_of_records=not (self.loss.couples_pairs or self.loss.needs_reference_point),
             base=model_or_bundled(config.policy),
             callbacks=callbacks,
+            reference=self.frozen,
         )
 
     def _refreshing(self, step: PreferenceStep) -> RefreshingStep:

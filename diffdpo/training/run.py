@@ -24,7 +24,8 @@ from diffdpo.setup.model import save_final
 from diffdpo.setup.publish import push_final
 from diffdpo.step.report import StepReport
 from diffdpo.tracking.journal import Journal
-from diffdpo.tracking.mlflow_run import Shipped
+from diffdpo.tracking.mlflow_run import Shipped, quiet_mlflow
+from diffdpo.tracking.nodes import tell_of_this_node
 from diffdpo.tracking.run import Tracking, named_elsewhere, run_tags, tracking_uri
 from diffdpo.training.best import Best
 from diffdpo.training.callbacks import Callback, Callbacks
@@ -35,6 +36,7 @@ from diffdpo.training.checkpoint import (
 )
 from diffdpo.training.finish import finish
 from diffdpo.training.guard import Watch
+from diffdpo.training.held_memory import HeldMemory
 from diffdpo.training.loop import EVALUATION, Loop, StepFunction
 from diffdpo.training.manifest import publish, sync_tree
 from diffdpo.training.measured import HeldOut, Measured
@@ -90,6 +92,7 @@ class Run:
     unit: str  # what a record is called
     base: str | None  # folder or name of what was trained, for the model card; None: random weights
     callbacks: Sequence[Callback] = ()
+    reference: nn.Module | None = None  # a second module in memory
     step_is_of_records: bool = True  # whether the loss of a record depends on that record alone
 
 
@@ -108,7 +111,8 @@ def carry_out(run: Run) -> Result:
         run.watch.pulse.beat(EVALUATION, state.get("step", 0))
         measured = Measured(held_out, tracking, data=run.facts["held_out_fingerprint"], resume_step=state.get("step"))
         before = measured.again(Evaluation(state["before"])) if run.resume else measured.evaluate("before")
-        loop = _loop_of(run, tracking, before, resumed=state)
+        held = HeldMemory(engine, run.reference)
+        loop = _loop_of(run, tracking, before, resumed=state, callbacks=(*run.callbacks, held))
         measured.follow(loop)
         if loop.best is not None:
             loop.best.check(before.means())
@@ -129,7 +133,7 @@ def carry_out(run: Run) -> Result:
             if kept == loop.done:  # else they stand where they were measured
                 loop.record_evaluation(after.means())
             end.write_card(folder, run.base, run.asked, before, after)
-            end.completed(steps=loop.done, kept=kept, engine=engine)
+            end.completed(steps=loop.done, kept=kept, engine=engine, held=held)
         else:
             end.stopped(loop.done)
         loop.callbacks.on_end(loop.done)
@@ -174,7 +178,14 @@ def _save_whole(folder: Path, engine: Engine, loaded: LoadedModel) -> None:
             raise
 
 
-def _loop_of(run: Run, tracking: Tracking | None, before: Evaluation, *, resumed: Mapping[str, Any]) -> Loop:
+def _loop_of(
+    run: Run,
+    tracking: Tracking | None,
+    before: Evaluation,
+    *,
+    resumed: Mapping[str, Any],
+    callbacks: Sequence[Callback],
+) -> Loop:
     total = total_steps(run.config, run.loader)
     return Loop(
         config=in_steps(run.config, total),
@@ -186,7 +197,7 @@ def _loop_of(run: Run, tracking: Tracking | None, before: Evaluation, *, resumed
         journal=tracking.journal if tracking else None,
         evaluate=run.held_out.quick,
         check_first=run.check_first,
-        callbacks=Callbacks(run.callbacks),
+        callbacks=Callbacks(callbacks),
         unit=run.unit,
         watch=run.watch,
         state={"before": dict(before.values), "config": public(run.config), "held_by": held_by(run.engine)},
@@ -202,14 +213,18 @@ def _lines_every(state: Mapping[str, Any]) -> int | None:
 
 
 def start_tracking(run: Run, *, state: Mapping[str, Any], changes: Sequence[str]) -> Tracking | None:
-    """Write the record's files (``record.py``); open the journal and MLflow. Rank 0 only.
+    """Write the record's files (``record.py``); open the journal and MLflow: rank 0. Other hosts are measured.
 
     ``state``: of the checkpoint that is resumed; ``changes``: of settings since it was written.
     """
     config, context, step = run.config, run.context, state.get("step")
-    if not context.world.is_main:
-        return None
     output_dir, uri = context.output_dir, tracking_uri(config.tracking_uri, context.output_dir)
+    in_mlflow, companions = uri is not None and "mlflow" in config.trackers(), context.world.companions
+    if not context.world.is_main:
+        if in_mlflow and companions is not None and context.world.local_rank == 0:
+            quiet_mlflow()
+            tell_of_this_node(companions)
+        return None
     ds_config = dict(run.engine.choice.given)
     environment = environment_of(
         context.world, without_secrets(sys.argv, config), run.facts | {"data_fingerprint": run.data.fingerprint}
@@ -230,7 +245,7 @@ def start_tracking(run: Run, *, state: Mapping[str, Any], changes: Sequence[str]
             journal.note(step or 0, change)
         tracking = Tracking(output_dir, journal)
         tracking.start_readers(config.trackers(), context.run_name, config.experiment_name, public(config))
-        if uri is not None and "mlflow" in config.trackers():
+        if uri is not None and in_mlflow:
             shipped = Shipped(
                 uri,
                 config.experiment_name,
@@ -241,5 +256,5 @@ def start_tracking(run: Run, *, state: Mapping[str, Any], changes: Sequence[str]
             )
             if named_elsewhere(run.asked.tracking_uri):
                 context.print(f"mlflow  {uri}, as {STORE} says")
-            tracking.start_mlflow(shipped, elsewhere=run.asked.tracking_uri is not None)
+            tracking.start_mlflow(shipped, elsewhere=run.asked.tracking_uri is not None, companions=companions)
     return tracking

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import ablations, on_policy, segment_memory, throughput
+from benchmarks import ablations, choice_accuracy, on_policy, segment_memory, throughput
 from tests.support.paths import ROOT
 
 
@@ -138,3 +138,20 @@ def test_a_part_works_on_a_cpu(part, tmp_path):
     assert gpu_evidence.main(flags) == 0
     found = json.loads((tmp_path / "cpu.json").read_text())["parts"][part]
     assert found["state"] == "done" and found["summary"]
+
+
+def test_real_questions_have_four_choices_and_the_right_one_anywhere(tmp_path):
+    pairs = [
+        {"prompt": f"q{n}", "chosen": f"right {n}", "rejected": f"wrong {n} {m}"} for n in range(6) for m in range(4)
+    ]
+    pairs += [{"prompt": "few", "chosen": "right", "rejected": f"wrong {m % 2}"} for m in range(4)]
+    answers = [{"question": f"q{n}", "answer": f"{'long ' * n}{n}"} for n in range(8)]
+    for name, rows, count in (("pairs", pairs, 6), ("answers", answers, 8)):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        found = list(choice_accuracy.real_questions(file))
+        assert [question for question, _, _ in found] == [f"q{n}" for n in range(count)]
+        assert [right for _, _, right in found] == [n % 4 for n in range(count)]
+        for number, (_, choices, right) in enumerate(found):
+            assert len(set(choices)) == 4
+            assert choices[right] == (f"right {number}" if name == "pairs" else answers[number]["answer"])

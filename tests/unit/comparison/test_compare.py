@@ -189,3 +189,11 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, arguments, named):
     with pytest.raises(UserError, match=named) as caught:
         main([argument.format(tmp=tmp_path) for argument in arguments])
     assert "\n" not in str(caught.value)
+
+
+def test_a_second_run_of_the_same_seed_is_no_second_seed(tmp_path):
+    for name, seed in (("a", 0), ("a again", 0), ("b", 1)):
+        recorded_run(tmp_path / name, margins=[1.0, -1.0, 2.0, 3.0], seed=seed)
+    found = compare(find_runs([str(tmp_path)]))
+    assert [[run.name for run in group.runs] for group in found.groups] == [["a", "b"], ["a again"]]
+    assert found.groups[1].after["rewards/accuracies"].stderr > 0, "over its items, not over copies of itself"
