@@ -6,13 +6,18 @@ diffdpo sweep grid.yaml --jobs 2
 import shlex
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from diffdpo.cli.flags import own_names, parse_config
 from diffdpo.command import Parser
 from diffdpo.config import SftConfig, TrainConfig
 from diffdpo.errors import RESUMABLE, UserError
-from diffdpo.sweep.grid import Grid, read_grid
+from diffdpo.sweep.grid import Grid, cell_of, read_grid
+
+if TYPE_CHECKING:
+    from diffdpo.sweep.proposed import Proposed
 
 CONFIGS = {"train": TrainConfig, "sft": SftConfig}
 
@@ -44,6 +49,9 @@ def main(argv: list[str]) -> int:
     _check(args.grid, grid)
     if args.jobs < 1:
         raise UserError(f"--jobs is {args.jobs}; it must be at least 1")
+    if grid.search and (args.print_flags or args.retry_failed):
+        flag = "--print_flags" if args.print_flags else "--retry_failed"
+        raise UserError(f"{flag} is for a grid or a list; Optuna's cells follow from results (raise trials for more)")
     if args.print_flags:
         for cell in grid.cells:
             print(shlex.join(cell.words()))
@@ -67,15 +75,19 @@ def _sweep(args, grid: Grid, folder: Path, launcher: list[str], uri: str | None)
     from diffdpo.sweep.states import read_state
     from diffdpo.sweep.work import Work
 
+    proposed = _proposed(grid, folder, args.metric)
+    grid = proposed.known() if proposed else grid
     states = {cell.name: read_state(folder, cell).word for cell in grid.cells}
     again = ("to do", "failed") if args.retry_failed else ("to do",)
     cells = [cell for cell in grid.cells if states[cell.name] in again]
-    print(f"sweep   {grid.name}: {_counted(states, grid)}; {len(cells)} to run, {args.jobs} at a time, in {folder}")
+    to_run = f"{grid.search.trials} trials by Optuna" if grid.search else f"{len(cells)} to run"
+    print(f"sweep   {grid.name}: {_counted(states, grid)}; {to_run}, {args.jobs} at a time, in {folder}")
     shutil.copyfile(args.grid, folder / "sweep.yaml")
     parent = Parent(grid, folder, uri)
     extra = ["--tracking_uri", uri or "none"] + (["--run_tags", f"{TAG}={parent.run_id}"] if parent.run_id else [])
     work = Work(grid, folder, jobs=args.jobs, launcher=launcher, extra=extra, say=lambda line: print(line, flush=True))
-    work.run(cells)
+    work.run(proposed.cells() if proposed else cells, proposed.ended if proposed else None)
+    grid = proposed.known() if proposed else grid
     states = {cell.name: read_state(folder, cell).word for cell in grid.cells}
     _compare(args, folder, [folder / cell.name for cell in grid.cells])
     print(f"\nsweep   {grid.name}: {_counted(states, grid)}")
@@ -89,6 +101,17 @@ def _sweep(args, grid: Grid, folder: Path, launcher: list[str], uri: str | None)
         send = f"diffdpo compare --sync {shlex.quote(str(folder))}"
         print(f"        MLflow has not all of it ({parent.error}); send the rest with {send}")
     return RESUMABLE if work.stopping else 1 if failed else 0
+
+
+def _proposed(grid: Grid, folder: Path, metric: str | None) -> "Proposed | None":
+    """Where Optuna proposes the cells, its study."""
+    if grid.search is None:
+        return None
+    from diffdpo.comparison.recorded import lower_is_better
+    from diffdpo.sweep.proposed import Proposed
+
+    search = replace(grid.search, metric=metric or grid.search.metric)
+    return Proposed(grid, search, folder, less=lower_is_better(search.metric))
 
 
 def _counted(states: dict[str, str], grid: Grid) -> str:
@@ -120,7 +143,8 @@ def _compare(args, folder: Path, cells: list[Path]) -> None:
 def _check(path: Path, grid: Grid) -> None:
     """Every cell as its command would check it, before the first one runs. UserError."""
     config_class = CONFIGS[grid.command]
-    for cell in grid.cells:
+    corners = [cell_of(grid, tried) for tried in grid.search.corners()] if grid.search else []
+    for cell in (*grid.cells, *corners):
         try:
             own_names(config_class, {name: value for name, value in cell.flags.items() if name != "config"})
             parse_config(config_class, cell.words(), "")

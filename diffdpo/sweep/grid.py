@@ -11,13 +11,17 @@ grid:                          # every combination
 list:                          # each of these instead, or with every combination of the grid
   - {loss_type: ipo}
   - {loss_type: sigmoid, learning_rate: 3e-4}
+optuna:                        # in place of grid and list: cells that Optuna proposes
+  trials: 20
+  metric: rewards/accuracies   # held out, at the end; the default
+  space: {beta: {low: 0.02, high: 0.5, log: true}, loss_type: [sigmoid, ipo]}
 """
 
 import hashlib
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +29,7 @@ import yaml
 
 from diffdpo.errors import UserError
 
-KEYS = ("name", "command", "fixed", "grid", "list")
+KEYS = ("name", "command", "fixed", "grid", "list", "optuna")
 COMMANDS = ("train", "sft")
 OWN = ("output_dir", "run_name", "resume_from_checkpoint", "tracking_uri", "run_tags")
 """Settings that the sweep gives to each cell."""
@@ -45,14 +49,32 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Search:
+    """What Optuna is to try: ``space`` has a list of values or {low, high, step or log} a flag."""
+
+    trials: int
+    metric: str
+    space: Mapping[str, Any]
+    seed: int
+
+    def corners(self) -> list[dict[str, Any]]:
+        """Values at the ends of the space, each of every flag at least once."""
+        ends = {name: of if isinstance(of, list) else [of["low"], of["high"]] for name, of in self.space.items()}
+        most = max(map(len, ends.values()))
+        return [{name: values[min(place, len(values) - 1)] for name, values in ends.items()} for place in range(most)]
+
+
+@dataclass(frozen=True)
 class Grid:
-    """A sweep as its file says."""
+    """A sweep as its file says; with ``search`` its cells are not known before they are proposed."""
 
     name: str
     command: str
     cells: tuple[Cell, ...]
     experiment: str
     tracking_uri: str | None
+    search: Search | None = None
+    fixed: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_grid(path: Path) -> Grid:
@@ -66,11 +88,50 @@ def read_grid(path: Path) -> Grid:
         raise UserError(f"{path}: name is {name!r}; letters, digits, blanks and _ . = - make a folder's name")
     fixed = _mapping(path, "fixed", content.get("fixed"))
     tracking_uri = fixed.pop("tracking_uri", None)
-    cells = [_cell(path, fixed, tried) for tried in _tried(path, content)]
+    search = _search(path, content)
+    cells = [] if search else [_cell(path, fixed, tried) for tried in _tried(path, content)]
     names = [cell.name for cell in cells]
     if twins := sorted({one for one in names if names.count(one) > 1}):
         raise UserError(f"{path}: {twins[0]} stands in it twice")
-    return Grid(name, command, tuple(cells), str(fixed.get("experiment_name", "diffdpo")), tracking_uri)
+    experiment = str(fixed.get("experiment_name", "diffdpo"))
+    return Grid(name, command, tuple(cells), experiment, tracking_uri, search, fixed)
+
+
+def cell_of(grid: Grid, tried: Mapping[str, Any]) -> Cell:
+    """The cell of a sweep that tries these values."""
+    return _cell(Path(grid.name), grid.fixed, tried)
+
+
+def _search(path: Path, content: Mapping[str, Any]) -> Search | None:
+    """The part ``optuna``. UserError for what cannot be tried."""
+    given = _mapping(path, "optuna", content.get("optuna"))
+    if not given:
+        return None
+    if content.get("grid") or content.get("list"):
+        raise UserError(f"{path}: optuna proposes all cells; take grid and list out, or optuna")
+    trials, space = given.pop("trials", None), _mapping(path, "optuna: space", given.pop("space", None))
+    search = Search(trials, str(given.pop("metric", "rewards/accuracies")), space, given.pop("seed", 0))  # type: ignore[arg-type]
+    if given:
+        raise UserError(f"{path}: optuna: {next(iter(given))} is unknown; allowed: trials, metric, seed, space")
+    for name, value in (("trials", search.trials), ("seed", search.seed)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < (name == "trials"):
+            raise UserError(f"{path}: optuna: {name} is {value!r}; give a whole number")
+    if not space:
+        raise UserError(f"{path}: optuna: space is empty; write 'beta: {{low: 0.02, high: 0.5, log: true}}' below it")
+    for name, of in space.items():
+        _check_range(f"{path}: optuna: {name}", of)
+    return search
+
+
+def _check_range(where: str, of: Any) -> None:
+    if isinstance(of, list) and of and all(isinstance(value, str | int | float) for value in of):
+        return
+    keys = set(of) if isinstance(of, Mapping) else set()
+    ends = [of[key] for key in ("low", "high")] if {"low", "high"} <= keys <= {"low", "high", "log", "step"} else []
+    if not ends or not all(isinstance(end, int | float) for end in ends) or ends[0] >= ends[1]:
+        raise UserError(f"{where} is {of!r}; give a list of values, or numbers low and high (with log: true, or step)")
+    if of.get("log") and (ends[0] <= 0 or "step" in of):
+        raise UserError(f"{where}: log needs a low above 0 and no step")
 
 
 def _content(path: Path) -> Mapping[str, Any]:
@@ -86,8 +147,8 @@ def _content(path: Path) -> Mapping[str, Any]:
         raise UserError(
             f"{path}: {unknown[0]} is no part of a sweep; allowed: {', '.join(KEYS)} (flags go below fixed)"
         )
-    if not content.get("grid") and not content.get("list"):
-        raise UserError(f"{path} tries nothing: it has neither grid nor list")
+    if not content.get("grid") and not content.get("list") and not content.get("optuna"):
+        raise UserError(f"{path} tries nothing: it has neither grid nor list nor optuna")
     return content
 
 

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,16 +41,22 @@ class Work:
         self.stopping = False
         self.running: list[Running] = []
 
-    def run(self, cells: Sequence[Cell]) -> None:
-        """All of them, in order, to their ends; until a signal asks to stop, which the cells are told."""
-        waiting = list(cells)
+    def run(self, cells: Iterable[Cell], ended: Callable[[Cell, State], None] | None = None) -> None:
+        """All of them, in order, to their ends; until a signal asks to stop, which the cells are told. The next cell is
+        asked for when there is a place for it; ``ended`` hears of each."""
+        waiting, more = iter(cells), True
         with _told_of_signals(self._stop):
-            while self.running or (waiting and not self.stopping):
-                while waiting and len(self.running) < self.jobs and not self.stopping:
-                    self._start(waiting.pop(0))
+            while self.running or (more and not self.stopping):
+                while more and len(self.running) < self.jobs and not self.stopping:
+                    cell = next(waiting, None)
+                    more = cell is not None
+                    if cell is not None:
+                        self._start(cell)
                 time.sleep(PAUSE)
                 for one in [one for one in self.running if one.process.poll() is not None]:
-                    self._ended(one)
+                    state = self._ended(one)
+                    if ended is not None:
+                        ended(one.cell, state)
 
     def _start(self, cell: Cell) -> None:
         output_dir, log = self.folder / cell.name, log_file(self.folder, cell)
@@ -87,7 +93,7 @@ class Work:
             return [sys.executable, "-m", "diffdpo"]
         return [*self.launcher, "--module" if Path(self.launcher[0]).name == "deepspeed" else "-m", "diffdpo"]
 
-    def _ended(self, one: Running) -> None:
+    def _ended(self, one: Running) -> State:
         self.running.remove(one)
         seconds = one.state.seconds + time.monotonic() - one.started
         state = replace(one.state, exit_code=one.process.returncode, seconds=round(seconds, 1))
@@ -99,6 +105,7 @@ class Work:
             self.say(f"{one.cell.name}: FAILED, exit code {state.exit_code}: {_reason(log)} ({log})")
         else:
             self.say(f"{one.cell.name}: stopped; the same command goes on with it")
+        return state
 
     def _stop(self) -> None:
         self.stopping = True

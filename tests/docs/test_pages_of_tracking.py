@@ -126,7 +126,7 @@ def test_mlflow_s_page_opens(folder, free_port):
 @pytest.mark.slow
 @pytest.mark.parametrize("page", ["quickstart", "tracking"])
 def test_the_sweep(page, tmp_path, command):
-    (text,) = blocks(page, "yaml")
+    text = blocks(page, "yaml")[0]
     grid = yaml.safe_load(text)
     grid["fixed"] |= SHORT
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
@@ -139,6 +139,17 @@ def test_the_sweep(page, tmp_path, command):
 def test_the_grids_are_sweeps(tmp_path, command):
     """A fast sample of the above: their cells are read and checked."""
     for page, count in (("quickstart", 6), ("tracking", 12)):
-        (text,) = blocks(page, "yaml")
+        text = blocks(page, "yaml")[0]
         (tmp_path / "grid.yaml").write_text(text)
         assert len(run(command, tmp_path, "diffdpo sweep grid.yaml --print_flags").splitlines()) == count
+
+
+def test_the_search_is_one(tmp_path):
+    """Its corners are checked as a sweep checks them; cells that Optuna proposes are run in tests/unit/sweep."""
+    from diffdpo.cli.sweep import _check
+    from diffdpo.sweep.grid import read_grid
+
+    (tmp_path / "search.yaml").write_text(blocks("tracking", "yaml")[1])
+    grid = read_grid(tmp_path / "search.yaml")
+    _check(tmp_path / "search.yaml", grid)
+    assert grid.search.trials == 20 and len(grid.search.corners()) == 2

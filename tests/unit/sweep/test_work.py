@@ -141,3 +141,50 @@ def test_launchers_are_told_of_the_module_in_their_words(tmp_path, launcher, wor
     grid = read_grid(tmp_path / "g.yaml")
     work = Work(grid, tmp_path, jobs=1, launcher=launcher.split(), extra=[], say=print)
     assert work._program() == [*launcher.split(), word, "diffdpo"]
+
+
+SEARCH = "optuna: {trials: %d, metric: rewards/margins, space: {beta: {low: 0.1, high: 30.0, log: true}, seed: [0, 1]}}"
+
+
+def test_optuna_proposes_cells_from_the_results_of_those_before(sweep, capsys):
+    """The margin grows with beta, so what is tried later is larger."""
+    out, run = sweep
+    assert run(SEARCH % 14) == 0
+    names = [name for name, state in states(out).items() if state == (0, 1)]
+    assert (
+        10 <= len(names) <= 14
+        and len(names) == len(states(out))
+        and "Best preference accuracy" in capsys.readouterr().out
+    )
+    optuna = pytest.importorskip("optuna")
+    study = optuna.load_study(study_name="grid", storage=f"sqlite:///{out}/.sweep/optuna.db")
+    tried = [trial.params["beta"] for trial in study.trials]
+    assert len(tried) == 14 and all(trial.value is not None for trial in study.trials)
+    assert sorted(tried[10:])[1] > sorted(tried[:10])[5], "after ten at random it looks where the best were"
+    assert run(SEARCH % 14) == 0 and all(tries == 1 for _, tries in states(out).values()), "none is run again"
+    assert run(SEARCH % 15) == 0 and len(states(out)) == len(names) + 1
+
+
+def test_a_search_that_was_stopped_goes_on_with_the_cell_it_had_begun(sweep):
+    out, run = sweep
+    child = os.fork()
+    if not child:
+        until = time.monotonic() + 60
+        while not (out / "waits").exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        os.kill(os.getppid(), signal.SIGTERM)
+        os._exit(0)
+    text = "optuna: {trials: 2, space: {beta: [50]}}"  # the second trial proposes the same cell
+    assert run(text) == 3
+    os.waitpid(child, 0)
+    assert states(out) == {"beta=50": (3, 1)}
+    (out / "go on").touch()
+    assert run(text) == 0 and states(out) == {"beta=50": (0, 2)}
+
+
+def test_a_failed_proposal_is_told_and_the_search_goes_on(sweep, capsys):
+    out, run = sweep
+    assert run("optuna: {trials: 4, space: {beta: [99, 0.1]}}") == 1
+    assert set(states(out).items()) == {("beta=99", (1, 1)), ("beta=0.1", (0, 1))}
+    with pytest.raises(UserError, match="--retry_failed is for a grid"):
+        run("optuna: {trials: 4, space: {beta: [99, 0.1]}}", "--retry_failed")
