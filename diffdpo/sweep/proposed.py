@@ -43,8 +43,8 @@ class Proposed:
         for trial in self.study.get_trials(states=[self.optuna.trial.TrialState.RUNNING]):
             yield from self._unless_finished(trial.number, trial.params)
         while len(self.study.get_trials()) < self.search.trials:
-            trial = self.study.ask(self._distributions())
-            yield from self._unless_finished(trial.number, trial.params)
+            new = self.study.ask(self._distributions())
+            yield from self._unless_finished(new.number, new.params)
 
     def _unless_finished(self, number: int, params: dict[str, Any]) -> Iterator[Cell]:
         cell = self._cell(params)
