@@ -54,6 +54,8 @@ def test_it_leaves_every_file(readme_run):
         assert key in step, key
     summary = json.loads((out / "summary.json").read_text())
     assert summary["steps"] == 2 and summary["pairs_per_second"] > 0
+    held, weights = summary["held_memory_gib"]["device"], 4 * 863_000 / 2**30
+    assert held["weights"] > 0.99 * weights and held["optimizer"] > 1.99 * weights and held["gradients"] > 0
     assert set(summary["held_out"]) >= {"rewards/accuracies", "rewards/margins", "exact_match"}
 
 
@@ -83,6 +85,7 @@ def test_mlflow_has_it_all(readme_run):
     assert {file.path for file in client.list_artifacts(run.info.run_id, "plots")} == {
         "plots/curves.png",
         "plots/time.png",
+        "plots/memory.png",
     }
 
 
