@@ -63,4 +63,4 @@ def _reached(optimizer: Any) -> Iterator[tuple[str, torch.Tensor]]:
         elif isinstance(value, list | tuple | set):
             waiting += [(name, item) for item in value]
         elif isinstance(value, torch.optim.Optimizer) or type(value).__module__.startswith("deepspeed."):
-            waiting += [(name if name else key, item) for key, item in vars(value).items()]
+            waiting += [(name if name else key, item) for key, item in getattr(value, "__dict__", {}).items()]

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from diffdpo.engine.base import Engine
@@ -20,7 +21,9 @@ class HeldMemory(Callback):
         self.bytes: dict[tuple[str, str], int] = {}  # by place and part, of this process
         optimizer: Any = engine.optimizer
         stepping = getattr(optimizer, "optimizer", optimizer)  # DeepSpeed's holds the one that steps
-        self.hooks = [stepping.register_step_pre_hook(self._count), stepping.register_step_post_hook(self._count)]
+        self.hooks: list[Any] = []
+        if isinstance(stepping, torch.optim.Optimizer):
+            self.hooks = [stepping.register_step_pre_hook(self._count), stepping.register_step_post_hook(self._count)]
 
     def _count(self, *_: Any) -> None:
         for name, size in held_bytes(self.engine, self.reference).items():
