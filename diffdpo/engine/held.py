@@ -34,7 +34,7 @@ def held_bytes(engine: Engine, reference: nn.Module | None) -> dict[tuple[str, s
         for tensor in tensors:
             storage = own_part(tensor).untyped_storage()
             place = (storage.device.type, storage.data_ptr())
-            if storage.nbytes() and place not in counted:
+            if storage.nbytes() and place not in counted and storage.device.type != "meta":
                 counted.add(place)
                 where = DEVICE if storage.device.type == engine.world.device.type else HOST
                 sizes[where, part] = sizes.get((where, part), 0) + storage.nbytes()
