@@ -33,6 +33,7 @@ ELSEWHERE = {
     ("launch/README.md", "sbatch"): "tests/cluster/test_slurm.py",
     ("recipes/llada8b_full.yaml", ""): "tests/cluster/test_ds_configs.py",
     ("docs/on_policy.md", "python launch/iterate.py"): "tests/end_to_end/test_on_policy.py",
+    ("docs/on_policy.md", "torchrun --nproc_per_node 8 launch/make_pairs.py"): "tests/end_to_end/test_on_policy.py",
     ("docs/scaling.md", "python -m benchmarks.scaling --model"): "benchmarks/scaling.py",
 }
 """(page, how its line begins) -> what runs it."""
