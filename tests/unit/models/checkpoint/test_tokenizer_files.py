@@ -74,13 +74,18 @@ def test_files_that_changed_since_are_not_taken(published, tmp_path):
     assert load_tokenizer(str(tmp_path / "saved")).chat_template == CHAT
 
 
+def _take_template_out(folder):
+    settings = json.loads((folder / CONFIG).read_text())
+    del settings["chat_template"]
+    (folder / CONFIG).write_text(json.dumps(settings))
+    (folder / TEMPLATE).write_text(CHAT)
+    return settings
+
+
 @pytest.mark.parametrize("named", [False, True])
 def test_a_template_in_a_file_of_its_own_stands_in_the_config_too(published, tmp_path, named):
     """4.46 does not read the file."""
-    settings = json.loads((published / CONFIG).read_text())
-    del settings["chat_template"]
-    (published / CONFIG).write_text(json.dumps(settings))
-    (published / TEMPLATE).write_text(CHAT)
+    settings = _take_template_out(published)
     if named:
         (published / "additional_chat_templates").mkdir()
         (published / "additional_chat_templates" / "rag.jinja").write_text("rag" + CHAT)
@@ -120,9 +125,11 @@ def transformers_4(request, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["new", "kept", "more tokens", "adapter", "bundled"])
+@pytest.mark.parametrize("kind", ["new", "kept", "template in a file", "more tokens", "adapter", "bundled"])
 def test_transformers_4_reads_it_alike(command, published, tokenizer, tmp_path, transformers_4, kind):
     folder = tmp_path / "saved"
+    if kind == "template in a file":
+        _take_template_out(published)
     ours = tokenizer if kind in ("new", "adapter") else load_tokenizer(str(published))
     if kind == "more tokens":
         ours.add_special_tokens({"additional_special_tokens": ["<|new|>"]})
@@ -140,5 +147,5 @@ def test_transformers_4_reads_it_alike(command, published, tokenizer, tmp_path, 
     line = [sys.executable, "-c", OLD, str(folder), text, version]
     done = command(line, PYTHONPATH=str(packages), HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr
-    chat = "<user>1" if kind in ("kept", "more tokens") else ""
+    chat = "<user>1" if kind in ("kept", "template in a file", "more tokens") else ""
     assert json.loads(done.stdout) == [ours(text).input_ids, ours.eos_token_id, ours.pad_token_id, chat]
