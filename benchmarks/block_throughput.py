@@ -6,15 +6,18 @@
 Both ways take the same model, noise and loss (two passes: scores, then gradients by segments of --segment_rows rows),
 and the same segments. The plain way is the one of open code for block diffusion: each row is [noisy | clean], 2 (P + A)
 tokens with a dense mask that its rows share, hidden states of the noisy half, and the head on masked positions only, as
-here. CPU seconds of the process, the best of --repeats; tokens are those run through the layers forward.
+here. CPU seconds of the process, the best of --repeats, in each of which the ways take turns; tokens are those run
+through the layers forward, in both passes where there are two.
 """
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -34,6 +37,8 @@ from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.scores.segments import Segments
 from diffdpo.step.backward import STRATEGIES, gradient_of
 
+LIVE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+"""For --memory: malloc gives buffers back at once, so that resident memory follows live tensors."""
 WORLD = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
 
 
@@ -138,46 +143,40 @@ def loss_of_rows(rows: NoisyRows):
     return loss
 
 
-def measured(engine: PlainEngine, work, repeats: int) -> tuple[float, torch.Tensor, torch.Tensor]:
-    """(CPU seconds of the best of the repeats, f_R, the gradient)."""
-    best = float("inf")
-    for _ in range(repeats):
-        engine.abort_step()
-        started = time.process_time()
-        f_R = work()
-        best = min(best, time.process_time() - started)
-    gradient = torch.cat([p.grad.flatten() for p in engine.parameters if p.grad is not None])
-    engine.abort_step()
-    return best, f_R, gradient
+def gradient_of_step(engine: PlainEngine) -> torch.Tensor:
+    """What the last backward left, in one piece."""
+    return torch.cat([p.grad.flatten() for p in engine.parameters if p.grad is not None])
 
 
 def compare(args) -> dict:
-    """Both ways on the same rows."""
+    """All ways on the same rows, in turn: what else the machine does meets them alike."""
     engine, spec = make(args)
     noise = NoiseOptions("mask_count", args.n, 0, spec.mask_token_id, None, args.block)
     rows = noise.draw_rows(pair_batch(args), torch.device("cpu"))
-    loss, segments, plain = (
-        loss_of_rows(rows),
-        Segments(rows=args.segment_rows),
-        PlainWay(engine, args.block, args.segment_rows),
-    )
+    loss, segments = loss_of_rows(rows), Segments(rows=args.segment_rows)
+    plain = PlainWay(engine, args.block, args.segment_rows)
+    ways = {"plain": lambda: plain.step(rows, loss)}
+    for name in args.strategies.split(","):
+        ways[name] = partial(STRATEGIES[name], engine, rows, loss, segments=segments, last=True)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
     found: dict = {name: getattr(args, name) for name in ("prompt", "answer", "n", "block", "width", "layers", "vocab")}
-    seconds, f_plain, g_plain = measured(engine, lambda: plain.step(rows, loss), args.repeats)
-    found["plain"] = {"cpu_seconds": seconds, "tokens": plain.tokens // args.repeats // 2}
-    for strategy in args.strategies.split(","):
-        engine.module.counted.computed = 0
-        way = STRATEGIES[strategy]
-        s, f_R, gradient = measured(
-            engine, lambda way=way: way(engine, rows, loss, segments=segments, last=True), args.repeats
-        )
-        passes = {"two_pass": 2, "checkpoint": 2}.get(strategy, 1)
-        found[strategy] = {
-            "cpu_seconds": s,
-            "tokens": engine.module.counted.computed // args.repeats // passes,
-            "times_as_fast": seconds / s,
-            "scores_off": float((f_R - f_plain).abs().max() / f_plain.abs().max()),
-            "gradient_off": float((gradient - g_plain).norm() / g_plain.norm()),
-        }
+    truth: tuple[torch.Tensor, torch.Tensor] | None = None
+    for _ in range(args.repeats):
+        for name, way in ways.items():
+            engine.abort_step()
+            engine.module.counted.computed = plain.tokens = 0
+            started = time.process_time()
+            f_R = way()
+            seconds[name].append(time.process_time() - started)
+            gradient = gradient_of_step(engine)
+            truth = truth or (f_R, gradient)
+            found[name] = {
+                "cpu_seconds": min(seconds[name]),
+                "times_as_fast": min(seconds["plain"]) / min(seconds[name]),
+                "tokens": plain.tokens if name == "plain" else engine.module.counted.computed,
+                "scores_off": float((f_R - truth[0]).abs().max() / truth[0].abs().max()),
+                "gradient_off": float((gradient - truth[1]).norm() / truth[1].norm()),
+            }
     return found
 
 
@@ -201,7 +200,11 @@ def memory(args) -> dict:
         for n in (2, 64):
             command = [sys.executable, __file__, "--peak", "--n", str(n), "--strategies", strategy]
             command += [text for name, value in options.items() for text in (f"--{name}", str(value))]
-            peaks[n] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+            peaks[n] = int(
+                subprocess.run(
+                    command, check=True, capture_output=True, text=True, env=os.environ | LIVE
+                ).stdout.split()[-1]
+            )
         found[strategy] = {"n=2": peaks[2], "n=64": peaks[64], "grows": peaks[64] / peaks[2] - 1}
     return found
 
@@ -212,7 +215,7 @@ def main() -> None:
     sizes = {"prompt": 512, "answer": 256, "n": 4, "block": 4, "width": 256, "layers": 4, "vocab": 512}
     for name, value in {**sizes, "segment_rows": 2, "repeats": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--strategies", default="two_pass,deferred,checkpoint")
+    parser.add_argument("--strategies", default="none,two_pass,deferred,checkpoint")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--peak", action="store_true")
     args = parser.parse_args()

@@ -146,7 +146,7 @@ def plain_row_scores(model: nn.Module, rows: NoisyRows, *, recompute: bool = Tru
         block.__dict__.pop("forward", None)
     logp_RTV = logits.float().log_softmax(-1)
     logp_M = logp_RTV[rows.row_M, rows.position_M].gather(-1, rows.target_M[:, None]).squeeze(-1)
-    return logp_M.new_zeros(len(rows)).index_add(0, rows.row_M, logp_M * rows.scale_M)
+    return logp_M.new_zeros(len(rows)).index_add(0, rows.row_M, logp_M * rows.scale_M.float())
 
 
 class PlainStep:
@@ -168,7 +168,7 @@ class PlainStep:
         rows = self.noise.draw_rows(batch, self.device)
         with torch.no_grad(), self.reference.disable_adapter():
             reference_R = plain_row_scores(self.reference, rows)
-        ratio_R = (plain_row_scores(self.policy, rows, recompute=self.recompute) - reference_R) * rows.weight_R
+        ratio_R = (plain_row_scores(self.policy, rows, recompute=self.recompute) - reference_R) * rows.weight_R.float()
         ratio_A = ratio_R.new_zeros(rows.num_answers).index_add(0, rows.answer_R, ratio_R)
         (-logsigmoid(BETA * (ratio_A[0::2] - ratio_A[1::2])).mean()).backward()
 

@@ -189,8 +189,8 @@ class ScoreConfig(NoiseSettings, EncodingSettings):
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...", common=True)
     dtype: str = setting(
         "auto",
-        "of the weights; auto: bfloat16 on a GPU that has it, else float32",
-        choices=("auto", "float32", "bfloat16"),
+        "of the weights; auto: bfloat16 on a GPU that has it, else float32; float64: scores are too",
+        choices=("auto", "float32", "bfloat16", "float64"),
         common=True,
     )
     load_in_4bit: bool = setting(False, "hold the weights in NF4 (bitsandbytes)", common=True)

@@ -93,8 +93,8 @@ NOT_BUILT = {
     "sdar_moe": "SDAR with experts: its router (softmax) and layout are not built",
     "lladamoe": "LLaDA-MoE: its router and layout are not built",
     "nemotron_labs_diffusion": (
-        "Nemotron-Labs-Diffusion: names (encoder.*, diffusion_head) and YaRN with position-dependent query scaling are "
-        "not built, and how its clean tokens attend was not verified"
+        "Nemotron-Labs-Diffusion: its clean tokens attend causally, one by one, where those of block families here see "
+        "their whole block; that, its names (encoder.*, diffusion_head) and YaRN with query scaling are not built"
     ),
     "diffusion_gemma": "DiffusionGemma: uniform noise without a mask token is another kind of diffusion",
 }

@@ -58,10 +58,11 @@ class NoisyRows:
 
     ``input_ids_RT``  long, right padded; ``lengths_R`` long, tokens of each row.
     ``answer_R``      long, whose row it is; ascending.
-    ``weight_R``      float32, weight of the row in its answer's score.
-    ``share_R``       float32, tokens of the answer the row stands for (see NoisePlan); for standard errors only.
+    ``weight_R``      float64, weight of the row in its answer's score.
+    ``share_R``       float64, tokens of the answer the row stands for (see NoisePlan); for standard errors only.
     ``row_M, position_M, target_M``  long: score token ``target`` at ``position`` of ``row``; ``row_M`` ascending.
-    ``scale_M``       float32, weight of a token within its row (1 for most estimators).
+    ``scale_M``       float64, weight of a token within its row (1 for most estimators). Weights are used in the
+                      dtype of what they weigh.
     ``tokens_A``      long, scored tokens of each answer; 0 where there is none.
     ``block_R, cell_R``  long, below R: the blocks and cells of the standard error (see NoisePlan), numbered through.
     ``clean``         of a block-causal family; None where attention is full.
@@ -287,12 +288,12 @@ def _join(answers: list[_Answer], *, clean: CleanAnswers | None) -> NoisyRows:
         input_ids_RT=torch.from_numpy(ids_RT),
         lengths_R=torch.from_numpy(np.repeat([answer.ids_NT.shape[1] for answer in answers], counts)).long(),
         answer_R=torch.from_numpy(np.repeat(np.arange(len(answers)), counts)).long(),
-        weight_R=joined("weight_N", torch.float32),
-        share_R=joined("share_N", torch.float32),
+        weight_R=joined("weight_N", torch.float64),
+        share_R=joined("share_N", torch.float64),
         row_M=numbered("row_M"),
         position_M=joined("position_M", torch.long),
         target_M=joined("target_M", torch.long),
-        scale_M=joined("scale_M", torch.float32),
+        scale_M=joined("scale_M", torch.float64),
         tokens_A=torch.tensor([answer.tokens for answer in answers], dtype=torch.long),
         block_R=numbered("block_N"),
         cell_R=numbered("cell_N"),

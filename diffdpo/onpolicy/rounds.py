@@ -17,6 +17,7 @@ from diffdpo.onpolicy.questions import Asked, Question, generated_questions, rea
 GENERATED_A_ROUND = 200
 PARENT_TAG = "mlflow.parentRunId"  # by which MLflow shows a run under another
 LORA = ("use_peft", "lora_r", "lora_alpha", "lora_target_modules", "lora_modules_to_save", "use_dora", "use_rslora")
+NEW_ADAPTER = (*LORA, "train_router")
 OURS = {
     "make_pairs": {
         *("output_dir", "model_name_or_path", "adapter_name_or_path", "prompts", "num_prompts", "seed"),
@@ -102,7 +103,7 @@ class Rounds:
         config, given = self.config, dict(self.train)
         policy = self.policy(number)
         if "adapter_name_or_path" in policy:  # an adapter that is there has its own rank and places
-            given = {name: value for name, value in given.items() if name not in LORA}
+            given = {name: value for name, value in given.items() if name not in NEW_ADAPTER}
         tags = [str(given.pop("run_tags", None) or ""), f"{PARENT_TAG}={parent}" if parent else ""]
         return {
             "eval_data": str(self.folder / "held_out.jsonl"),

@@ -13,6 +13,7 @@ from diffdpo.config import TrainConfig
 from diffdpo.engine.optimizer import state_bytes
 from diffdpo.errors import UserError
 from diffdpo.models.architecture.backbone import native
+from diffdpo.models.architecture.router import train_routers, whole_with_routers
 from diffdpo.models.architecture.spec import FamilySpec
 from diffdpo.models.load import FAMILIES, Family, made_config, read_config
 from diffdpo.models.lora.adapters import add_lora
@@ -87,6 +88,7 @@ def skeleton(
     if config.adapter_name_or_path:
         model = with_adapter(model, config.adapter_name_or_path)
     elif config.use_peft:
+        whole = config.lora_modules_to_save
         with torch.device("meta"):
             model = add_lora(
                 model,
@@ -94,10 +96,12 @@ def skeleton(
                 r=config.lora_r,
                 alpha=config.lora_alpha,
                 target_modules=config.lora_target_modules,
-                modules_to_save=config.lora_modules_to_save,
+                modules_to_save=whole_with_routers(model, whole) if config.train_router else whole,
                 use_dora=config.use_dora,
             )
     else:
+        if config.train_router:
+            train_routers(model)
         model.requires_grad_(True)
     module = MaskedLogProbs(model, spec, layer_checkpointing=config.gradient_checkpointing, offload=offload)
     return module.to(torch.bfloat16) if cast else module  # packed 4-bit weights are integers and stay

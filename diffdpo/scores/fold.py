@@ -14,8 +14,8 @@ from diffdpo.noise.rows import NoisyRows
 class PairScores:
     """Scores of a micro-batch, sums over tokens in nats; 0 where a side is absent.
 
-    ``score_B2``   float32, differentiable.
-    ``stderr_B2``  float32, detached: standard error from the spread of what an answer's rows say that were drawn
+    ``score_B2``   of the dtype of f (float32, of an fp64 model float64), differentiable.
+    ``stderr_B2``  the same, detached: standard error from the spread of what an answer's rows say that were drawn
                    independently of each other. Where all were drawn together, as by ``balanced`` with less than 32,
                    their own spread, which is as a rule too large: they are coupled to cancel errors
                    (docs/theory.md, section 4). 0 for ``exact``, NaN where a single row scores all tokens.
@@ -29,7 +29,7 @@ class PairScores:
 
 def row_scores(logp_M: torch.Tensor, rows: NoisyRows) -> torch.Tensor:
     """f_R = Σ over the row's scored positions of scale · log p; 0 for a row with nothing to score."""
-    return _sum_by(rows.row_M, logp_M * rows.scale_M, len(rows)).float()
+    return _sum_by(rows.row_M, logp_M * rows.scale_M.to(logp_M.dtype), len(rows)).to(logp_M.dtype)
 
 
 def fold(f_R: torch.Tensor, rows: NoisyRows) -> PairScores:
@@ -38,8 +38,8 @@ def fold(f_R: torch.Tensor, rows: NoisyRows) -> PairScores:
     Linear in ``f_R``: fold(f_policy - f_reference) gives log-ratios and, noise being shared, their (much smaller)
     standard errors.
     """
-    score_A = _sum_by(rows.answer_R, f_R * rows.weight_R, rows.num_answers).float()
-    stderr_A = _standard_error(f_R.detach().double(), rows).float()
+    score_A = _sum_by(rows.answer_R, f_R * rows.weight_R.to(f_R.dtype), rows.num_answers).to(f_R.dtype)
+    stderr_A = _standard_error(f_R.detach(), rows).to(f_R.dtype)
     return PairScores(score_A.view(-1, 2), stderr_A.view(-1, 2), rows.tokens_A.view(-1, 2))
 
 
@@ -50,7 +50,7 @@ def _standard_error(f_R: torch.Tensor, rows: NoisyRows) -> torch.Tensor:
     Techniques, 1977, chapter 5) with units of unequal size; with one cell of rows of equal shares it is the standard
     error of a mean of independent rows.
     """
-    share_R, total_R = rows.share_R.double(), f_R * rows.weight_R
+    share_R, total_R = rows.share_R.to(f_R.dtype).double(), f_R.double() * rows.weight_R.to(f_R.dtype).double()
     count = len(rows)  # as many blocks and cells at most; the others stay empty
     share_G, total_G = (_sum_by_any(rows.block_R, value_R, count) for value_R in (share_R, total_R))
     u_G = torch.where(share_G > 0, total_G / share_G.clamp(min=1e-12), 0.0)

@@ -27,6 +27,9 @@ class ModelSettings(Settings):
     block_size: int | None = setting(
         None, "tokens of a block, 0: full attention; default: as config.json says, which a2d-* do not", at_least=0
     )
+    train_router: bool = setting(
+        False, "train the routers of a mixture of experts too; metrics then have router/balance_loss, 1 where level"
+    )
     gradient_checkpointing: bool = setting(False, "recompute each layer in the backward pass (saves memory)")
     activation_offload: str = setting(
         "none", "cpu: what --gradient_checkpointing keeps of each layer waits on the host", choices=("none", "cpu")
@@ -40,6 +43,11 @@ class ModelSettings(Settings):
             raise UserError(
                 f"--activation_offload {self.activation_offload} moves what --gradient_checkpointing keeps of each "
                 "layer; add --gradient_checkpointing true"
+            )
+        if self.train_router and self.adapter_name_or_path:
+            raise UserError(
+                f"--train_router is of a new adapter, and {self.adapter_name_or_path} has its own routers or none: "
+                "leave one out"
             )
         name = self.model_name_or_path
         if self.model_revision and (not name or Path(name).exists()):

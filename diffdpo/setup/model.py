@@ -11,6 +11,7 @@ from diffdpo.engine.base import Engine
 from diffdpo.engine.choice import EngineChoice
 from diffdpo.engine.make import load_device, weight_shards
 from diffdpo.engine.world import World
+from diffdpo.models.architecture.router import train_routers, whole_with_routers
 from diffdpo.models.bundled import model_or_bundled
 from diffdpo.models.checkpoint.adapter_folder import is_adapter, note_base, uses_dora
 from diffdpo.models.checkpoint.model_folder import write_model
@@ -38,6 +39,8 @@ def adapted(loaded: LoadedModel, config: RunConfig, *, with_start: bool = False)
     """The base with what is trained of it: every weight, or the adapter that the settings ask for."""
     adapter, lora = config.adapter_name_or_path, config if isinstance(config, TrainConfig) else None
     if not config.adapts:
+        if config.train_router:
+            train_routers(loaded.model)
         return replace(loaded, model=loaded.model.requires_grad_(True))
     from diffdpo.models.lora.adapters import add_lora, attach_adapter  # peft takes seconds to import
 
@@ -49,6 +52,7 @@ def adapted(loaded: LoadedModel, config: RunConfig, *, with_start: bool = False)
         model.peft_config["default"].base_model_name_or_path, model.peft_config["default"].revision = name, revision
         return replace(loaded, model=keep_start(model) if with_start else model)
     assert lora is not None
+    whole = lora.lora_modules_to_save
     torch.manual_seed(lora.seed)  # the adapter starts the same on every rank
     model = add_lora(
         loaded.model,
@@ -56,7 +60,7 @@ def adapted(loaded: LoadedModel, config: RunConfig, *, with_start: bool = False)
         r=lora.lora_r,
         alpha=lora.lora_alpha,
         target_modules=lora.lora_target_modules,
-        modules_to_save=lora.lora_modules_to_save,
+        modules_to_save=whole_with_routers(loaded.model, whole) if lora.train_router else whole,
         revision=lora.model_revision,
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,

@@ -3,13 +3,14 @@
 from data_pipeline.locate import check_rows
 from data_pipeline.names import source_names
 from data_pipeline.tokenizer import tokenizer_difference
-from diffdpo.config import RunConfig, TrainConfig
+from diffdpo.config import RunConfig, SftConfig, TrainConfig
 from diffdpo.engine.choice import EngineChoice
 from diffdpo.engine.make import check_host
 from diffdpo.errors import UserError
+from diffdpo.models.architecture.router import check_router
 from diffdpo.models.bundled import model_or_bundled
 from diffdpo.models.checkpoint.adapter_folder import check_base
-from diffdpo.models.load import empty_model, load_tokenizer_and_spec
+from diffdpo.models.load import empty_model, load_tokenizer_and_spec, read_config
 from diffdpo.models.lora.targets import target_pattern, whole_modules
 from diffdpo.noise.estimators import check_estimator
 from diffdpo.reference.modes import check_reference
@@ -70,6 +71,11 @@ def check_named(config: RunConfig) -> None:
         check_base(config.adapter_name_or_path, model_or_bundled(config.policy))
     if isinstance(config, TrainConfig) and config.ref_model_name_or_path:
         _check_read_alike(model_or_bundled(config.policy), config.ref_model_name_or_path, config.block_size)
+    if config.train_router:
+        if isinstance(config, SftConfig) and not config.policy:
+            raise UserError("--train_router: a new model has no router; leave it out")
+        family, shape = read_config(model_or_bundled(config.policy), block_size=config.block_size)
+        check_router(family.model_class, shape.model_type)
     if isinstance(config, TrainConfig) and (config.lora_target_modules or config.lora_modules_to_save):
         policy = model_or_bundled(config.policy)
         model = empty_model(policy, block_size=config.block_size)

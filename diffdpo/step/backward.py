@@ -78,9 +78,16 @@ def checkpoint(engine: Engine, rows: NoisyRows, loss_of: LossOf, *, segments: Se
 
 
 def two_pass(engine: Engine, rows: NoisyRows, loss_of: LossOf, *, segments: Segments, last: bool) -> torch.Tensor:
-    """Scores first, then gradients: nothing but the weights outlives a segment, and no module is used twice."""
-    f_R = score_rows(engine, rows, segments=segments)
-    replay(engine, rows, gradient_of(loss_of, f_R), segments=segments, last=last)
+    """Scores first, then gradients: nothing but the weights outlives a segment, and no module is used twice. Where all
+    rows share one clean stream it is run once, and its graph waits for the second pass."""
+    groups = segments.by_stream(rows)
+    clean = shared(engine, groups[0]) if len(groups) == 1 else None
+    if clean is None:
+        f_R = score_rows(engine, rows, segments=segments)
+    else:
+        with torch.no_grad():
+            f_R = in_order(groups[0], [forward_rows(engine, piece.rows, clean.leaves) for piece in groups[0]])
+    _replay(engine, groups, gradient_of(loss_of, f_R), last=last, clean=clean)
     return f_R
 
 
@@ -93,9 +100,20 @@ def gradient_of(loss_of: LossOf, f_R: torch.Tensor) -> torch.Tensor:
 
 def replay(engine: Engine, rows: NoisyRows, gradient_R: torch.Tensor, *, segments: Segments, last: bool) -> None:
     """Second pass: add Σ_R dL/df · ∇f; a forward and backward a segment, and one of the clean tokens they share."""
-    groups = segments.by_stream(rows)
+    _replay(engine, segments.by_stream(rows), gradient_R, last=last)
+
+
+def _replay(
+    engine: Engine,
+    groups: Sequence[Sequence[Segment]],
+    gradient_R: torch.Tensor,
+    *,
+    last: bool,
+    clean: CleanGradient | None = None,
+) -> None:
+    """``clean``: of the only group, where it has been run."""
     for index, group in enumerate(groups):
-        clean = shared(engine, group)
+        clean = clean or shared(engine, group)
         for number, piece in enumerate(group, start=1):
             closes = number == len(group)
             # the last segment of a group takes the clean gradient of all of them back with its own: DeepSpeed closes a
@@ -107,6 +125,7 @@ def replay(engine: Engine, rows: NoisyRows, gradient_R: torch.Tensor, *, segment
             engine.backward(loss, last=last and closes and index == len(groups) - 1)
             if clean and not closes:
                 clean.collect()
+        clean = None
 
 
 def shared(engine: Engine, group: Sequence[Segment]) -> CleanGradient | None:
@@ -128,7 +147,7 @@ def deferred(engine: Engine, rows: NoisyRows, loss_of: LossOf, *, segments: Segm
     def gradient_of_score(pieces: list[Segment], clean: CleanGradient | None) -> torch.Tensor:
         for piece in pieces:
             f_S = forward_rows(engine, piece.rows, clean.leaves if clean else None)
-            engine.backward((f_S * piece.of(rows.weight_R)).sum(), last=last)
+            engine.backward((f_S * piece.of(rows.weight_R).to(f_S.dtype)).sum(), last=last)
             f_R[piece.index_S] = f_S.detach()
             if clean:
                 clean.collect()
@@ -150,6 +169,7 @@ def deferred(engine: Engine, rows: NoisyRows, loss_of: LossOf, *, segments: Segm
 
 def _slope(gradient_S: torch.Tensor, weight_S: torch.Tensor) -> float:
     """dL/dS of an answer from dL/df = dL/dS · weight of its rows; 0 for an answer that is absent."""
+    gradient_S, weight_S = gradient_S.double(), weight_S.double()
     norm = float(weight_S @ weight_S)
     return float(gradient_S @ weight_S) / norm if norm else 0.0
 

@@ -15,6 +15,7 @@ from diffdpo.engine.base import Engine
 from diffdpo.engine.world import World
 from diffdpo.losses.metrics import pair_sums
 from diffdpo.losses.options import LossOptions
+from diffdpo.models.architecture.router import balance_loss, take_spread
 from diffdpo.noise.rows import NoisyRows
 from diffdpo.scores.fold import fold
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
@@ -51,6 +52,7 @@ class StepReport:
     flops: float = 0.0  # that the step cannot do without (``models.architecture.work``); 0: not counted
     segment_rows: int = 0  # size of a segment, where it is a number of rows,
     segment_tokens: int = 0  # or of tokens
+    router_balance: float | None = None  # of trained routers, 1 where level (``models.architecture.router``)
     notes: tuple[str, ...] = ()  # what the user should be told
 
 
@@ -87,6 +89,7 @@ def report_of(
         largest_logit=largest,
         relative_logit=relative,
         reference_point=None if reference_point is None else float(reference_point),
+        router_balance=_router_balance(engine),
     )
 
 
@@ -144,6 +147,12 @@ def _tokens_computed(engine: Engine) -> tuple[int, int]:
     found = counted.computed, counted.padding
     counted.computed = counted.padding = 0
     return found
+
+
+def _router_balance(engine: Engine) -> float | None:
+    """Of all ranks' tokens since the last call; every rank has the same routers."""
+    spread_L2E = take_spread(engine.module)
+    return None if spread_L2E is None else balance_loss(engine.world.all_reduce_sum(spread_L2E.to(engine.world.device)))
 
 
 def _work(scored: Sequence[MicroScores], engine: Engine, forwards: int) -> float:

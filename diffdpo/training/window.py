@@ -38,6 +38,7 @@ class Window:
             **({"loss": sum(losses) / len(losses)} if losses else {}),
             **({"loss/sft": last.sft_loss} if last.sft_loss is not None and last.records else {}),
             **({"kl/reference_point": last.reference_point} if last.reference_point is not None else {}),
+            **({"router/balance_loss": last.router_balance} if last.router_balance is not None else {}),
             **means(sums),
             "noise/num_samples": sum(report.num_samples for report in self.reports) / count,
             "grad_norm": last.grad_norm,

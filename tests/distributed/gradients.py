@@ -23,6 +23,7 @@ from diffdpo.engine.plain import PlainEngine
 from diffdpo.engine.world import World, init_distributed, shutdown_distributed
 from diffdpo.losses.options import LossOptions
 from diffdpo.models.architecture.backbone import native
+from diffdpo.models.architecture.router import train_routers, whole_with_routers
 from diffdpo.models.load import load_model
 from diffdpo.models.lora.adapters import add_lora
 from diffdpo.noise.options import NoiseOptions
@@ -45,6 +46,7 @@ class Case:
     ds: dict | None = None
     fsdp: dict | None = None
     lora: bool = False
+    router: bool = False  # of a mixture of experts, trained too
     layers: bool = False  # checkpoint each layer as well
     bf16: bool = False
     estimator: str = "mask_count"
@@ -101,9 +103,13 @@ def policy(folder: str, case: Case):
     """(module, spec): away from the reference, the same on every rank; weights that bf16 holds exactly where asked."""
     torch.manual_seed(0)  # of the adapter
     loaded = load_model(folder)
-    model = loaded.model.requires_grad_(True)
     if case.lora:
-        model = add_lora(loaded.model, loaded.spec, r=1, alpha=2)
+        whole = whole_with_routers(loaded.model, None) if case.router else None
+        model = add_lora(loaded.model, loaded.spec, r=1, alpha=2, modules_to_save=whole)
+    else:
+        if case.router:
+            train_routers(loaded.model)
+        model = loaded.model.requires_grad_(True)
     noise = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -206,7 +212,7 @@ def run(folder: str, data, case: Case, world: World, truth: dict) -> dict[str, d
         reference = reference.bfloat16()
     batches = micro_batches(data, loaded, world)
     for loss in case.losses:
-        key = (case.lora, case.bf16, case.estimator, loss)
+        key = (case.lora, case.router, case.bf16, case.estimator, loss)
         if key not in truth:
             whole = "two_pass" if "aot" in loss or "kto" in loss else "none"
             alone = World(0, 0, 1, world.device)
@@ -221,6 +227,7 @@ def run(folder: str, data, case: Case, world: World, truth: dict) -> dict[str, d
             found[f"{case.name} {strategy} {loss}"] = {
                 "error": (difference / size) ** 0.5,
                 "loss": [report.loss, expected_loss],
+                "balance": report.router_balance,
                 "calls": world.all_gather_object(engine.calls),
                 "sharded": _in_shards(engine),
                 "repeated": bool(report.notes),

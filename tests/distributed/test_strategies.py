@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from diffdpo.losses.preference import LOSSES
 
@@ -161,6 +162,55 @@ def test_block_causal_rows_with_every_strategy(compare, block_model, engine, pro
         case("LoRA, layers, exact", engine, lora=True, layers=True, estimator="exact", strategies=DEFERRABLE),
     ]
     check(compare(cases, processes=processes, model=block_model, timeout=900), FP32)
+
+
+@pytest.fixture(scope="module")
+def experts_model(tiny_model, tmp_path_factory) -> Path:
+    """As ``tiny_model``, a block-causal mixture of experts."""
+    from diffdpo.models.architecture.llada2_moe import LLaDA2MoeConfig, LLaDA2MoeModelLM
+    from diffdpo.models.load import load_model, save_model
+
+    tiny, folder = load_model(str(tiny_model)), tmp_path_factory.mktemp("experts") / "experts_model"
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes |= {"intermediate_size": 48, "moe_intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 2}
+    sizes |= {"n_group": 2, "topk_group": 1, "num_shared_experts": 1, "first_k_dense_replace": 1, "block_size": 4}
+    numbers = {"routed_scaling_factor": 2.5, "partial_rotary_factor": 0.5, "rope_theta": 1e4, "rms_norm_eps": 1e-6}
+    ids = {"mask_token_id": tiny.spec.mask_token_id, "eos_token_id": tiny.spec.terminator_id}
+    rest = {"vocab_size": tiny.model.head.weight.shape[0], "tie_word_embeddings": False}
+    config = LLaDA2MoeConfig(**sizes, **numbers, **ids, pad_token_id=tiny.spec.pad_token_id, **rest)
+    save_model(LLaDA2MoeModelLM(config), tiny.tokenizer, folder)
+    return folder
+
+
+@pytest.mark.distributed
+def test_a_trained_router_on_two_processes(compare, experts_model):
+    """Its gradient is that of one graph, and its balance loss lies where it must; without the flag there is none."""
+    cases = [
+        case("ZeRO-3", "ZeRO-3", strategies=["two_pass"], router=True),
+        case("FSDP2 LoRA", "FSDP2", strategies=["deferred"], lora=True, router=True),
+        case("frozen", "plain", strategies=["none"]),
+    ]
+    found = compare(cases, processes=2, model=experts_model)
+    check(found, FP32)
+    balance = {name: result["balance"] for name, result in found.items()}
+    assert balance.pop("frozen none sigmoid") is None
+    assert all(1 <= value <= 8 for value in balance.values())
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(960)
+@pytest.mark.parametrize("engine", list(ENGINES))
+def test_experts_and_routers_with_every_strategy(compare, experts_model, engine):
+    whole = engine in ("plain", "ZeRO-1")
+    cases = [
+        case("full", engine, router=True, strategies=DEFERRABLE if whole else ALL),
+        case("full, frozen", engine, layers=True, strategies=["two_pass"]),
+        case("LoRA", engine, lora=True, router=True, strategies=DEFERRABLE),
+        case("LoRA, layers", engine, lora=True, router=True, layers=True, strategies=["two_pass"]),
+    ]
+    check(compare(cases, processes=2, model=experts_model, timeout=900), FP32)
 
 
 def greedy(engine: str, **settings) -> dict:

@@ -122,6 +122,8 @@ class MaskedLM(PreTrainedModel):
     _supports_sdpa = True
 
     rotary: RotaryTable
+    router_name: str | None = None
+    """Of a mixture of experts: the last part of the name of its routers."""
     computes_on: torch.device | None = None
     """Where forwards run, for an engine that keeps the weights elsewhere."""
 

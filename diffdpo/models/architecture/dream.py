@@ -101,10 +101,18 @@ class DreamConfig(PublishedConfig):
         scaling: dict[str, Any] = {key: rotary.get(key) for key in LLAMA3_KEYS} if kind == "llama3" else {}
         absent = [key for key, value in scaling.items() if value is None]
         odd = {key: value for key, value in {"rope_theta": theta, **scaling}.items() if not _positive(value)}
+        twice = [key for key, value in self._scaling.items() if rotary.get(key) != value]
         ramp = kind == "llama3" and not (absent or odd) and scaling["low_freq_factor"] >= scaling["high_freq_factor"]
         self.refuse(
             [
                 (theta is None, "lacks rope_theta: add the key to config.json"),
+                (
+                    twice,
+                    "".join(
+                        f"has rope_scaling and rope_parameters with another {key} each: leave one out"
+                        for key in twice[:1]
+                    ),
+                ),
                 (self.rope_theta not in (None, theta), f"has rope_theta={self.rope_theta} and another one, {theta}"),
                 (
                     kind not in self.rotary_types,
@@ -123,9 +131,14 @@ class DreamConfig(PublishedConfig):
     @property
     def rotary(self) -> dict[str, Any]:
         """Rotary settings with `rope_theta` and `rope_type`, from either generation of config files."""
-        old = dict(self.rope_scaling or {})
-        merged = {"rope_theta": self.rope_theta, "rope_type": old.pop("type", "default")} | old
+        merged = {"rope_theta": self.rope_theta, "rope_type": "default"} | self._scaling
         return merged | (getattr(self, "rope_parameters", None) or {})
+
+    @property
+    def _scaling(self) -> dict[str, Any]:
+        """`rope_scaling`, its `type` under the name of today."""
+        old = dict(self.rope_scaling or {})
+        return ({"rope_type": old.pop("type")} if "type" in old else {}) | old
 
     @property
     def qkv_bias(self) -> bool:

@@ -30,7 +30,7 @@ def mix_experts(h_NK: Tensor, experts: nn.ModuleList, expert_NT: Tensor, weight_
         return _grouped(h_NK, experts, expert_NT, weight_NT)
     out_NK = torch.zeros_like(h_NK)
     if not len(h_NK):
-        return out_NK + sum(expert(h_NK) for expert in experts if _must_run(expert))
+        return out_NK + sum(expert(h_NK) for expert in experts if _must_run(expert)) + weight_NT.sum().to(h_NK.dtype)
     for number, expert in enumerate(experts):
         token_X, place_X = (expert_NT == number).nonzero(as_tuple=True)
         if not len(token_X) and not _must_run(expert):

@@ -2,9 +2,8 @@
 
 Attention has one fused projection (queries, keys, values in that order), norms on q and k, and rotary positions on a
 part of each head. The first layers are dense; in the others a sigmoid router with a selection bias picks experts
-within the best groups, and a shared expert sees every token. The router is frozen: `requires_grad_(True)` leaves it
-so, as which experts are chosen has no gradient and a trained router would need a balance loss, which is not built
-here.
+within the best groups, and a shared expert sees every token. Routers stay frozen under `requires_grad_(True)` unless
+they are asked for: `router.py`.
 
 How experts are run: `experts.py`. Not here: merged checkpoints (`llada2_moe_veomni`), biases.
 
@@ -21,6 +20,7 @@ from diffdpo.models.architecture.dream import OPTIONAL, SUPPORTED, DreamConfig, 
 from diffdpo.models.architecture.experts import mix_experts
 from diffdpo.models.architecture.layers import RMSNorm, RotaryTable, VocabularyHead, rotate
 from diffdpo.models.architecture.published_config import Setting
+from diffdpo.models.architecture.router import Router
 
 COUNTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group", "num_shared_experts")
 PUBLISHED_BLOCK = 32
@@ -116,32 +116,6 @@ class FusedAttention(nn.Module):
         return torch.cat([rotate(turned, *rope, full_precision=False), rest], dim=-1)
 
 
-class Router(nn.Module):
-    """Which experts see a token, and how much each counts; in fp32 (or wider)."""
-
-    def __init__(self, config: LLaDA2MoeConfig):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
-        self.expert_bias = nn.Parameter(torch.zeros(config.num_experts))
-        self.groups, self.best_groups = config.n_group, config.topk_group
-        self.experts_of_token, self.scale = config.num_experts_per_tok, config.routed_scaling_factor
-
-    def forward(self, h_NK: Tensor) -> tuple[Tensor, Tensor]:
-        """(experts [N, T], weights [N, T]): the bias has a say in the choice, not in the weights."""
-        wide = torch.promote_types(h_NK.dtype, torch.float32)
-        score_NE = (h_NK.to(wide) @ self.weight.to(wide).T).sigmoid()
-        choice_NGE = (score_NE + self.expert_bias.to(wide)).unflatten(-1, (self.groups, -1))
-        group_NG = choice_NGE.topk(2, dim=-1).values.sum(-1)
-        in_best_NG = torch.zeros_like(group_NG, dtype=torch.bool)
-        in_best_NG.scatter_(1, group_NG.topk(self.best_groups, dim=-1).indices, True)
-        choice_NE = choice_NGE.masked_fill(~in_best_NG[..., None], -torch.inf).flatten(1)
-        expert_NT = choice_NE.topk(self.experts_of_token, dim=-1).indices
-        weight_NT = score_NE.gather(1, expert_NT)
-        if self.experts_of_token > 1:
-            weight_NT = weight_NT / (weight_NT.sum(-1, keepdim=True) + 1e-20)
-        return expert_NT, weight_NT * self.scale
-
-
 class Expert(GatedMLP):
     """An MLP of another width."""
 
@@ -160,7 +134,14 @@ class ExpertsMLP(nn.Module):
         super().__init__()
         size, width = config.hidden_size, config.moe_intermediate_size
         self.experts = nn.ModuleList(Expert(size, width) for _ in range(config.num_experts))
-        self.gate = Router(config)
+        self.gate = Router(
+            experts=config.num_experts,
+            size=size,
+            groups=config.n_group,
+            best_groups=config.topk_group,
+            experts_of_token=config.num_experts_per_tok,
+            scale=config.routed_scaling_factor,
+        )
         self.shared_experts = Expert(size, width * config.num_shared_experts)
 
     def forward(self, h_NK: Tensor) -> Tensor:
@@ -200,6 +181,8 @@ class LLaDA2MoeModelLM(DreamModel):
 
     config_class = LLaDA2MoeConfig
     _no_split_modules = ["LLaDA2MoeDecoderLayer"]  # noqa: RUF012 - as transformers declares it
+    router_name = "gate"
+    trains_router = False
 
     def __init__(self, config: LLaDA2MoeConfig):
         MaskedLM.__init__(self, config.check())
@@ -219,12 +202,12 @@ class LLaDA2MoeModelLM(DreamModel):
         self.model.word_embeddings = cast(nn.Embedding, value)
 
     def requires_grad_(self, requires_grad: bool = True) -> "LLaDA2MoeModelLM":
-        """As of any module, but routers stay frozen."""
+        """As of any module, but routers stay frozen unless they are trained too; their selection bias always does."""
         super().requires_grad_(requires_grad)
         for module in self.modules():
             if isinstance(module, Router):
-                for parameter in module.parameters():
-                    parameter.requires_grad = False
+                module.weight.requires_grad = requires_grad and self.trains_router
+                module.expert_bias.requires_grad = False
         return self
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -122,6 +122,11 @@ def test_several_end_tokens(tmp_path, tokenizer):
         (DREAM, {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
         (DREAM, {"head_dim": -8}, "head_dim=-8; it must be above 0"),
         (DREAM, {"attention_bias": "no"}, "attention_bias='no'; expected: bool"),
+        (
+            DREAM,
+            {"rope_scaling": RAMP, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}},
+            "rope_scaling and rope_parameters with another rope_type",
+        ),
         (DREAM, {"rope_scaling": [1]}, r"rope_scaling=\[1\]; expected: dict"),
         (DREAM, {"rope_parameters": {"rope_theta": 5e5}}, "rope_theta=1000000.0 and another one, 500000.0"),
         (DREAM, {"rope_scaling": RAMP | {"factor": "8"}}, "factor='8'; expected: a number above 0"),

@@ -50,7 +50,7 @@ def plain_row_scores(model, rows, shift):
         for m in (rows.row_M == row).nonzero()[:, 0].tolist():
             place = start + int(rows.position_M[m])
             source = length + place - 1 if shift and place % BLOCK == 0 else place - shift
-            values[row] = values[row] + rows.scale_M[m] * logp[source, rows.target_M[m]]
+            values[row] = values[row] + float(rows.scale_M[m]) * logp[source, rows.target_M[m]]
     return torch.stack(values)
 
 

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from diffdpo.errors import UserError
 from diffdpo.models.architecture.llada2_moe import LLaDA2MoeModelLM
+from diffdpo.models.architecture.router import balance_loss, take_spread, train_routers, whole_with_routers
 from diffdpo.models.load import load_model, save_model
-from diffdpo.models.lora.adapters import add_lora
+from diffdpo.models.lora.adapters import add_lora, reference
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.sampling.decode import sample
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
@@ -169,6 +170,56 @@ def test_all_but_the_router_trains(published):
     frozen = {name for name, p in loaded.model.named_parameters() if not p.requires_grad}
     assert frozen == {name for name in tensors() if ".mlp.gate." in name}
     assert all(p.grad is not None for p in loaded.model.parameters() if p.requires_grad)
+
+
+def test_a_trained_router(published):
+    """In full training its weight, beside an adapter a copy of it; the selection bias never."""
+    loaded = load_model(published)
+    train_routers(loaded.model)
+    loaded.model.requires_grad_(True)
+    whole = MaskedLogProbs(loaded.model, loaded.spec)
+    forward_rows(whole, rows_of(loaded.spec)).sum().backward()
+    assert all(float(layer.mlp.gate.weight.grad.abs().sum()) > 0 for layer in loaded.model.blocks[1:])
+    assert {n for n, p in loaded.model.named_parameters() if not p.requires_grad} == {
+        n for n in tensors() if n.endswith("expert_bias")
+    }
+    adapted = add_lora(loaded.model, loaded.spec, r=2, modules_to_save=whole_with_routers(loaded.model, "norm"))
+    before = {name: p.detach().clone() for name, p in adapted.named_parameters()}
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.1, weight_decay=0.0)
+    module = MaskedLogProbs(adapted, loaded.spec)
+    expected = forward_rows(module, rows_of(loaded.spec)).detach()
+    forward_rows(module, rows_of(loaded.spec)).sum().backward()
+    optimizer.step()
+    changed = {name for name, p in adapted.named_parameters() if not torch.equal(p, before[name])}
+    assert sum("gate.modules_to_save.default.weight" in name for name in changed) == 2
+    assert not any("expert_bias" in name or "original_module" in name for name in changed)
+    with reference(adapted):
+        assert torch.equal(forward_rows(module, rows_of(loaded.spec)).detach(), expected)
+
+
+def test_balance_of_a_router(published):
+    """Against the formula, token by token; what the reference runs is not in it."""
+    loaded = load_model(published)
+    assert take_spread(loaded.model.requires_grad_(True)) is None
+    train_routers(loaded.model)
+    loaded.model.requires_grad_(True)
+    gate, h = loaded.model.blocks[1].mlp.gate, torch.randn(50, 24)
+    with torch.no_grad():
+        gate(torch.ones(5, 24))
+    chosen, _ = gate(h)
+    score = torch.sigmoid(h @ gate.weight.T).detach()
+    score = score / score.sum(1, keepdim=True)
+    expected = sum(16 * float((chosen == e).sum()) / 150 * float(score[:, e].mean()) for e in range(16))
+    spread = take_spread(loaded.model)
+    assert spread.shape == (2, 2, 16) and balance_loss(spread[:1]) == pytest.approx(expected, rel=1e-5)
+    assert balance_loss(torch.ones(3, 2, 16)) == pytest.approx(1)
+    assert not take_spread(loaded.model).any()
+
+
+def test_no_router_to_train(tiny_model):
+    with pytest.raises(UserError, match="--train_router: models of type 'llada' have no router"):
+        train_routers(load_model(tiny_model).model)
 
 
 def test_an_adapter_goes_on_attention_and_shared_experts(published):
