@@ -35,8 +35,8 @@ class Fsdp2Engine:
 
     def __init__(self, module: nn.Module, world: World, options: OptimizerOptions, *, choice: EngineChoice):
         self.choice, self.world, self.module, self.options = choice, world, module, options
-        frozen = any(not p.requires_grad for p in module.parameters())
-        self.adapter = trained_parameters(module) if frozen else []
+        # not by what is frozen: a mixture of experts trained whole has frozen routers, which are cut with the rest
+        self.adapter = trained_parameters(module) if hasattr(module.model, "peft_config") else []
         kept = [p for p in module.parameters() if getattr(p, "stays_whole", False)]  # the adapter as it started
         shard(module, world, choice, whole=[*self.adapter, *kept])
         self.parameters = trained_parameters(module)
@@ -134,7 +134,7 @@ class Fsdp2Engine:
         self._reshard()
         state = {}
         for name, parameter in self.module.named_parameters():
-            if parameter.requires_grad:
+            if parameter.requires_grad or not self.adapter:
                 whole = gathered(parameter, self.world.device)
                 state[name] = whole.cpu() if self.world.is_main else None
         return state if self.world.is_main else None

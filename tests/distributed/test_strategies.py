@@ -189,7 +189,7 @@ def test_a_trained_router_on_two_processes(compare, experts_model):
     cases = [
         case("ZeRO-3", "ZeRO-3", strategies=["two_pass"], router=True),
         case("FSDP2 LoRA", "FSDP2", strategies=["deferred"], lora=True, router=True),
-        case("frozen", "plain", strategies=["none"]),
+        case("frozen", "FSDP2", strategies=["none"]),
     ]
     found = compare(cases, processes=2, model=experts_model)
     check(found, FP32)
