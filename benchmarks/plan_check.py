@@ -228,9 +228,9 @@ def _nothing():
 
 
 def _model(family, shape, config) -> tuple[Any, Any]:
+    from diffdpo.models.architecture.published_config import block_size_of
     from diffdpo.models.architecture.spec import FamilySpec
     from diffdpo.models.lora.adapters import add_lora
-    from diffdpo.planner.shapes import block_size_of
 
     spec = FamilySpec(
         shape.model_type,

@@ -305,7 +305,7 @@ class Encoder:
 
 def default_template(tokenizer: Any) -> str:
     """How training renders prompts unless told otherwise: in chat form, strings too, where the tokenizer can."""
-    return "chat" if has_template(tokenizer) else "auto"
+    return "chat" if has_template(tokenizer) else "plain"
 
 
 def beginning_of(tokenizer: Any) -> tuple[int, ...]:

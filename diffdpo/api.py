@@ -8,7 +8,7 @@ is raised as ``UserError`` or ``DataError`` (both are ``ValueError``); the inter
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -21,9 +21,10 @@ from diffdpo.cli.flags import own_names, own_settings
 from diffdpo.config import EvaluateConfig, ScoreConfig, SftConfig, TrainConfig, make_config, with_bundled_settings
 from diffdpo.engine.world import init_distributed
 from diffdpo.errors import UserError
-from diffdpo.evaluation.score_models import device_named, load_models, settled
+from diffdpo.evaluation.score_models import device_beside, device_named, load_models, model_names, settled
 from diffdpo.evaluation.score_pairs import Scorer
 from diffdpo.models.bundled import model_or_bundled
+from diffdpo.models.checkpoint.adapter_folder import is_adapter
 from diffdpo.models.load import LoadedModel, load_model
 from diffdpo.noise.estimators import check_estimator
 from diffdpo.sampling.decode import Decoding, sample
@@ -43,6 +44,8 @@ Data = str | Path | Sequence[str] | Iterable[Mapping[str, Any]]
 """A name or path, several of them, records, or a ``datasets.Dataset``."""
 Model = str | Path | LoadedModel
 Config = TypeVar("Config", bound=Settings)
+OBJECTS = ("model_name_or_path", "ref_model_name_or_path", "train_data", "eval_data")
+"""Settings of a run that may be more than text."""
 
 
 def train(
@@ -56,15 +59,14 @@ def train(
 ) -> Result:
     """Align ``model`` with preference pairs; ``launch/train.py`` in Python. ``settings`` are its flags.
 
-    Without a model the bundled one is trained, without data generated pairs are used. ``reference_model``: the frozen
-    reference, by default the model as it starts. Under a launcher every process calls it alike. A ``datasets`` stream
-    is read as far as ``max_steps`` needs.
+    Without a model the bundled one is trained, without data generated pairs are used. Training goes on with a model
+    that is an adapter, by its folder or loaded. ``reference_model``: the frozen reference, by default the model as it
+    starts. Under a launcher every process calls it alike. A ``datasets`` stream is read as far as ``max_steps`` needs.
     """
-    told, values = each_of(callbacks), dict(settings)
-    if reference_model is not None:
-        values["ref_model_name_or_path"] = reference_model
-    config = _config(TrainConfig, model, train_data, eval_data, with_bundled_settings, values)
-    return preference.train(config, callbacks=told)
+    told = each_of(callbacks)
+    objects = {"model_name_or_path": model, "train_data": train_data, "eval_data": eval_data}
+    objects["ref_model_name_or_path"] = reference_model
+    return preference.train(_config(TrainConfig, objects, with_bundled_settings, settings), callbacks=told)
 
 
 def sft(
@@ -80,8 +82,8 @@ def sft(
     Without a model a new one is made, of the size that ``width``, ``layers`` and ``heads`` say.
     """
     told = each_of(callbacks)
-    config = _config(SftConfig, model, train_data, eval_data, lambda values: values, settings)
-    return supervised.sft(config, callbacks=told)
+    objects = {"model_name_or_path": model, "train_data": train_data, "eval_data": eval_data}
+    return supervised.sft(_config(SftConfig, objects, lambda values: values, settings), callbacks=told)
 
 
 def score(
@@ -94,12 +96,19 @@ def score(
     ``reference_score``, ``log_ratio`` and ``log_ratio_stderr``. Records that cannot be scored are left out, with one
     warning that counts them.
     """
-    config = settled(make_config(ScoreConfig, own_settings(ScoreConfig, _checked(ScoreConfig, settings))))
+    objects = {"model_name_or_path": model, "ref_model_name_or_path": reference}
+    values = _with_objects(_checked(ScoreConfig, settings), objects)
+    model, reference = values.pop("model_name_or_path", None), values.pop("ref_model_name_or_path", None)
+    if values.pop("output", None) is not None:
+        raise UserError("score gives its lines back and writes no output; `diffdpo score --output FILE` does")
+    given = [each for each in (model, reference) if isinstance(each, LoadedModel)]
+    config = settled(make_config(ScoreConfig, own_settings(ScoreConfig, values)), given)
     check_estimator(
         config.score_estimator, num_samples=config.num_mc_samples, num_diffusion_steps=config.num_diffusion_steps
     )
-    named = [each for each in (model if model is not None else model_or_bundled(None), reference) if each is not None]
-    models = [each if isinstance(each, LoadedModel) else load_models([name_of(each)], config)[0] for each in named]
+    models = [_scored(model, config)]
+    if reference is not None:
+        models.append(_scored(reference, replace(config, adapter_name_or_path=None)))
     if models[0].tokenizer.get_vocab() != models[-1].tokenizer.get_vocab():
         raise UserError("the reference has another vocabulary than the model; their scores do not compare")
     scorer = Scorer(models, config)
@@ -128,19 +137,22 @@ def evaluate(
     same items. ``pairs``: what tasks take their items from; ``task``: their names, by default the pairs themselves.
     Several models are given by name. Under a launcher every process calls it alike.
     """
-    values, cache = dict(_checked(EvaluateConfig, settings)), Path("outputs") / "data_cache"
+    cache = Path("outputs") / "data_cache"
+    objects = {"model_name_or_path": model, "ref_model_name_or_path": reference, "pairs": pairs, "task": task}
+    values = _with_objects(_checked(EvaluateConfig, settings), objects)
+    model = values.pop("model_name_or_path", None)
     named = model if isinstance(model, (list, tuple)) else [model]
     given = model if isinstance(model, LoadedModel) else None
     if any(isinstance(each, LoadedModel) for each in named) and given is None:
         raise UserError("several models are given by name; a model in memory is evaluated by itself")
     if given is None and model is not None:
         values["model_name_or_path"] = [name_of(each) for each in named]
-    if reference is not None:
-        values["ref_model_name_or_path"] = model_as_folder(reference, cache)
-    if pairs is not None:
-        values["pairs"] = data_as_source(pairs, "pairs", cache)
-    if task is not None:
-        values["task"] = task
+    if given is not None and given.dtype in field_of(EvaluateConfig, "dtype").metadata["choices"]:
+        values.setdefault("dtype", given.dtype)  # what a reference is read in
+    if values.get("ref_model_name_or_path") is not None:
+        values["ref_model_name_or_path"] = model_as_folder(values["ref_model_name_or_path"], cache)
+    if values.get("pairs") is not None:
+        values["pairs"] = data_as_source(values["pairs"], "pairs", cache)
     config = make_config(EvaluateConfig, own_settings(EvaluateConfig, values))
     world = init_distributed()
     return evaluation.evaluate(config, world, given=given)
@@ -154,7 +166,7 @@ def generate(
     seed: int = 0,
     batch_size: int = 8,
     device: str = "auto",
-    dtype: str = "float32",
+    dtype: str | None = None,
     **settings: Any,
 ) -> list[str]:
     """One sampled answer a prompt, in order. A prompt is a text or a list of chat messages; one text is one prompt.
@@ -199,28 +211,43 @@ def _of_decoding(name: str, value: Any) -> Any:
     return None if value is None and type(None) in get_args(hint) else of_kind(name, value, kind_of(hint))
 
 
-def _loaded(model: Model | None, *, device: str, dtype: str) -> LoadedModel:
-    return model if isinstance(model, LoadedModel) else load(model, device=device, dtype=dtype)
+def _loaded(model: Model | None, *, device: str, dtype: str | None) -> LoadedModel:
+    if not isinstance(model, LoadedModel):
+        return load(model, device=device, dtype=dtype or "float32")
+    device_beside(device, [model])
+    if dtype not in (None, model.dtype):
+        raise UserError(f"dtype is {dtype} and the model in memory is in {model.dtype}; leave dtype out, or load it so")
+    return model
+
+
+def _scored(model: Model | None, config: ScoreConfig) -> LoadedModel:
+    """A model that pairs are scored under, as the settings have it read."""
+    if isinstance(model, LoadedModel):
+        _loaded(model, device="auto", dtype=config.dtype)
+        if config.adapter_name_or_path or config.load_in_4bit:
+            raise UserError(
+                "adapter_name_or_path and load_in_4bit are for a model that is named; give load what it takes"
+            )
+        return model
+    config = replace(config, model_name_or_path=None if model is None else name_of(model))
+    return load_models(model_names(config), config)[0]
+
+
+def _with_objects(settings: Mapping[str, Any], objects: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with what was given as arguments. UserError for what is given as both."""
+    given = {name: value for name, value in objects.items() if value is not None}
+    if twice := sorted(given.keys() & settings.keys()):
+        raise UserError(f"{twice[0]} is given twice; leave one out")
+    return {**settings, **given}
 
 
 def _config(
-    config_class: type[Config],
-    model: Model | None,
-    train_data: Data | None,
-    eval_data: Data | None,
-    complete: Any,
-    settings: Mapping[str, Any],
+    config_class: type[Config], objects: Mapping[str, Any], complete: Any, settings: Mapping[str, Any]
 ) -> Config:
     """The checked settings of a run; what was handed over as objects lies in its data cache."""
-    values = dict(settings)
-    for name, value in (("model_name_or_path", model), ("train_data", train_data), ("eval_data", eval_data)):
-        if value is not None and name in settings:
-            raise UserError(f"{name} is given twice; leave one out")
-        if value is not None:
-            values[name] = value
-    objects = ("model_name_or_path", "ref_model_name_or_path", "train_data", "eval_data")
+    values = _with_objects(settings, objects)
     values = {
-        name: value if name in objects else converted(config_class, name, value)
+        name: value if name in OBJECTS else converted(config_class, name, value)
         for name, value in own_names(config_class, values).items()
     }
     cache = _cache_of(values)
@@ -231,6 +258,8 @@ def _config(
     for name in ("model_name_or_path", "ref_model_name_or_path"):
         if values.get(name) is not None:
             values[name] = model_as_folder(values[name], cache)
+    if is_adapter(values.get("model_name_or_path") or "") and not values.get("adapter_name_or_path"):
+        values["adapter_name_or_path"] = values.pop("model_name_or_path")  # a model that is an adapter on its base
     # as from YAML: a number may come as text, and a type that fits none is told by name
     return make_config(config_class, complete(own_settings(config_class, values)))
 

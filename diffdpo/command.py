@@ -33,7 +33,7 @@ class Parser(data_pipeline.cli.Parser):
         self._negative_number_matcher = re.compile(r"-[.\d]")
 
     def error(self, message: str) -> NoReturn:
-        _let_rank_0_speak()
+        _wait_for_rank_0_to_speak()
         super().error(message)
 
 
@@ -51,12 +51,12 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         try:
             return main(argv)
         except (UserError, DataError):
-            _let_rank_0_speak()
+            _wait_for_rank_0_to_speak()
             raise
         except Stopped:
             return RESUMABLE
         except TrainingError as error:
-            _let_rank_0_speak()
+            _wait_for_rank_0_to_speak()
             print(f"error: {error}", file=sys.stderr)
             return 1
 
@@ -85,7 +85,7 @@ def _leave_behind_those_who_wait(code: int) -> None:
         os._exit(code)
 
 
-def _let_rank_0_speak() -> None:
+def _wait_for_rank_0_to_speak() -> None:
     """A mistake is mostly met by every process. The launcher ends the others when the first has told of it; a process
     whose trouble is its own is still heard, a little later."""
     if os.environ.get("LOCAL_RANK", "0") != "0":

@@ -32,7 +32,7 @@ class GpuKind(Protocol):
         ...
 
     def synchronize(self, device: torch.device) -> None:
-        """Until all that was asked for is computed."""
+        """Wait until all that was asked for is computed."""
         ...
 
     def tiles_flash(self, device: torch.device) -> bool:
@@ -84,5 +84,5 @@ def is_gpu(device: torch.device) -> bool:
 
 
 def kind_of(device: torch.device) -> GpuKind:
-    """Of a device that is one."""
+    """The ways of a device that is a GPU."""
     return KINDS[device.type]

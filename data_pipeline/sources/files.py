@@ -116,7 +116,7 @@ def parts_of_folder(source: RowSource) -> list[RowSource]:
 
 
 def _tell_what_is_not_read(folder: Path) -> None:
-    """Of a folder of files, those whose ending nobody reads, but for what goes with data and is none."""
+    """Tell of the files in a folder whose ending nobody reads, but for what goes with data and is none."""
     other = [p for p in source_files(folder) if suffix_of(p) not in READERS and p.suffix.lower() not in NO_DATA]
     if other:
         names = ", ".join(str(p.relative_to(folder)) for p in other[:5]) + (", ..." if len(other) > 5 else "")

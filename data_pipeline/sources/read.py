@@ -20,7 +20,7 @@ def records_in(source: str, *, flag: str) -> Iterator[Record]:
 
 
 def questions_in(source: str, *, flag: str) -> Iterator[ChoiceRecord]:
-    """The same for multiple-choice questions."""
+    """The multiple-choice questions of a source, read once."""
     return _read(source, choice_records, flag)
 
 

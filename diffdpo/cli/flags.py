@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from data_pipeline.cli import nearest
+from data_pipeline.cli import nearest, underscored
 from diffdpo.cli import trl
 from diffdpo.command import Parser
 from diffdpo.config import RunConfig, SftConfig, TrainConfig, bundled_settings, make_config, with_bundled_settings
@@ -24,7 +24,7 @@ from diffdpo.shipped import find_shipped
 
 def parse_config(config_class: type[Settings], argv: Sequence[str], description: str) -> Any:
     """Defaults, then the recipe of ``--config``, then flags; checked. UserError for a setting's mistake."""
-    flags = vars(build_parser(config_class, description).parse_args(argv))
+    flags = vars(build_parser(config_class, description).parse_args([*_positive(config_class, argv)]))
     recipe, _ = flags.pop("config", None), flags.pop("local_rank", None)
     in_recipe = read_yaml(Path(recipe)) if recipe else {}
     together = {**in_recipe, **flags}
@@ -133,6 +133,17 @@ def build_parser(config_class: type[Settings], description: str) -> Parser:
     else:
         parser.add_argument("--local_rank")
     return parser
+
+
+def _positive(config_class: type[Settings], argv: Sequence[str]) -> Iterator[str]:
+    """The words with ``--no_bf16``, as transformers' parser lets one write it, told as ``--bf16 false``."""
+    hints = typing.get_type_hints(config_class)
+    switches = {name for name in _names(config_class) if kind_of(hints[name]) is bool}
+    switches |= trl.TABLE.keys() if takes_theirs(config_class) else set()
+    for word in argv:
+        name = underscored(word).removeprefix("--")
+        negated = name.startswith("no_") and name not in switches and name[3:] in switches
+        yield from ("--" + name[3:], "false") if negated and word.startswith("--") else (word,)
 
 
 class _Theirs(argparse.Action):

@@ -3,8 +3,8 @@
 ``SAME`` are names that mean the same here. ``TABLE`` holds the others: each is read as a setting of ours, or accepted
 where its value asks for what is done here anyway, or answered in one line: what to use instead, or why it makes no
 sense here. ``python -m diffdpo.cli.trl`` prints docs/from_trl.md. The names are those of transformers 5.23
-(TrainingArguments) and TRL 1.16 (DPO, KTO, CPO, ORPO and SFT configurations, ModelConfig, ScriptArguments), with
-some of older versions that recipes still have.
+(TrainingArguments) and TRL 1.16 (DPO, KTO, CPO, ORPO and SFT configurations, ModelConfig, ScriptArguments), and those
+of the same classes back to transformers 4.46 and TRL 0.9, which recipes still have.
 """
 
 import json
@@ -59,7 +59,7 @@ def word(value: Any) -> str:
 
 
 def renamed(ours: str) -> Entry:
-    """The same under another name."""
+    """A setting of ours under another name."""
     return Entry(READ, f"`--{ours}`", lambda name, value, beside: {ours: value})
 
 
@@ -205,7 +205,6 @@ SAME = (
     *("f_divergence_type", "f_alpha_divergence_coef", "use_weighting", "ld_alpha"),
     *("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
     *("beta", "loss_type", "loss_weights", *DEFAULTS),  # the losses' own parameters have TRL's names
-    "optim",
 )
 """Names that are flags here with the same meaning. (Defaults differ: see --help_all.)"""
 
@@ -220,6 +219,8 @@ _FSDP = "use --engine fsdp2 under torchrun; it has --fsdp_cpu_offload and --fsdp
 _ONE_MODEL = "a model is named by --model_name_or_path and --model_revision, and read with --bf16 or --load_in_4bit"
 _PACKED = "an answer is scored under its own prompt; --batching balanced and --bucket_steps lessen padding"
 _LOGGED = "metrics.jsonl is always written; see --logging_steps"
+_TPU = "TPUs are not offered; a run uses CUDA GPUs or CPUs"
+_MATCHING = "BCO's density ratios of prompts are not offered; --loss_type bco_pair does without"
 
 TABLE: dict[str, Entry] = {
     # TRL's ScriptArguments and data sets
@@ -276,7 +277,7 @@ TABLE: dict[str, Entry] = {
     "ref_adapter_name": answered("the adapter as it starts, or another by its folder as --ref_model_name_or_path"),
     "force_use_ref_model": answered("use --reference copy"),
     "base_model_attribute_name": answered("use --use_liger_kernel, which finds the model by itself"),
-    "router_aux_loss_coef": answered("no family here has a mixture of experts"),
+    "router_aux_loss_coef": only("0", why="routers of experts stay frozen, so there is no balance to keep"),
     "disable_dropout": only(
         "true", why="with dropout policy and reference would not be the same numbers where their weights are the same"
     ),
@@ -294,10 +295,19 @@ TABLE: dict[str, Entry] = {
     "tools": answered("put them into the prompt's messages"),
     "use_logits_to_keep": only("true", why="the head sees positions that are scored, and no others"),
     "use_liger_loss": answered("use --use_liger_kernel"),
+    # TRL's KTOConfig, of old
+    "prompt_sample_size": answered(_MATCHING),
+    "min_density_ratio": answered(_MATCHING),
+    "max_density_ratio": answered(_MATCHING),
     # TRL's CPOConfig and ORPOConfig
     "cpo_alpha": renamed("sft_weight"),
     "alpha": answered("AlphaPO's loss is not offered; --loss_type simpo is its case of 0"),
     # TRL's SFTConfig
+    "max_seq_length": renamed("max_length"),
+    "use_liger": renamed("use_liger_kernel"),
+    "dataset_batch_size": answered("records are turned into tokens one by one, as they are read"),
+    "num_of_sequences": answered(_PACKED),
+    "chars_per_token": answered(_PACKED),
     "chat_template_path": answered("the tokenizer's chat template is used; --template says when"),
     "dataset_text_field": answered("a record has a prompt and an answer; see docs/data.md for the names of columns"),
     "dataset_kwargs": answered("records are turned into tokens as they are read; see the group data of --help_all"),
@@ -315,10 +325,20 @@ TABLE: dict[str, Entry] = {
     "local_rank": Entry(READ, "given by launchers; the environment decides", lambda name, value, beside: {}),
     "use_cpu": only("false", why="hide the GPUs: set CUDA_VISIBLE_DEVICES to nothing"),
     "no_cuda": only("false", why="hide the GPUs: set CUDA_VISIBLE_DEVICES to nothing"),
+    "use_mps_device": only("false", why="Apple's GPUs are not offered; a run uses CUDA GPUs or CPUs"),
+    "tpu_num_cores": answered(_TPU),
+    "tpu_metrics_debug": only("false", why=_TPU),
     "full_determinism": only("false", why="the same seed gives the same data and noise always; see docs/training.md"),
     "data_seed": answered("--seed is that of data and noise both"),
     "debug": only("", "none", why="a loss or gradient that is not finite ends the run with its step"),
     # transformers: optimisation
+    "per_gpu_train_batch_size": renamed("per_device_train_batch_size"),
+    "adafactor": words("true: `--optim adafactor`", true={"optim": "adafactor"}, false={}),
+    "use_ipex": only("false", why="torch's own kernels are used; --torch_compile compiles the layers"),
+    "jit_mode_eval": only("false", why="--torch_compile compiles the layers, for evaluations too"),
+    "torchdynamo": answered("use --torch_compile"),
+    "fp16_backend": only("auto", why="weights are bf16 with --bf16, else fp32"),
+    "fp16_opt_level": answered("fp16 and its loss scaling are not offered; use --bf16"),
     "warmup_ratio": renamed("warmup_steps"),
     "optim_args": answered("see --adam_beta1, --adam_beta2, --adam_epsilon and --weight_decay"),
     "optim_target_modules": answered("GaLore and APOLLO are not offered; --use_peft trains few parameters"),
@@ -358,6 +378,10 @@ TABLE: dict[str, Entry] = {
     # transformers: evaluation and checkpoints
     "eval_strategy": strategy("eval_steps"),
     "evaluation_strategy": strategy("eval_steps"),
+    "per_gpu_eval_batch_size": renamed("per_device_eval_batch_size"),
+    "use_legacy_prediction_loop": only("false", why=_METRICS),
+    "past_index": only("-1", why="a row is scored by itself, and keeps no state for the next"),
+    "ray_scope": answered("a search over settings is `diffdpo sweep`"),
     "eval_delay": only("0", why="there is an evaluation before training; --eval_steps sets those in between"),
     "eval_on_start": only("true", why="there is an evaluation before training; --eval_fraction 0 holds none out"),
     "eval_do_concat_batches": answered(_METRICS),
@@ -396,12 +420,19 @@ TABLE: dict[str, Entry] = {
     "train_sampling_strategy": only(
         "random", why="--bucket_steps 16 brings like lengths together, --batching balanced evens out micro-batches"
     ),
+    "dispatch_batches": only("false", why="each process reads its own records"),
+    "split_batches": only(
+        "false", why="--per_device_train_batch_size is of one process; --global_batch_size is divided by them"
+    ),
     "group_by_length": only("false", why="use --bucket_steps 16"),
     "length_column_name": answered("lengths are counted here; see --bucket_steps"),
     # transformers: engines
     "deepspeed": _deepspeed,
     "fsdp": only("", "false", "none", why=_FSDP),
     "fsdp_config": answered(_FSDP),
+    "fsdp_min_num_params": only("0", why=_FSDP),
+    "fsdp_transformer_layer_cls_to_wrap": answered("--engine fsdp2 finds the layers of a model by itself"),
+    "mp_parameters": only("", why="models are cut by --ds_config or --engine fsdp2, and in no other way"),
     "accelerator_config": answered("the engine is --engine, and what shards is in --ds_config"),
     "parallelism_config": answered("data are parallel and --ds_config shards; nothing else is split"),
     "ddp_find_unused_parameters": answered(_GRADIENTS),
@@ -430,8 +461,8 @@ def page() -> str:
         *_wrapped(
             "Made from the parser's own tables by `python -m diffdpo.cli.trl > docs/from_trl.md`; a test holds them "
             "together. Flags and YAML recipes are read alike, `--a-flag` as `--a_flag`, lists with blanks or commas, "
-            "and steps below 1 as a share of all steps (`--warmup_steps 0.1`). Names are those of TRL 1.16 and "
-            "transformers 5.23, and some of older versions. Defaults are this project's: see `--help_all`; where a "
+            "and steps below 1 as a share of all steps (`--warmup_steps 0.1`). Names are those of TRL 0.9 to 1.16 "
+            "and transformers 4.46 to 5.23. Defaults are this project's: see `--help_all`; where a "
             "loss of the same name differs, [losses.md](losses.md) says so."
         ),
         "",

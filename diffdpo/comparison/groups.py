@@ -43,7 +43,7 @@ class Group:
 
     @property
     def measured(self) -> tuple[RecordedRun, ...]:
-        """Those whose figures are averaged: the finished ones, where there are any."""
+        """The runs whose figures are averaged: the finished ones, where there are any."""
         return tuple(run for run in self.runs if run.status == "finished") or self.runs
 
     @cached_property

@@ -31,8 +31,8 @@ MEANS_DEPEND_ON = {
 
 @dataclass(frozen=True)
 class Difference:
-    """Of a group from the baseline in one metric. ``change``: None where there is none to speak of, for the reason
-    ``why_not``. ``p``: adjusted by Holm."""
+    """How far a group is from the baseline in one metric. ``change``: None where there is none to speak of, for the
+    reason ``why_not``. ``p``: adjusted by Holm."""
 
     metric: str
     change: Estimate | None = None

@@ -11,7 +11,7 @@ NAMED_BY = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 
 
 def interfaces() -> Iterator[Finding]:
-    """Those that are up, and settings that name one that is not there."""
+    """The interfaces that are up, and settings that name one that is not there."""
     import psutil
 
     state, known = psutil.net_if_stats(), psutil.net_if_addrs()

@@ -30,7 +30,7 @@ class TwoModels:
 
 
 def two_models(case: Case, device: torch.device) -> TwoModels:
-    """Those of a case."""
+    """The models that a case compares."""
     loaded = _block_model(case) if case.blocks else _bundled(case, device)
     exact = _dequantised(loaded, case) if case.nf4 else copy.deepcopy(loaded.model).to("cpu", torch.float64)
     models = [loaded.model, exact]

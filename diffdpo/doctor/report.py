@@ -31,7 +31,7 @@ def _wrapped(text: str, first: str, then: str) -> list[str]:
 
 
 def as_json(subjects: Mapping[str, Sequence[Finding]], compared: Sequence[Any] | None, passed: bool) -> dict[str, Any]:
-    """All of it; ``self_test`` is null where none was asked for."""
+    """All findings; ``self_test`` is null where none was asked for."""
     return {
         "diffdpo": __version__,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -108,7 +108,7 @@ def trains_few(module: nn.Module) -> bool:
 
 
 def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Those that get a gradient."""
+    """The parameters that get a gradient."""
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 

@@ -22,8 +22,8 @@ Mark = Any  # a time in seconds, or a CUDA event
 
 
 class Clock:
-    """Of one process. Phases do not nest: what begins inside another belongs to that (the forward of a recomputation to
-    the backward), but for communication, which is taken out of the phase it is in."""
+    """Times one process. Phases do not nest: what begins inside another belongs to that (the forward of a recomputation
+    to the backward), but for communication, which is taken out of the phase it is in."""
 
     def __init__(self, *, cuda: bool = False):
         self.cuda = cuda

@@ -82,7 +82,7 @@ class Companions:
         threading.Thread(target=self._watch, name="companions", daemon=True).start()
 
     def others(self) -> list[Member]:
-        """Those this process looks at: all, or of many the next one."""
+        """The companions this process looks at: all, or of many the next one."""
         others = [member for member in self.members if member.rank != self.rank]
         return others if len(others) < FEW else [min(others, key=lambda m: (m.rank - self.rank) % len(self.members))]
 

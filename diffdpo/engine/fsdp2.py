@@ -130,7 +130,7 @@ class Fsdp2Engine:
         read_training_state(folder, self.module, self.optimizer, fused=self.fused)
 
     def full_state_dict(self) -> Mapping[str, Any] | None:
-        """Of an adapter's run the adapter: nobody needs the frozen weights gathered."""
+        """The adapter alone where one is trained: nobody needs the frozen weights gathered."""
         self._reshard()
         state = {}
         for name, parameter in self.module.named_parameters():

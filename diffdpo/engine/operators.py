@@ -48,7 +48,7 @@ def needed_operators(ds_config: Mapping[str, Any]) -> list[str]:
 
 
 def missing_operators(needed: Sequence[str]) -> list[str]:
-    """Those of them that nobody has compiled for environments like this one, and DeepSpeed was not installed with.
+    """The operators that nobody has compiled for environments like this one, and DeepSpeed was not installed with.
 
     UserError when they cannot be compiled here (no C++ compiler, no Python headers, for a GPU no CUDA toolkit, or one
     of another major version than torch's).

@@ -87,7 +87,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Both."""
+        """A step of both optimizers."""
         for part in self.parts:
             part.step()
 

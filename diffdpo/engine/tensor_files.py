@@ -100,7 +100,7 @@ def read_weights(folder: Path, module: nn.Module) -> None:
 def _read_other(
     folder: Path, kept: set[str], module: nn.Module, optimizer: torch.optim.Optimizer, *, zero: bool
 ) -> None:
-    """The same for an optimizer that is not AdamW. UserError where the files are of another."""
+    """The state of an optimizer that is not AdamW, put in place. UserError where the files are of another."""
     if kept:
         make_state(optimizer)
     tensors = training_state(module, optimizer)
@@ -116,7 +116,7 @@ def _read_other(
 
 
 def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Of every tensor in the folder's files, put together."""
+    """The shape of every tensor in the folder's files, put together."""
     found = _reader(folder).read_metadata().state_dict_metadata
     return {name: tuple(entry.size) for name, entry in found.items()}  # type: ignore[union-attr]
 

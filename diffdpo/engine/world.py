@@ -86,12 +86,12 @@ class World:
         return values
 
     def barrier(self) -> None:
-        """Until every rank is here."""
+        """Wait until every rank is here."""
         if self.size > 1:
             dist.barrier(group=self.group)
 
     def beside(self) -> "World":
-        """The same processes talking apart from the steps, through the host: for a thread. Every rank calls."""
+        """A world of these processes for a thread: it talks apart from the steps, through the host. All ranks call."""
         group = dist.new_group(backend="gloo", timeout=TIMEOUT) if self.size > 1 else None
         return replace(self, group=group, device=torch.device("cpu"))
 

@@ -33,7 +33,7 @@ class ZeroFiles:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of all that ``tensors`` gives."""
+        """The shape of each tensor that ``tensors`` gives."""
         found = {name: tuple(shape) for group in self.groups for name, shape in group.items()}
         return found | {f"{name}.{what}": shape for name, shape in found.items() for what in MOMENTS}
 

@@ -68,7 +68,7 @@ class HeldOutPairs:
 
 
 class HeldOutAnswers:
-    """The same for supervised training: the loss of right answers, and sampled ones."""
+    """What supervised training measures: the loss of right answers, and sampled ones."""
 
     def __init__(
         self,

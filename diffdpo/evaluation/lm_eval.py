@@ -24,6 +24,7 @@ from data_pipeline.encode import QUIET, beginning_of
 from diffdpo.engine.world import init_distributed
 from diffdpo.evaluation.score_answers import NamedAnswer, Score, score_answers
 from diffdpo.evaluation.score_models import device_named
+from diffdpo.models.architecture.published_config import context_of
 from diffdpo.models.bundled import model_or_bundled
 from diffdpo.models.load import load_model
 from diffdpo.noise.options import NoiseOptions
@@ -99,7 +100,7 @@ class DiffusionLM(TemplateLM):
         self.batch_size = (
             int(str(batch_size)) if str(batch_size).isdigit() else 8
         )  # "auto": memory does not grow with it
-        context = getattr(self.loaded.model.config, "max_position_embeddings", None)
+        context = context_of(self.loaded.model.config)
         self.max_length = int(max_length or context or CONTEXT)
         self.greedy, self.sampler, self.seed = of_kind("greedy", greedy, bool), sampler, int(seed)
         self.segments, self.errors, self.cut = Segments(rows=int(segment_rows)), NoiseErrors(), 0

@@ -38,15 +38,32 @@ def load_models(names: Sequence[str], config: ScoreConfig) -> list[LoadedModel]:
     return [load_model(name, **how) for name in names]
 
 
-def settled(config: ScoreConfig) -> ScoreConfig:
-    """The settings with the device and dtype that ``auto`` stands for. UserError for a device that is not here."""
-    device = device_named(config.device)
+def settled(config: ScoreConfig, given: Sequence[LoadedModel] = ()) -> ScoreConfig:
+    """The settings with the device and dtype that ``auto`` stands for: those of the models in memory where there are
+    ``given`` ones. UserError for a device that is not here, and for models that do not go together."""
+    device = device_beside(config.device, given)
+    if config.dtype == "auto" and given:
+        return replace(config, device=device, dtype=given[0].dtype)
     return replace(config, device=device, dtype=dtype_named(config.dtype, device))
 
 
 def dtype_named(name: str, device: str) -> str:
     """``--dtype``: auto is bfloat16 where a GPU has it; an 8B model in float32 takes 32 GB."""
     return dtype_name(bf16_able(torch.device(device))) if name == "auto" else name
+
+
+def device_beside(name: str, given: Sequence[LoadedModel]) -> str:
+    """``--device`` where models are in memory: theirs. UserError where they are on several, or another is asked for."""
+    if not given:
+        return device_named(name)
+    theirs = sorted({str(each.device) for each in given})
+    if len(theirs) > 1:
+        raise UserError(f"the models in memory are on {' and '.join(theirs)}; load them on one device")
+    if name != "auto" and not theirs[0].startswith(name):  # cuda is any GPU
+        raise UserError(
+            f"device is {name} and the model in memory is on {theirs[0]}; leave device out, or load it there"
+        )
+    return theirs[0]
 
 
 def device_named(name: str) -> str:

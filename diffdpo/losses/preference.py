@@ -278,7 +278,7 @@ def check_read(names: Sequence[str], parameters: Mapping[str, float]) -> None:
 
 
 DEFAULTS: dict[str, float] = {item.name: item.default for item in fields(LossParameters)}  # type: ignore[misc]
-"""Of the losses' own parameters."""
+"""The defaults of the losses' own parameters."""
 
 
 def check_names(names: str | Sequence[str]) -> tuple[str, ...]:

@@ -38,7 +38,7 @@ class LossSettings(LossParameters):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of ``loss_type``."""
+        """The losses that ``loss_type`` names."""
         return tuple(name.strip() for name in self.loss_type.split(","))
 
     def check(self) -> None:
@@ -51,7 +51,7 @@ class LossSettings(LossParameters):
             )
 
     def loss(self) -> LossOptions:
-        """All of it as one sum of losses. UserError where settings contradict."""
+        """The settings as one sum of losses. UserError where settings contradict."""
         names, weights = self.names, self.weights()
         if self.sft_weight and "sft" in names:
             raise UserError("--sft_weight adds the sft loss that --loss_type names already; use one of the two")

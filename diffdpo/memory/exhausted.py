@@ -27,7 +27,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """Of an error's message, for the user."""
+    """The first line of an error's message, for the user."""
     return (str(error).splitlines() or [type(error).__name__])[0][:160]
 
 

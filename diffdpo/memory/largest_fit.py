@@ -32,7 +32,7 @@ class Fit:
         return dict(self.tried)[self.rows] <= self.budget
 
     def describe(self, max_length: int) -> str:
-        """For the user."""
+        """What was found, in words for the user."""
         peak = dict(self.tried)[self.rows] / GIB
         if not self.fits:
             found = "it ran out of memory" if self.tried[0][1] == TOO_MUCH else f"it takes {peak:.2f} GiB"

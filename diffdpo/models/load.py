@@ -39,6 +39,7 @@ from diffdpo.models.architecture.dream import (
 from diffdpo.models.architecture.illada import ILLaDAConfig, ILLaDAForCausalLM
 from diffdpo.models.architecture.llada import LLaDAConfig, LLaDAModelLM
 from diffdpo.models.architecture.llada2_moe import LLaDA2MoeConfig, LLaDA2MoeModelLM
+from diffdpo.models.architecture.published_config import block_size_of, context_of
 from diffdpo.models.architecture.spec import DECODER_LORA_TARGETS, LLADA2_LORA_TARGETS, LLADA_LORA_TARGETS, FamilySpec
 from diffdpo.models.bundled import model_or_bundled
 from diffdpo.models.checkpoint.adapter_folder import base_of_adapter, check_base, is_adapter
@@ -51,7 +52,7 @@ STOP_TOKENS = ("<|eot_id|>", "<|im_end|>", "<|role_end|>")
 
 
 def dtype_name(bf16: bool) -> str:
-    """Of the weights of a run."""
+    """The name of the dtype that a run's weights have."""
     return "bfloat16" if bf16 else "float32"
 
 
@@ -108,6 +109,17 @@ class LoadedModel:
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     spec: FamilySpec
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> str:
+        """The name of what it computes in: that of the embedding, which is never in 4 bits and has no adapter."""
+        first = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+        return next(name for name, dtype in DTYPES.items() if dtype == first)
 
 
 def load_model(
@@ -236,7 +248,7 @@ def model_context(name_or_path: str, *, block_size: int | None = None) -> int | 
     """Tokens that the model was made for, as its config says."""
     if is_adapter(name_or_path):
         return model_context(base_of_adapter(name_or_path), block_size=block_size)
-    return getattr(read_config(name_or_path, block_size=block_size)[1], "max_position_embeddings", None)
+    return context_of(read_config(name_or_path, block_size=block_size)[1])
 
 
 def empty_model(name_or_path: str, *, block_size: int | None = None) -> PreTrainedModel:
@@ -304,7 +316,7 @@ def make_spec(config: PreTrainedConfig, family: Family, tokenizer: PreTrainedTok
         logit_shift=family.logit_shift if shift is None else shift,
         template="chat" if tokenizer.chat_template else "plain",
         stop_token_ids=tuple(stop for stop in stops if stop != terminator),
-        block_size=getattr(config, "block_size", None) or None,
+        block_size=block_size_of(config),
     )
 
 

@@ -41,7 +41,7 @@ class CleanAnswers:
     shared_A: torch.Tensor
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "CleanAnswers":
-        """The same on another device."""
+        """These answers on another device."""
         return CleanAnswers(
             *(getattr(self, field.name).to(device, non_blocking=non_blocking) for field in fields(self))
         )
@@ -116,7 +116,7 @@ class NoisyRows:
         )
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "NoisyRows":
-        """The same rows on another device."""
+        """These rows on another device."""
         own = {field.name: getattr(self, field.name) for field in fields(self)}
         given = {name: value for name, value in own.items() if value is not None}
         return NoisyRows(**{name: value.to(device, non_blocking=non_blocking) for name, value in given.items()})

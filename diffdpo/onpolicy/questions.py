@@ -131,7 +131,7 @@ def _lines(path: Path) -> Iterator[Question]:
 
 
 def _of_row(row: dict) -> Iterator[Question]:
-    """Of the records a row makes; of a row with a prompt and no answer text, that prompt."""
+    """The questions of the records a row makes; of a row with a prompt and no answer text, that prompt."""
     if "prompt" in row and not isinstance(row.get("answer"), str | list | dict) and not _has_answers(row):
         stated = row.get("answer", as_object(row, "meta").get("answer"))
         yield Question(str(row.get("id") or ""), _not_empty(as_text(row["prompt"], "prompt")), stated)

@@ -61,7 +61,7 @@ class Rounds:
 
     @property
     def folder(self) -> Path:
-        """Of all rounds."""
+        """The folder of all rounds."""
         assert self.config.output_dir is not None
         return Path(self.config.output_dir).absolute()
 
@@ -94,12 +94,12 @@ class Rounds:
         return named | {"adapter_name_or_path": str(self.final(number - 1))}
 
     def pairs_settings(self, number: int) -> dict[str, Any]:
-        """Of ``make-pairs``."""
+        """A round's settings of ``make-pairs``."""
         where = {"prompts": str(self.of(number) / "prompts.jsonl"), "output_dir": str(self.of(number) / "pairs")}
         return {**self.make_pairs, **self.policy(number), **where, "seed": self.config.seed * 1000 + number}
 
     def train_settings(self, number: int, *, tracking_uri: str, parent: str | None = None) -> dict[str, Any]:
-        """Of ``train``; ``parent``: the MLflow run of all rounds."""
+        """A round's settings of ``train``; ``parent``: the MLflow run of all rounds."""
         config, given = self.config, dict(self.train)
         policy = self.policy(number)
         if "adapter_name_or_path" in policy:  # an adapter that is there has its own rank and places

@@ -27,7 +27,7 @@ ACTIVATIONS, LOGITS, GRADIENTS = "activations", "logits", "gradients"
 
 @dataclass(frozen=True)
 class DryRun:
-    """Of one micro-batch: ``policy`` and ``reference`` traces (live bytes), and the work of each."""
+    """What was seen of one micro-batch: ``policy`` and ``reference`` traces (live bytes), and the work of each."""
 
     policy: Trace
     reference: Trace | None

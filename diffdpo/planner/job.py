@@ -61,12 +61,12 @@ class PlannedRun:
 
     @property
     def pairs(self) -> int:
-        """Of a micro-batch."""
+        """Pairs of a micro-batch."""
         return self.config.per_device_train_batch_size
 
     @property
     def rows(self) -> int:
-        """Of a micro-batch."""
+        """Rows of a micro-batch."""
         return 2 * self.pairs * self.rows_per_answer
 
     @property

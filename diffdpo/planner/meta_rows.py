@@ -52,7 +52,7 @@ def meta_rows(answer_R: torch.Tensor, job: PlannedRun) -> MetaRows:
 
 
 def _clean(answers: int, job: PlannedRun) -> CleanAnswers:
-    """Of whole pairs, whose answers have the prompt's whole blocks in common."""
+    """The clean answers of whole pairs, which have the prompt's whole blocks in common."""
     one_A = torch.ones(answers, dtype=torch.long)
     ids_AT = torch.empty(answers, job.length, dtype=torch.long, device="meta")
     return CleanAnswers(ids_AT, one_A * job.clean_length, one_A * job.start, one_A * job.start)

@@ -8,6 +8,7 @@ from diffdpo.config import TrainConfig
 from diffdpo.engine.choice import DEEPSPEED
 from diffdpo.errors import UserError
 from diffdpo.memory.largest_fit import Fit, largest_fit
+from diffdpo.models.architecture.published_config import block_size_of, context_of
 from diffdpo.models.bundled import model_or_bundled
 from diffdpo.models.checkpoint.adapter_folder import base_of_adapter, is_adapter
 from diffdpo.planner.dry_run import DryRun, dry_run
@@ -15,7 +16,7 @@ from diffdpo.planner.hardware import Host
 from diffdpo.planner.job import PlannedRun, plan_run, planned_engine
 from diffdpo.planner.memory import DEVICE, HOST, Part, memory_parts, needed
 from diffdpo.planner.roofline import StepTime, step_time
-from diffdpo.planner.shapes import Numbers, block_size_of, count, read_shape, skeleton, weight_elements
+from diffdpo.planner.shapes import Numbers, count, read_shape, skeleton, weight_elements
 from diffdpo.reference.modes import share_of_memory
 from diffdpo.settings.engine import over_processes
 from diffdpo.step.fit import fit_micro_batch
@@ -64,7 +65,7 @@ class Plan:
         return "host" if self.short(gpu) else ""
 
     def time(self, gpu: Gpu) -> StepTime:
-        """Of a step on such a GPU."""
+        """The time of a step on such a GPU."""
         return step_time(self.job, self.numbers, self.run, gpu, self.machine.host or Host(0))
 
 
@@ -100,7 +101,7 @@ def make_plan(
     options = {"second_model": second_model, "scored": scored, "block_size": block_size_of(shape)}
     job = plan_run(config, module, choice, cuda=cuda, **options)  # type: ignore[arg-type]
     numbers = count(module, optim=config.optim)
-    context = getattr(shape, "max_position_embeddings", None)
+    context = context_of(shape)
     return Plan(job, numbers, dry_run(module, numbers, job, timed=timed), machine, fit, context)
 
 

@@ -124,7 +124,7 @@ def _gpus(plan: Plan) -> list[Gpu]:
 
 
 def as_json(plan: Plan, advice: Advice | None) -> dict[str, Any]:
-    """The same, in bytes and seconds."""
+    """The plan in bytes and seconds."""
     return {
         "job": asdict(plan.job) | {"config": asdict(plan.job.config)},
         "parameters": asdict(plan.numbers),

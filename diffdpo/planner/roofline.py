@@ -33,12 +33,12 @@ class StepTime:
 
     @property
     def seconds(self) -> float:
-        """All of it."""
+        """The whole step."""
         return self.policy + self.reference + self.link + self.optimizer + self.disk
 
     @property
     def pairs_per_second(self) -> float:
-        """Of this process."""
+        """The rate of this process."""
         return self.pairs / self.seconds
 
     @property
@@ -48,7 +48,7 @@ class StepTime:
 
 
 def step_time(job: PlannedRun, numbers: Numbers, run: DryRun, gpu: Gpu, host: Host) -> StepTime:
-    """Of one process with its own GPU, link and share of the host."""
+    """A step's time of one process with its own GPU, link and share of the host."""
     micro = job.config.gradient_accumulation_steps
     policy = micro * _compute(run.policy_work, gpu)
     reference = micro * _compute(run.reference_work, gpu)

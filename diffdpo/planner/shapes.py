@@ -13,6 +13,7 @@ from diffdpo.config import TrainConfig
 from diffdpo.engine.optimizer import state_bytes
 from diffdpo.errors import UserError
 from diffdpo.models.architecture.backbone import native
+from diffdpo.models.architecture.published_config import block_size_of
 from diffdpo.models.architecture.router import train_routers, whole_with_routers
 from diffdpo.models.architecture.spec import FamilySpec
 from diffdpo.models.load import FAMILIES, Family, made_config, read_config
@@ -58,11 +59,6 @@ def read_shape(name_or_path: str, *, block_size: int | None = None) -> tuple[Fam
     if kind not in FAMILIES:
         raise UserError(f"--model_name_or_path {path} has model_type {kind!r}; supported: {', '.join(FAMILIES)}")
     return FAMILIES[kind], made_config(FAMILIES[kind], raw, str(path), block_size=block_size)
-
-
-def block_size_of(shape: PreTrainedConfig) -> int | None:
-    """Tokens of a block of a block-causal family; None where attention is full."""
-    return getattr(shape, "block_size", None) or None
 
 
 def weight_elements(family: Family, shape: PreTrainedConfig) -> int:

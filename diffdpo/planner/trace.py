@@ -137,7 +137,7 @@ def _segment_reduce(data, reduce, *, lengths, **_):
 
 
 def _grouped_mm(rows, matrices, offs, *_, **__):
-    """Of rows by a matrix for each group, or of two stacks of rows, group by group; torch's knows 16 bits alone."""
+    """Rows times a matrix for each group, or two stacks of rows, group by group; torch's knows 16 bits alone."""
     if matrices.ndim == 3:
         return rows.new_empty(rows.shape[0], matrices.shape[-1])
     return rows.new_empty(len(offs), rows.shape[0], matrices.shape[-1])

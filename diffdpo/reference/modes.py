@@ -102,7 +102,7 @@ def second_model_share(config: TrainConfig, choice: EngineChoice, world: World) 
 
 
 def share_of_memory(choice: EngineChoice, size: int, *, memory: int) -> float:
-    """Of a second model of ``size`` bytes in the ``memory`` of each process; sharded parameters share it out."""
+    """A second model's ``size`` in bytes over the ``memory`` of each process; sharded parameters share it out."""
     return size / memory / (choice.processes if choice.shards_parameters else 1)
 
 

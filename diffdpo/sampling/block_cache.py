@@ -23,7 +23,7 @@ class RecordingLayout:
         self.layers: list[tuple[Tensor, Tensor]] = []
 
     def at(self, layer: int) -> "RecordingLayout":
-        """Itself."""
+        """This layout: its layers follow from the order of calls."""
         return self
 
     def attend(self, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class WindowLayout:
         self._layer = 0
 
     def at(self, layer: int) -> "WindowLayout":
-        """Itself."""
+        """This layout: its layers follow from the order of calls."""
         return self
 
     def attend(self, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:

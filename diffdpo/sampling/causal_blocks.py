@@ -75,7 +75,7 @@ class BlockOverKept:
         self.own: list[tuple[Tensor, Tensor]] = []
 
     def at(self, layer: int) -> "BlockOverKept":
-        """Itself, about to attend in this layer."""
+        """This layout, about to attend in the layer."""
         self.layer = layer
         return self
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from diffdpo.errors import UserError
 from diffdpo.models.architecture.backbone import MaskedLM, native
+from diffdpo.models.architecture.published_config import context_of
 from diffdpo.models.architecture.spec import FamilySpec
 from diffdpo.models.architecture.token_log_probs import DEFAULT_LOGITS_BUDGET
 from diffdpo.sampling.canvas import Canvas
@@ -174,7 +175,7 @@ def sample(
 
 def prompt_obstacle(model: nn.Module, spec: FamilySpec, prompt: Sequence[int], gen_length: int) -> str:
     """Why a prompt cannot be answered (empty where a model cannot begin, too long for its context); '' if it can."""
-    context = getattr(native(model).config, "max_position_embeddings", None)
+    context = context_of(native(model).config)
     if spec.logit_shift and not prompt:
         return f"{spec.name} cannot answer an empty prompt: its first token is never predicted; add one"
     if context and len(prompt) + gen_length > context:

@@ -31,7 +31,7 @@ def block_log_probs(
     target_M: Tensor,
     *clean: Tensor,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """See above. ValueError where the rows came without clean tokens."""
+    """Log-probabilities of masked tokens from one clean stream a pair. ValueError for rows without clean tokens."""
     if len(clean) not in (6, 8):
         raise ValueError(f"{module.spec.name} is block-causal: rows need the clean tokens of their answers beside them")
     answer_R, stream_A, ids_AT, length_A, start_A, shared_A = clean[:6]

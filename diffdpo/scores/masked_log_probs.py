@@ -96,7 +96,7 @@ class MaskedLogProbs(nn.Module):
 
     @cached_property
     def work(self) -> ModelWork:
-        """Of the model as it is trained."""
+        """The work of the model as it is trained."""
         return ModelWork.of(self.model)
 
     def forward(

@@ -74,7 +74,7 @@ def no_reference(rows: NoisyRows, batch: PairBatch) -> torch.Tensor:
 
 
 def timed_reference(reference: Reference, clock: Clock) -> Reference:
-    """The same, its time counted as the reference's: with the adapter off it calls the policy."""
+    """The reference with its time counted as the reference's: with the adapter off it calls the policy."""
 
     def score(rows: NoisyRows, batch: PairBatch) -> torch.Tensor:
         with clock.phase("reference"):

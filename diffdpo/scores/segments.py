@@ -145,7 +145,7 @@ class Segments:
         return {"segment_rows": self.rows, "segment_tokens": self.tokens}
 
     def describe(self) -> str:
-        """For the user."""
+        """The size of a segment, in words for the user."""
         if self.rows:
             return f"{self.rows} rows a segment"
         return f"up to {self.tokens} tokens a segment" if self.tokens else "one segment"
@@ -212,7 +212,7 @@ def _spread(rows: NoisyRows) -> torch.Tensor:
 
 
 def _by_length(rows: NoisyRows) -> torch.Tensor:
-    """The same, answers with long rows first."""
+    """The answers with long rows first."""
     order_R = _spread(rows)
     return order_R[rows.lengths_R[order_R].argsort(descending=True, stable=True)]
 

@@ -53,7 +53,7 @@ class EvaluationSettings(Settings):
 
     @property
     def larger_is_better(self) -> bool:
-        """Of that metric."""
+        """Whether more of that metric is better."""
         if self.greater_is_better is not None:
             return self.greater_is_better
         return not self.metric_for_best_model.endswith(SMALLER_IS_BETTER)

@@ -19,6 +19,7 @@ from data_pipeline.records import Record, RecordError
 from data_pipeline.sources.files import SourceOptions, open_rows
 from data_pipeline.sources.formats import convert
 from diffdpo.errors import UserError
+from diffdpo.models.checkpoint.nf4 import is_nf4
 from diffdpo.models.load import LoadedModel, save_model
 
 FOLDER = "handed_over"
@@ -42,7 +43,8 @@ def _rows_of(data: Any, name: str, needed: int | None) -> Iterator[Mapping[str, 
         raise DataError(f"{name} is a {type(data).__name__}; give a path, a list of dicts or a datasets.Dataset")
     if not hasattr(data, "__len__"):
         if needed is None:
-            raise DataError(f"{name} is a stream without an end that is known; give max_steps, or a list of records")
+            how = "list(data.take(1000))" if name == "pairs" else "max_steps, or a list of records"
+            raise DataError(f"{name} is a stream without an end that is known; give {how}")
         return islice(iter(data), needed)
     return iter(data)
 
@@ -101,13 +103,11 @@ def name_of(model: Any) -> str:
 
 
 def model_as_folder(model: Any, cache_dir: Path) -> str:
-    """The name of a model; a loaded one is saved into the cache, as the weights it has now."""
+    """The name of a model; a loaded one, or its adapter, is saved into the cache, as the weights it has now."""
     if not isinstance(model, LoadedModel):
         return name_of(model)
-    if hasattr(model.model, "peft_config"):
-        raise UserError(
-            "a loaded adapter is not trained on: name its folder as adapter_name_or_path, or merge it (diffdpo export)"
-        )
+    if any(map(is_nf4, model.model.parameters())):
+        raise UserError("a model in 4 bits is not handed over: name its folder, and set load_in_4bit")
     from diffdpo.reference.identity import weights_digest
 
     partial = cache_dir / FOLDER / f".model-{os.getpid()}-{uuid.uuid4().hex[:8]}"

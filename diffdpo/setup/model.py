@@ -69,13 +69,13 @@ def adapted(loaded: LoadedModel, config: RunConfig, *, with_start: bool = False)
 
 
 def describe_model(config: RunConfig) -> str:
-    """For the user."""
+    """The model's name for the user."""
     base = config.policy or "the bundled arithmetic model"
     return f"adapter {config.adapter_name_or_path} on {base}" if config.adapter_name_or_path else base
 
 
 def reading_of(config: RunConfig) -> str:
-    """For the user, before silent minutes."""
+    """What the user is told before silent minutes."""
     then = "; its layers are compiled in the first step, which takes minutes" if config.torch_compile else ""
     return f"model      reading {describe_model(config)}{then}"
 

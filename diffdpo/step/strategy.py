@@ -35,7 +35,7 @@ def micro_batch_shape(config: RunConfig, *, couples_pairs: bool, block_size: int
 
 
 def with_micro_batch(config: TrainConfig, pairs: int) -> TrainConfig:
-    """The same step in micro-batches of so many pairs, a divisor of its own."""
+    """This step in micro-batches of so many pairs, a divisor of its own."""
     own = config.per_device_train_batch_size * config.gradient_accumulation_steps
     return replace(config, per_device_train_batch_size=pairs, gradient_accumulation_steps=own // pairs)
 

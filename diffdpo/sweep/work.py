@@ -114,7 +114,7 @@ class Work:
 
 
 def environment_of(slot: int, jobs: int) -> Mapping[str, str]:
-    """Of a run beside others: its share of the GPUs, where there are as many as runs, and of the cores."""
+    """The environment of a run beside others: its share of the cores, and of GPUs where there are as many as runs."""
     if jobs == 1:
         return {}
     devices = _devices()

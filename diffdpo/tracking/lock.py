@@ -38,7 +38,7 @@ def one_run_in(output_dir: Path, world: "World") -> Iterator[None]:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """The same for a process that is no rank, such as that of a sweep."""
+    """Hold a folder alone, for a process that is no rank, such as that of a sweep."""
     held = _take(folder)
     try:
         yield

@@ -134,7 +134,7 @@ class MlflowRun:
         return self.shipped.delivered
 
     def _ship_until(self, until: float) -> None:
-        """Everything, again and again until the time is over."""
+        """Ship everything, again and again until the time is over."""
         waited, pause = threading.Event(), 0.5
         if self._thread.is_alive():
             self._thread.join()
@@ -166,7 +166,7 @@ class MlflowRun:
             self._position = end
 
     def ship_all(self) -> None:
-        """Everything of a run that has ended: points, files, status. Raises what MLflow raises."""
+        """Ship everything of a run that has ended: points, files, status. Raises what MLflow raises."""
         self.ship()
         self._ship_system()
         self._send_files(AT_THE_END if self._described else AT_ONCE + AT_THE_END)

@@ -29,7 +29,7 @@ class Sink(Protocol):
         ...
 
     def close(self, status: str) -> None:
-        """All of it to the disk or the server."""
+        """Bring all lines to the disk or the server."""
         ...
 
 
@@ -107,7 +107,7 @@ class Reader:
     error: Exception | None
 
     def start(self) -> None:
-        """Begin in the background."""
+        """Begin to read in the background."""
         self._thread.start()
 
     def close(self, status: str, *, timeout: float) -> bool:

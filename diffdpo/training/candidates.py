@@ -46,7 +46,7 @@ class Candidate:
         return hashlib.blake2b(both.encode(), digest_size=8).hexdigest()
 
     def load(self, config: EvaluateConfig, device: str) -> LoadedModel:
-        """In eval mode, on the device."""
+        """The model, in eval mode, on the device."""
         options: dict[str, Any] = {"dtype": config.dtype, "device": device, "load_in_4bit": config.load_in_4bit}
         loaded = load_checkpoint(self.name, **options) if is_checkpoint(self.name) else load_model(self.name, **options)
         loaded.model.eval()

@@ -6,6 +6,7 @@ Nothing of the machine it was made on: a path becomes its last part.
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,23 @@ LICENCE = ("license", "license_name", "license_link")
 Results = Mapping[str, Mapping[str, Any]]
 
 
+CHOSEN = ("engine", "reference", "segmentation", "template")
+FACTS = ("dtype", "parameters", "trained_parameters", "pairs", "answers", "held_out_pairs")
+
+
 def model_card(
-    folder: Path, *, base: str | None, config: RunConfig | None = None, results: Results | None = None
+    folder: Path,
+    *,
+    base: str | None,
+    config: RunConfig | None = None,
+    made: Mapping[str, Any] | None = None,
+    results: Results | None = None,
 ) -> str:
     """The card of the model, or adapter, in ``folder``.
 
     ``base``: folder or hub name of what it was made from, None for random weights; ``config``: as it was asked for,
-    None for an export; ``results``: held-out metrics before and after.
+    None for an export; ``made``: what was chosen for the run and what it met (:func:`how_it_was_made`); ``results``:
+    held-out metrics before and after.
     """
     data = ModelCardData(
         model_name=folder.absolute().parent.name if results else None,  # of final/, the run's
@@ -46,8 +57,17 @@ def model_card(
     parts = [f"---\n{data.to_yaml()}\n---", "# Masked diffusion language model", _made_from(base, folder)]
     parts += [_table(results)] if results else []
     parts += [HOW_TO_SAMPLE.strip()]
+    parts += (
+        [f"## How it was made\n\n```yaml\n{yaml.safe_dump(dict(made), sort_keys=False).strip()}\n```"] if made else []
+    )
     parts += [f"## Settings that differ from the defaults\n\n```yaml\n{shown_settings(config)}\n```"] if config else []
     return "\n\n".join(parts) + "\n"
+
+
+def how_it_was_made(resolved: RunConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What was chosen for a run, as its ``resolved`` settings have it, and the sizes that it met."""
+    chosen = {item.name: getattr(resolved, item.name) for item in fields(resolved) if item.name in CHOSEN}
+    return chosen | {name: facts[name] for name in FACTS if name in facts}
 
 
 HOW_TO_SAMPLE = """

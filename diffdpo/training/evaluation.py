@@ -16,7 +16,7 @@ from diffdpo.engine.world import World
 from diffdpo.errors import UserError
 from diffdpo.evaluation.head_to_head import head_to_head
 from diffdpo.evaluation.report import write_json
-from diffdpo.evaluation.score_models import device_named
+from diffdpo.evaluation.score_models import device_beside
 from diffdpo.evaluation.suite import run_task
 from diffdpo.evaluation.tasks.base import Line, Subject, Task
 from diffdpo.evaluation.tasks.exact_match import ExactMatch
@@ -47,7 +47,7 @@ def evaluate(config: EvaluateConfig, world: World, *, given: LoadedModel | None 
     candidates = candidates_of(config) if given is None else [Candidate(IN_MEMORY, IN_MEMORY, IN_MEMORY)]
     if given is None:
         check_candidates(candidates, config.ref_model_name_or_path)
-    device = str(world.device) if world.size > 1 else device_named(config.device)
+    device = device_beside(str(world.device) if world.size > 1 else config.device, [given] if given else [])
     reference = _reference(config, device)
     results, tasks = list[dict[str, Any]](), list[Task]()
     values: list[dict[str, float]] = []

@@ -1,7 +1,7 @@
 """How a run ends: its record is closed on every way out, and the user told what there is."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from shlex import quote
@@ -41,14 +41,22 @@ class Finish:
         self.summary: dict[str, Any] = {}
 
     def write_card(
-        self, folder: Path, base: str | None, asked: RunConfig, before: Evaluation, after: Evaluation
+        self,
+        folder: Path,
+        before: Evaluation,
+        after: Evaluation,
+        *,
+        base: str | None,
+        asked: RunConfig,
+        made: Mapping[str, Any],
     ) -> None:
         """README.md of the final model, with the held-out results."""
         self.compared = comparison(before, after)
         if self.tracking is not None:
             with told_if_unwritable(folder):
                 partial = folder / "README.md.partial"
-                partial.write_text(model_card(folder, base=base, config=asked, results=self.compared))
+                card = model_card(folder, base=base, config=asked, made=made, results=self.compared)
+                partial.write_text(card)
                 partial.replace(folder / "README.md")
 
     def stopped(self, step: int) -> None:

@@ -102,7 +102,7 @@ class Pulse:
         return self.world.companions.unreached_for() if self.world.companions is not None else {}
 
     def sign(self) -> Sign:
-        """Of this rank, now."""
+        """The sign of this rank, now."""
         waited, stage = time.monotonic() - self.since, stage_of(self.main_thread) or self.stage
         place = (self.world.rank, socket.gethostname(), os.getpid())
         return Sign(*place, stage, self.step, waited, unreached=tuple(self.unreached()))
@@ -112,7 +112,7 @@ class Pulse:
         return any(seconds > self.timeout for seconds in self.unreached().values())
 
     def watch(self) -> None:
-        """Until ended, in a thread of its own."""
+        """Look at all signs until ended, in a thread of its own."""
         for turn in itertools.count():
             if self.ended.wait(PAUSE_SECONDS):
                 return

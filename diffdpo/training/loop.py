@@ -280,7 +280,7 @@ class Loop:
         self.saver.save(step, state, wait=wait)
 
     def _not_saved(self, step: int, error: NotSaved) -> None:
-        """On every rank."""
+        """Train on without a checkpoint, or raise, as the settings say. Every rank calls."""
         if not error.full or self.config.save_on_full_disk == "stop":
             raise error
         if self.engine.world.is_main:

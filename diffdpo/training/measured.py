@@ -18,7 +18,7 @@ class HeldOut(Protocol):
     tasks: HeldOutTasks
 
     def evaluate(self, when: str) -> Evaluation:
-        """Everything, before or after."""
+        """Measure everything, before or after."""
         ...
 
     def quick(self) -> dict[str, float]:
@@ -49,7 +49,7 @@ class Measured:
             self.samples.step = lambda: loop.done
 
     def evaluate(self, when: str) -> Evaluation:
-        """Everything, before or after."""
+        """Measure everything, before or after."""
         return self._kept(when, self.held_out.evaluate(when))
 
     def again(self, before: Evaluation) -> Evaluation:

@@ -23,6 +23,7 @@ from diffdpo.engine.world import World
 from diffdpo.settings.base import changed, public
 from diffdpo.settings.credentials import hidden, untold
 from diffdpo.tracking.commit import git_state
+from diffdpo.training.card import FACTS
 
 LONGEST_DIFF = 1_000_000  # characters
 
@@ -37,11 +38,16 @@ def write_record(
 ) -> None:
     """Write the files; rank 0 only."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "config.yaml").write_text(to_yaml(resolved))
+    (output_dir / "config.yaml").write_text(to_yaml(resolved) + _as_comments(environment))
     (output_dir / "asked.yaml").write_text(settings_text(asked))
     (output_dir / "ds_config.json").write_text(json.dumps(dict(ds_config), indent=1))
     (output_dir / "environment.json").write_text(json.dumps(dict(environment), indent=1))
     write_changes(output_dir)
+
+
+def _as_comments(environment: Mapping[str, Any]) -> str:
+    """The sizes of what a run met, beside its settings: no settings, so nobody reads them back."""
+    return "".join(f"# {name}: {environment[name]}\n" for name in FACTS if name in environment)
 
 
 def write_changes(output_dir: Path) -> None:

@@ -29,6 +29,7 @@ from diffdpo.tracking.nodes import tell_of_this_node
 from diffdpo.tracking.run import Tracking, named_elsewhere, run_tags, tracking_uri
 from diffdpo.training.best import Best
 from diffdpo.training.callbacks import Callback, Callbacks
+from diffdpo.training.card import how_it_was_made
 from diffdpo.training.checkpoint import (
     read_state,
     set_aside_after,
@@ -63,12 +64,12 @@ class Result:
 
     @classmethod
     def of_precomputation(cls, output_dir: Path) -> "Result":
-        """Of a run that made reference scores and ended."""
+        """The result of a run that made reference scores and ended."""
         return cls(output_dir, steps=0, complete=True)
 
     @classmethod
     def of_a_stop(cls, context: RunContext) -> "Result":
-        """Of a run that was told to stop where it had nothing to save."""
+        """The result of a run that was told to stop where it had nothing to save."""
         return cls(context.output_dir, steps=0, complete=False)
 
 
@@ -132,7 +133,8 @@ def carry_out(run: Run) -> Result:
             after = measured.evaluate("after")
             if kept == loop.done:  # else they stand where they were measured
                 loop.record_evaluation(after.means())
-            end.write_card(folder, run.base, run.asked, before, after)
+            made = how_it_was_made(config, run.facts)
+            end.write_card(folder, before, after, base=run.base, asked=run.asked, made=made)
             end.completed(steps=loop.done, kept=kept, engine=engine, held=held)
         else:
             end.stopped(loop.done)

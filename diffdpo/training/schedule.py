@@ -26,7 +26,7 @@ class Progress:
 
     @property
     def share(self) -> float:
-        """Of the steps after the warm-up, how much is done: in [0, 1)."""
+        """The share of the steps after the warm-up that is done, in [0, 1)."""
         return self.since / max(1, self.total - self.warmup)
 
 

@@ -25,6 +25,7 @@ from diffdpo.evaluation.heldout import HeldOutAnswers
 from diffdpo.evaluation.heldout_tasks import HeldOutTasks
 from diffdpo.losses.options import LossOptions
 from diffdpo.models.architecture.from_scratch import new_model, train_tokenizer
+from diffdpo.models.architecture.published_config import context_of
 from diffdpo.models.encoder import make_encoder
 from diffdpo.models.load import LoadedModel, dtype_name, load_model, save_model
 from diffdpo.noise.options import NoiseOptions
@@ -86,7 +87,7 @@ def _build(
     answers = _answers_of(train_set)
     loaded = _load_or_make(config, context, choice, train_set, keep=resume is not None)
     encoder = make_encoder(config, loaded.tokenizer, loaded.spec)
-    longest = getattr(loaded.model.config, "max_position_embeddings", None)
+    longest = context_of(loaded.model.config)
     run_data.warn_of_data(config, context, (train_set, eval_set), longest=longest)
     refuse_unusable(train_set, encoder)
     loader = run_data.train_loader(config, train_set, encoder, world)

@@ -42,8 +42,17 @@ def train(out: str, *flags: str) -> dict[int, dict]:
     from diffdpo.cli.train import main
 
     assert main([*SHORT, "--model_name_or_path", "tiny", "--output_dir", out, *flags]) == 0
-    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return journal(Path(out))
+
+
+def journal(folder: Path) -> dict[int, dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line for line in lines if "loss" in line}
+
+
+def means_of(report: dict) -> dict[str, float]:
+    """The figures of an evaluation's first result."""
+    return {name: figure["mean"] for name, figure in report["results"][0]["figures"].items()}
 
 
 def generate(folder: str) -> list[dict]:
@@ -158,3 +167,42 @@ def test_logits_of_half_precision_are_not_rounded_there(away):
     there = token_log_probs(hidden.to(AWAY), weight.to(AWAY), target.to(AWAY), logits_budget=None).cpu()
     rounded = token_log_probs(hidden, weight, target, logits_budget=None)
     assert (there - exact).abs().max() < 1e-4 < 1e-2 < (rounded - exact).abs().max()
+
+
+def test_a_notebook_there(monkeypatch):
+    """``import diffdpo`` twice over in one process: trained, stopped, gone on with, scored, sampled, evaluated."""
+    import diffdpo
+
+    class StopAtOnce(diffdpo.Callback):
+        def on_step(self, step, report):
+            return True
+
+    pairs = [{"prompt": f"{a} + 1 =", "chosen": f" {a + 1}", "rejected": f" {a + 2}"} for a in range(1, 5)]
+    common = {"train_data": pairs, "per_device_train_batch_size": 2, "eval_fraction": 0.0, "num_mc_samples": 2}
+    common |= {"tracking_uri": "none", "learning_rate": 1e-3}
+
+    def cells(device: str) -> list:
+        """What each gives in numbers."""
+        first = diffdpo.train("tiny", max_steps=2, output_dir=f"first-{device}", **common)
+        loaded = diffdpo.load(first.output_dir / "final", device=device)
+        adapter = {"use_peft": True, "lora_r": 2, "output_dir": f"second-{device}", **common}
+        stopped = diffdpo.train(loaded, max_steps=2, callbacks=StopAtOnce(), **adapter)
+        second = diffdpo.train(loaded, max_steps=2, resume_from_checkpoint="latest", **adapter)
+        assert [run.complete for run in (first, stopped, second)] == [True, False, True]
+        assert {p.device.type for run in (first, second) for p in run.model.parameters()} == {loaded.device.type}
+        lines = diffdpo.score(pairs, second.output_dir / "final", reference=loaded, num_mc_samples=2)
+        report = diffdpo.evaluate(pairs, model=loaded, num_mc_samples=2, tracking_uri="none")
+        answers = diffdpo.generate(["1 + 1 =", "2 + 1 ="], second.output_dir / "final", gen_length=4, device=device)
+        assert len(answers) == 2
+        losses = [line["loss"] for run in (first, second) for line in journal(run.output_dir).values()]
+        return [*losses, *(line["chosen"]["log_ratio"] for line in lines), means_of(report)]
+
+    wanted = cells("cpu")
+    world = World(rank=0, local_rank=0, size=1, device=AWAY)
+    monkeypatch.setattr("diffdpo.setup.context.init_distributed", lambda **_: world)
+    monkeypatch.setattr("diffdpo.api.init_distributed", lambda **_: world)
+    with second_device():
+        found = cells(str(AWAY))
+    assert len(wanted) == 9
+    for there, here in zip(found, wanted, strict=True):
+        assert there == pytest.approx(here, abs=1e-4)

@@ -71,6 +71,13 @@ def test_no_arrow_upwards():
                 assert floor_of(other.split(".")[1]) < floor_of(parts[1]), f"{name} imports {other}"
 
 
+def test_the_page_shows_these_floors():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    block = next(b for b in re.findall(r"^```text\n(.*?)^```", page, re.DOTALL | re.MULTILINE) if b.startswith("api\n"))
+    lines = [set(re.sub(r"\(.*\)", "", line).split()) for line in block.splitlines()]
+    assert tuple(reversed(lines)) == FLOORS
+
+
 def test_data_pipeline_knows_nothing_of_models_and_engines():
     for name, others in GRAPH.items():
         if name.startswith("data_pipeline"):
@@ -107,7 +114,17 @@ def test_the_heart_is_small():
 def test_settings_are_not_probed_for():
     for path in SOURCES:
         if "diffdpo/models/" not in path.as_posix():  # a published config may lack a key: that is no setting of ours
-            assert not re.search(r"getattr\((config|settings|args), \"\w+\", ", path.read_text()), path
+            probed = r"getattr\(([\w.()]+\.)?(config|settings|args|shape), \"\w+\", "
+            assert not re.search(probed, path.read_text()), path
+
+
+def test_a_docstring_needs_no_other():
+    """It says what its own function is or does, and does not go on from the one above."""
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                text = ast.get_docstring(node) or "whole"
+                assert not re.match(r"(Of|The same|Both|Itself|Those|See above)\b", text), f"{path}: {node.name}"
 
 
 def test_a_parameter_of_a_loss_is_declared_in_one_file():

@@ -99,7 +99,7 @@ def _items(
     read: Callable[..., Iterator[Item]],
     generated: Callable[[int], Iterator[Item]],
 ) -> Iterator[Item]:
-    """Of the task's own file, else of --pairs, else generated. Ids of several sources begin with their number."""
+    """Items of the task's own file, else of --pairs, else generated. Ids of several sources begin with their number."""
     named = name.source or config.pairs
     if named is None:
         if name.kind not in GENERATED:

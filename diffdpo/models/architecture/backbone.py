@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 from diffdpo.errors import UserError
 from diffdpo.models.architecture.layers import RMSNorm, RotaryTable, VocabularyHead
 from diffdpo.models.architecture.layout import Layout
+from diffdpo.models.architecture.published_config import block_size_of
 from diffdpo.models.checkpoint.adapter_folder import is_adapter
 from diffdpo.models.checkpoint.weights import INDEX, SINGLE, read_model, stored_dtype
 
@@ -234,7 +235,7 @@ class MaskedLM(PreTrainedModel):
             prefix = torch.arange(length, device=input_ids.device) < attention_mask.sum(-1, keepdim=True)
             if not torch.equal(prefix, attention_mask.bool()):
                 raise ValueError("attention_mask must mark a prefix of every row (right padding)")
-        block_size = getattr(self.config, "block_size", None) or None  # 0 is how full attention is written
+        block_size = block_size_of(self.config)
         layout = Layout.padded(lengths, length, device=input_ids.device, block_size=block_size)
         hidden = self.hidden_states(input_ids.flatten(), layout)
         return MaskedLMOutput(logits=self.head(hidden).unflatten(0, (rows, length)))

@@ -135,7 +135,7 @@ class BlockLayout:
         return self.positions_N.shape[0]
 
     def at(self, layer: int) -> "BlockLayout":
-        """As the layer of this number sees it."""
+        """The layout as the layer of this number sees it."""
         return replace(self, layer=layer)
 
     def attend(self, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ class AttentionOutside:
         self.layout, self.positions_N, self.max_length = layout, layout.positions_N, layout.max_length
 
     def at(self, layer: int) -> "AttentionOutside":
-        """As the layout itself."""
+        """The layout as a layer sees it, its attention outside as here."""
         own = self.layout.at(layer)
         return self if own is self.layout else AttentionOutside(own)
 

@@ -115,7 +115,7 @@ class VocabularyHead(nn.Linear):
 
     @classmethod
     def of(cls, linear: nn.Linear, *, scale: float = 1.0) -> "VocabularyHead":
-        """The same weights as a head (transformers builds a plain Linear when it resizes the vocabulary)."""
+        """A linear layer's weights as a head (transformers builds a plain Linear when it resizes the vocabulary)."""
         if isinstance(linear, cls):
             return linear
         with torch.device("meta"):

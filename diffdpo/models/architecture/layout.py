@@ -78,7 +78,7 @@ class Layout:
         return F.pad(torch.tensor(widths).cumsum(0), (1, 0)).to(self.index_N.device, torch.int32)
 
     def at(self, layer: int) -> "Layout":
-        """Itself."""
+        """This layout: it is the same in every layer."""
         return self
 
     def attend(self, q_NHD: Tensor, k_NGD: Tensor, v_NGD: Tensor) -> Tensor:

@@ -29,6 +29,16 @@ LIKELY_TYPO = 0.9
 """Share of equal letters (difflib's ratio) from which an unknown key is taken for a misspelt one."""
 
 
+def context_of(config: PreTrainedConfig) -> int | None:
+    """Tokens that a model was made for, where its config says so."""
+    return getattr(config, "max_position_embeddings", None)
+
+
+def block_size_of(config: PreTrainedConfig) -> int | None:
+    """Tokens of a block of a block-causal family; None where attention is full, which is also written as 0."""
+    return getattr(config, "block_size", None) or None
+
+
 class PublishedConfig(PreTrainedConfig):
     """A config whose fields all start as None, so that nothing is guessed, and which writes back only what is set.
 

@@ -34,7 +34,7 @@ def token_log_probs(hidden_MK: Tensor, weight_VK: Tensor, target_M: Tensor, *, l
 
 
 def liger_log_probs(hidden_MK: Tensor, weight_VK: Tensor, target_M: Tensor) -> Tensor:
-    """The same through Liger's fused linear cross-entropy (Triton, GPU only), which recomputes in the backward.
+    """``token_log_probs`` by Liger's fused linear cross-entropy (Triton, GPU only), recomputed in the backward.
 
     Worth trying with a trainable head; a frozen head's gradient is cheaper above.
     """

@@ -30,7 +30,7 @@ class ModelWork:
 
     @classmethod
     def of(cls, model: nn.Module) -> "ModelWork":
-        """Of a native model, also in shards, in 4 bits or with adapters. Of experts, those that a token is sent to."""
+        """The work of a native model, also in shards, in 4 bits or with adapters; of the experts that a token meets."""
         base = native(model)
         config = base.config
         share = config.num_experts_per_tok / config.num_experts if getattr(config, "num_experts", None) else 1.0

@@ -19,6 +19,8 @@ from diffdpo.errors import UserError
 from tests.support.paths import ROOT
 
 TRL_NAMES = json.loads(Path(__file__).with_name("trl_1.16.0.json").read_text())
+OLDER_NAMES = json.loads(Path(__file__).with_name("older_names.json").read_text())
+"""By version: what the same classes had and have no more."""
 
 
 def parse(*argv: str, config_class=TrainConfig):
@@ -163,6 +165,16 @@ def test_shares_of_all_steps():
     assert isinstance(config.save_steps, int)
 
 
+def test_a_switch_may_be_negated():
+    assert parse("--no_bf16", "--no-gradient-checkpointing").bf16 is False
+    assert parse("--no_remove_unused_columns", "--no_dataloader_drop_last").tail == "pad"
+
+
+@pytest.mark.parametrize("flag", ["--no_disable_dropout", "--no_max_length", "--no_nothing"])
+def test_a_negation_that_cannot_be_is_refused(flag, capsys):
+    refusal(capsys, flag)
+
+
 # -------------------------------------------------------------------------------------- names of TRL, transformers
 
 
@@ -178,7 +190,7 @@ def fields_of_training_arguments() -> set[str]:
 def test_every_name_of_trl_and_transformers_has_an_answer():
     theirs = fields_of_training_arguments()
     assert {"learning_rate", "neftune_noise_alpha", "push_to_hub"} <= theirs
-    for names in TRL_NAMES["names"].values():
+    for names in (*TRL_NAMES["names"].values(), *OLDER_NAMES.values()):
         theirs |= set(names)
     assert not theirs - set(trl.SAME) - set(trl.TABLE)
 
@@ -186,7 +198,7 @@ def test_every_name_of_trl_and_transformers_has_an_answer():
 def test_the_tables_do_not_hide_our_own_names():
     ours = {item.name for config_class in (TrainConfig, SftConfig) for item in dataclasses.fields(config_class)}
     assert not ours & set(trl.TABLE)
-    assert set(trl.SAME) <= ours
+    assert set(trl.SAME) <= ours and len(set(trl.SAME)) == len(trl.SAME)
 
 
 def test_what_the_answers_name_there_is():
@@ -231,6 +243,9 @@ def test_what_the_answers_name_there_is():
         (["--lora_dropout", "0.0"], {"use_peft": False}),
         (["--optim", "adamw_torch", "--fp16", "false", "--remove-unused-columns", "false"], {"bf16": None}),
         (["--local-rank=0"], {}),
+        (["--max_seq_length", "600"], {"max_length": 600}),
+        (["--adafactor"], {"optim": "adafactor"}),
+        (["--split_batches", "false", "--past_index", "-1", "--router_aux_loss_coef", "0.0"], {"max_length": 1024}),
     ],
 )
 def test_names_that_are_read(argv, ours, tmp_path):

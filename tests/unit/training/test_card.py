@@ -1,13 +1,15 @@
 """The card of a saved model: what the hub reads at its head, and nothing of this machine."""
 
 import json
+import re
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 
 from diffdpo.config import SftConfig, TrainConfig, make_config
 from diffdpo.evaluation.result import Evaluation, comparison
-from diffdpo.training.card import hub_data_sets, licence_of, model_card
+from diffdpo.training.card import how_it_was_made, hub_data_sets, licence_of, model_card
 
 RESULTS = comparison(
     Evaluation({"rewards/accuracies": [0.5, 0.5], "rewards/margins": [0.0, 0.0]}),
@@ -43,6 +45,16 @@ def test_the_head_is_what_the_hub_reads(tmp_path):
     found = {result.metric_type: result.metric_value for result in data.eval_results}
     assert found == {"rewards/accuracies": 0.75, "rewards/margins": pytest.approx(0.2)}
     assert "diffdpo generate" in card.text and "| 50.0 ± 0.0 % | 75.0 ±" in card.text
+
+
+def test_what_was_chosen_and_met_is_told(tmp_path):
+    resolved = make_config(TrainConfig, {"model_name_or_path": "org/m", "engine": "plain", "template": "plain"})
+    facts = {"pairs": 40, "parameters": 7, "trained_parameters": 3, "dtype": "float32", "why_reference": "x"}
+    made = how_it_was_made(resolved, facts)
+    assert made["engine"] == "plain" and made["pairs"] == 40 and "why_reference" not in made
+    card = model_card(folder_of(tmp_path), base="org/m", config=resolved, made=made, results=RESULTS)
+    block = re.search(r"## How it was made\n\n```yaml\n(.*?)```", card, re.DOTALL)
+    assert yaml.safe_load(block[1]) == made
 
 
 def test_nothing_of_this_machine_is_in_it(tmp_path):
