@@ -23,11 +23,9 @@ TAGS = ["diffusion-language-model", "masked-diffusion"]
 OF_THIS_MACHINE = {"output_dir", "run_name", "resume_from_checkpoint", "data_cache_dir", "reference_cache"}
 OF_THIS_MACHINE |= {"tracking_uri", "experiment_name", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_token"}
 LICENCE = ("license", "license_name", "license_link")
-Results = Mapping[str, Mapping[str, Any]]
-
-
 CHOSEN = ("engine", "reference", "segmentation", "template")
 FACTS = ("dtype", "parameters", "trained_parameters", "pairs", "answers", "held_out_pairs")
+Results = Mapping[str, Mapping[str, Any]]
 
 
 def model_card(
@@ -57,11 +55,13 @@ def model_card(
     parts = [f"---\n{data.to_yaml()}\n---", "# Masked diffusion language model", _made_from(base, folder)]
     parts += [_table(results)] if results else []
     parts += [HOW_TO_SAMPLE.strip()]
-    parts += (
-        [f"## How it was made\n\n```yaml\n{yaml.safe_dump(dict(made), sort_keys=False).strip()}\n```"] if made else []
-    )
-    parts += [f"## Settings that differ from the defaults\n\n```yaml\n{shown_settings(config)}\n```"] if config else []
+    parts += [_block("How it was made", yaml.safe_dump(dict(made), sort_keys=False))] if made else []
+    parts += [_block("Settings that differ from the defaults", shown_settings(config))] if config else []
     return "\n\n".join(parts) + "\n"
+
+
+def _block(title: str, content: str) -> str:
+    return f"## {title}\n\n```yaml\n{content.strip()}\n```"
 
 
 def how_it_was_made(resolved: RunConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
