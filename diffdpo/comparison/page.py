@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.files import write_whole
 from diffdpo import __version__
 from diffdpo.comparison.recorded import Curve, RecordedRun
 from diffdpo.comparison.tables import (
@@ -36,9 +37,7 @@ OPEN = ("Held out", "Training")
 
 def write_page(found: Comparison, path: Path) -> None:
     """The page, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(page(found), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, page(found).encode())
 
 
 def page(found: Comparison) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.files import write_whole
 from diffdpo.evaluation.result import Evaluation
 
 FILE = "held_out.json"
@@ -28,9 +29,7 @@ class ItemFile:
         self.content[when] = {
             key: [float(f"{value:.{DIGITS}g}") for value in values] for key, values in evaluation.values.items()
         }
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.content))
-        partial.replace(self.path)
+        write_whole(self.path, json.dumps(self.content).encode())
 
 
 def read_items(output_dir: Path) -> dict[str, Any] | None:

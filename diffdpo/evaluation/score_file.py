@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.files import write_whole
 from data_pipeline.records import Record, content_hash
 from diffdpo.errors import UserError
 
@@ -31,9 +32,7 @@ class ScoreFile:
             self.done = self._held()
         else:
             self.done = {}
-            partial = self.settings.with_name(self.settings.name + ".partial")  # a kill must not leave half of it
-            partial.write_text(json.dumps(settings, indent=1) + "\n")
-            partial.replace(self.settings)
+            write_whole(self.settings, (json.dumps(settings, indent=1) + "\n").encode())
             self.records.write_bytes(b"")
         self._lines = path.open("ab")
         self._digests = self.records.open("ab", buffering=0)  # at once: the lines' buffer may overflow at any line

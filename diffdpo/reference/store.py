@@ -14,8 +14,6 @@ Shape suffixes: P records of a part, E records of an epoch, B slots of a micro-b
 
 import hashlib
 import json
-import os
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.files import write_whole
 from diffdpo.errors import UserError
 
 IDENTITY, SUFFIX = "identity.json", ".part"
@@ -59,7 +58,8 @@ def write_part(path: Path, part: Part) -> None:
     header = {"records": len(part.records_P), "rows": len(part.f_R), "made_with": part.made_with}
     arrays = (part.records_P.astype("<i8"), part.counts_P.astype("<i4"), part.f_R.astype("<f4"))
     body = b"".join([json.dumps(header, sort_keys=True).encode() + b"\n", *(array.tobytes() for array in arrays)])
-    _write_whole(path, hashlib.sha256(body).digest() + body)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, hashlib.sha256(body).digest() + body)
 
 
 def read_part(path: Path) -> Part:
@@ -204,7 +204,8 @@ def make_folder(folder: Path, identity: dict[str, Any], *, about: dict[str, Any]
         if any(folder.glob(f"epoch-*/*{SUFFIX}")):
             raise UserError(f"--reference_cache: {folder} holds scores but no {IDENTITY}; delete it or name another")
         text = json.dumps({"schema": SCHEMA, "identity": identity, "about": about}, indent=1) + "\n"
-        _write_whole(path, text.encode())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, text.encode())
 
 
 def open_store(folder: Path, identity: dict[str, Any], *, shapes: dict[str, Any] | None = None) -> ScoreStore:
@@ -228,13 +229,3 @@ def open_store(folder: Path, identity: dict[str, Any], *, shapes: dict[str, Any]
             f"{identity.get(name)}{more}; name another folder, or leave the flag out to have one chosen"
         )
     return ScoreStore(folder, shapes)
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import DataError
+from data_pipeline.files import force_to_disk
 from data_pipeline.records import Record, RecordError
 from data_pipeline.sources.files import SourceOptions, open_rows
 from data_pipeline.sources.formats import convert
@@ -63,7 +64,8 @@ def _written(rows: Iterable[Any], folder: Path, name: str) -> Path:
         if not count:
             raise DataError(f"{name} holds no records")
         path = folder / f"{name}-{digest.hexdigest()}.jsonl"
-        partial.replace(path)
+        force_to_disk(partial)
+        partial.rename(path)
         return path
     finally:
         partial.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from data_pipeline.files import write_whole
 from diffdpo.errors import RESUMABLE, UserError
 from diffdpo.sweep.grid import Cell
 
@@ -57,6 +58,4 @@ def write_state(folder: Path, cell: Cell, state: State) -> None:
     """Keep it; whole at any time."""
     path = state_file(folder, cell)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(asdict(state)))
-    partial.replace(path)
+    write_whole(path, json.dumps(asdict(state)).encode())

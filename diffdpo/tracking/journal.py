@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.files import write_whole
+
 FILE = "metrics.jsonl"
 NOTE = "note"  # the key of a line's words for the reader; every other value is a number
 MOST_PENDING = 64 << 20  # bytes of lines kept in memory while the disk is full
@@ -47,9 +49,7 @@ class Journal:
         if resume_step is not None:
             known = Position(**position) if position else None
             before, fault = kept_lines(before, resume_step, known, every)
-        partial = self.path.with_suffix(".partial")
-        partial.write_bytes(before)
-        partial.replace(self.path)
+        write_whole(self.path, before)
         self.file = self.path.open("ab", buffering=0)
         self.lines, self.bytes, self.sum = before.count(b"\n"), len(before), hashlib.sha256(before)
         if fault and resume_step is not None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
+from data_pipeline.files import write_whole
 from diffdpo.errors import TrainingError, UserError
 from diffdpo.settings.credentials import PASSWORD, TOKEN, USER, are_told, given_back, hidden, untold
 from diffdpo.tracking.journal import FILE, NOTE, parsed, read_journal
@@ -70,9 +71,7 @@ class Shipped:
             ) from None
 
     def write(self, output_dir: Path) -> None:
-        partial = output_dir / (STATE_FILE + ".partial")
-        partial.write_text(json.dumps(asdict(self), indent=1))
-        partial.replace(output_dir / STATE_FILE)
+        write_whole(output_dir / STATE_FILE, json.dumps(asdict(self), indent=1).encode())
 
 
 def sqlite_uri(path: Path) -> str:

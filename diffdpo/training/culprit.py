@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from data_pipeline.batch import PairBatch
+from data_pipeline.files import write_whole
 from diffdpo.engine.base import Engine
 from diffdpo.errors import UserError
 from diffdpo.step.report import StepReport
@@ -46,9 +47,7 @@ def keep_culprit(
     path = output_dir / f"culprit-step-{step}.json"
     if engine.world.is_main:
         numbers = {"loss": report.loss, "grad_norm": report.grad_norm, "learning_rate": rate}
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps({"version": VERSION, "step": step, **numbers, "ranks": ranks}))
-        partial.replace(path)
+        write_whole(path, json.dumps({"version": VERSION, "step": step, **numbers, "ranks": ranks}).encode())
     return path
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from data_pipeline.files import write_whole
 from diffdpo.config import RunConfig
 from diffdpo.engine.base import Engine
 from diffdpo.engine.world import part
@@ -54,10 +55,8 @@ class Finish:
         self.compared = comparison(before, after)
         if self.tracking is not None:
             with told_if_unwritable(folder):
-                partial = folder / "README.md.partial"
                 card = model_card(folder, base=base, config=asked, made=made, results=self.compared)
-                partial.write_text(card)
-                partial.replace(folder / "README.md")
+                write_whole(folder / "README.md", card.encode())
 
     def stopped(self, step: int) -> None:
         """A signal ended the run early, with a checkpoint."""

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import psutil
 
+from data_pipeline.files import write_whole
 from diffdpo.engine.companions import GONE, Member
 from diffdpo.engine.world import World
 from diffdpo.errors import HUNG, TrainingError, UserError
@@ -138,9 +139,7 @@ class Pulse:
     def _write(self, sign: Sign) -> None:
         path = self.output_dir / FOLDER / f"rank-{sign.rank}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(sign)))
-        partial.replace(path)
+        write_whole(path, json.dumps(asdict(sign)).encode(), forced=False)
 
     def end_hung(self) -> None:
         """Dump the stacks; one of the living says what is wrong; end frozen processes of this host, and this one."""

@@ -8,15 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.files import write_whole
 from diffdpo.evaluation.result import cell, titles
 
 
 def write_summary(output_dir: Path, summary: Mapping[str, Any]) -> Path:
     """``summary.json``, atomically."""
     path = output_dir / "summary.json"
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(_finite(summary), indent=1, default=_plain))
-    partial.replace(path)
+    write_whole(path, json.dumps(_finite(summary), indent=1, default=_plain).encode())
     return path
 
 

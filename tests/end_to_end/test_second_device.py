@@ -52,7 +52,8 @@ def journal(folder: Path) -> dict[int, dict]:
 
 def means_of(report: dict) -> dict[str, float]:
     """The figures of an evaluation's first result."""
-    return {name: figure["mean"] for name, figure in report["results"][0]["figures"].items()}
+    figures = report["results"][0]["figures"]
+    return {name: figure["mean"] for name, figure in figures.items() if "mean" in figure}
 
 
 def generate(folder: str) -> list[dict]:
