@@ -170,8 +170,9 @@ def test_logits_of_half_precision_are_not_rounded_there(away):
     assert (there - exact).abs().max() < 1e-4 < 1e-2 < (rounded - exact).abs().max()
 
 
-def test_a_notebook_there(monkeypatch):
-    """``import diffdpo`` twice over in one process: trained, stopped, gone on with, scored, sampled, evaluated."""
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_notebook_there(whole, monkeypatch):
+    """``import diffdpo`` twice over in one process: trained, scored; stopped and gone on with, evaluated, sampled."""
     import diffdpo
 
     class StopAtOnce(diffdpo.Callback):
@@ -180,23 +181,28 @@ def test_a_notebook_there(monkeypatch):
 
     pairs = [{"prompt": f"{a} + 1 =", "chosen": f" {a + 1}", "rejected": f" {a + 2}"} for a in range(1, 5)]
     common = {"train_data": pairs, "per_device_train_batch_size": 2, "eval_fraction": 0.0, "num_mc_samples": 2}
-    common |= {"tracking_uri": "none", "learning_rate": 1e-3}
+    common |= {"tracking_uri": "none", "learning_rate": 1e-3, "max_steps": 2 if whole else 1}
 
     def cells(device: str) -> list:
         """What each gives in numbers."""
-        first = diffdpo.train("tiny", max_steps=2, output_dir=f"first-{device}", **common)
+        first = diffdpo.train("tiny", output_dir=f"first-{device}", **common)
         loaded = diffdpo.load(first.output_dir / "final", device=device)
         adapter = {"use_peft": True, "lora_r": 2, "output_dir": f"second-{device}", **common}
-        stopped = diffdpo.train(loaded, max_steps=2, callbacks=StopAtOnce(), **adapter)
-        second = diffdpo.train(loaded, max_steps=2, resume_from_checkpoint="latest", **adapter)
-        assert [run.complete for run in (first, stopped, second)] == [True, False, True]
+        if whole:
+            stopped = diffdpo.train(loaded, callbacks=StopAtOnce(), **adapter)
+            assert (stopped.steps, stopped.complete) == (1, False)
+            adapter["resume_from_checkpoint"] = "latest"
+        second = diffdpo.train(loaded, **adapter)
+        assert first.complete and second.complete
         assert {p.device.type for run in (first, second) for p in run.model.parameters()} == {loaded.device.type}
         lines = diffdpo.score(pairs, second.output_dir / "final", reference=loaded, num_mc_samples=2)
-        report = diffdpo.evaluate(pairs, model=loaded, num_mc_samples=2, tracking_uri="none")
-        answers = diffdpo.generate(["1 + 1 =", "2 + 1 ="], second.output_dir / "final", gen_length=4, device=device)
-        assert len(answers) == 2
         losses = [line["loss"] for run in (first, second) for line in journal(run.output_dir).values()]
-        return [*losses, *(line["chosen"]["log_ratio"] for line in lines), means_of(report)]
+        found = [*losses, *(line["chosen"]["log_ratio"] for line in lines)]
+        if whole:
+            found.append(means_of(diffdpo.evaluate(pairs, model=loaded, num_mc_samples=2, tracking_uri="none")))
+            asked = ["1 + 1 =", "2 + 1 ="]
+            assert len(diffdpo.generate(asked, second.output_dir / "final", gen_length=4, device=device)) == 2
+        return found
 
     wanted = cells("cpu")
     world = World(rank=0, local_rank=0, size=1, device=AWAY)
@@ -204,6 +210,6 @@ def test_a_notebook_there(monkeypatch):
     monkeypatch.setattr("diffdpo.api.init_distributed", lambda **_: world)
     with second_device():
         found = cells(str(AWAY))
-    assert len(wanted) == 9
+    assert len(wanted) == (9 if whole else 6)
     for there, here in zip(found, wanted, strict=True):
         assert there == pytest.approx(here, abs=1e-4)
