@@ -117,7 +117,7 @@ def folder_in_one_piece(output: Path) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         partial.chmod(0o777 & ~umask)  # mkdtemp's is for the owner alone
-        partial.replace(output)
+        partial.rename(output)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
