@@ -59,7 +59,7 @@ def device_beside(name: str, given: Sequence[LoadedModel]) -> str:
     theirs = sorted({str(each.device) for each in given})
     if len(theirs) > 1:
         raise UserError(f"the models in memory are on {' and '.join(theirs)}; load them on one device")
-    if name != "auto" and not theirs[0].startswith(name):  # cuda is any GPU
+    if name not in ("auto", theirs[0], torch.device(theirs[0]).type):  # cuda is any GPU
         raise UserError(
             f"device is {name} and the model in memory is on {theirs[0]}; leave device out, or load it there"
         )

@@ -29,7 +29,7 @@ LIKELY_TYPO = 0.9
 """Share of equal letters (difflib's ratio) from which an unknown key is taken for a misspelt one."""
 
 
-def context_of(config: PreTrainedConfig) -> int | None:
+def context_of(config: Any) -> int | None:
     """Tokens that a model was made for, where its config says so."""
     return getattr(config, "max_position_embeddings", None)
 
