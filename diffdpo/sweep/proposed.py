@@ -39,7 +39,7 @@ class Proposed:
         return replace(self.grid, cells=tuple(cells.values()))
 
     def cells(self) -> Iterator[Cell]:
-        """Those that were begun, then new ones; each is asked for when there is a place for it."""
+        """Cells that were begun, then new ones; each is asked for when there is a place for it."""
         for trial in self.study.get_trials(states=[self.optuna.trial.TrialState.RUNNING]):
             yield from self._unless_finished(trial.number, trial.params)
         while len(self.study.get_trials()) < self.search.trials:

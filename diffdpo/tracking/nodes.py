@@ -57,7 +57,7 @@ class Meter:
 
 
 class SystemMetrics:
-    """Of all hosts, on rank 0: measured and heard by a thread, waiting to be sent. ``companions``: None for one
+    """Metrics of all hosts, on rank 0: measured and heard by a thread, waiting to be sent. ``companions``: None for one
     process."""
 
     def __init__(self, companions: Companions | None = None):
