@@ -277,7 +277,9 @@ TABLE: dict[str, Entry] = {
     "ref_adapter_name": answered("the adapter as it starts, or another by its folder as --ref_model_name_or_path"),
     "force_use_ref_model": answered("use --reference copy"),
     "base_model_attribute_name": answered("use --use_liger_kernel, which finds the model by itself"),
-    "router_aux_loss_coef": only("0", why="routers of experts stay frozen, so there is no balance to keep"),
+    "router_aux_loss_coef": only(
+        "0", why="no loss of balance is added; with --train_router the balance is reported"
+    ),
     "disable_dropout": only(
         "true", why="with dropout policy and reference would not be the same numbers where their weights are the same"
     ),

@@ -150,7 +150,7 @@ def _tokens_computed(engine: Engine) -> tuple[int, int]:
 
 
 def _router_balance(engine: Engine) -> float | None:
-    """Of all ranks' tokens since the last call; every rank has the same routers."""
+    """The balance over all ranks' tokens since the last call; every rank has the same routers."""
     spread_L2E = take_spread(engine.module)
     return None if spread_L2E is None else balance_loss(engine.world.all_reduce_sum(spread_L2E.to(engine.world.device)))
 
