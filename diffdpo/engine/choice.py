@@ -17,13 +17,15 @@ from diffdpo.settings.engine import EngineSettings
 
 PLAIN, DEEPSPEED, FSDP2 = "plain", "deepspeed", "fsdp2"
 SIZES = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+PLACES = ("optimizer_on", "parameters_on")
 SMALL_SHARE = 0.25  # of trained parameters: whole gradients of a LoRA adapter do not matter beside the frozen weights
 
 
 @dataclass(frozen=True)
 class EngineChoice:
     """An engine before there is one. ``ds_config``: the DeepSpeed configuration as it is handed over, completed;
-    ``given``: the JSON as the user wrote it; both empty for other engines. ``reshard_after_forward``: of FSDP2."""
+    ``given``: the JSON as the user wrote it; both empty for other engines. ``reshard_after_forward``: of FSDP2.
+    ``row_processes``: over how many processes a row's tokens lie."""
 
     kind: str = PLAIN
     processes: int = 1
@@ -32,11 +34,17 @@ class EngineChoice:
     ds_config: Mapping[str, Any] = field(default_factory=dict)
     given: Mapping[str, Any] = field(default_factory=dict)
     reshard_after_forward: bool = True
+    row_processes: int = 1
 
     @property
     def shards_parameters(self) -> bool:
-        """Whether a forward is a collective: every process must call it equally often."""
+        """Whether weights are whole nowhere."""
         return self.sharding.parameters
+
+    @property
+    def meets_in_forwards(self) -> bool:
+        """Whether a forward is a collective: every process must call it equally often."""
+        return self.shards_parameters or self.row_processes > 1
 
     @property
     def has_copies(self) -> bool:
@@ -51,7 +59,7 @@ class EngineChoice:
 
     @property
     def checkpoint_is_per_rank(self) -> bool:
-        """Whether what is saved is read again by as many processes only."""
+        """Whether what is saved looks otherwise for another number of processes."""
         return self.kind == DEEPSPEED
 
     @property
@@ -68,7 +76,8 @@ class EngineChoice:
         """What stands against whole gradients in ``.grad`` until the end of a step, for the user; None where nothing
         does. ``few``: what is trained is small beside the model (LoRA)."""
         if self.kind == PLAIN:
-            return None
+            shared = "the gradient of an answer lies on all processes that share its rows (--sequence_parallel_size)"
+            return shared if self.row_processes > 1 else None
         if self.kind == FSDP2:
             return None if few else "three whole gradients on every device would undo the sharding of FSDP2"
         if not self.sharding.any:
@@ -81,6 +90,8 @@ class EngineChoice:
 
     def retry_obstacle(self, no_sync_obstacle: str | None) -> str | None:
         """What stands against taking a step again that broke off, for the user; None if nothing."""
+        if self.row_processes > 1:
+            return "processes that share rows (--sequence_parallel_size) wait for one another inside forwards"
         if self.kind == FSDP2:
             waiting = "FSDP2 gathers weights inside forwards, where other processes wait for this one"
             return waiting if self.processes > 1 else None
@@ -105,17 +116,21 @@ class EngineChoice:
             "parameters_on": cut.parameters_on,
         }
 
-    def reads(self, identity: Mapping[str, Any]) -> bool:
-        """Whether a checkpoint written by an engine of this ``identity`` can be read, by whatever number of processes
-        but DeepSpeed's own: plain and FSDP2 read each other's files and those of ZeRO (``engine.tensor_files``)."""
-        by_name = identity.get("kind") in (PLAIN, FSDP2)
-        zero = bool(identity.get("sharded")) and "nvme" not in identity.values()
-        return identity == self.identity() or (self.kind in (PLAIN, FSDP2) and (by_name or zero))
+    def reads(self, identity: Mapping[str, Any], processes: int | None = None) -> bool:
+        """Whether a checkpoint written by an engine of this ``identity`` can be read. ``processes``: how many wrote it,
+        where its files differ by that.
+
+        By name (``engine.tensor_files``) any engine reads any other's but those on NVMe and of DeepSpeed's stage 0.
+        """
+        same = identity == self.identity() and processes in (None, self.processes)
+        by_name = identity.get("kind") in (PLAIN, FSDP2) or bool(identity.get("sharded"))
+        on_nvme = any(one[place] == "nvme" for one in (identity, self.identity()) for place in PLACES if place in one)
+        return same or (by_name and not on_nvme)
 
     def describe(self) -> str:
         """In a few words, for the user."""
         if self.kind == PLAIN:
-            return "plain torch"
+            return "plain torch" + (f", rows over {self.row_processes} processes" if self.row_processes > 1 else "")
         if self.kind == FSDP2:
             return ", ".join(["FSDP2", *self._fsdp2_in_words()])
         parts = {"optimizer": self.sharding.optimizer_on, "parameters": self.sharding.parameters_on}
@@ -139,6 +154,15 @@ def check_shard_size(size: int, processes: int) -> None:
         raise UserError(
             f"--fsdp_shard_size {size} does not divide the {processes} processes of this run; give a divisor, or 0 for "
             "one copy of the weights over all"
+        )
+
+
+def check_row_processes(size: int, processes: int) -> None:
+    """UserError for a ``--sequence_parallel_size`` that does not divide the processes into equal groups."""
+    if processes % size:
+        raise UserError(
+            f"--sequence_parallel_size {size} does not divide the {processes} process(es) of this run; start more, or "
+            "give a divisor"
         )
 
 
@@ -185,7 +209,9 @@ def choose_engine(
                 "--bf16 trains with fp32 masters of bfloat16 weights, which needs --ds_config or --engine fsdp2; leave "
                 "it out, or add --use_peft"
             )
-        return EngineChoice(PLAIN, processes, adapter and (bf16_able if settings.bf16 is None else settings.bf16))
+        bf16 = adapter and (bf16_able if settings.bf16 is None else settings.bf16)
+        check_row_processes(settings.sequence_parallel_size, processes)
+        return EngineChoice(PLAIN, processes, bf16, row_processes=settings.sequence_parallel_size)
     if engine_kind(settings) == FSDP2:
         return fsdp2_choice(
             processes=processes,

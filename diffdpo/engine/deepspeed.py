@@ -5,6 +5,7 @@ but the transformers Trainer; the engine averages over ranks where we add; bf16 
 """
 
 import copy
+import json
 import logging
 import os
 import sys
@@ -28,9 +29,12 @@ from diffdpo.engine.operators import needed_operators
 from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.plain import PlainFrozen
 from diffdpo.engine.saved import fits_beside
+from diffdpo.engine.tensor_files import whole_tensors
 from diffdpo.engine.world import World
+from diffdpo.engine.zero_fill import fill_engine
 from diffdpo.errors import UserError
 
+LAYOUT = "layout.json"  # beside DeepSpeed's files: who wrote them
 STATE_BYTES = 16  # a trained weight, at most: fp32 master and copy, two moments
 FOR_GRADIENTS = ("offload_optimizer", "zero_hpz_partition_size", "zero_quantized_gradients")
 """What of "zero_optimization" concerns the backward and the step. (DeepSpeed makes the groups of a hierarchical
@@ -104,6 +108,12 @@ class DeepSpeedEngine:
     def save(self, folder: Path) -> None:
         self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
         self.files.raise_error()
+        if self.world.is_main:
+            (folder / LAYOUT).write_text(json.dumps(self._layout()))
+
+    def _layout(self) -> dict[str, Any]:
+        """What must be the same for DeepSpeed's own reader."""
+        return {**self.choice.identity(), "processes": self.world.size}
 
     def snapshot(self, beside: World) -> Callable[[Path], None] | None:
         own = -(-count_parameters(self.module)[1] // self.world.size) * STATE_BYTES
@@ -116,12 +126,24 @@ class DeepSpeedEngine:
         return lambda folder: write_files(folder, kept, others)
 
     def load(self, folder: Path) -> None:
+        if not self._wrote(folder):
+            fill_engine(self.engine, self.module, whole_tensors(folder, self.module), stage=self.choice.sharding.stage)
+            wind_up(getattr(self.optimizer, "optimizer", self.optimizer))
+            return
         # not strictly: weights that are not trained are in no checkpoint
         found, _ = self.engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
         if found is None:
             raise UserError(f"{folder} holds no DeepSpeed checkpoint; give a folder under checkpoints/")
         self.files.check_loaded()
         wind_up(getattr(self.optimizer, "optimizer", self.optimizer))
+
+    def _wrote(self, folder: Path) -> bool:
+        """Whether an engine like this one did; where it has left no note, the number of its files says so."""
+        if not (folder / TAG).is_dir():
+            return False
+        if (note := folder / LAYOUT).is_file():
+            return json.loads(note.read_text()) == self._layout()
+        return len(list((folder / TAG).glob("*_optim_states.pt"))) in (0, self.world.size)
 
     def full_state_dict(self) -> Mapping[str, Any] | None:
         if not self.choice.shards_parameters:

@@ -25,6 +25,7 @@ from diffdpo.errors import UserError
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 OTHERS = ("row_var", "col_var", "variance", "momentum_buffer", "state1", "state2", "absmax1", "absmax2")
 """Of the optimizers of ``--optim`` that are not AdamW."""
+AT_A_TIME = 2**26  # numbers that are read at once, or one tensor
 
 
 def training_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -50,7 +51,7 @@ def read_training_state(folder: Path, module: nn.Module, optimizer: torch.optim.
 
     UserError where the folder holds other weights than those trained here.
     """
-    zero = ZeroFiles(folder / TAG) if (folder / TAG).is_dir() else None
+    zero = _zero_files(folder)
     saved, trained = zero.shapes if zero else saved_shapes(folder), trained_by_name(module)
     kept = {name for name in saved if name.rpartition(".")[2] in (*MOMENTS, *OTHERS)}
     check_trained({name: shape for name, shape in saved.items() if name not in kept}, module)
@@ -58,8 +59,7 @@ def read_training_state(folder: Path, module: nn.Module, optimizer: torch.optim.
     if not isinstance(optimizer, torch.optim.AdamW):
         _read_other(folder, kept, module, optimizer, zero=zero is not None)
         return
-    if foreign := sorted(name for name in kept if name.rpartition(".")[2] not in MOMENTS):
-        raise UserError(f"the checkpoint holds {foreign[0]}, of another --optim; resume with that of its run")
+    _check_adamw(kept)
     for name, parameter in trained.items():
         if f"{name}.exp_avg" in saved:
             count = torch.zeros((), device=parameter.device if fused else "cpu")
@@ -74,13 +74,57 @@ def read_training_state(folder: Path, module: nn.Module, optimizer: torch.optim.
         dcp.load(tensors, storage_reader=_reader(folder), no_dist=not dist.is_initialized())
 
 
+def whole_tensors(folder: Path, module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, whole fp32 tensor) of the trained weights and AdamW's state in a checkpoint of any engine, some at a time.
+
+    UserError where it holds other weights than those trained here, or another optimizer's state.
+    """
+    zero = _zero_files(folder)
+    saved = zero.shapes if zero else saved_shapes(folder)
+    kept = {name for name in saved if name.rpartition(".")[2] in (*MOMENTS, *OTHERS)}
+    check_trained({name: shape for name, shape in saved.items() if name not in kept}, module)
+    _check_adamw(kept)
+    if zero:
+        yield from zero.tensors()
+        return
+    names = sorted(saved)
+    while names:
+        some: dict[str, torch.Tensor] = {}
+        size = 0
+        while names and (not some or size < AT_A_TIME):
+            name = names.pop()
+            some[name] = torch.empty(saved[name], dtype=torch.float32)
+            size += some[name].numel()
+        with _first_failure(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # each process reads for itself
+            dcp.load(some, storage_reader=_reader(folder), no_dist=True)
+        yield from some.items()
+
+
+def _check_adamw(kept: set[str]) -> None:
+    """UserError where what was kept of an optimizer is not AdamW's."""
+    if foreign := sorted(name for name in kept if name.rpartition(".")[2] not in MOMENTS):
+        raise UserError(f"the checkpoint holds {foreign[0]}, of another --optim; resume with that of its run")
+
+
+def _zero_files(folder: Path) -> ZeroFiles | None:
+    """What DeepSpeed wrote; None where another engine did. UserError where it cannot be read by name."""
+    if not (folder / TAG).is_dir():
+        return None
+    try:
+        return ZeroFiles(folder / TAG)
+    except ValueError as error:
+        raise UserError(f"{error}; go on with the run that wrote it") from None
+
+
 def read_weights(folder: Path, module: nn.Module) -> None:
     """Put the trained weights of a checkpoint of any engine in place, in one process, tensor by tensor.
 
     UserError where it holds other weights than those trained here, or none that can be read.
     """
     trained = {name: parameter.detach() for name, parameter in trained_by_name(module).items()}
-    if not (folder / TAG).is_dir():
+    zero = _zero_files(folder)
+    if zero is None:
         of_optimizer = (*MOMENTS, *OTHERS)
         saved = {n: shape for n, shape in saved_shapes(folder).items() if n.rpartition(".")[2] not in of_optimizer}
         check_trained(saved, module)
@@ -88,10 +132,6 @@ def read_weights(folder: Path, module: nn.Module) -> None:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as is meant here
             dcp.load(dict(trained), storage_reader=_reader(folder), no_dist=True)
         return
-    try:
-        zero = ZeroFiles(folder / TAG)
-    except ValueError as error:
-        raise UserError(f"{error}; go on with the run that wrote it and export its final/") from None
     check_trained({name: shape for group in zero.groups for name, shape in group.items()}, module)
     for name, whole in zero.weights():
         trained[name].copy_(whole)

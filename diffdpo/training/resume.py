@@ -31,6 +31,7 @@ FREE_TO_CHANGE = WITHOUT_EFFECT | {
     *("load_best_model_at_end", "early_stopping_patience", "early_stopping_threshold"),
     # where the engine that was can be another (``EngineChoice.reads``), and its number of processes
     *("engine", "ds_config", "fsdp_cpu_offload", "fsdp_reshard_after_forward", "fsdp_shard_size"),
+    *("sequence_parallel_size",),
     # their product cannot change: the reader refuses another number of records a step
     *("per_device_train_batch_size", "gradient_accumulation_steps"),
 }
@@ -59,11 +60,11 @@ def resume_parts(
             "or --num_train_epochs"
         )
     for name, value in state["held_by"].items():
-        if not _fits(name, value, ours[name], engine):
+        if not _fits(name, state["held_by"], ours, engine):
             raise UserError(
                 f"--resume_from_checkpoint {checkpoint}: {name} was {value} and is {ours[name]}; resume with the "
-                "launcher, --ds_config and adapter settings of the run that wrote it (--engine plain and fsdp2 read "
-                "checkpoints of any engine and number of processes, but those on nvme)"
+                "launcher, --ds_config and adapter settings of the run that wrote it (any engine and number of "
+                "processes reads any checkpoint, but those on nvme and of DeepSpeed's stage 0)"
             )
     loader.load_state_dict(state["loader"])
     with told_if_unreadable(checkpoint):
@@ -79,12 +80,11 @@ def resume_parts(
     return changes
 
 
-def _fits(name: str, was: Any, ours: Any, engine: Engine) -> bool:
-    if name == "engine":
-        return engine.choice.reads(was)
-    if name == "processes" and not engine.choice.checkpoint_is_per_rank:
-        return True
-    return was == ours
+def _fits(name: str, was: dict[str, Any], ours: dict[str, Any], engine: Engine) -> bool:
+    if name in ("engine", "processes"):
+        other = was["engine"] != ours["engine"]  # then that is what is told
+        return (name == "processes" and other) or engine.choice.reads(was["engine"], was.get("processes"))
+    return was[name] == ours[name]
 
 
 def finished_summary(config: RunConfig, context: RunContext) -> dict[str, Any] | None:

@@ -47,17 +47,19 @@ def test_one_process_can_take_a_step_again():
     assert "FSDP2 gathers weights inside forwards" in (chosen(2).retry_obstacle(None) or "")
 
 
-def test_it_reads_its_own_and_the_plain_engines_checkpoints_whatever_the_processes():
+def test_any_engine_reads_checkpoints_of_any_other_whatever_the_processes():
     plain = EngineChoice()
     sizes = {"micro_batch_size": 1, "accumulation_steps": 1}
-    whole, zero = (
-        deepspeed_choice({"zero_optimization": {"stage": stage}}, OptimizerOptions(1e-3), **sizes) for stage in (0, 2)
+    whole, zero, three = (
+        deepspeed_choice({"zero_optimization": {"stage": stage}}, OptimizerOptions(1e-3), **sizes)
+        for stage in (0, 2, 3)
     )
     for one in (plain, chosen(2), chosen(8, fsdp_shard_size=4)):
         assert all(one.reads(other.identity()) for other in (plain, chosen(1), chosen(4, fsdp_cpu_offload=True)))
-        assert one.reads(zero.identity()) and not zero.reads(one.identity())
+        assert one.reads(zero.identity(), 3) and zero.reads(one.identity()) and whole.reads(one.identity())
         assert not one.reads(zero.identity() | {"optimizer_on": "nvme"}) and not one.reads(whole.identity())
-    assert zero.reads(zero.identity())
+    assert zero.reads(zero.identity(), 1) and zero.reads(zero.identity(), 2) and three.reads(zero.identity(), 1)
+    assert whole.reads(whole.identity(), 1) and not whole.reads(whole.identity(), 2)
 
 
 @pytest.mark.parametrize(
