@@ -1,6 +1,8 @@
 """The processes of a run know one another without a collective: who they are, who has gone, who cannot be reached.
 
-They meet at the launcher's store, where each says its host, its process and a port. Nothing is said on that port: the
+They meet at the launcher's store, where each says its host, its process and a port. An elastic launcher keeps that
+store from one attempt to the next, and its hosts do not count attempts alike: so rank 0 names each meeting anew and
+closes it with the list of who is there, and who is not on the list waits for the next. Nothing is said on a port: the
 kernel takes a connection while the process is there, frozen or not, refuses it when the process has gone, and nobody
 answers where the link is cut. So a loss is noticed within seconds, also while gloo or NCCL waits for it.
 """
@@ -13,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -26,6 +29,7 @@ PROBE_SECONDS = 3.0
 FEW = 16  # of so many processes each looks at all, else at the next one
 LOOK_TURNS = 4  # of half a second, before all have come
 ATTEMPT = "DIFFDPO_ATTEMPT"  # in the environment: which start of the same command this is
+MEETING = "diffdpo-meeting"
 REACHED, GONE, UNREACHED = "reached", "gone", "unreached"
 
 
@@ -39,6 +43,7 @@ class Member:
     address: str
     port: int
     local_rank: int = 0  # on its host
+    token: str = ""  # of this process and no other
 
     def describe(self) -> str:
         """Who and where, for the user."""
@@ -146,27 +151,47 @@ def meet(rank: int, size: int, patience: float) -> tuple[dist.Store, Companions]
     """Wait for all processes at the launcher's store, at most so many seconds. TrainingError naming who has not come,
     or has gone meanwhile."""
     until = time.monotonic() + patience
-    store = dist.PrefixStore(f"diffdpo-{attempt()}", _store(rank, size, patience))
+    store = _store(rank, size, patience)
     door, address = open_door(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    me = Member(rank, socket.gethostname(), os.getpid(), address, door.getsockname()[1], local_rank)
-    names = [f"member-{number}" for number in range(size)]
-    store.set(names[rank], json.dumps(asdict(me)))
-    store.add("arrived", 1)
+    place, local_rank = (address, door.getsockname()[1]), int(os.environ.get("LOCAL_RANK", 0))
+    me = Member(rank, socket.gethostname(), os.getpid(), *place, local_rank, uuid.uuid4().hex)
+    if rank == 0:
+        store.set(MEETING, me.token)
     waiting = Companions(rank, (), door)
     for turn in itertools.count():
-        if store.add("arrived", 0) >= size:
-            members = [Member(**json.loads(told)) for told in store.multi_get(names)]
-            return store, Companions(rank, members, door, store=store)
+        meeting = _Meeting(store, size)
+        if members := meeting.attended_by(me):
+            return meeting.store, Companions(rank, members, door, store=meeting.store)
         time.sleep(min(0.01 * 2**turn, 0.5))
         if turn % LOOK_TURNS == 0 or time.monotonic() > until:
-            _check_meeting(store, names, waiting, patience if time.monotonic() > until else None)
+            _check_meeting(meeting, waiting, patience if time.monotonic() > until else None)
     raise AssertionError("unreachable")
 
 
-def attempt() -> str:
-    """Which of a launcher's, and of our own, restarts this is: each meets anew."""
-    return f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{os.environ.get(ATTEMPT, '0')}"
+class _Meeting:
+    """The one that rank 0 has named last; its ``store`` is no other meeting's."""
+
+    def __init__(self, store: dist.Store, size: int):
+        self.names = [f"member-{number}" for number in range(size)]
+        self.name = store.get(MEETING).decode() if store.check([MEETING]) else ""
+        self.store = dist.PrefixStore(f"diffdpo-{self.name}", store)
+
+    def here(self) -> list[Member]:
+        """Who has come so far."""
+        came = [name for name in self.names if self.name and self.store.check([name])]
+        return [Member(**json.loads(self.store.get(name))) for name in came]
+
+    def attended_by(self, me: Member) -> list[Member]:
+        """Come to it; all members where rank 0 has closed it with ``me`` among them, nobody before that."""
+        if not self.name:
+            return []
+        own = self.names[me.rank]
+        if not self.store.check([own]) or json.loads(self.store.get(own))["token"] != me.token:
+            self.store.set(own, json.dumps(asdict(me)))
+        if me.rank == 0 and len(here := self.here()) == len(self.names):
+            self.store.set("closed", json.dumps([asdict(member) for member in here]))
+        closed = json.loads(self.store.get("closed")) if self.store.check(["closed"]) else []
+        return [Member(**told) for told in closed] if any(told["token"] == me.token for told in closed) else []
 
 
 def _store(rank: int, size: int, patience: float) -> dist.Store:
@@ -185,14 +210,16 @@ def _store(rank: int, size: int, patience: float) -> dist.Store:
         ) from None
 
 
-def _check_meeting(store: dist.Store, names: list[str], waiting: Companions, waited: float | None) -> None:
+def _check_meeting(meeting: _Meeting, waiting: Companions, waited: float | None) -> None:
     """TrainingError where one who came has gone, or where the time is over."""
     drain(waiting.door)
-    here = [number for number, name in enumerate(names) if store.check([name])]
-    waiting.members = [Member(**json.loads(store.get(names[number]))) for number in here]
-    if gone := waiting.look():
+    waiting.members, names = meeting.here(), meeting.names
+    # of an earlier attempt all are meant to have gone, rank 0 too
+    called = any(member.rank == 0 and member.probe() == REACHED for member in waiting.members)
+    if called and (gone := waiting.look()):
         raise TrainingError(f"{gone[0].describe()} has gone before all {len(names)} processes had met")
     if waited is not None:
+        here = {member.rank for member in waiting.members}
         missing = [number for number in range(len(names)) if number not in here]
         told = ", ".join(map(str, missing[:8])) + (" ..." if len(missing) > 8 else "")
         raise TrainingError(

@@ -9,6 +9,7 @@ outside the namespaces is reached or changed: the switch that joins them lies in
 import argparse
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -25,7 +26,7 @@ BIN = Path(sys.executable).parent
 INTERFACE = "eth0"
 THREADS = os.environ.get("OMP_NUM_THREADS", "1")
 PORT = "29500"
-TIME_LIMIT = 600
+TIME_LIMIT = 1800
 FLAGS = [
     *("--max_steps", "4", "--num_generated_pairs", "96", "--max_eval_pairs", "16", "--num_eval_problems", "0"),
     *("--per_device_train_batch_size", "2", "--tracking_uri", "none"),
@@ -216,12 +217,17 @@ def ssh_servers(members: Sequence[Host], folder: Path) -> Iterator[Path]:
             server.wait(10)
 
 
-def first_difference(ours: list[dict], theirs: list[dict]) -> str:
-    """Where two curves part; '' where they do not."""
+def first_difference(ours: list[dict], theirs: list[dict], *, near: float = 0.0) -> str:
+    """Where two curves part; '' where they do not. ``near``: by how much of itself a number may differ."""
+
+    def part(a: object, b: object) -> bool:
+        numbers = isinstance(a, float) and isinstance(b, float)
+        return a != b and not (numbers and math.isclose(a, b, rel_tol=near))
+
     if len(ours) != len(theirs):
         return f"{len(ours)} lines, not {len(theirs)}"
     pairs = zip(ours, theirs, strict=True)
-    apart = [(a.get("step"), k, a.get(k), b.get(k)) for a, b in pairs for k in {**a, **b} if a.get(k) != b.get(k)]
+    apart = [(a.get("step"), k, a.get(k), b.get(k)) for a, b in pairs for k in {**a, **b} if part(a.get(k), b.get(k))]
     return f"step {apart[0][0]}: {apart[0][1]} is {apart[0][2]}, not {apart[0][3]}" if apart else ""
 
 

@@ -45,7 +45,9 @@ def test_deepspeed_over_ssh(members, expected, tmp_path):
 def test_a_difference_would_be_found(expected):
     other = [dict(line) for line in expected]
     other[-1]["loss" if "loss" in other[-1] else "eval/loss"] += 1e-9
-    assert "not" in first_difference(other, expected) and "lines" in first_difference(other[1:], expected)
+    assert "not" in first_difference(other, expected) and "not" in first_difference(other, expected, near=1e-12)
+    assert first_difference(other, expected, near=1e-6) == ""
+    assert "lines" in first_difference(other[1:], expected)
 
 
 def test_a_cut_link_is_told_by_name(members, tmp_path):

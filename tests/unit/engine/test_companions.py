@@ -7,10 +7,12 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch.distributed as dist
 
-from diffdpo.engine.companions import FEW, GONE, REACHED, Companions, Member, drain, open_door
+from diffdpo.engine.companions import FEW, GONE, REACHED, Companions, Member, drain, meet, open_door
 from tests.support.paths import ROOT
 from tests.support.ports import free_port
 
@@ -73,6 +75,30 @@ def test_one_that_does_not_come_is_named(ranks):
     port = free_port()
     other = ranks(1, port, 2.0)
     assert f"127.0.0.1:{port}" in other.communicate(timeout=60)[0] and other.returncode == 1
+
+
+def test_a_store_that_an_earlier_attempt_has_left_its_words_in(monkeypatch):
+    """An elastic torchrun keeps its store, and counts attempts otherwise on a host that has seen no process of its own
+    fail: the new processes find one another, and none of those before."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    with ThreadPoolExecutor() as pool:
+        first = [pool.submit(meet, rank, 2, 60.0) for rank in (1, 0)]
+        before = [each.result()[1] for each in first]
+        for companions in before:
+            companions.door.close()
+        late = pool.submit(meet, 1, 2, 60.0)  # comes before rank 0 does, and finds the words of those that have gone
+        time.sleep(0.3)
+        assert not late.done()
+        now = [pool.submit(meet, 0, 2, 60.0).result(), late.result()]
+    ports = [companions.door.getsockname()[1] for _, companions in now]
+    for store, companions in now:
+        assert [member.port for member in companions.members] == ports
+        store.add("seen", 1)
+        companions.door.close()
+    assert all(store.add("seen", 0) == 2 for store, _ in now)
 
 
 def test_a_frozen_process_is_reached_and_a_dead_one_is_not():
