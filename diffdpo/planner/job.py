@@ -158,7 +158,7 @@ def plan_run(
     obstacle = choice.no_sync_obstacle(few=few)
     loss = config.loss()
     check_reference(config, loss)
-    in_shards = choice.shards_parameters or choice.sharding.gradients  # as `make_segments` decides for a run
+    in_shards = choice.meets_in_forwards or choice.sharding.gradients  # as `make_segments` decides for a run
     meets = choice.processes > 1 and in_shards and choice.retry_obstacle(obstacle) is not None
     segments = make_segments(config, choice, torch.device("cuda" if cuda else "cpu"))
     shape = micro_batch_shape(config, couples_pairs=loss.couples_pairs, block_size=block_size)

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from diffdpo.errors import UserError
 from diffdpo.gpus import is_gpu
 from diffdpo.memory.host_copy import HostCopy
+from diffdpo.memory.kept_outputs import keeping
 from diffdpo.models.architecture.backbone import RowLayout, call_block, native
 from diffdpo.models.architecture.compiled import AttentionOutside, call_compiled, check_compiler
 from diffdpo.models.architecture.layout import Layout
@@ -46,10 +47,10 @@ class MaskedLogProbs(nn.Module):
     """Wraps a native model (or a peft model round one).
 
     `layer_checkpointing` recomputes each block in the backward (non-reentrant), from inputs that `offload` keeps on the
-    host meanwhile. `logits_budget`: bytes of the largest
-    logits chunk (default `token_log_probs.DEFAULT_LOGITS_BUDGET`). `max_waste`: padding allowed inside a length
-    bucket; 1.0 is one padded batch. `use_liger`: the head through Liger's fused kernel, GPU only, after a check that it
-    gives the same numbers; UserError where it cannot. `compile_blocks`: see `models.compiled`.
+    host meanwhile; `keeps` names outputs that are not computed again (`memory.kept_outputs`). `logits_budget`: bytes of
+    the largest logits chunk (default `token_log_probs.DEFAULT_LOGITS_BUDGET`). `max_waste`: padding allowed inside a
+    length bucket; 1.0 is one padded batch. `use_liger`: the head through Liger's fused kernel, GPU only, after a check
+    that it gives the same numbers; UserError where it cannot. `compile_blocks`: see `models.compiled`.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class MaskedLogProbs(nn.Module):
         *,
         layer_checkpointing: bool = False,
         offload: bool = False,
+        keeps: str = "nothing",
         logits_budget: int | None = None,
         max_waste: float = MAX_WASTE,
         use_liger: bool = False,
@@ -76,11 +78,12 @@ class MaskedLogProbs(nn.Module):
         self.use_liger = use_liger
         self.model = model
         self.spec = spec
-        self.layer_checkpointing, self.offload = layer_checkpointing, offload
+        self.layer_checkpointing, self.offload, self.keeps = layer_checkpointing, offload, keeps
         self.logits_budget = logits_budget
         self.max_waste = max_waste
         self.call_block = call_compiled if compile_blocks else call_block
         self.counted = TokenCount()
+        self.slices: Any = None  # an engine's, where rows lie on several processes (``engine.row_slices``)
 
     @classmethod
     def of(cls, model: nn.Module, spec: FamilySpec, settings: ModelSettings) -> "MaskedLogProbs":
@@ -90,6 +93,7 @@ class MaskedLogProbs(nn.Module):
             spec,
             layer_checkpointing=settings.gradient_checkpointing,
             offload=settings.activation_offload == "cpu",
+            keeps=settings.checkpoint_keeps,
             use_liger=settings.use_liger_kernel,
             compile_blocks=settings.torch_compile,
         )
@@ -117,14 +121,16 @@ class MaskedLogProbs(nn.Module):
         """
         if self.spec.block_size:
             return block_log_probs(self, input_ids_RT, lengths_R, row_M, position_M, target_M, *clean)
+        if self.spec.logit_shift and position_M.numel() and int(position_M.min()) < self.spec.logit_shift:
+            raise ValueError(f"{self.spec.name} never predicts position 0: a scored token needs one before it")
         device, lengths = input_ids_RT.device, lengths_R.tolist()
+        if self.slices is not None:
+            inputs = (input_ids_RT, lengths_R, row_M, position_M, target_M)
+            return self.slices.log_probs(self, inputs, self._max_waste(device))
         layout = Layout.packed(lengths, input_ids_RT.shape[1], device=device, max_waste=self._max_waste(device))
         self.counted.computed += len(layout)
         self.counted.padding += len(layout) - sum(lengths)
-        output_M = position_M - self.spec.logit_shift
-        if self.spec.logit_shift and output_M.numel() and int(output_M.min()) < 0:
-            raise ValueError(f"{self.spec.name} never predicts position 0: a scored token needs one before it")
-        keep_M = layout.offset_R[row_M] + output_M
+        keep_M = layout.offset_R[row_M] + position_M - self.spec.logit_shift
         hidden_MK = self.hidden_states(input_ids_RT.flatten()[layout.index_N], layout, keep_M)
         return self.log_probs(hidden_MK, target_M)
 
@@ -132,7 +138,7 @@ class MaskedLogProbs(nn.Module):
         """Normed hidden states [M, K] of a stream, its blocks run as the options say."""
         run_block = self.call_block
         if self.layer_checkpointing and torch.is_grad_enabled():
-            run_block = Checkpointed(self.call_block, offload=self.offload)
+            run_block = Checkpointed(self.call_block, offload=self.offload, keeps=self.keeps)
         seen = AttentionOutside(layout) if self.call_block is call_compiled else layout
         return native(self.model).hidden_states(ids_N, seen, keep_M=keep_M, run_block=run_block)
 
@@ -146,10 +152,11 @@ class MaskedLogProbs(nn.Module):
 
 
 class Checkpointed:
-    """Blocks of one forward, each run again in the backward. ``offload``: their inputs wait on the host."""
+    """Blocks of one forward, each run again in the backward. ``offload``: their inputs wait on the host; ``keeps``:
+    what of them is not run again."""
 
-    def __init__(self, call_block: Callable[..., Tensor], *, offload: bool):
-        self.call_block, self.offload = call_block, offload
+    def __init__(self, call_block: Callable[..., Tensor], *, offload: bool, keeps: str):
+        self.call_block, self.offload, self.how = call_block, offload, keeping(keeps)
         self.last: HostCopy | None = None
 
     def __call__(self, block: nn.Module, x_NK: Tensor, *args) -> Tensor:
@@ -158,7 +165,7 @@ class Checkpointed:
         frozen = any(not p.requires_grad for p in block.parameters())
         check = "none" if frozen else "default"
         call = self._from_host(block, x_NK, *args) if self.offload else partial(self.call_block, block, x_NK, *args)
-        return checkpoint(call, use_reentrant=False, preserve_rng_state=False, determinism_check=check)
+        return checkpoint(call, use_reentrant=False, preserve_rng_state=False, determinism_check=check, **self.how)
 
     def _from_host(self, block: nn.Module, x_NK: Tensor, *args) -> Callable[[], Tensor]:
         """The block's call: the first time of the tensor itself, then of the copy. The graph is that of the first."""

@@ -34,6 +34,11 @@ class ModelSettings(Settings):
     activation_offload: str = setting(
         "none", "cpu: what --gradient_checkpointing keeps of each layer waits on the host", choices=("none", "cpu")
     )
+    checkpoint_keeps: str = setting(
+        "nothing",
+        "what --gradient_checkpointing does not compute again, for memory: attention; products: those of matrices too",
+        choices=("nothing", "attention", "products"),
+    )
     torch_compile: bool = setting(False, "compile the layers: minutes at the start, then less time and memory")
     use_liger_kernel: bool = setting(False, "LM head through Liger's fused kernel (GPU; for trained heads)")
 
@@ -49,9 +54,22 @@ class ModelSettings(Settings):
                 f"--train_router is of a new adapter, and {self.adapter_name_or_path} has its own routers or none: "
                 "leave one out"
             )
+        if self.checkpoint_keeps != "nothing":
+            self._check_keeps()
         name = self.model_name_or_path
         if self.model_revision and (not name or Path(name).exists()):
             raise UserError(f"--model_revision is of a model on the hub, and {name or 'the bundled one'} is none")
+
+    def _check_keeps(self) -> None:
+        """What is kept of layers that are run again needs such layers, run as they are."""
+        told = f"--checkpoint_keeps {self.checkpoint_keeps}"
+        if not self.gradient_checkpointing:
+            raise UserError(
+                f"{told} is about what --gradient_checkpointing computes again; add --gradient_checkpointing true"
+            )
+        if self.activation_offload != "none" or self.torch_compile:
+            other = "torch_compile" if self.torch_compile else "activation_offload"
+            raise UserError(f"{told} has not been seen to work with --{other}; leave one out")
 
     @property
     def policy(self) -> str | None:

@@ -1,0 +1,73 @@
+"""``--checkpoint_keeps``: the same gradients to the bit, fewer products in the backward."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffdpo.config import TrainConfig, make_config
+from diffdpo.errors import UserError
+from diffdpo.models.load import load_model
+from diffdpo.models.lora.adapters import add_lora
+from diffdpo.planner.hardware import GPUS, Host
+from diffdpo.planner.memory import DEVICE
+from diffdpo.planner.plan import Machine, make_plan
+from diffdpo.planner.sizes import GIB
+from diffdpo.scores.masked_log_probs import MaskedLogProbs
+from tests.support.shapes import LLADA_8B
+
+
+def gradients_and_work(folder, keeps, *, lora=False):
+    torch.manual_seed(0)
+    loaded = load_model(str(folder))
+    model = loaded.model.requires_grad_(True) if not lora else add_lora(loaded.model, loaded.spec, r=2, alpha=4)
+    module = MaskedLogProbs(model, loaded.spec, layer_checkpointing=keeps is not None, keeps=keeps or "nothing")
+    ids = torch.arange(24).reshape(2, 12) + 5
+    row, position = torch.tensor([0, 0, 1]), torch.tensor([3, 7, 11])
+    with FlopCounterMode(display=False) as counted:
+        module(ids, torch.tensor([12, 12]), row, position, position + 20).sum().backward()
+    return [p.grad for p in model.parameters() if p.grad is not None], counted.get_total_flops()
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_gradients_are_the_same_and_products_are_not_run_again(tiny_model, lora):
+    whole, least = gradients_and_work(tiny_model, None, lora=lora)
+    work = {}
+    for keeps in ("nothing", "attention", "products"):
+        found, work[keeps] = gradients_and_work(tiny_model, keeps, lora=lora)
+        assert all(torch.equal(a, b) for a, b in zip(found, whole, strict=True)) and len(found) == len(whole)
+    assert work["nothing"] > work["products"] == least
+
+
+def test_what_is_kept_is_planned(tmp_path):
+    """LLaDA-8B's layers, 4 rows of 1024 tokens in bf16: outputs of attention are as large as the layers' inputs, those
+    of its products eleven times that."""
+    layers = 12
+    (tmp_path / "config.json").write_text(json.dumps(LLADA_8B | {"n_layers": layers}))
+    flags = {"model_name_or_path": str(tmp_path / "config.json"), "ds_config": "zero2", "use_peft": True, "bf16": True}
+    flags |= {"gradient_checkpointing": True, "segment_rows": 4, "num_mc_samples": 8, "max_length": 1024}
+    card = {}
+    for keeps in ("nothing", "attention", "products"):
+        config = make_config(TrainConfig, flags | {"per_device_train_batch_size": 1, "checkpoint_keeps": keeps})
+        plan = make_plan(config, Machine(GPUS["H100"], Host(256 * GIB)), timed=False)
+        card[keeps] = sum(part.bytes for part in plan.parts if part.place == DEVICE and not part.assumed)
+    inputs = layers * 4096 * 4 * 1024 * 2
+    assert 0.8 * inputs < card["attention"] - card["nothing"] < 1.2 * inputs
+    assert 9 * inputs < card["products"] - card["nothing"] < 14 * inputs
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"checkpoint_keeps": "attention"}, "add --gradient_checkpointing"),
+        ({"checkpoint_keeps": "products", "gradient_checkpointing": True, "torch_compile": True}, "--torch_compile"),
+        (
+            {"checkpoint_keeps": "products", "gradient_checkpointing": True, "activation_offload": "cpu"},
+            "--activation_offload",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(flags, told):
+    with pytest.raises(UserError, match=told):
+        make_config(TrainConfig, flags)
