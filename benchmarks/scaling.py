@@ -31,7 +31,7 @@ RUNS = {  # processes, pairs of each, uneven
 }
 
 
-def measure(engine: str, name: str, model: str, timeout: int = 400) -> dict:
+def measure(engine: str, name: str, model: str, timeout: int) -> dict:
     """One run in processes of its own; subprocess.TimeoutExpired for one that hangs."""
     processes, pairs, uneven = RUNS[name]
     case = {"engine": engine, "model": model, "pairs": pairs, "micro": MICRO, "tokens": TOKENS, "uneven": uneven}
@@ -63,7 +63,7 @@ def row(engine: str, name: str, found: dict) -> dict:
         "seconds": max(seconds),
         "waiting": waiting,
         "bytes": sent,
-        "theory": round(theory(engine, weights, size, backwards)),
+        "theory": round(theory(engine, weights, size, backwards, tied=found["tied"])),
         "kinds": ranks[0]["bytes"],
         "pairs": found["case"]["pairs"] * size,
     }
@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument("--model", help="folder of a small model")
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=ENGINES)
     parser.add_argument("--output", type=Path, help="files to write, without their ending")
+    parser.add_argument("--timeout", type=int, default=400, help="seconds after which a run is said to hang")
     parser.add_argument("--forecast", type=Path, help="JSON of an earlier measurement")
     args = parser.parse_args()
     if args.forecast:
@@ -102,7 +103,7 @@ def main() -> None:
     rows = []
     for engine in args.engines:
         for name in RUNS:
-            rows.append(measure(engine, name, args.model))
+            rows.append(measure(engine, name, args.model, args.timeout))
             print(table(rows[-1:]).splitlines()[-1], flush=True)
             if args.output:  # what is measured is kept, whenever it ends
                 machine = {"cpus": os.cpu_count(), "load": os.getloadavg()[0], "python": platform.python_version()}

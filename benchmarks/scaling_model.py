@@ -44,20 +44,30 @@ class Job:
         return (2 + 4 + 2) * self.weights * self.tokens
 
 
-def theory(engine: str, weights: float, processes: int, backwards: int, *, width: int = 4, gradient: int = 4) -> float:
+def theory(
+    engine: str,
+    weights: float,
+    processes: int,
+    backwards: int,
+    *,
+    width: int = 4,
+    gradient: int = 4,
+    tied: float = 0.0,
+) -> float:
     """Bytes that a process sends in a step, by a ring. ``width``: bytes of a weight that is gathered, ``gradient``: of
-    one that is summed.
+    one that is summed; ``tied``: weights of an embedding that is the head as well.
 
     plain: one sum of all gradients a step. ZeRO-2: gradients at each backward (as sums where a backend cannot scatter:
     gloo), updated weights once. FSDP2: gathered for each forward and each backward, gradients scattered at each
-    backward. ZeRO-3 under ``two_pass`` gathers for one forward more, the one without a graph.
+    backward; an embedding that is the head is called twice, so gathered twice as often. ZeRO-3 under ``two_pass``
+    gathers for one forward more, the one without a graph.
     """
     share = (processes - 1) / processes
     whole, summed = weights * width * share, weights * gradient * share
     return {
         "plain": 2 * summed,
         "zero2": 2 * summed * backwards + whole,
-        "fsdp2": (2 * whole + summed) * backwards,
+        "fsdp2": (2 * (whole + tied * width * share) + summed) * backwards,
         "zero3": (3 * whole + summed) * backwards,
     }[engine]
 

@@ -132,8 +132,11 @@ def main() -> None:
     own = {"steps": steps, "bytes": dict(counted.bytes), "calls": dict(counted.calls), "flops": report.flops}
     every = world.all_gather_object(own)
     if world.is_main:
-        weights = sum(p.numel() for p in load_model(case["model"]).model.parameters())
-        out.write_text(json.dumps({"case": case, "size": world.size, "weights": weights, "ranks": every}))
+        model = load_model(case["model"]).model
+        found = {"weights": sum(p.numel() for p in model.parameters()), "tied": 0}
+        if model.head.weight is model.embed.weight:
+            found["tied"] = model.embed.weight.numel()
+        out.write_text(json.dumps({"case": case, "size": world.size, **found, "ranks": every}))
     world.barrier()
     shutdown_distributed()
 
