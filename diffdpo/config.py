@@ -346,10 +346,13 @@ def make_config(config_class: type[Config], values: Mapping[str, Any]) -> Config
         values = {**values, "tracking_uri": taken(uri)}
     config = config_class(**values)
     check_settings(config)
-    if isinstance(config, RunConfig) and shards_parameters(config) and config.torch_compile:
-        raise UserError(
-            "--torch_compile has not been seen to work under ZeRO-3 and FSDP2; leave it out, or use stage 2"
-        )
+    if isinstance(config, RunConfig) and config.torch_compile:
+        if shards_parameters(config):
+            raise UserError(
+                "--torch_compile has not been seen to work under ZeRO-3 and FSDP2; leave it out, or use stage 2"
+            )
+        if config.sequence_parallel_size > 1:
+            raise UserError("--torch_compile has not been seen to work with --sequence_parallel_size; leave one out")
     return config
 
 

@@ -15,6 +15,7 @@ from diffdpo.engine.operators import missing_operators, needed_operators, prepar
 from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.plain import PlainEngine, PlainFrozen
 from diffdpo.engine.preflight import check_nvme, check_values, check_zeropp
+from diffdpo.engine.row_slices import row_slices
 from diffdpo.engine.world import World
 from diffdpo.gpus import is_gpu, kind_of
 from diffdpo.settings.engine import EngineSettings
@@ -48,7 +49,7 @@ def hold_frozen(choice: EngineChoice, module: nn.Module, world: World) -> Frozen
         return frozen_by_deepspeed(module, world, choice)
     if choice.kind == FSDP2:
         return Fsdp2Frozen(module, world, choice)
-    return PlainFrozen(module, world.device)
+    return PlainFrozen(module, world.device, row_slices(choice, world))
 
 
 def load_device(choice: EngineChoice, world: World) -> str:

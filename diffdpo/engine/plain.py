@@ -15,6 +15,7 @@ from diffdpo.engine.choice import PLAIN, EngineChoice
 from diffdpo.engine.clock import timed
 from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.optimizer_kinds import make_optimizer, state_tensors
+from diffdpo.engine.row_slices import RowSlices, row_slices, slice_rows
 from diffdpo.engine.saved import fits_beside, save_tensors, trained_by_name
 from diffdpo.engine.tensor_files import read_training_state
 from diffdpo.engine.world import World
@@ -27,7 +28,8 @@ WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
 class PlainFrozen:
     """A module that every rank holds whole on its device and nobody trains."""
 
-    def __init__(self, module: nn.Module, device: torch.device):
+    def __init__(self, module: nn.Module, device: torch.device, slices: RowSlices | None = None):
+        slice_rows(module, slices)
         self.module: nn.Module | None = module.to(device).eval().requires_grad_(False)
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
@@ -48,6 +50,8 @@ class PlainEngine:
     ):
         self.choice = choice or EngineChoice(PLAIN, world.size)
         self.module, self.world, self.options = module.to(world.device), world, options
+        self.slices = row_slices(self.choice, world)
+        slice_rows(module, self.slices)
         self.parameters = trained_parameters(module)
         self.beside: dict[str, nn.Module] = {}  # modules that change without being trained, saved with the rest
         self.fused = is_gpu(world.device)
@@ -62,13 +66,13 @@ class PlainEngine:
         loss.backward()
 
     def no_sync_obstacle(self) -> str | None:
-        return None
+        return self.choice.no_sync_obstacle(few=False)
 
     def no_sync(self) -> AbstractContextManager[None]:
         return nullcontext()  # nothing is reduced before ``step``
 
     def retry_obstacle(self) -> str | None:
-        return None
+        return self.choice.retry_obstacle(self.no_sync_obstacle())
 
     def abort_step(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -88,7 +92,7 @@ class PlainEngine:
         return float(norm)
 
     def freeze(self, module: nn.Module) -> PlainFrozen:
-        return PlainFrozen(module, self.world.device)
+        return PlainFrozen(module, self.world.device, self.slices)
 
     def save(self, folder: Path) -> None:
         if self.world.is_main:

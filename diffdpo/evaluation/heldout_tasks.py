@@ -70,7 +70,7 @@ class HeldOutTasks:
     def values(self, when: str) -> dict[str, list[float]]:
         """A value of each item by metric; nothing without tasks."""
         world = self.engine.world
-        if self.engine.choice.shards_parameters:  # every forward takes all ranks, so all do the same ones
+        if self.engine.choice.meets_in_forwards:  # every forward takes all ranks, so all do the same ones
             world = replace(world, rank=0, size=1)
         found = {}
         for metric, task in self.tasks.items():

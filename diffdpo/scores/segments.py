@@ -53,12 +53,16 @@ class Segments:
     """Cuts rows by ``tokens`` of one forward, or by ``rows`` where that is given (0 and 0: one forward).
 
     One object serves policy and reference of training, another those of evaluation, so that both follow when it is
-    made smaller. ``equal_over``: the processes that must all cut into as many segments.
+    made smaller. ``equal_over``: the processes that must all cut into as many segments. ``turns``: (index, size) in a
+    group of processes that run each other's rows together: one's segments come after the other's, with nothing of its
+    own beside them.
     """
 
-    def __init__(self, *, rows: int = 0, tokens: int = 0, equal_over: World | None = None):
+    def __init__(
+        self, *, rows: int = 0, tokens: int = 0, equal_over: World | None = None, turns: tuple[int, int] = (0, 1)
+    ):
         self.rows, self.tokens = rows, 0 if rows else tokens
-        self.world = equal_over
+        self.world, self.turns = equal_over, turns
         self.most = Size(0, 0)  # of the micro-batch cut last
         self.answers_apart = False  # always as ``by_answer``, whoever asks: equal shapes give equal roundings
 
@@ -69,7 +73,9 @@ class Segments:
         order_R = _by_length(rows)
         self.most = Size(0, 0)
         segments = self._cut(rows, order_R)
-        return segments + [Segment(rows, order_R[:0])] * self._missing(len(segments))
+        before, after = self._fillers(len(segments))
+        nothing = Segment(rows, order_R[:0])
+        return [nothing] * before + segments + [nothing] * after
 
     def by_answer(self, rows: NoisyRows) -> list[list[Segment]]:
         """The segments of each answer: none holds rows of two."""
@@ -77,7 +83,10 @@ class Segments:
         counts = torch.bincount(rows.answer_R, minlength=rows.num_answers).tolist()
         self.most = Size(0, 0)
         answers = [self._cut(rows, own_R) for own_R in order_R.split(counts)]
-        answers[-1] += [Segment(rows, order_R[:0])] * self._missing(sum(map(len, answers)))
+        before, after = self._fillers(sum(map(len, answers)))
+        nothing = Segment(rows, order_R[:0])
+        answers[0] = [nothing] * before + answers[0]
+        answers[-1] = answers[-1] + [nothing] * after
         return answers
 
     def by_stream(self, rows: NoisyRows) -> list[list[Segment]]:
@@ -119,7 +128,7 @@ class Segments:
             groups = self.by_stream(rows)
             return len(groups) == 1 and len(groups[0]) == 1
         count = self.fit(rows.lengths_R.tolist())
-        return count + self._missing(count) == 1
+        return self.turns[1] == 1 and count + self._missing(count) == 1
 
     def whole(self, rows: NoisyRows) -> NoisyRows:
         """All rows as one segment, whatever the size."""
@@ -168,6 +177,12 @@ class Segments:
             tokens += length
         return [*cuts, (start, len(lengths))]
 
+    def _fillers(self, own: int) -> tuple[int, int]:
+        """How many segments with nothing to score come before and after ``own`` ones."""
+        index, size = self.turns
+        most = own + self._missing(own)
+        return index * most, (size - index) * most - own
+
     def _missing(self, own: int) -> int:
         return self.world.all_reduce_max(own) - own if self.world is not None else 0
 
@@ -185,11 +200,13 @@ def make_segments(
     ``world``: the processes of the run, None for one. They must cut into as many segments where they meet in forwards
     (parameters in shards) or, ``in_training``, in backwards (gradients in shards).
     """
-    meets = choice.shards_parameters or (in_training and choice.sharding.gradients)
+    meets = choice.meets_in_forwards or (in_training and choice.sharding.gradients)
+    share = choice.row_processes
     return Segments(
         rows=settings.segment_rows,
-        tokens=ON_GPU if is_gpu(device) else SEGMENT_TOKENS,
+        tokens=share * (ON_GPU if is_gpu(device) else SEGMENT_TOKENS),
         equal_over=world if meets and world is not None and world.size > 1 else None,
+        turns=(world.rank % share, share) if world is not None else (0, 1),
     )
 
 

@@ -50,6 +50,9 @@ class EngineSettings(ScheduleSettings):
     fsdp_shard_size: int = setting(
         0, "fsdp2: processes that share one copy of the weights, such as those of a host; 0: all", at_least=0
     )
+    sequence_parallel_size: int = setting(
+        1, "plain engine: processes that hold a row's tokens together, for rows longer than one can hold", at_least=1
+    )
     bf16: bool | None = setting(None, "bfloat16 weights; default: on a GPU that has it")
     per_device_train_batch_size: int = setting(8, "records in a micro-batch of one process", at_least=1, common=True)
     gradient_accumulation_steps: int = setting(1, "micro-batches in a step", at_least=1, common=True)
@@ -83,6 +86,11 @@ class EngineSettings(ScheduleSettings):
             raise UserError(
                 f"--optim {self.optim} needs whole weights (rows, columns, blocks of 256), and {sharded} steps on "
                 f"shards of them; leave it out, or {'--ds_config' if self.ds_config else '--engine fsdp2'}"
+            )
+        if self.sequence_parallel_size > 1 and sharded:
+            raise UserError(
+                f"--sequence_parallel_size cuts rows under the plain engine only, and this run is under {sharded}; "
+                f"leave it out, or {'--ds_config' if self.ds_config else '--engine fsdp2'}"
             )
         for name, usual in FSDP_FLAGS.items():
             if self.engine != "fsdp2" and getattr(self, name) != usual:

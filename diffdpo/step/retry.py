@@ -33,7 +33,7 @@ def run_on_all_ranks(engine: Engine, work: Callable[[], T], *, graph: bool = Tru
     failed, whose end takes the others with it. Without a ``graph`` there are forwards alone, of an evaluation.
     """
     result, failure = None, ""
-    obstacle = engine.retry_obstacle() if graph or engine.choice.shards_parameters else None
+    obstacle = engine.retry_obstacle() if graph or engine.choice.meets_in_forwards else None
     try:
         result = work()
     except Exception as error:

@@ -14,7 +14,7 @@ import torch
 
 from data_pipeline.encode import Encoder
 from data_pipeline.reader import PairLoader, open_dataset
-from diffdpo.engine.choice import deepspeed_choice, fsdp2_choice
+from diffdpo.engine.choice import PLAIN, EngineChoice, deepspeed_choice, fsdp2_choice
 from diffdpo.engine.deepspeed import DeepSpeedEngine
 from diffdpo.engine.fsdp2 import Fsdp2Engine
 from diffdpo.engine.fsdp2_units import gathered, own_part
@@ -47,10 +47,12 @@ class Case:
     fsdp: dict | None = None
     lora: bool = False
     router: bool = False  # of a mixture of experts, trained too
-    layers: bool = False  # checkpoint each layer as well
+    layers: bool = False  # checkpoint each layer as well,
+    keeps: str = "nothing"  # and what of it is not computed again
     bf16: bool = False
     estimator: str = "mask_count"
     segment: int = 2  # rows
+    rows_over: int = 1  # processes that hold a row's tokens together, of the plain engine
     greedy: bool = False  # on the last rank, backwards of more than 2 rows run out of memory from the third on
 
 
@@ -116,15 +118,19 @@ def policy(folder: str, case: Case):
             parameter += 0.02 * torch.randn(parameter.shape, generator=noise)
             if case.bf16:
                 parameter.copy_(parameter.bfloat16())
-    return MaskedLogProbs(model, loaded.spec, layer_checkpointing=case.layers), loaded
+    return MaskedLogProbs(model, loaded.spec, layer_checkpointing=case.layers, keeps=case.keeps), loaded
 
 
 def step_of(engine, module, loaded, case: Case, strategy: str, loss: str) -> PreferenceStep:
     world = engine.world
     sharded = case.fsdp is not None or (case.ds or {}).get("stage", 0) >= 2
     # as a run does: ranks that can take a step again together need not cut alike
-    meets = sharded and engine.retry_obstacle() is not None
-    segments = Segments(rows=case.segment, equal_over=world if meets and world.size > 1 else None)
+    meets = (sharded or case.rows_over > 1) and engine.retry_obstacle() is not None
+    segments = Segments(
+        rows=case.segment,
+        equal_over=world if meets and world.size > 1 else None,
+        turns=(world.rank % case.rows_over, case.rows_over) if world.size > 1 else (0, 1),
+    )
     names = tuple(loss.split(","))
     smoothing = 1e-3 if "exo_pair" in names else 0.0
     return PreferenceStep(
@@ -164,7 +170,7 @@ def make_engine(module, case: Case, world: World):
         choice = fsdp2_choice(processes=world.size, bf16=case.bf16, **case.fsdp)
         return Fsdp2Engine(module, world, OPTIONS, choice=choice)
     if case.ds is None:
-        return PlainEngine(module, world, OPTIONS)
+        return PlainEngine(module, world, OPTIONS, choice=EngineChoice(PLAIN, world.size, row_processes=case.rows_over))
     config = {
         "zero_optimization": case.ds,
         "optimizer": {"params": {"torch_adam": True}},

@@ -86,6 +86,10 @@ def test_lora_and_full_on_two_processes(compare):
         case("ZeRO-3 LoRA", "ZeRO-3", strategies=["deferred"], lora=True, losses=["nca_pair"]),
         case("FSDP2", "FSDP2", strategies=["checkpoint", "two_pass"], losses=["sigmoid,sft"], layers=True),
         case("FSDP2 LoRA", "FSDP2 offload", strategies=["deferred", "two_pass"], lora=True, losses=["nca_pair"]),
+        case("FSDP2 keeps", "FSDP2", strategies=["two_pass"], layers=True, keeps="products"),
+        case("FSDP2 LoRA keeps", "FSDP2", strategies=["none"], layers=True, keeps="products", lora=True),
+        case("rows over 2", "plain", strategies=["none", "checkpoint"], losses=["sigmoid,sft"], rows_over=2),
+        case("rows over 2 LoRA", "plain", strategies=["two_pass"], losses=["kto"], rows_over=2, lora=True, layers=True),
     ]
     check(compare(cases, processes=2), FP32)
 
@@ -110,6 +114,20 @@ def test_every_loss_and_strategy(compare, engine, processes, trained):
         ],
     }
     check(compare(cases[trained], processes=processes, timeout=900), FP32)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(960)
+@pytest.mark.parametrize("trained", ["all", "LoRA"])
+def test_every_loss_and_strategy_with_rows_over_two_processes(compare, trained):
+    lora = {"rows_over": 2, "lora": trained == "LoRA"}
+    cases = [
+        case("rows over 2", "plain", losses=SEPARATE, **lora),
+        case("rows over 2, layers", "plain", layers=True, **lora),
+        case("rows over 2, coupled", "plain", losses=COUPLED, strategies=["two_pass"], **lora),
+    ]
+    check(compare(cases, processes=2, timeout=900), FP32)
 
 
 @pytest.mark.slow
@@ -146,6 +164,23 @@ def test_block_causal_rows_on_two_processes(compare, block_model):
         case("FSDP2 LoRA", "FSDP2 offload", strategies=["two_pass"], lora=True),
     ]
     check(compare(cases, processes=2, model=block_model), FP32)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(960)
+def test_ranks_with_other_numbers_of_pairs(compare, tmp_path):
+    """Five pairs in a step of eight: the second rank has one of four. Nobody waits for ever, and the gradient is that
+    of five pairs in one process."""
+    path = tmp_path / "five.jsonl"
+    texts = [{"prompt": f"{n} + 1 =", "chosen": f"{n + 1} " * 4 * n, "rejected": str(n)} for n in range(1, 6)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in texts))
+    cases = [case(name, name, strategies=["checkpoint", "two_pass"], layers=True) for name in ENGINES]
+    cases += [
+        case("rows over 2", "plain", rows_over=2),
+        case("FSDP2 LoRA", "FSDP2", lora=True, strategies=["deferred"]),
+    ]
+    check(compare(cases, processes=2, pairs=path, timeout=900), FP32)
 
 
 @pytest.mark.slow
