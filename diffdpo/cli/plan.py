@@ -42,11 +42,9 @@ def main(argv: list[str]) -> None:
     """Print the plan."""
     args, rest = build_parser().parse_known_args(argv)
     config = parse_config(TrainConfig, rest, __doc__ or "")
-    if config.sequence_parallel_size > 1:
-        raise UserError(
-            "--sequence_parallel_size is not planned: a process holds 1/N of a row's activations beside whole weights; "
-            "plan without it"
-        )
+    if config.sequence_parallel_size > 1 or config.checkpoint_keeps != "nothing":
+        flag = "sequence_parallel_size" if config.sequence_parallel_size > 1 else "checkpoint_keeps"
+        raise UserError(f"--{flag} is not planned: its part of the activations is not counted; plan without it")
     if args.num_gpus < 1:
         raise UserError(f"--num_gpus is {args.num_gpus}; it must be at least 1")
     if args.answer_tokens is not None and not 0 < args.answer_tokens < config.max_length:

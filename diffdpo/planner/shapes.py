@@ -99,13 +99,7 @@ def skeleton(
         if config.train_router:
             train_routers(model)
         model.requires_grad_(True)
-    module = MaskedLogProbs(
-        model,
-        spec,
-        layer_checkpointing=config.gradient_checkpointing,
-        offload=offload,
-        keeps=config.checkpoint_keeps,
-    )
+    module = MaskedLogProbs(model, spec, layer_checkpointing=config.gradient_checkpointing, offload=offload)
     return module.to(torch.bfloat16) if cast else module  # packed 4-bit weights are integers and stay
 
 
