@@ -79,9 +79,11 @@ def main() -> int:
         while time.monotonic() < until and not (out / "summary.json").exists():
             fault = chance.choice(FAULTS)
             counts[fault] += 1
-            codes = disturb(fault, arguments, out, folder / "disturbed.log", chance)
+            # a log of its own: a full disk is a limit on the size of any file, and one log of all would be above it
+            log = folder / f"disturbed-{sum(counts.values())}.log"
+            codes = disturb(fault, arguments, out, log, chance)
             print(f"{fault}: exit codes {codes}, {len(curve(out)) if (out / 'metrics.jsonl').exists() else 0} lines")
-        last = start(arguments, 1, folder / "disturbed.log")
+        last = start(arguments, 1, folder / "last.log")
         ended = last.wait(60 * given.minutes + PATIENCE) and undisturbed.wait(60 * given.minutes + PATIENCE)
         if ended and not any([*last.codes.values(), *undisturbed.codes.values()]):
             compare(whole, out, tally)
