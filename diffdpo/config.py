@@ -346,12 +346,13 @@ def make_config(config_class: type[Config], values: Mapping[str, Any]) -> Config
         values = {**values, "tracking_uri": taken(uri)}
     config = config_class(**values)
     check_settings(config)
-    if isinstance(config, RunConfig) and config.torch_compile:
-        if shards_parameters(config):
+    if isinstance(config, RunConfig):
+        shards = shards_parameters(config)  # whatever is asked of it: mistakes in the DeepSpeed JSON are named here
+        if config.torch_compile and shards:
             raise UserError(
                 "--torch_compile has not been seen to work under ZeRO-3 and FSDP2; leave it out, or use stage 2"
             )
-        if config.sequence_parallel_size > 1:
+        if config.torch_compile and config.sequence_parallel_size > 1:
             raise UserError("--torch_compile has not been seen to work with --sequence_parallel_size; leave one out")
     return config
 

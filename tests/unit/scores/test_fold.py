@@ -36,10 +36,10 @@ def test_fold_is_the_weighted_sum_and_its_gradient_the_weights():
     logp_M = torch.randn(len(rows.target_M), requires_grad=True)
     scores = fold(row_scores(logp_M, rows), rows)
     coefficient_M = rows.weight_R[rows.row_M] * rows.scale_M
-    by_hand = torch.zeros(4).index_add(0, rows.answer_R[rows.row_M], coefficient_M * logp_M)
-    torch.testing.assert_close(scores.score_B2.flatten(), by_hand)
+    by_hand = torch.zeros(4, dtype=torch.float64).index_add(0, rows.answer_R[rows.row_M], coefficient_M * logp_M)
+    torch.testing.assert_close(scores.score_B2.flatten(), by_hand.float())
     scores.score_B2.sum().backward()
-    torch.testing.assert_close(logp_M.grad, coefficient_M)
+    torch.testing.assert_close(logp_M.grad, coefficient_M.float())
     assert not scores.stderr_B2.requires_grad
 
 
