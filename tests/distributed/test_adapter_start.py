@@ -50,8 +50,11 @@ def truth(command, started, pairs_file, tmp_path_factory) -> list[float]:
     return run(command, PLAIN, flags, 1, pairs_file, tmp_path_factory.mktemp("copy") / "run")
 
 
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("ZeRO-2", "ZeRO-3")]
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", [pytest.param("ZeRO-2", marks=pytest.mark.slow), "ZeRO-3", "FSDP2, 2 processes"])
+@pytest.mark.parametrize("name", [*SLOW, "FSDP2, 2 processes"])
 def test_same_curve_as_with_a_second_model(command, started, truth, pairs_file, tmp_path, name):
     launcher, flags, processes = ENGINES[name]
     flags = [*flags, "--adapter_name_or_path", str(started)]
