@@ -1,5 +1,5 @@
 """One long run under random faults of all kinds, resumed by the constant command; its curve must be that of the run
-that nobody disturbed.
+that nobody disturbed, but for lines that were torn off the journal and told of in it.
 
     python -m tests.reliability.soak --minutes 120
 
@@ -8,7 +8,9 @@ the newest checkpoint, a torn journal.
 """
 
 import argparse
+import json
 import random
+import re
 import signal
 import tempfile
 import time
@@ -18,8 +20,8 @@ from pathlib import Path
 from diffdpo.training.checkpoint import list_checkpoints
 from tests.reliability.damages import one_bit
 from tests.reliability.faults import silent_server
-from tests.reliability.kills import Tally, compare
-from tests.reliability.runs import Started, curve, flags_for, make_inputs, preload, start
+from tests.reliability.kills import Tally
+from tests.reliability.runs import Started, curve, flags_for, held_out, make_inputs, preload, start, weights
 
 PATIENCE = 600.0
 FAULTS = ("kill -9", "SIGTERM", "SIGTERM, silent server", "full disk", "bit in the newest checkpoint", "torn journal")
@@ -62,15 +64,40 @@ def disturb(fault: str, arguments: list[str], out: Path, log: Path, chance: rand
     return list(run.codes.values())
 
 
+def told_as_missing(out: Path) -> set[int]:
+    """Steps whose lines the journal itself says are gone ("..., without steps 3, 7-9")."""
+    found: set[int] = set()
+    for line in (out / "metrics.jsonl").read_text().splitlines():
+        _, _, steps = json.loads(line).get("note", "").partition("without steps ")
+        for first, last in re.findall(r"(\d+)(?:-(\d+))?", steps):
+            found |= set(range(int(first), int(last or first) + 1))
+    return found
+
+
+def compare(whole: Path, out: Path, tally: Tally) -> set[int]:
+    """Steps without a line. What differs, and what is gone and was not told, is noted by name."""
+    right, there = {line[0]: line for line in curve(whole)}, {line[0]: line for line in curve(out)}
+    gone = right.keys() - there.keys()
+    wrong = sorted(step for step, line in there.items() if line != right.get(step))
+    if wrong:
+        tally.differing.append(f"lines of steps {wrong[:9]}")
+    if untold := sorted(gone - told_as_missing(out)):
+        tally.differing.append(f"lines of steps {untold[:9]} are gone and nothing is said")
+    tally.differing += [what.__name__ for what in (weights, held_out) if what(whole) != what(out)]
+    return set(gone)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=120)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
-    given, counts = parser.parse_args(), Counter()
+    parser.add_argument("--folder", type=Path, help="kept; default: a temporary one")
+    given, counts, gone = parser.parse_args(), Counter(), set[int]()
     preload()
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
-        folder, chance = Path(name), random.Random(given.seed)
+        folder, chance = given.folder or Path(name), random.Random(given.seed)
+        folder.mkdir(parents=True, exist_ok=True)
         inputs, tally = make_inputs(folder), Tally()
         length = ["--max_steps", str(given.steps)]
         whole, out = folder / "whole", folder / "disturbed"
@@ -86,12 +113,13 @@ def main() -> int:
         last = start(arguments, 1, folder / "last.log")
         ended = last.wait(60 * given.minutes + PATIENCE) and undisturbed.wait(60 * given.minutes + PATIENCE)
         if ended and not any([*last.codes.values(), *undisturbed.codes.values()]):
-            compare(whole, out, tally)
+            gone = compare(whole, out, tally)
         else:
             tally.differing.append(f"did not finish: {last.codes} {undisturbed.codes}")
         print("\n| fault | times |\n|---|---|")
         print("\n".join(f"| {fault} | {counts[fault]} |" for fault in FAULTS))
-        print(f"\n{given.steps} steps; what differs: {tally.differing or 'nothing'}")
+        print(f"\n{given.steps} steps, {len(gone)} of whose lines were torn off")
+        print(f"what differs: {tally.differing or 'nothing'}")
         return len(tally.differing)
 
 
