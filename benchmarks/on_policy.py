@@ -30,7 +30,7 @@ SETTINGS = {
         "pairing": "right_wrong",
         "max_pairs": 3,
     },
-    "train": {"learning_rate": 3e-4, "warmup_steps": 3, "max_eval_pairs": 16, "save_steps": 20, "eval_steps": 0},
+    "train": {"learning_rate": 3e-4, "warmup_steps": 3, "max_eval_pairs": 256, "save_steps": 20, "eval_steps": 0},
 }
 
 
@@ -39,9 +39,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="runs/on_policy")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--prompts", type=int, default=60, help="a round")
-    parser.add_argument("--problems", type=int, default=80, help="held out, answered before and after every round")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--prompts", type=int, default=100, help="a round")
+    parser.add_argument("--problems", type=int, default=200, help="held out, answered before and after every round")
     args = parser.parse_args()
     out = Path(args.out)
     for seed in range(args.seeds):
