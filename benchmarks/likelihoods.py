@@ -15,7 +15,7 @@ The bundled model, the sigmoid loss, n rows an answer, the same pairs and number
 
 A cell is one kind and seed; OUT/KIND-SEED.json is not made again. The trained model is judged by ``diffdpo.evaluate``:
 preference accuracy by the ELBO of 16 balanced rows, exact match of sampled answers. `--orders` asks instead how often
-each likelihood of the untrained model prefers the chosen answer. docs/ablations.md has the tables.
+each likelihood of the untrained model prefers the chosen answer.
 
 Shape suffixes: A answers, R rows, M scored positions, N rows of an answer, L its tokens.
 """
