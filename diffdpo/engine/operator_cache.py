@@ -27,7 +27,9 @@ def use_kept(names: Sequence[str]) -> None:
     os.environ["TORCH_EXTENSIONS_DIR"] = str(operator_folder())
     for name in names:
         library = kept(name)
-        if library is not None and name not in OpBuilder._loaded_ops:
+        if library is None or library.with_name("lock").exists():  # another process may be linking it: torch waits
+            continue
+        if name not in OpBuilder._loaded_ops:
             try:
                 OpBuilder._loaded_ops[name] = _load(name, library)
             except (ImportError, OSError):  # written half when its linker was killed, or by a compiler unlike ours

@@ -46,6 +46,14 @@ def test_one_that_cannot_be_loaded_is_compiled_anew(operator):
     assert builder._loaded_ops == {} and not library.exists() and kept(NAME) is None
 
 
+def test_one_that_another_process_works_on_is_left_to_torch_which_waits(operator):
+    library, builder = operator
+    library.write_bytes(library.read_bytes()[:100])  # half linked
+    library.with_name("lock").touch()
+    use_kept([NAME])
+    assert builder._loaded_ops == {} and library.exists()
+
+
 def test_one_older_than_its_instructions_was_cut_short(operator):
     library, _ = operator
     os.utime(library, (0, 0))
