@@ -67,6 +67,20 @@ class HeldOutTasks:
         """The tasks by name, as ``--eval_task`` takes them."""
         return ",".join(f"{name.kind}@{name.source}" if name.source else name.kind for name in self.names) or NONE
 
+    def fewer(self) -> list[str]:
+        """A sentence for each task that has fewer problems than were asked for; nothing where there are enough."""
+        asked, limit = self.config.num_eval_problems, self.config.max_eval_pairs
+        sentences = []
+        for name in self.names if self.tasks else ():
+            metric = metric_of_task(name, self.names)
+            if (count := len(self.tasks[metric].keys)) >= asked:
+                continue
+            where = name.source or "the held-out records" + (
+                f", of which --max_eval_pairs takes {limit}" if limit else ""
+            )
+            sentences.append(f"{metric}: {count} problems, not the {asked} of --num_eval_problems: no more in {where}")
+        return sentences
+
     def values(self, when: str) -> dict[str, list[float]]:
         """A value of each item by metric; nothing without tasks."""
         world = self.engine.world

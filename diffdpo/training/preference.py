@@ -197,6 +197,8 @@ class _Training:
             few=trains_few(self.engine.module),
         )
         self.context.print(self._announcement(strategy, why, measured))
+        for sentence in self.held_out.tasks.fewer():
+            self.context.print(f"tasks      {sentence}")
         step = PreferenceStep(
             self.engine,
             self.reference,

@@ -111,6 +111,8 @@ def _build(
     tasks = HeldOutTasks(config, engine, loaded, encoder, records=records, batches=batches, segments=eval_segments)
     held_out = HeldOutAnswers(engine, noise, batches, tasks, segments=eval_segments)
     context.print(_announcement(config, context, choice, loaded, answers, f"'{strategy}' ({why})"))
+    for sentence in tasks.fewer():
+        context.print(f"tasks    {sentence}")
     step = PreferenceStep(engine, no_reference, noise, SUPERVISED, strategy=strategy, segments=segments, compared=False)
     named = {"model_name_or_path": config.model_name_or_path or config.policy}  # None: a new one
     chosen = chosen_settings(config, context, choice, encoder) | named

@@ -82,6 +82,18 @@ def test_problems_come_from_the_records_and_are_judged(tiny_model, pairs_file, t
     assert [line["answer"] for line in other.lines(tasks.subject, range(4))] != [line["answer"] for line in lines]
 
 
+def test_fewer_problems_than_were_asked_for_are_told(tiny_model, pairs_file, tmp_path):
+    def fewer(**settings):
+        named = f"arithmetic,number@{pairs_file}"
+        return tasks_of(tiny_model, pairs_file, tmp_path, eval_task=named, **settings).fewer()
+
+    assert not fewer(num_eval_problems=8, max_eval_pairs=8) and not fewer(num_eval_problems=0)
+    (capped,) = fewer(num_eval_problems=20, max_eval_pairs=8)
+    assert capped.startswith("exact_match/arithmetic: 8 problems, not the 20") and "--max_eval_pairs takes 8" in capped
+    first, second = fewer(num_eval_problems=1000, max_eval_pairs=0)
+    assert "64 problems" in first and "max_eval_pairs" not in first and str(pairs_file) in second
+
+
 def test_several_tasks_have_names_of_their_own(tiny_model, pairs_file, tmp_path):
     settings = {"num_eval_problems": 3, "max_eval_pairs": 8}
     named = f"arithmetic,number@{pairs_file},multiple_choice"
