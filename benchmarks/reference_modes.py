@@ -87,7 +87,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> tuple[dict[tuple[
             max_length=128,
             max_prompt_length=64,
         )
-        dataset, _ = run_data.open_data(config, context, run_data.generated(config))
+        dataset, _ = run_data.open_data(config, context, run_data.generated(config, context.world))
         tokenizer, spec = load_tokenizer_and_spec(str(BUNDLED_MODEL))
         encoder = make_encoder(config, tokenizer, spec)
         options = {"encoder": encoder, "spec": spec, "cache_dir": context.cache_dir, "say": print}

@@ -17,6 +17,7 @@ from data_pipeline.arithmetic import FLAWS, LARGEST_NUMBER, PROBLEM_KINDS, Probl
 from data_pipeline.cli import Parser, program
 from data_pipeline.errors import DataError
 from data_pipeline.files import whole_or_absent
+from data_pipeline.progress import with_bar
 
 GENERATOR_VERSION = 1  # to be raised when the same seed gives other records
 SPLITS = ("train", "eval")
@@ -182,6 +183,6 @@ def main(argv: list[str]) -> int:
         for record in records:
             print(json.dumps(record, ensure_ascii=False))
     else:
-        written = write_jsonl(records, Path(args.out))
+        written = write_jsonl(with_bar(records, args.count, "generating", unit="record"), Path(args.out))
         print(f"{written} records written to {args.out}", file=sys.stderr)
     return 0

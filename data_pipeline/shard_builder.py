@@ -21,7 +21,6 @@ from urllib.parse import urlparse
 
 import numpy as np
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 from data_pipeline.addresses import hidden
 from data_pipeline.convert import CONVERSION, HASHES, ConvertJob, ConvertOptions, Dropped, convert_chunk, convert_rows
@@ -30,6 +29,7 @@ from data_pipeline.files import write_whole
 from data_pipeline.identity import content_digest
 from data_pipeline.index import MANIFEST, SCHEMA, Index, load_index, merge_scans, save_index
 from data_pipeline.parallel import chunks, ordered_map
+from data_pipeline.progress import OFTEN_QUICK, bar_of
 from data_pipeline.records import RecordError
 from data_pipeline.remote import is_remote
 from data_pipeline.shards import ShardScan, scan_shard, write_shard
@@ -213,7 +213,7 @@ def _convert(
 ) -> tuple[Dropped, int]:
     dropped, rows = Dropped(), 0
     jobs = _convert_jobs(sources, work / "chunks", options, dropped)
-    with tqdm(desc="convert", unit=" rows", disable=None if progress else True) as bar:
+    with bar_of(None, "converting", unit="row", shown=progress, delay=OFTEN_QUICK) as bar:
         for result in ordered_map(convert_chunk, jobs, workers=workers):
             dropped.merge(result.dropped)
             _refuse_malformed(dropped, options)
@@ -359,8 +359,7 @@ def _write_split(
         for first in range(0, len(records), size)
         for path in (folder / f"shard-{first // size:05d}.tar",)
     ]
-    hidden = None if progress else True  # None: shown on a terminal only
-    with tqdm(total=len(records), desc=f"write {folder.name}", unit=" records", disable=hidden) as bar:
+    with bar_of(len(records), f"writing {folder.name}", unit="record", shown=progress, delay=OFTEN_QUICK) as bar:
         scans = []
         for scan in ordered_map(write_and_scan, jobs, workers=workers):
             scans.append(scan)

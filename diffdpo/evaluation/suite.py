@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.progress import bar_of
 from diffdpo.engine.world import World
 from diffdpo.errors import UserError
 from diffdpo.evaluation.score_file import ScoreFile
 from diffdpo.evaluation.tasks.base import Line, Subject, Task
-from diffdpo.progress import bar_of
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.files import whole_or_absent, write_whole
+from data_pipeline.progress import bar_of
 from diffdpo.engine.world import World
 from diffdpo.errors import UserError
 from diffdpo.models.load import LoadedModel
 from diffdpo.onpolicy.questions import Question
-from diffdpo.progress import bar_of
 from diffdpo.sampling.decode import prompt_obstacle, sample
 from diffdpo.sampling.prompt import encode_prompt
 from diffdpo.settings.sampling import SamplingSettings

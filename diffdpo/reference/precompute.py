@@ -16,6 +16,7 @@ import torch
 from data_pipeline.batch import PairBatch
 from data_pipeline.encode import Encoder
 from data_pipeline.order import as_steps
+from data_pipeline.progress import bar_of
 from data_pipeline.reader import PairLoader
 from diffdpo.config import TrainConfig
 from diffdpo.engine.choice import EngineChoice
@@ -27,7 +28,6 @@ from diffdpo.models.bundled import model_or_bundled
 from diffdpo.models.load import dtype_name
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.noise.rows import NoisyRows
-from diffdpo.progress import bar_of
 from diffdpo.reference.identity import fingerprint, identity_of, weights_digest
 from diffdpo.reference.modes import load_reference
 from diffdpo.reference.store import Part, ScoreStore, make_folder, open_store

@@ -14,6 +14,7 @@ from data_pipeline.encode import Encoder
 from data_pipeline.facts import count_kinds, longest_text, overlap
 from data_pipeline.generate import GENERATOR_VERSION, generate_corpus, generate_pairs, parse_mix, write_jsonl
 from data_pipeline.names import source_names
+from data_pipeline.progress import with_bar
 from data_pipeline.reader import PairLoader
 from data_pipeline.records import Record
 from data_pipeline.stages import RecordReader
@@ -52,7 +53,7 @@ def open_data(
     return train_set, eval_set
 
 
-def generated(config: TrainConfig | SftConfig) -> Callable[[Path], tuple[str, str]]:
+def generated(config: TrainConfig | SftConfig, world: World) -> Callable[[Path], tuple[str, str]]:
     """(training file, held-out file) in the cache, written once; no question stands in both.
 
     Preference training gets pairs, supervised training single answers of mixed quality. Held out are pairs for both,
@@ -71,7 +72,9 @@ def generated(config: TrainConfig | SftConfig) -> Callable[[Path], tuple[str, st
         train = cache_dir / f"generated-v{GENERATOR_VERSION}-{kind}-{count}-seed{config.seed}.jsonl"
         held_out = cache_dir / f"generated-v{GENERATOR_VERSION}-eval-{GENERATED_EVAL_PAIRS}.jsonl"
         if not train.exists():
-            write_jsonl(_each_once(records(count, seed=config.seed)), train)
+            drawn = records(count, seed=config.seed)
+            made = with_bar(drawn, count, f"generating {kind}", unit="record", shown=world.is_main)
+            write_jsonl(_each_once(made), train)
         if not held_out.exists():
             write_jsonl(generate_pairs(GENERATED_EVAL_PAIRS, seed=GENERATED_EVAL_SEED, split="eval"), held_out)
         return str(train), str(held_out)

@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from data_pipeline.batch import PairBatch
+from data_pipeline.progress import bar_of
 from data_pipeline.reader import PairLoader
 from diffdpo.cards import peak_of
 from diffdpo.config import RunConfig
@@ -23,7 +24,6 @@ from diffdpo.engine.base import Engine
 from diffdpo.engine.clock import COMMUNICATION
 from diffdpo.errors import TrainingError
 from diffdpo.memory.peak import peak_memory_gib
-from diffdpo.progress import bar_of
 from diffdpo.step.report import StepReport
 from diffdpo.tracking.journal import Journal
 from diffdpo.training.best import Best

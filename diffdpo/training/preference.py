@@ -85,7 +85,7 @@ class _Data:
         self.resume = None
         if config.resume_from_checkpoint:
             self.resume = find_checkpoint(config.resume_from_checkpoint, context.output_dir, world, context.print)
-        self.train_set, self.eval_set = run_data.open_data(config, context, run_data.generated(config))
+        self.train_set, self.eval_set = run_data.open_data(config, context, run_data.generated(config, context.world))
         run_data.check_kind_of_records(self.train_set, self.loss)
         run_data.check_batch_size(config, self.loss, world)
         policy = model_or_bundled(config.policy)

@@ -83,7 +83,7 @@ def _build(
     resume = None
     if config.resume_from_checkpoint:
         resume = find_checkpoint(config.resume_from_checkpoint, context.output_dir, world, context.print)
-    train_set, eval_set = run_data.open_data(config, context, run_data.generated(config))
+    train_set, eval_set = run_data.open_data(config, context, run_data.generated(config, context.world))
     answers = _answers_of(train_set)
     loaded = _load_or_make(config, context, choice, train_set, keep=resume is not None)
     encoder = make_encoder(config, loaded.tokenizer, loaded.spec)

@@ -2,11 +2,14 @@
 
 import sys
 import time
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+Item = TypeVar("Item")
 SECONDS = 30.0  # between two lines of a log
+OFTEN_QUICK = 5.0  # seconds before work shows a bar that mostly is done by then
 LINE = "{desc}: {n_fmt}/{total_fmt} {unit}s [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
 
@@ -29,7 +32,8 @@ class Lines(tqdm):
         """The last line, where the one before says less."""
         if self.disable:
             return
-        if self.shown is None or self.shown[1] != self.n:
+        late = self.shown is None and self.delay > 0  # done before there was anything to show
+        if not late and (self.shown is None or self.shown[1] != self.n):
             self._show()
         self.disable = True
         self._decr_instances(self)
@@ -40,9 +44,23 @@ class Lines(tqdm):
         self.fp.flush()
 
 
-def bar_of(total: int, what: str, *, unit: str, shown: bool = True, initial: int = 0) -> tqdm:
-    """A bar of ``total`` ``unit``s on stderr, or lines where that is no terminal. ``shown``: on rank 0."""
+def bar_of(
+    total: int | None, what: str, *, unit: str, shown: bool = True, initial: int = 0, delay: float = 0.0
+) -> tqdm:
+    """A bar of ``total`` ``unit``s on stderr, or lines where that is no terminal.
+
+    ``shown``: on rank 0. ``delay``: nothing is shown before so many seconds.
+    """
     options: dict[str, Any] = {"total": total, "desc": what, "unit": unit, "disable": not shown, "initial": initial}
+    options["delay"] = delay
     if sys.stderr.isatty():
         return tqdm(**options, dynamic_ncols=True)
     return Lines(**options, bar_format=LINE)
+
+
+def with_bar(items: Iterable[Item], total: int, what: str, *, unit: str, shown: bool = True) -> Iterator[Item]:
+    """The items, with a bar where they take more than ``OFTEN_QUICK`` seconds."""
+    with bar_of(total, what, unit=unit, shown=shown, delay=OFTEN_QUICK) as bar:
+        for item in items:
+            yield item
+            bar.update()

@@ -5,7 +5,7 @@ import sys
 
 from tqdm import tqdm
 
-from diffdpo import progress
+from data_pipeline import progress
 
 
 class Terminal(io.StringIO):
@@ -45,6 +45,18 @@ def test_on_a_terminal_it_is_a_bar_and_other_ranks_are_silent(monkeypatch):
         with progress.bar_of(2, "training", unit="step", shown=shown) as bar:
             bar.update(2)
         assert ("\r" in terminal.getvalue()) == shown
+
+
+def test_work_that_is_mostly_quick_shows_a_bar_only_when_it_is_not(monkeypatch):
+    def written(seconds_a_look: float) -> str:
+        file, clock = io.StringIO(), iter(range(10_000))
+        monkeypatch.setattr(sys, "stderr", file)
+        monkeypatch.setattr("tqdm.std.time", lambda: next(clock) * seconds_a_look)
+        assert list(progress.with_bar(range(50), 50, "converting", unit="row")) == list(range(50))
+        return file.getvalue()
+
+    assert written(0.001) == ""
+    assert "converting: 50/50 rows" in written(1.0)
 
 
 def test_a_bar_that_is_never_moved_ends_with_what_it_began(monkeypatch):
