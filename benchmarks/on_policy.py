@@ -3,9 +3,10 @@
     python benchmarks/on_policy.py --out runs/on_policy --seeds 3
 
 The bundled model on generated problems. Two ways, the same flags, held-out problems and number of updates: `rounds`
-(``diffdpo iterate`` with recipes/on_policy_arithmetic.yaml, smaller) and `offline` (one run on as many pairs that the
-generator wrote). Every cell is a run that goes on where it was killed; the table is of the cells that are finished.
-docs/on_policy.md has the results.
+(``diffdpo iterate`` with the settings of recipes/on_policy_arithmetic.yaml) and `offline` (one run on as many pairs
+that the generator wrote). All models are judged afterwards on the same problems by the sampler one would use (the
+surest tokens at once, temperature 0), the offline run's too. Every cell is a run that
+goes on where it was killed; the table is of the seeds that are finished. docs/on_policy.md has the results.
 """
 
 import argparse
@@ -16,12 +17,14 @@ from pathlib import Path
 
 import yaml
 
-from diffdpo.cli.main import main as diffdpo
+import diffdpo
+from data_pipeline.files import write_whole
+from diffdpo.cli.main import main as command
 from diffdpo.onpolicy import iterate
 
 SETTINGS = {
     "make_pairs": {
-        "num_samples": 5,
+        "num_samples": 8,
         "gen_length": 64,
         "temperature": 1.0,
         "threshold": 0.9,
@@ -30,8 +33,10 @@ SETTINGS = {
         "pairing": "right_wrong",
         "max_pairs": 3,
     },
-    "train": {"learning_rate": 3e-4, "warmup_steps": 3, "max_eval_pairs": 256, "save_steps": 20, "eval_steps": 0},
+    "train": {"learning_rate": 3e-4, "warmup_steps": 5, "max_eval_pairs": 64, "save_steps": 20, "eval_steps": 0},
 }
+SAMPLER = {"temperature": 0.0, "threshold": 0.9, "gen_length": 64, "block_length": 16, "batch_size": 100}
+OFFLINE = "offline, as many updates"
 
 
 def main() -> None:
@@ -40,13 +45,15 @@ def main() -> None:
     parser.add_argument("--out", default="runs/on_policy")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--prompts", type=int, default=100, help="a round")
-    parser.add_argument("--problems", type=int, default=200, help="held out, answered before and after every round")
+    parser.add_argument("--prompts", type=int, default=200, help="a round")
+    parser.add_argument("--sft_weight", type=float, default=0.0, help="of both ways")
+    parser.add_argument("--problems", type=int, default=1000, help="held out, answered by every model")
     args = parser.parse_args()
     out = Path(args.out)
     for seed in range(args.seeds):
         steps = run_rounds(out, seed, args)
         run_offline(out, seed, sum(steps), args)
+        judge(out, seed, steps, args.problems)
         print(table(out), flush=True)
 
 
@@ -60,7 +67,7 @@ def run_rounds(out: Path, seed: int, args: argparse.Namespace) -> list[int]:
         "prompts_per_round": args.prompts,
         "tracking_uri": "none",
         **SETTINGS,
-        "train": SETTINGS["train"] | {"num_eval_problems": args.problems},
+        "train": flags_of(args),
     }
     recipe.write_text(yaml.safe_dump(settings, sort_keys=False))
     iterate.run_stage = run_here
@@ -71,15 +78,20 @@ def run_rounds(out: Path, seed: int, args: argparse.Namespace) -> list[int]:
 def run_offline(out: Path, seed: int, steps: int, args: argparse.Namespace) -> None:
     """One run of as many updates on pairs that the generator wrote, each met once."""
     folder = out / f"offline-{seed}"
-    flags = SETTINGS["train"] | {"num_eval_problems": args.problems, "max_steps": steps, "seed": seed}
+    flags = flags_of(args) | {"max_steps": steps, "seed": seed}
     flags |= {"num_generated_pairs": 8 * steps + 64, "resume_from_checkpoint": "auto", "tracking_uri": "none"}
     flags["output_dir"] = str(folder)
     call(["train", *(word for name, value in flags.items() for word in (f"--{name}", str(value)))])
 
 
+def flags_of(args: argparse.Namespace) -> dict[str, float]:
+    """Those of every training run. Answers are judged afterwards."""
+    return SETTINGS["train"] | {"sft_weight": args.sft_weight, "num_eval_problems": 0}
+
+
 def call(argv: Sequence[str]) -> None:
     """A command of diffdpo in this process: imports would be a third of the time. A failure ends the benchmark."""
-    if diffdpo(list(argv)):
+    if command(list(argv)):
         raise RuntimeError(f"{argv[0]} did not finish")
 
 
@@ -88,25 +100,53 @@ def run_here(name: str, argv: Sequence[str], *, launcher: str | None) -> None:
     call(argv)
 
 
+def judge(out: Path, seed: int, steps: Sequence[int], problems: int) -> None:
+    """Exact match of the offline model, the start and every round's, and how each differs from the offline one."""
+    result = out / f"judged-{seed}.json"
+    if result.exists():
+        return
+    models = {
+        OFFLINE: out / f"offline-{seed}" / "final",
+        "start": Path(diffdpo.__file__).parent / "pretrained/arithmetic",
+    }
+    for number in range(1, len(steps) + 1):
+        models[f"round {number}"] = out / f"rounds-{seed}" / f"round-{number}" / "train" / "final"
+    found = diffdpo.evaluate(
+        model=[str(folder) for folder in models.values()],
+        task="arithmetic",
+        num_generated=problems,
+        tracking_uri="none",
+        **SAMPLER,
+    )
+    exact = [one["figures"]["exact_match"]["mean"] for one in found["results"]]
+    updates = [sum(steps), 0, *(sum(steps[: number + 1]) for number in range(len(steps)))]
+    rows = {
+        name: {"exact_match": mean, "from_offline": mean - exact[0], "updates": taken}
+        for name, mean, taken in zip(models, exact, updates, strict=True)
+    }
+    write_whole(result, (json.dumps(rows, indent=1) + "\n").encode())
+
+
 def table(out: Path) -> str:
-    """Held-out exact match: mean over seeds, with the standard error of that mean where there are several."""
-    columns: dict[str, list[float]] = {}
-    for folder in sorted(out.glob("rounds-*/summary.json")):
-        for found in json.loads(folder.read_text()):
-            measured = found["held_out"]["exact_match"]
-            if found["round"] == 1:
-                columns.setdefault("start", []).append(measured["before"]["mean"])
-            columns.setdefault(f"round {found['round']}", []).append(measured["after"]["mean"])
-    for folder in sorted(out.glob("offline-*/summary.json")):
-        measured = json.loads(folder.read_text())["held_out"]["exact_match"]
-        columns.setdefault("offline, as many updates", []).append(measured["after"]["mean"])
-    lines = ["| after | seeds | exact match |", "|---|---|---|"]
-    for name, values in columns.items():
-        mean = sum(values) / len(values)
-        spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else math.nan
-        error = "" if math.isnan(spread) else f" ± {spread / math.sqrt(len(values)):.1%}"
-        lines.append(f"| {name} | {len(values)} | {mean:.1%}{error} |")
+    """Held-out exact match, and its difference from the offline run's: means over seeds with their standard errors."""
+    found = [json.loads(path.read_text()) for path in sorted(out.glob("judged-*.json"))]
+    lines = ["| after | updates | exact match, a seed | mean | less the offline run's |", "|---" * 5 + "|"]
+    for name in found[0]:
+        ones = [seed[name] for seed in found]
+        each = ", ".join(f"{one['exact_match']:.1%}" for one in ones)
+        updates = "-".join(
+            str(u) for u in sorted({min(one["updates"] for one in ones), max(one["updates"] for one in ones)})
+        )
+        means = [mean_and_error([one[key] for one in ones]) for key in ("exact_match", "from_offline")]
+        lines.append(f"| {name} | {updates} | {each} | {means[0]} | {means[1]} |")
     return "\n".join(lines)
+
+
+def mean_and_error(values: Sequence[float]) -> str:
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return f"{mean:.1%}"
+    return f"{mean:.1%} ± {math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values)):.1%}"
 
 
 if __name__ == "__main__":

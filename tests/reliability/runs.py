@@ -140,6 +140,12 @@ def curve(out: Path) -> list[tuple[int, float, float]]:
     return [(line["step"], line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
 
 
+def lines(out: Path) -> int:
+    """How many whole lines the journal has: for those who look often, at a journal that grows."""
+    path = out / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
 def held_out(out: Path) -> dict:
     """What was measured before and after."""
     return json.loads((out / "summary.json").read_text())["held_out"]

@@ -21,7 +21,7 @@ from diffdpo.training.checkpoint import list_checkpoints
 from tests.reliability.damages import one_bit
 from tests.reliability.faults import silent_server
 from tests.reliability.kills import Tally
-from tests.reliability.runs import Started, curve, flags_for, held_out, make_inputs, preload, start, weights
+from tests.reliability.runs import Started, curve, flags_for, held_out, lines, make_inputs, preload, start, weights
 
 PATIENCE = 600.0
 FAULTS = ("kill -9", "SIGTERM", "SIGTERM, silent server", "full disk", "bit in the newest checkpoint", "torn journal")
@@ -32,12 +32,11 @@ def after_more_steps(run: Started, out: Path, steps: int) -> None:
     until = time.monotonic() + PATIENCE
     before = None
     while not run.poll() and time.monotonic() < until:
-        if (out / "metrics.jsonl").exists():
-            now = len(curve(out))
+        if now := lines(out):
             before = now if before is None else min(before, now)
             if now >= before + steps:
                 return
-        time.sleep(0.01)
+        time.sleep(0.02)
 
 
 def disturb(fault: str, arguments: list[str], out: Path, log: Path, chance: random.Random) -> list[int]:
@@ -109,7 +108,7 @@ def main() -> int:
             # a log of its own: a full disk is a limit on the size of any file, and one log of all would be above it
             log = folder / f"disturbed-{sum(counts.values())}.log"
             codes = disturb(fault, arguments, out, log, chance)
-            print(f"{fault}: exit codes {codes}, {len(curve(out)) if (out / 'metrics.jsonl').exists() else 0} lines")
+            print(f"{fault}: exit codes {codes}, {lines(out)} lines")
         last = start(arguments, 1, folder / "last.log")
         ended = last.wait(60 * given.minutes + PATIENCE) and undisturbed.wait(60 * given.minutes + PATIENCE)
         if ended and not any([*last.codes.values(), *undisturbed.codes.values()]):
