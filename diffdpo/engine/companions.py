@@ -22,7 +22,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from diffdpo.errors import TrainingError
+from diffdpo.errors import TrainingError, UserError
 
 LOOK_SECONDS = 3.0  # between looks at the others; two refusals in a row are a loss
 PROBE_SECONDS = 3.0
@@ -149,7 +149,13 @@ def open_door(towards: str, port: int) -> tuple[socket.socket, str]:
 
 def meet(rank: int, size: int, patience: float) -> tuple[dist.Store, Companions]:
     """Wait for all processes at the launcher's store, at most so many seconds. TrainingError naming who has not come,
-    or has gone meanwhile."""
+    or has gone meanwhile; UserError where the launcher tells no port."""
+    if not os.environ["MASTER_PORT"].isdecimal() or int(os.environ["MASTER_PORT"]) == 0:
+        # torchrun --master_port 0 serves at a port that it does not tell: its processes would look for it for ever
+        raise UserError(
+            f"MASTER_PORT is {os.environ['MASTER_PORT']!r}, where no process can meet another; on one host use "
+            "torchrun --standalone, which finds a free port, else give a port that is free on the first host"
+        )
     until = time.monotonic() + patience
     store = _store(rank, size, patience)
     door, address = open_door(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))

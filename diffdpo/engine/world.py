@@ -106,8 +106,8 @@ def init_distributed(
     most ``patience`` seconds for the others. ``watched``: end this process when another goes, until ``part`` is called.
 
     ``always_distributed`` fills in the environment of a single process started by plain ``python``, which DeepSpeed
-    needs (it looks for MPI otherwise). UserError when the port that several processes meet at is taken, TrainingError
-    when one does not come.
+    needs (it looks for MPI otherwise). UserError when the port that several processes meet at is taken or not told,
+    TrainingError when one does not come.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))

@@ -177,7 +177,7 @@ def finished_before(bench: Bench) -> tuple[Seen, bool]:
     return again, first.codes == [0] and again.codes == [0] and same and "is finished" in again.said
 
 
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 DEEPSPEED = (str(Path(sys.executable).with_name("deepspeed")), "--master_port", "0")
 
 

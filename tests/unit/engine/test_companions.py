@@ -13,6 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from diffdpo.engine.companions import FEW, GONE, REACHED, Companions, Member, drain, meet, open_door
+from diffdpo.errors import UserError
 from tests.support.paths import ROOT
 from tests.support.ports import free_port
 
@@ -75,6 +76,14 @@ def test_one_that_does_not_come_is_named(ranks):
     port = free_port()
     other = ranks(1, port, 2.0)
     assert f"127.0.0.1:{port}" in other.communicate(timeout=60)[0] and other.returncode == 1
+
+
+@pytest.mark.parametrize("port", ["0", "", "tcp"])
+def test_a_launcher_that_tells_no_port_is_named(monkeypatch, port):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", port)
+    with pytest.raises(UserError, match=r"MASTER_PORT is .*--standalone"):
+        meet(1, 2, patience=60.0)
 
 
 def test_a_store_that_an_earlier_attempt_has_left_its_words_in(monkeypatch):
