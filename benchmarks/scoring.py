@@ -72,14 +72,23 @@ def load_models(
     return models
 
 
-def train(models: Models, *, steps: int, seed: int, learning_rate: float, pairs_a_step: int = 8) -> None:
+def train(
+    models: Models,
+    *,
+    steps: int,
+    seed: int,
+    learning_rate: float,
+    pairs_a_step: int = 8,
+    estimator: str = "mask_count_mirror",
+    num_samples: int = 2,
+) -> None:
     """A little DPO, all parameters, so that policy and reference differ as they do in a run."""
     optimizer = torch.optim.AdamW(models.policy.parameters(), lr=learning_rate, weight_decay=0.0)
     records = natural_pairs(models, seed=seed + 1)
     for step in range(steps):
         pairs = list(islice(records, pairs_a_step))
         batch = collate(pairs, pad_id=0, epoch=0, step=step, micro=0, last_micro=True)
-        options = {"estimator": "mask_count_mirror", "num_samples": 2, "seed": seed}
+        options = {"estimator": estimator, "num_samples": num_samples, "seed": seed}
         rows = noisy_rows(batch, mask_token_id=models.mask_token_id, **options).to(models.device)
         reference = fold(score_rows(models.reference, rows, segments=Segments()), rows)
         scores = fold(forward_rows(models.policy, rows), rows)

@@ -1,10 +1,12 @@
 """Benchmarks keep what they have measured, wherever they are run from and whenever they end."""
 
+import importlib
 import json
 import sys
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks import ablations, choice_accuracy, on_policy, segment_memory, throughput
@@ -153,3 +155,25 @@ def test_real_questions_have_four_choices_and_the_right_one_anywhere(tmp_path):
         for number, (_, choices, right) in enumerate(found):
             assert len(set(choices)) == 4
             assert choices[right] == (f"right {number}" if name == "pairs" else answers[number]["answer"])
+
+
+def test_what_a_gradient_costs_by_hand(monkeypatch):
+    """Four pairs with gradients at right angles, two of them told apart for good and known to be by every guess."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    benchmark = importlib.import_module("gradient_error")
+
+    def drawn(rows, gradients=True):
+        ratio_P2N = np.zeros((4, 2, rows))
+        ratio_P2N[2:, 0] = 200.0 / rows  # h = 200 β = 20
+        gradient_P2K = np.stack([3 * np.eye(4), np.zeros((4, 4))], 1) if gradients else np.zeros((4, 2, 0))
+        return benchmark.Drawn(ratio_P2N, gradient_P2K, np.full((4, 2), 8))
+
+    of_all = {"balanced 4": drawn(4), "balanced 2": drawn(2), "few 1": drawn(1, False), "few 2": drawn(2, False)}
+    found = benchmark.schemes(benchmark.Loss(beta=0.1, sft=0.0), of_all)
+    assert found["balanced 4, flat"]["error"] == pytest.approx(2 * (0.05 * 3) ** 2 / 4)
+    assert found["balanced 4, flat"]["times"] == 1 and found["balanced 4, one graph"]["times"] == pytest.approx(1.25)
+    assert found["balanced 2, flat"]["times"] == pytest.approx(2), "as good, from half the rows"
+    assert found["coefficient from 1, flat"]["times"] == pytest.approx(5 / 3.5)
+    assert found["selective, flat, best τ"]["times"] == pytest.approx(5 / 3.5, rel=1e-2), "half of the backwards"
+    assert found["screen by 1 own, one graph, best τ"]["times"] == pytest.approx(5 / 2.5, rel=1e-2)
+    assert found["screen by 1 own, one graph, fixed"]["kept"] == pytest.approx((2 + 2 * 0.05) / 4)
