@@ -8,6 +8,7 @@ import psutil
 
 PAUSE_SECONDS = 1.0
 PARENT = "DIFFDPO_PARENT"  # in the environment: the process that starts this one again (--max_restarts)
+ADOPTERS = ("systemd", "init", "tini", "dumb-init", "docker-init")  # parents of those whose parent has died
 LEFT_BY_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")  # torchrun's and DeepSpeed's, in the environment of a rank
 
 
@@ -22,9 +23,10 @@ def watch_launcher(on_death: Callable[[str], None]) -> None:
             on_death("the process above it")
             return
         watched.append(psutil.Process(int(above)))
-    if not watched and any(name in os.environ for name in LEFT_BY_LAUNCHERS):
-        on_death("the launcher")  # it died while this process imported torch, which may take a minute
-    if watched:
+    left = not watched and any(name in os.environ for name in LEFT_BY_LAUNCHERS)
+    if left or any(is_left_alone(process) for process in watched):
+        on_death("the launcher")  # it died while this process, or the one between, imported torch: up to a minute
+    elif watched:
         threading.Thread(target=_watch, args=(watched, on_death), name="launcher", daemon=True).start()
 
 
@@ -32,15 +34,27 @@ def launchers() -> list[psutil.Process]:
     """The process that started this rank, and the one above it where two make up a launcher (DeepSpeed's)."""
     if "LOCAL_RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return []
-    found = []
-    for process in psutil.Process().parents()[:3]:
-        try:
-            command = " ".join(process.cmdline()) if "python" in os.path.basename(process.exe()) else ""
-        except psutil.Error:  # of another user, or gone
-            continue
-        if any(word in command for word in ("torchrun", "torch.distributed", "deepspeed", "accelerate")):
-            found.append(process)
-    return found
+    words = ("torchrun", "torch.distributed", "deepspeed", "accelerate")
+    return [process for process in psutil.Process().parents()[:3] if any(word in _command(process) for word in words)]
+
+
+def is_left_alone(process: psutil.Process) -> bool:
+    """Whether it is the lower one of DeepSpeed's two launchers, and its parent is the system: the upper one has died.
+
+    Nobody starts the lower one by hand: its arguments are in base64.
+    """
+    if "deepspeed.launcher.launch" not in _command(process):
+        return False
+    parent = process.parent()
+    return parent is not None and "deepspeed" not in _command(parent) and (parent.pid == 1 or parent.name() in ADOPTERS)
+
+
+def _command(process: psutil.Process) -> str:
+    """The command line of a Python program; nothing of others."""
+    try:
+        return " ".join(process.cmdline()) if "python" in os.path.basename(process.exe()) else ""
+    except psutil.Error:  # of another user, or gone
+        return ""
 
 
 def _watch(watched: list[psutil.Process], on_death: Callable[[str], None]) -> None:

@@ -208,7 +208,7 @@ class _Training:
             segments=self.segments,
             compared=self.mode != "none",
             max_length=config.max_length,
-            reference_forwards=int(self.mode in ("copy", "adapter_off")),
+            reference_forwards=int(self.mode not in ("precomputed", "none")),
         )
         return Run(
             config=self._resolved(strategy),

@@ -6,7 +6,9 @@ import sys
 import textwrap
 import time
 
-from diffdpo.engine.launcher import watch_launcher
+import pytest
+
+from diffdpo.engine.launcher import is_left_alone, watch_launcher
 from tests.support.paths import ROOT
 
 LAUNCHER = """
@@ -29,6 +31,14 @@ for _ in range(80):
         open(sys.argv[0] + ".gone", "w").write(gone[0])
         break
 """
+
+
+class Above:
+    """As psutil tells of a process."""
+
+    def __init__(self, pid: int, name: str, line: list[str] | None = None, parent: "Above | None" = None):
+        self.pid, self.name, self.line = pid, lambda: name, line or [name]
+        self.exe, self.cmdline, self.parent = lambda: f"/usr/bin/{name}", lambda: self.line, lambda: parent
 
 
 def launched(tmp_path, how: str) -> tuple[str, bool]:
@@ -62,6 +72,27 @@ def test_a_launcher_that_died_before_anyone_looked_is_noticed(monkeypatch):
     monkeypatch.setattr("diffdpo.engine.launcher.launchers", list)
     watch_launcher(gone.append)
     assert gone == ["the launcher"]
+
+
+@pytest.mark.parametrize(
+    ("parent", "left"),
+    [(Above(1, "init"), True), (Above(70, "systemd"), True), (Above(70, "bash"), False), (None, False)],
+)
+def test_the_lower_launcher_of_deepspeed_whose_upper_one_has_died(monkeypatch, parent, left):
+    """The rank sees the lower one live; the upper one died while the lower one imported torch."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    lower = Above(80, "python", ["python", "-u", "-m", "deepspeed.launcher.launch", "--world_info=e30="], parent)
+    upper = Above(
+        1, "python", ["python", "/usr/bin/deepspeed", "launch/train.py"]
+    )  # as the first process of a container
+    assert is_left_alone(lower) == left
+    assert not is_left_alone(Above(80, "python", lower.line, upper))
+    assert not is_left_alone(Above(80, "python", ["python", "/usr/bin/torchrun"], parent))
+    gone: list[str] = []
+    monkeypatch.setattr("diffdpo.engine.launcher.launchers", lambda: [lower])
+    monkeypatch.setattr("diffdpo.engine.launcher._watch", lambda watched, on_death: None)
+    watch_launcher(gone.append)
+    assert gone == (["the launcher"] if left else [])
 
 
 def test_without_a_launcher_nothing_is_watched(tmp_path):
