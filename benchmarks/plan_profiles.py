@@ -42,6 +42,7 @@ class Profile:
 PROFILES = (
     Profile("LLaDA-8B, QLoRA", "llada8b.json", "llada8b_qlora.yaml", "4080_qlora.json", 14.5),
     Profile("3B, all parameters", "qwen3b.json", "full3b.yaml", "4080_offload.json", 15.0),
+    Profile("Dream-7B, QLoRA", "dream7b.json", "llada8b_qlora.yaml", "4080_qlora.json", 14.5),
     Profile("SDAR-8B, QLoRA", "sdar8b.json", "sdar8b_qlora.yaml", "4080_qlora.json", 14.5),
     Profile("LLaDA2.0-mini, QLoRA", "llada2mini.json", "llada2mini_qlora.yaml", "4080_qlora.json", 14.5),
     Profile("LLaDA-8B, all parameters", "llada8b.json", "llada8b_full.yaml", "zero3_nvme.json", None),

@@ -10,6 +10,7 @@ from diffdpo.planner.advise import Advice
 from diffdpo.planner.memory import DEVICE, DISK, HOST, MOMENTS, needed
 from diffdpo.planner.plan import Plan
 from diffdpo.planner.sizes import gib
+from diffdpo.planner.streaming import lines, streamed_layer, streams, ways
 
 TITLES = {DEVICE: "GPU", HOST: "host", DISK: "NVMe"}
 ASSUMPTIONS = (
@@ -26,7 +27,9 @@ ASSUMPTIONS = (
 
 def as_text(plan: Plan, advice: Advice | None) -> str:
     """What `launch/plan.py` prints."""
-    return "\n".join([*_header(plan), "", *_memory(plan), "", *_verdict(plan, advice), "", *_times(plan)])
+    streaming = list(lines(plan.job, plan.numbers, plan.run, plan.machine.gpu))
+    after = ["", *streaming] if streaming else []
+    return "\n".join([*_header(plan), "", *_memory(plan), "", *_verdict(plan, advice), *after, "", *_times(plan)])
 
 
 def _header(plan: Plan) -> Iterator[str]:
@@ -123,6 +126,16 @@ def _gpus(plan: Plan) -> list[Gpu]:
     return [*([asked] if asked and asked not in GPUS.values() else []), *GPUS.values()]
 
 
+def _streamed(plan: Plan) -> dict[str, Any] | None:
+    """Weights that come from the host for every pass; None where they stay."""
+    job, gpu = plan.job, plan.machine.gpu
+    if not streams(job):
+        return None
+    layer = streamed_layer(job, plan.numbers, gpu) if gpu else None
+    kept = [asdict(way) for way in ways(job, plan.numbers, plan.run)]
+    return {"layer": layer and asdict(layer) | {"meet": layer.meet}, "state": kept}
+
+
 def as_json(plan: Plan, advice: Advice | None) -> dict[str, Any]:
     """The plan in bytes and seconds."""
     return {
@@ -133,6 +146,7 @@ def as_json(plan: Plan, advice: Advice | None) -> dict[str, Any]:
             place: {"bytes": plan.need(place), "moment": needed(plan.parts, place)[1]} for place in (DEVICE, HOST, DISK)
         },
         "moments": list(MOMENTS),
+        "streamed": _streamed(plan),
         "machine": asdict(plan.machine),
         "fits": not plan.short(),
         "context": plan.context,

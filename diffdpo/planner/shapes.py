@@ -16,6 +16,7 @@ from diffdpo.models.architecture.backbone import native
 from diffdpo.models.architecture.published_config import block_size_of
 from diffdpo.models.architecture.router import train_routers, whole_with_routers
 from diffdpo.models.architecture.spec import FamilySpec
+from diffdpo.models.architecture.work import ModelWork
 from diffdpo.models.load import FAMILIES, Family, made_config, read_config
 from diffdpo.models.lora.adapters import add_lora
 from diffdpo.planner.kernels import Nf4Linear
@@ -38,6 +39,9 @@ class Numbers:
     largest_module: int  # elements of the module with the most parameters of its own
     state_bytes: int  # of the optimizer on whole weights
     largest_unit: int  # of what FSDP2 gathers at a time: a block, the embedding, the head
+    layer: int  # elements of the largest block
+    layer_met: int  # of them, those that a token is multiplied with, of all blocks' mean
+    layer_attention: int  # width of attention
 
 
 def read_shape(name_or_path: str, *, block_size: int | None = None) -> tuple[Family, PreTrainedConfig]:
@@ -130,6 +134,7 @@ def count(module: MaskedLogProbs, *, optim: str = "adamw_torch") -> Numbers:
     packed = [m for m in module.modules() if isinstance(m, Nf4Linear)]
     elements = sum(p.numel() for p in (*trained, *frozen))
     elements += sum(m.unpacked.numel() - m.weight.numel() - m.absmax.numel() - m.nested.numel() for m in packed)
+    work, head = ModelWork.of(module.model), base.head.in_features * base.head.out_features
     units = (*base.blocks, base.embed, base.final_norm, base.head)
     outside = {p for m in (base.embed, base.head) for p in m.parameters()}
     return Numbers(
@@ -145,4 +150,7 @@ def count(module: MaskedLogProbs, *, optim: str = "adamw_torch") -> Numbers:
         largest_module=max(sum(p.numel() for p in m.parameters(recurse=False)) for m in module.modules()),
         state_bytes=sum(state_bytes(optim, p.shape, in_block=p not in outside) for p in trained),
         largest_unit=max(sum(p.numel() for p in unit.parameters()) for unit in units),
+        layer=max(sum(p.numel() for p in block.parameters()) for block in base.blocks),
+        layer_met=round(work.every + work.scored - head) // len(base.blocks),
+        layer_attention=work.attention // len(base.blocks),
     )
