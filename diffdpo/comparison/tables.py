@@ -150,8 +150,10 @@ def verdict(found: Comparison) -> list[str]:
         return lines
     sign = -1 if lower_is_better(name) else 1
     best = max(measured, key=lambda group: sign * group.after[name].mean)
-    lines.insert(0, f"Best {title_of(name)}: {best.name}, {estimate_cell(name, best.after[name])}.")
-    rivals = [group for group in measured if group is not best]
+    alike = [group for group in measured if group.after[name].mean == best.after[name].mean]
+    named = ", ".join(group.name for group in alike) + (" alike" if len(alike) > 1 else "")
+    lines.insert(0, f"Best {title_of(name)}: {named}, {estimate_cell(name, best.after[name])}.")
+    rivals = [group for group in measured if group not in alike]
     if rivals:
         second = max(rivals, key=lambda group: sign * group.after[name].mean)
         against = differences(second, [best], [name])[name][0]

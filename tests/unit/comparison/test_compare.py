@@ -56,6 +56,13 @@ def test_a_difference_on_the_same_items_is_tested_item_by_item(tmp_path):
     assert found.metric == "rewards/accuracies" and verdict(found)[0].startswith("Best preference accuracy: b")
 
 
+def test_none_is_best_where_several_are_equal(tmp_path):
+    for name, rate in (("a", 1e-4), ("b", 3e-4)):
+        recorded_run(tmp_path / name, margins=noisy(0.5), learning_rate=rate)
+    (equal,) = verdict(compared(tmp_path))
+    assert equal.startswith("Best preference accuracy: a, b alike, ")
+
+
 def test_p_is_exact_for_few_items_and_that_of_mcnemar_for_yes_and_no():
     assert sign_flip_p(np.array([1.0, 1.0, 1.0, 1.0, 1.0, 0.0])) == pytest.approx(2 / 32)
     assert sign_flip_p(np.array([1.0, -1.0])) == 1.0 and sign_flip_p(np.zeros(5)) == 1.0
