@@ -5,8 +5,9 @@ import itertools
 import json
 import math
 import os
+import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from data_pipeline.files import write_whole
 
 FILE = "metrics.jsonl"
 NOTE = "note"  # the key of a line's words for the reader; every other value is a number
+GAP = ", without steps "  # in a note, before what is missing and no earlier note tells
 MOST_PENDING = 64 << 20  # bytes of lines kept in memory while the disk is full
 
 
@@ -101,21 +103,28 @@ def kept_lines(raw: bytes, step: int, known: Position | None, every: int | None 
         return kept, ""
     steps = sorted({line["step"] for line in lines if line["step"] and not line.keys() <= {"step", "time", NOTE}})
     every = every or min((after - before for before, after in itertools.pairwise(steps)), default=1)  # --logging_steps
-    missing = [number for number in range(every, step + 1, every) if number not in steps]
-    gap = f", without steps {_ranges(missing)}" if missing else ""
+    known_gaps = told_gaps(lines)
+    missing = [number for number in range(every, step + 1, every) if number not in steps and number not in known_gaps]
+    gap = f"{GAP}{_ranges(missing)}" if missing else ""
     return kept, f"had been changed before step {step}: {len(lines)} of {known.lines} lines are left{gap}"
 
 
+def told_gaps(lines: Iterable[Mapping[str, Any]]) -> set[int]:
+    """Steps whose lines are gone, as notes among these lines tell."""
+    texts = [line[NOTE].partition(GAP)[2] for line in lines if NOTE in line]
+    ends = [ends for text in texts for ends in re.findall(r"(\d+)(?:-(\d+))?", text)]
+    return {number for first, last in ends for number in range(int(first), int(last or first) + 1)}
+
+
 def _ranges(numbers: list[int]) -> str:
-    """1, 2, 3, 7 as '1-3, 7', the first five of them."""
+    """1, 2, 3, 7 as '1-3, 7'; all of them: a gap that is not named is a silent one."""
     ranges: list[list[int]] = []
     for number in numbers:
         if ranges and number == ranges[-1][1] + 1:
             ranges[-1][1] = number
         else:
             ranges.append([number, number])
-    texts = [f"{first}-{last}" if last > first else str(first) for first, last in ranges[:5]]
-    return ", ".join([*texts, "..."] if len(ranges) > 5 else texts)
+    return ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in ranges)
 
 
 def parsed(raw: bytes) -> dict[str, Any] | None:

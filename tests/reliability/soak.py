@@ -8,15 +8,14 @@ the newest checkpoint, a torn journal.
 """
 
 import argparse
-import json
 import random
-import re
 import signal
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
+from diffdpo.tracking.journal import read_journal, told_gaps
 from diffdpo.training.checkpoint import list_checkpoints
 from tests.reliability.damages import one_bit
 from tests.reliability.faults import silent_server
@@ -63,16 +62,6 @@ def disturb(fault: str, arguments: list[str], out: Path, log: Path, chance: rand
     return list(run.codes.values())
 
 
-def told_as_missing(out: Path) -> set[int]:
-    """Steps whose lines the journal itself says are gone ("..., without steps 3, 7-9")."""
-    found: set[int] = set()
-    for line in (out / "metrics.jsonl").read_text().splitlines():
-        _, _, steps = json.loads(line).get("note", "").partition("without steps ")
-        for first, last in re.findall(r"(\d+)(?:-(\d+))?", steps):
-            found |= set(range(int(first), int(last or first) + 1))
-    return found
-
-
 def compare(whole: Path, out: Path, tally: Tally) -> set[int]:
     """Steps without a line. What differs, and what is gone and was not told, is noted by name."""
     right, there = {line[0]: line for line in curve(whole)}, {line[0]: line for line in curve(out)}
@@ -80,7 +69,7 @@ def compare(whole: Path, out: Path, tally: Tally) -> set[int]:
     wrong = sorted(step for step, line in there.items() if line != right.get(step))
     if wrong:
         tally.differing.append(f"lines of steps {wrong[:9]}")
-    if untold := sorted(gone - told_as_missing(out)):
+    if untold := sorted(gone - told_gaps(read_journal(out / "metrics.jsonl"))):
         tally.differing.append(f"lines of steps {untold[:9]} are gone and nothing is said")
     tally.differing += [what.__name__ for what in (weights, held_out) if what(whole) != what(out)]
     return set(gone)

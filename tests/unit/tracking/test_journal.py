@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffdpo.tracking.journal import FILE, Journal, read_journal
+from diffdpo.tracking.journal import FILE, Journal, read_journal, told_gaps
 
 
 def write(folder, steps, **options):
@@ -90,6 +90,22 @@ def test_a_first_line_that_is_gone_is_named(tmp_path):
     said: list[str] = []
     Journal(tmp_path, resume_step=2, position=position, say=said.append, every=1).close()
     assert len(said) == 1 and "without steps 1" in said[0]
+
+
+def test_every_gap_is_named_once_however_many_there_were_before(tmp_path):
+    """A soak of two hours tore 54 lines off one journal; its notes named the first five again and again."""
+    said: list[str] = []
+    journal = Journal(tmp_path)
+    for step in range(1, 21):
+        journal.write(step, {"loss": 1.0})
+        if step % 2 == 0:  # a checkpoint, whose line is torn off before the run goes on
+            position = journal.position()
+            journal.close()
+            (tmp_path / FILE).write_bytes((tmp_path / FILE).read_bytes()[:-5])
+            journal = Journal(tmp_path, resume_step=step, position=position, say=said.append, every=1)
+    journal.close()
+    assert [told.partition("without steps ")[2] for told in said] == [str(step) for step in range(2, 21, 2)]
+    assert told_gaps(read_journal(tmp_path / FILE)) == set(range(2, 21, 2))
 
 
 class Full:
