@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.files import write_whole
+from diffdpo.errors import UserError
 
 FILE = "metrics.jsonl"
 NOTE = "note"  # the key of a line's words for the reader; every other value is a number
@@ -44,8 +45,11 @@ class Journal:
     ):
         """``resume_step``: keep lines up to this step and drop the rest, which will be run again. ``position``: where
         the journal was at that step; what is missing or changed before it is told, in the journal too, counted in
-        ``every`` steps. ``wait_for_room``: keep lines in memory while the disk is full, instead of raising OSError."""
+        ``every`` steps. ``wait_for_room``: keep lines in memory while the disk is full, instead of raising
+        OSError. UserError where a folder stands in its place."""
         self.path, self.wait_for_room, self.pending = output_dir / FILE, wait_for_room, b""
+        if self.path.is_dir():
+            raise UserError(f"{self.path} is a folder, where the run writes a file of that name; move it away")
         before = self.path.read_bytes() if resume_step is not None and self.path.exists() else b""
         fault = ""
         if resume_step is not None:

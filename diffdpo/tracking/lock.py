@@ -50,27 +50,39 @@ def _take(output_dir: Path) -> int:
     """The locked file. A lock is on a file, not on a name: the holder before us may just have removed it."""
     path = output_dir / FILE
     while True:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):  # the folder has gone again
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                holder = os.pread(file, 200, 0).decode(errors="replace").strip()
-                os.close(file)
-                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                    raise UserError(
-                        f"--output_dir {output_dir}: its filesystem has no locks ({error.strerror}), and two runs "
-                        "in one folder would spoil each other; give a folder on another filesystem"
-                    ) from None
-                raise UserError(
-                    f"--output_dir {output_dir} is in use by a living run ({holder}); stop it, or give another folder"
-                ) from None
-            if path.exists() and os.fstat(file).st_ino == path.stat().st_ino:
-                os.ftruncate(file, 0)
-                os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}, {time.ctime()}\n".encode(), 0)
-                return file
-            os.close(file)
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and not path.is_symlink():
+                continue  # the folder has gone again
+            raise UserError(
+                f"--output_dir {output_dir}: {FILE} cannot be made there ({error.strerror}: {error.filename}); "
+                "give a folder that can be written to"
+            ) from None
+        _lock(file, output_dir)
+        if path.exists() and os.fstat(file).st_ino == path.stat().st_ino:
+            os.ftruncate(file, 0)
+            os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}, {time.ctime()}\n".encode(), 0)
+            return file
+        os.close(file)
+
+
+def _lock(file: int, output_dir: Path) -> None:
+    """UserError, and the file closed, where it cannot be had."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        holder = os.pread(file, 200, 0).decode(errors="replace").strip()
+        os.close(file)
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            raise UserError(
+                f"--output_dir {output_dir}: its filesystem has no locks ({error.strerror}), and two runs in one "
+                "folder would spoil each other; give a folder on another filesystem"
+            ) from None
+        raise UserError(
+            f"--output_dir {output_dir} is in use by a living run ({holder}); stop it, or give another folder"
+        ) from None
 
 
 def _release(file: int, output_dir: Path) -> None:

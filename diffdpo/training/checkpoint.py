@@ -145,14 +145,12 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 def set_aside_after(output_dir: Path, step: int) -> list[Path]:
     """Rename checkpoints after ``step`` to ``step-N.aside``: a run that goes on from ``step`` has given them up, and
-    they must be neither 'latest' nor counted among those to keep. The new names."""
-    renamed = []
-    for path in list_checkpoints(output_dir):
-        if _step_of(path) > step:
-            aside = path.with_name(path.name + ".aside")
-            shutil.rmtree(aside, ignore_errors=True)
-            renamed.append(path.rename(aside))
-    return renamed
+    they must be neither 'latest' nor counted among those to keep. The new names. What an earlier resume set aside goes
+    when there is something new: a run that falls back often must not fill the disk."""
+    given_up = [path for path in list_checkpoints(output_dir) if _step_of(path) > step]
+    for earlier in (output_dir / FOLDER).glob("step-*.aside") if given_up else ():
+        shutil.rmtree(earlier, ignore_errors=True)
+    return [path.rename(path.with_name(path.name + ".aside")) for path in given_up]
 
 
 def _step_of(checkpoint: Path) -> int:
@@ -189,10 +187,13 @@ def fault_in(path: Path, world: World) -> str | None:
     """What is wrong with a checkpoint, every file of it looked at; None where nothing is. Every rank calls."""
     if not path.is_dir():
         return world.broadcast("there is no such folder")
-    fault = fault_of(path, world)
-    if fault is None and NAME.fullmatch(path.name) and (step := read_state(path)["step"]) != _step_of(path):
-        return f"it holds step {step}"
-    return fault
+    if fault := fault_of(path, world):
+        return fault
+    try:
+        step = read_state(path)["step"]
+    except UserError as error:  # whole, and of another version
+        return str(error)
+    return f"it holds step {step}" if NAME.fullmatch(path.name) and step != _step_of(path) else None
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -96,13 +96,23 @@ def finished_summary(config: RunConfig, context: RunContext) -> dict[str, Any] |
     there = summary_file.exists() and (context.output_dir / "final").is_dir()
     if config.resume_from_checkpoint != "auto" or not there:
         return None
-    summary = json.loads(summary_file.read_text())
-    if summary.get("asked") == asked_of(config):
-        context.print(f"the run in {context.output_dir} is finished: {summary['steps']} steps")
+    try:
+        summary = json.loads(summary_file.read_text())
+        steps, asked = summary["steps"], summary.get("asked")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        if not list_checkpoints(context.output_dir):
+            raise UserError(
+                f"{summary_file} is damaged ({error!r}), so whether the run is finished cannot be told, and there is "
+                "no checkpoint to go on from; its model is in final/; give another --output_dir"
+            ) from None
+        context.print(f"{summary_file} is damaged ({error!r}): going on from the newest checkpoint")
+        return None
+    if asked == asked_of(config):
+        context.print(f"the run in {context.output_dir} is finished: {steps} steps")
         return summary
     if not list_checkpoints(context.output_dir):
         raise UserError(
-            f"--output_dir {context.output_dir} holds a finished run of {summary['steps']} steps and no checkpoint "
+            f"--output_dir {context.output_dir} holds a finished run of {steps} steps and no checkpoint "
             "to go on from; give another --output_dir"
         )
     return None

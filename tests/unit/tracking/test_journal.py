@@ -2,6 +2,7 @@
 
 import pytest
 
+from diffdpo.errors import UserError
 from diffdpo.tracking.journal import FILE, Journal, read_journal, told_gaps
 
 
@@ -106,6 +107,12 @@ def test_every_gap_is_named_once_however_many_there_were_before(tmp_path):
     journal.close()
     assert [told.partition("without steps ")[2] for told in said] == [str(step) for step in range(2, 21, 2)]
     assert told_gaps(read_journal(tmp_path / FILE)) == set(range(2, 21, 2))
+
+
+def test_a_folder_in_its_place_is_named(tmp_path):
+    (tmp_path / FILE).mkdir()
+    with pytest.raises(UserError, match="is a folder"):
+        Journal(tmp_path)
 
 
 class Full:

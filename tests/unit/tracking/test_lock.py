@@ -17,6 +17,21 @@ from tests.support.paths import ROOT
 WORLD = World(0, 0, 1, torch.device("cpu"))
 
 
+@pytest.mark.parametrize("kind", ["a file", "run.lock is a folder", "run.lock points nowhere"])
+def test_a_folder_that_cannot_be_locked_is_one_line(tmp_path, kind):
+    folder = tmp_path / "run"
+    if kind == "a file":
+        folder.write_text("")
+    else:
+        folder.mkdir()
+        if kind.endswith("a folder"):
+            (folder / FILE).mkdir()
+        else:
+            (folder / FILE).symlink_to(tmp_path / "nowhere" / "at all")
+    with pytest.raises(UserError, match=f"{FILE} cannot be made there"), one_run_in(folder, WORLD):
+        pass
+
+
 @pytest.fixture
 def holder(tmp_path):
     """A process that holds the folder."""

@@ -26,7 +26,7 @@ from diffdpo.training.checkpoint import (
     told_if_unreadable,
     told_if_unwritable,
 )
-from diffdpo.training.manifest import MANIFEST, fault_of, files_of, read_manifest, write_manifest
+from diffdpo.training.manifest import MANIFEST, fault_of, files_of, read_manifest, sums_of_share, write_manifest
 
 WORLD = World(0, 0, 1, torch.device("cpu"))
 STATE_OF_A_RUN = {name: {} for name in NEEDED}
@@ -75,6 +75,9 @@ def test_a_run_that_goes_on_from_an_older_one_keeps_what_it_saves(engine, tmp_pa
     save(engine, tmp_path, 15)
     assert steps(tmp_path) == [10, 15] and find("latest", tmp_path).name == "step-15"
     assert all((path / STATE).exists() for path in aside), "given up is not deleted"
+    assert set_aside_after(tmp_path, 15) == [] and all(path.exists() for path in aside)
+    (later,) = set_aside_after(tmp_path, 10)
+    assert later.name == "step-15.aside" and not any(path.exists() for path in aside), "one resume's are kept"
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path):
@@ -167,6 +170,15 @@ def test_a_state_of_another_version_is_named(engine, tmp_path, content):
     (path / STATE).write_text(content)
     with pytest.raises(UserError, match="damaged or of another version"):
         read_state(path)
+
+
+def test_a_whole_checkpoint_of_another_version_is_passed_over(engine, tmp_path):
+    for step in (2, 4):
+        save(engine, tmp_path, step)
+    newest = list_checkpoints(tmp_path)[-1]
+    (newest / STATE).write_text(json.dumps({"step": 4}))
+    write_manifest(newest, sums_of_share(newest, WORLD))
+    assert find("auto", tmp_path).name == "step-2"
 
 
 def test_a_failed_save_leaves_nothing_and_says_how_much_it_needs(engine, tmp_path, monkeypatch):
