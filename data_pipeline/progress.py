@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 Item = TypeVar("Item")
 SECONDS = 30.0  # between two lines of a log
-OFTEN_QUICK = 5.0  # seconds before work shows a bar that mostly is done by then
+OFTEN_QUICK = 5.0  # seconds before work shows a bar that mostly is done by then; in a log file SECONDS
 LINE = "{desc}: {n_fmt}/{total_fmt} {unit}s [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
 
@@ -55,6 +55,7 @@ def bar_of(
     options["delay"] = delay
     if sys.stderr.isatty():
         return tqdm(**options, dynamic_ncols=True)
+    options["delay"] = SECONDS if delay else 0.0  # a log file is to hold what was slow, and a mistake's one line
     return Lines(**options, bar_format=LINE)
 
 
