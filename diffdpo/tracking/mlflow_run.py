@@ -213,11 +213,8 @@ class MlflowRun:
 
     def _artifact_location(self) -> str | None:
         """Absolute, beside an sqlite file; a server decides for itself."""
-        uri = self.shipped.tracking_uri
-        if not uri.startswith("sqlite:///"):
-            return None
-        file = unquote(uri.removeprefix("sqlite:///").partition("?")[0])
-        return (Path(file).resolve().parent / "mlartifacts").as_uri()
+        file = sqlite_file(self.shipped.tracking_uri)
+        return (file.resolve().parent / "mlartifacts").as_uri() if file else None
 
     def _describe(self) -> None:
         if self.shipped.described:
@@ -302,7 +299,31 @@ def client_of(uri: str) -> Any:
 
     for name in ("mlflow", "alembic"):  # mlflow's import has set its own level
         logging.getLogger(name).setLevel(logging.ERROR)
+    if (file := sqlite_file(uri)) and not file.exists() and file.parent.is_dir():
+        _create_whole(file)
     return mlflow.MlflowClient(given_back(uri))
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The file of an sqlite store; None for others."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    return Path(unquote(uri.removeprefix("sqlite:///").partition("?")[0]))
+
+
+def _create_whole(file: Path) -> None:
+    """A new store under its name only when all its tables are there: MLflow makes them one by one, for many seconds on
+    a busy machine, and what a process that was killed meanwhile leaves behind can never be opened again."""
+    import mlflow
+
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    partial.unlink(missing_ok=True)
+    try:
+        mlflow.MlflowClient(sqlite_uri(partial)).search_experiments(max_results=1)
+        with suppress(FileExistsError):  # another run's
+            os.link(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def quiet_mlflow() -> None:
