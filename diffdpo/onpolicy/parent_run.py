@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.files import write_whole
-from diffdpo.tracking.mlflow_run import quiet_mlflow
+from diffdpo.tracking.mlflow_run import client_of
 
 log = logging.getLogger(__name__)
 STATE = "mlflow_parent_run"
@@ -20,11 +20,7 @@ class ParentRun:
         if uri is None:
             return
         try:
-            quiet_mlflow()
-            logging.getLogger("mlflow").setLevel(logging.WARNING)  # of a new store it tells every table
-            from mlflow import MlflowClient
-
-            self.client = MlflowClient(tracking_uri=uri)
+            self.client = client_of(uri)
             file = folder / STATE
             if file.exists():
                 self.run_id = file.read_text().strip()

@@ -8,7 +8,7 @@ from typing import Any
 
 from diffdpo.errors import UserError
 from diffdpo.tracking.commit import git_state
-from diffdpo.tracking.mlflow_run import check_tracking_uri
+from diffdpo.tracking.mlflow_run import check_tracking_uri, client_of
 from diffdpo.tracking.run import run_tags
 
 
@@ -19,12 +19,11 @@ def log_evaluation(report: Mapping[str, Any], settings: Mapping[str, Any]) -> No
     """
     uri = settings["tracking_uri"]
     check_tracking_uri(uri)
-    import mlflow
     from mlflow.entities import Metric, Param, RunTag
     from mlflow.exceptions import MlflowException
 
     try:
-        client = mlflow.MlflowClient(tracking_uri=uri)
+        client = client_of(uri)
         name = settings["experiment_name"]
         experiment = client.get_experiment_by_name(name)
         experiment_id = experiment.experiment_id if experiment else client.create_experiment(name)

@@ -54,7 +54,8 @@ def _take(output_dir: Path) -> int:
             output_dir.mkdir(parents=True, exist_ok=True)
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            if isinstance(error, FileNotFoundError) and not path.is_symlink():
+            gone = isinstance(error, FileNotFoundError) and error.filename == str(path)
+            if gone and not path.is_symlink():
                 continue  # the folder has gone again
             raise UserError(
                 f"--output_dir {output_dir}: {FILE} cannot be made there ({error.strerror}: {error.filename}); "

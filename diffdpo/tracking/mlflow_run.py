@@ -11,6 +11,7 @@ import os
 import re
 import threading
 import time
+import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -316,12 +317,17 @@ def _create_whole(file: Path) -> None:
     a busy machine, and what a process that was killed meanwhile leaves behind can never be opened again."""
     import mlflow
 
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    partial.unlink(missing_ok=True)
+    # another name for every attempt: MLflow makes the tables of an address once a process
+    partial = file.with_name(f"{file.name}.{uuid.uuid4().hex}.partial")
     try:
         mlflow.MlflowClient(sqlite_uri(partial)).search_experiments(max_results=1)
-        with suppress(FileExistsError):  # another run's
+        try:
             os.link(partial, file)
+        except FileExistsError:  # another run's
+            pass
+        except OSError:  # a file system without links, where two runs that begin at once may not both be told of
+            if not file.exists():
+                partial.rename(file)
     finally:
         partial.unlink(missing_ok=True)
 

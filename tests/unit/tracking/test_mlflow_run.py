@@ -1,5 +1,6 @@
 """MLflow fed from the journal: every point once, whatever the server does."""
 
+import os
 import socket
 import time
 
@@ -9,7 +10,7 @@ import pytest
 from diffdpo.errors import TrainingError, UserError
 from diffdpo.tracking.journal import Journal
 from diffdpo.tracking.lock import alone_in
-from diffdpo.tracking.mlflow_run import MlflowRun, Shipped, check_tracking_uri, ship_later
+from diffdpo.tracking.mlflow_run import MlflowRun, Shipped, check_tracking_uri, client_of, ship_later, sqlite_uri
 
 
 @pytest.fixture
@@ -39,6 +40,26 @@ def test_points_parameters_files_and_status_arrive(tmp_path, uri):
     assert history(uri, run.shipped.run_id) == [(step, float(step)) for step in range(1, 41)]
     assert {file.path for file in client.list_artifacts(run.shipped.run_id)} == {"summary.json", "metrics.jsonl"}
     assert found.info.artifact_uri.startswith(tmp_path.as_uri()), "artifacts stand at an absolute place"
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_store_that_is_made_half_is_not_there(tmp_path, monkeypatch, links):
+    """A run that was told to stop meanwhile once left tables that no later one could open."""
+    file = tmp_path / "new" / "ml flow.db"
+    file.parent.mkdir()
+
+    def killed(client, **asked):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(mlflow.MlflowClient, "search_experiments", killed)
+        client_of(sqlite_uri(file))
+    assert not list(file.parent.iterdir())
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *names: (_ for _ in ()).throw(PermissionError))
+    number = client_of(sqlite_uri(file)).create_experiment("x")
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+    assert client_of(sqlite_uri(file)).get_experiment_by_name("x").experiment_id == number
 
 
 def test_shipping_twice_or_after_a_resume_repeats_no_point(tmp_path, uri):
