@@ -18,16 +18,19 @@ from diffdpo.errors import UserError
 FILE = "metrics.jsonl"
 NOTE = "note"  # the key of a line's words for the reader; every other value is a number
 GAP = ", without steps "  # in a note, before what is missing and no earlier note tells
+CHANGED = "had been changed before"
 MOST_PENDING = 64 << 20  # bytes of lines kept in memory while the disk is full
+TAIL = 16 << 10  # bytes of its end that a checkpoint keeps: what a torn journal is mended with
 
 
 @dataclass(frozen=True)
 class Position:
-    """How far a journal was written: what a checkpoint says of it."""
+    """How far a journal was written, and its last bytes: what a checkpoint says of it."""
 
     lines: int
     bytes: int
     sha256: str
+    tail: str = ""  # latin-1: bytes as they are
 
 
 class Journal:
@@ -44,9 +47,9 @@ class Journal:
         wait_for_room: bool = False,
     ):
         """``resume_step``: keep lines up to this step and drop the rest, which will be run again. ``position``: where
-        the journal was at that step; what is missing or changed before it is told, in the journal too, counted in
-        ``every`` steps. ``wait_for_room``: keep lines in memory while the disk is full, instead of raising
-        OSError. UserError where a folder stands in its place."""
+        the journal was at that step; an end that is lost is taken from it, and what is missing or changed before it
+        is told, in the journal too, counted in ``every`` steps. ``wait_for_room``: keep lines in memory while the
+        disk is full, instead of raising OSError. UserError where a folder stands in its place."""
         self.path, self.wait_for_room, self.pending = output_dir / FILE, wait_for_room, b""
         if self.path.is_dir():
             raise UserError(f"{self.path} is a folder, where the run writes a file of that name; move it away")
@@ -58,6 +61,7 @@ class Journal:
         write_whole(self.path, before)
         self.file = self.path.open("ab", buffering=0)
         self.lines, self.bytes, self.sum = before.count(b"\n"), len(before), hashlib.sha256(before)
+        self.tail = before[-TAIL:]
         if fault and resume_step is not None:
             say(f"{self.path}: {fault}")
             self.note(resume_step, fault)
@@ -72,12 +76,13 @@ class Journal:
 
     def position(self) -> dict[str, Any]:
         """Where the journal is now."""
-        return asdict(Position(self.lines, self.bytes, self.sum.hexdigest()))
+        return asdict(Position(self.lines, self.bytes, self.sum.hexdigest(), self.tail.decode("latin-1")))
 
     def _append(self, step: int, values: Mapping[str, Any]) -> None:
         line = (json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n").encode()
         self.lines, self.bytes = self.lines + 1, self.bytes + len(line)
         self.sum.update(line)
+        self.tail = (self.tail + line)[-TAIL:]
         self.pending += line
         try:
             while self.pending:  # a disk that fills up takes a part
@@ -99,9 +104,16 @@ class Journal:
 
 def kept_lines(raw: bytes, step: int, known: Position | None, every: int | None = None) -> tuple[bytes, str]:
     """The lines up to a step, and what is wrong with them; '' when they are as they were written."""
-    if known is not None and hashlib.sha256(raw[: known.bytes]).hexdigest() == known.sha256:
-        return raw[: known.bytes], ""
-    lines = [line for line in map(parsed, raw.splitlines(keepends=True)) if line is not None and line["step"] <= step]
+    tail = known.tail.encode("latin-1") if known else b""
+    if known is not None:
+        whole = raw[: max(known.bytes - len(tail), 0)] + tail
+        if hashlib.sha256(whole).hexdigest() == known.sha256:
+            restored = f"{CHANGED} step {step}: its end is taken from the checkpoint"
+            return whole, "" if raw.startswith(whole) else restored
+    found, last = parsed_lines(raw), parsed_lines(tail)
+    ends = {(line["step"], line["time"], *line) for line in last}  # of a line that was edited only one form is kept
+    lines = [line for line in found if (line["step"], line["time"], *line) not in ends] + last
+    lines = [line for line in lines if line["step"] <= step]
     kept = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
     if known is None:
         return kept, ""
@@ -110,7 +122,7 @@ def kept_lines(raw: bytes, step: int, known: Position | None, every: int | None 
     known_gaps = told_gaps(lines)
     missing = [number for number in range(every, step + 1, every) if number not in steps and number not in known_gaps]
     gap = f"{GAP}{_ranges(missing)}" if missing else ""
-    return kept, f"had been changed before step {step}: {len(lines)} of {known.lines} lines are left{gap}"
+    return kept, f"{CHANGED} step {step}: {len(lines)} of {known.lines} lines are left{gap}"
 
 
 def told_gaps(lines: Iterable[Mapping[str, Any]]) -> set[int]:
@@ -129,6 +141,11 @@ def _ranges(numbers: list[int]) -> str:
         else:
             ranges.append([number, number])
     return ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in ranges)
+
+
+def parsed_lines(raw: bytes) -> list[dict[str, Any]]:
+    """The lines that are whole."""
+    return [line for line in map(parsed, raw.splitlines(keepends=True)) if line is not None]
 
 
 def parsed(raw: bytes) -> dict[str, Any] | None:

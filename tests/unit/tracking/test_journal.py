@@ -70,9 +70,9 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_a_damaged_journal_is_repaired_and_says_so_itself(tmp_path, kind):
+def test_what_no_checkpoint_keeps_is_gone_and_the_journal_says_so_itself(tmp_path, kind):
     damage, told = DAMAGES[kind]
-    position, said = journal_of_three(tmp_path), []
+    position, said = journal_of_three(tmp_path) | {"tail": ""}, []
     (tmp_path / FILE).write_bytes(damage((tmp_path / FILE).read_bytes()))
     lines = resumed(tmp_path, position, said)
     assert len(said) == 1 and told in said[0]
@@ -80,12 +80,56 @@ def test_a_damaged_journal_is_repaired_and_says_so_itself(tmp_path, kind):
     assert lines[-1]["loss"] == 2.0
 
 
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_an_end_that_is_lost_is_taken_from_the_checkpoint(tmp_path, kind):
+    position, said = journal_of_three(tmp_path), []
+    before = (tmp_path / FILE).read_bytes()
+    (tmp_path / FILE).write_bytes(DAMAGES[kind][0](before))
+    lines = resumed(tmp_path, position, said)
+    assert len(said) == 1 and "its end is taken from the checkpoint" in said[0]
+    assert (tmp_path / FILE).read_bytes().startswith(before[: position["bytes"]])
+    assert [line["step"] for line in lines] == [1, 2, 3, 3, 4] and "its end" in lines[3]["note"]
+
+
+def long_journal(folder, steps):
+    """One that is longer than what a checkpoint keeps of it."""
+    journal = Journal(folder)
+    for step in range(1, steps + 1):
+        journal.write(step, {"loss": step / 2, "of some length": 1.0 / 3})
+    position = journal.position()
+    journal.close()
+    return position, (folder / FILE).read_bytes()
+
+
+def test_of_a_deleted_journal_the_end_is_left(tmp_path):
+    position, whole = long_journal(tmp_path, 1000)
+    (tmp_path / FILE).unlink()
+    said: list[str] = []
+    Journal(tmp_path, resume_step=1000, position=position, say=said.append, every=1).close()
+    steps = [line["step"] for line in read_journal(tmp_path / FILE) if "loss" in line]
+    assert 100 < len(steps) < 500 and steps == list(range(1001 - len(steps), 1001))
+    assert f"{len(steps)} of 1000 lines are left, without steps 1-{1000 - len(steps)}" in said[0]
+    assert len(position["tail"]) < len(whole)
+
+
+def test_lines_edited_at_both_ends_are_there_once(tmp_path):
+    position, whole = long_journal(tmp_path, 1000)
+    edited = whole.replace(b'"loss": 0.5', b'"loss": 0.75', 1).replace(b'"loss": 500.0', b'"loss": 7.0', 1)
+    (tmp_path / FILE).write_bytes(edited)
+    said: list[str] = []
+    Journal(tmp_path, resume_step=1000, position=position, say=said.append, every=1).close()
+    lines = [line for line in read_journal(tmp_path / FILE) if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, 1001))
+    assert (lines[0]["loss"], lines[-1]["loss"]) == (0.75, 500.0)
+    assert len(said) == 1 and "1000 of 1000 lines are left" in said[0]
+
+
 def test_a_first_line_that_is_gone_is_named(tmp_path):
     """What is left has its lines two steps apart, and so do steps 0 (an evaluation) and 2."""
     journal = Journal(tmp_path)
     for step in (0, 1, 2):
         journal.write(step, {"loss": 1.0})
-    position = journal.position()
+    position = journal.position() | {"tail": ""}
     journal.close()
     (tmp_path / FILE).write_bytes((tmp_path / FILE).read_bytes().replace(b'{"step": 1', bytes(10)))
     said: list[str] = []
@@ -99,8 +143,8 @@ def test_every_gap_is_named_once_however_many_there_were_before(tmp_path):
     journal = Journal(tmp_path)
     for step in range(1, 21):
         journal.write(step, {"loss": 1.0})
-        if step % 2 == 0:  # a checkpoint, whose line is torn off before the run goes on
-            position = journal.position()
+        if step % 2 == 0:  # an old version's checkpoint, whose line is torn off before the run goes on
+            position = journal.position() | {"tail": ""}
             journal.close()
             (tmp_path / FILE).write_bytes((tmp_path / FILE).read_bytes()[:-5])
             journal = Journal(tmp_path, resume_step=step, position=position, say=said.append, every=1)
