@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from diffdpo.engine.adam_clock import wind_up
+from diffdpo.engine.operator_cache import use_kept
 
 STEPS, MORE = 37, 11
 
@@ -14,6 +15,7 @@ def make(kind: str):
     from diffdpo.engine.deepspeed import import_deepspeed
 
     import_deepspeed()
+    use_kept({"cpu": ["cpu_adam"], "fused": ["fused_adam"]}[kind])  # else it is compiled for this test alone
     from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
     weight = torch.nn.Parameter(torch.linspace(-1, 1, 257))
