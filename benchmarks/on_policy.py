@@ -1,12 +1,12 @@
-"""Learning from one's own answers: rounds of sample, judge, pair and train against one offline round of equal updates.
+"""Learning from one's own answers: rounds of sample, judge, pair and train against one round of equal updates.
 
     python benchmarks/on_policy.py --out runs/on_policy --seeds 3
 
-The bundled model on generated problems. Two ways, the same flags, held-out problems and number of updates: `rounds`
-(``diffdpo iterate`` with the settings of recipes/on_policy_arithmetic.yaml) and `offline` (one run on as many pairs
-that the generator wrote). All models are judged afterwards on the same problems by the sampler one would use (the
-surest tokens at once, temperature 0), the offline run's too. Every cell is a run that
-goes on where it was killed; the table is of the seeds that are finished. docs/on_policy.md has the results.
+The bundled model on generated problems. Three ways, the same flags, held-out problems and number of updates: `rounds`
+(``diffdpo iterate``), `all at once` (one such round that asks as many prompts of the first model) and `offline` (one
+run on as many pairs that the generator wrote, whose chosen answers are all right). All models are judged afterwards on
+the same problems by the sampler one would use (the surest tokens at once, temperature 0). Every cell is a run that goes
+on where it was killed; the table is of the seeds that are finished. docs/on_policy.md has the results.
 """
 
 import argparse
@@ -37,6 +37,7 @@ SETTINGS = {
 }
 SAMPLER = {"temperature": 0.0, "threshold": 0.9, "gen_length": 64, "block_length": 16, "batch_size": 100}
 OFFLINE = "offline, as many updates"
+AT_ONCE = "all at once, as many updates"
 
 
 def main() -> None:
@@ -44,30 +45,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="runs/on_policy")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--prompts", type=int, default=200, help="a round")
-    parser.add_argument("--sft_weight", type=float, default=0.0, help="of both ways")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompts", type=int, default=150, help="a round")
+    parser.add_argument("--sft_weight", type=float, default=0.5, help="of all ways")
     parser.add_argument("--problems", type=int, default=1000, help="held out, answered by every model")
     args = parser.parse_args()
     out = Path(args.out)
     for seed in range(args.seeds):
-        steps = run_rounds(out, seed, args)
+        steps = run_rounds(out, f"rounds-{seed}", seed, args)
+        run_rounds(out, f"at-once-{seed}", seed, args, at_once=sum(steps))
         run_offline(out, seed, sum(steps), args)
         judge(out, seed, steps, args.problems)
         print(table(out), flush=True)
 
 
-def run_rounds(out: Path, seed: int, args: argparse.Namespace) -> list[int]:
-    """Updates of each round."""
-    folder = out / f"rounds-{seed}"
-    recipe = out / "recipe.yaml"
+def run_rounds(out: Path, name: str, seed: int, args: argparse.Namespace, *, at_once: int = 0) -> list[int]:
+    """Updates of each round. ``at_once``: all prompts in one round of so many updates."""
+    folder, recipe = out / name, out / f"{name}.yaml"
     out.mkdir(parents=True, exist_ok=True)
+    rounds = 1 if at_once else args.rounds
     settings = {
-        "rounds": args.rounds,
-        "prompts_per_round": args.prompts,
+        "rounds": rounds,
+        "prompts_per_round": args.prompts * args.rounds // rounds,
         "tracking_uri": "none",
         **SETTINGS,
-        "train": flags_of(args),
+        "train": flags_of(args) | ({"max_steps": at_once} if at_once else {}),
     }
     recipe.write_text(yaml.safe_dump(settings, sort_keys=False))
     iterate.run_stage = run_here
@@ -107,6 +109,7 @@ def judge(out: Path, seed: int, steps: Sequence[int], problems: int) -> None:
         return
     models = {
         OFFLINE: out / f"offline-{seed}" / "final",
+        AT_ONCE: out / f"at-once-{seed}" / "round-1" / "train" / "final",
         "start": Path(diffdpo.__file__).parent / "pretrained/arithmetic",
     }
     for number in range(1, len(steps) + 1):
@@ -119,7 +122,7 @@ def judge(out: Path, seed: int, steps: Sequence[int], problems: int) -> None:
         **SAMPLER,
     )
     exact = [one["figures"]["exact_match"]["mean"] for one in found["results"]]
-    updates = [sum(steps), 0, *(sum(steps[: number + 1]) for number in range(len(steps)))]
+    updates = [sum(steps), sum(steps), 0, *(sum(steps[: number + 1]) for number in range(len(steps)))]
     rows = {
         name: {"exact_match": mean, "from_offline": mean - exact[0], "updates": taken}
         for name, mean, taken in zip(models, exact, updates, strict=True)
