@@ -28,7 +28,7 @@ from data_pipeline.sources.columns import Columns
 from data_pipeline.sources.files import Row
 from data_pipeline.sources.formats import convert
 
-CONVERSION = 6  # raised when equal rows become other records: what was built before is then built anew
+CONVERSION = 7  # raised when equal rows become other records: what was built before is then built anew
 EXAMPLES_KEPT = 5
 HASHES = np.dtype(
     [("offset", "<i8"), ("size", "<u4"), ("chunk", "<u4"), ("id", "<u8"), ("content", "<u8"), ("prompt", "<u8")]

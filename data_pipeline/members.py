@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from data_pipeline.endings import other_content
+
 BLOCK = 512
 END_OF_ARCHIVE = 2 * BLOCK  # zero bytes that must follow the last member
 RECORD = 20 * BLOCK  # tar writes whole records of this size: the rest of the last is zeros
@@ -59,6 +61,9 @@ class _Bounded:
 
 def read_members(path: Path) -> Iterator[Member | Bad]:
     """The members of a plain tar in order, and all that is not one. Folders alone are passed over in silence."""
+    if fault := other_content(path):
+        yield Bad("tar_error", "", fault)
+        return
     size = os.path.getsize(path)
     end = 0
     with path.open("rb") as file:
@@ -92,7 +97,7 @@ def _member(info: tarfile.TarInfo, file: IO[bytes], size: int) -> Member | Bad |
         what = "a link" if info.islnk() or info.issym() else "a sparse file" if info.issparse() else "no plain file"
         return Bad("foreign_member", key, f"{info.name}: {what}; a record is one .json member")
     if extension.lower() != "json":
-        return Bad("foreign_member", key, f"{info.name}: a record is one .json member whose key has no dot")
+        return Bad("foreign_member", key, f"{info.name}: no record, which is one member KEY.json whose key has no dot")
     if not 0 <= info.size <= size - info.offset_data:
         there = max(0, size - info.offset_data)
         return Bad("truncated", key, f"the header claims {info.size} bytes, {there} are there")

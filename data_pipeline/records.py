@@ -238,7 +238,8 @@ def parse_json(raw: bytes | str) -> dict:
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise RecordError("invalid_json", f"invalid JSON: {error}", malformed=True) from error
     if not isinstance(row, dict):
-        raise RecordError("wrong_type", f"a JSON object is needed, found {type(row).__name__}", malformed=True)
+        hint = "; a list of rows is a .json file" if isinstance(row, list) else ""
+        raise RecordError("wrong_type", f"a JSON object is needed, found {type(row).__name__}{hint}", malformed=True)
     return row
 
 

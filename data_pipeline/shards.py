@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.endings import other_content
 from data_pipeline.files import whole_or_absent
 from data_pipeline.members import Bad, Member, read_members
 from data_pipeline.records import (
@@ -97,6 +98,9 @@ def file_sha256(path: Path) -> str:
 
 def unpack_gzip(path: Path, target: Path) -> str:
     """Decompress as much of ``path`` as is whole into ``target``. Returns what is wrong with the rest, or ''."""
+    if fault := other_content(path):
+        target.write_bytes(b"")
+        return fault
     with gzip.open(path, "rb") as source, target.open("wb") as file:
         try:
             shutil.copyfileobj(source, file, 1 << 16)

@@ -22,6 +22,8 @@ SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "sy
 AROUND = (  # part of a prompt for some, a note for others: never guessed
     *("context", "contexts", "passage", "passages", "document", "documents", "article", "background", "persona"),
     *("input_text", "inputs", "user_input", "options", "choices"),
+    *("chat_history", "conversation_history", "dialogue_history", "message_history", "dialogue", "dialog"),
+    *("previous_messages", "previous_turns", "prefix", "prefill", "initial_reason_steps"),
 )
 PROMPTS = (*ASKED, *TURNS, *SYSTEM, "history", *AROUND)
 ANSWERS = ("completion", "answer", "response", "output")
@@ -31,12 +33,24 @@ TEXTS = ("text", "solution", "answer", "completion", "content")
 REFERENCES = ("ground_truth", "reference", "reference_answer")
 META_COLUMNS = ("source", "score_chosen", "score_rejected", "prompt_id", *REFERENCES, "final_answer")
 FOR_TEMPLATE = ("tools", "functions", "chat_template_kwargs", "template_kwargs")
-MEDIA_COLUMNS = tuple(
-    name + ending
-    for kind in ("image", "img", "audio", "video")
-    for name in (kind, f"{kind}s")
-    for ending in ("", *(f"_{what}" for what in ("path", "paths", "url", "urls", "file", "files")))
+MEDIA_COLUMNS = (
+    *(
+        name + ending
+        for kind in ("image", "img", "picture", "photo", "audio", "video")
+        for name in (kind, f"{kind}s")
+        for ending in (
+            "",
+            *(f"_{what}" for what in ("path", "paths", "url", "urls", "file", "files", "bytes", "base64")),
+        )
+    ),
+    "pixel_values",
 )
+THOUGHTS = re.compile(
+    r"reasoning_content|thinking|(chosen|rejected)_(reasoning(_content)?|thinking|thoughts?)"
+    r"|(reasoning(_content)?|thinking|thoughts?)_(chosen|rejected)",
+    re.IGNORECASE,
+)
+"""Columns of what was thought before an answer; turns of messages hold it beside their content."""
 WRITTEN = (*LISTS, *FLAGS, *TURNS, *FOR_TEMPLATE, *MEDIA_COLUMNS, "history", "meta")  # a table holds them as JSON
 OTHER_PAIRS = (("preferred_output", "non_preferred_output"), ("chosen_response", "rejected_response"))
 TARGETS = (*PAIR, *PROMPTS, *ANSWERS, "label", *LISTS, *FLAGS, *FOR_TEMPLATE, "id", "meta", *META_COLUMNS)
@@ -112,7 +126,8 @@ class Fields(dict):
         return {known.get(name, name): value for name, value in row.items()}
 
     def _take_media(self) -> None:
-        if name := next((name for name in MEDIA_COLUMNS if _holds_something(self.get(name))), None):
+        names = (name for name in self if name in MEDIA_COLUMNS or _is_media(self[name]))
+        if name := next((name for name in names if _holds_something(self[name])), None):
             raise RecordError("not_text", f"the row has {name!r}; only text is read")
 
     def _unpack_input(self) -> None:
@@ -160,6 +175,16 @@ class Fields(dict):
         known = self.read | {"id", "meta", *META_COLUMNS}
         return [name for name, value in self.items() if name not in known and value not in ("", [], {}, ())]
 
+    def refuse_thoughts(self) -> None:
+        """RecordError for a column of thoughts, without which an answer is another one."""
+        if name := next((name for name in self.left() if THOUGHTS.fullmatch(name)), None):
+            raise RecordError(
+                "unknown_column",
+                f"{name!r} may be a part of the answer: write the answer as a turn, {{'role': 'assistant', "
+                "'reasoning_content': ..., 'content': ...}, or take the column out of the data",
+                malformed=True,
+            )
+
     def found(self) -> list[str]:
         """The columns as the user wrote them."""
         return [self.written.get(name, name) for name in self]
@@ -187,7 +212,13 @@ def _is_absent(value: Any) -> bool:
 
 
 def _holds_something(value: Any) -> bool:
-    return any(map(_holds_something, value)) if isinstance(value, list | tuple) else bool(value)
+    parts = value.values() if isinstance(value, dict) else value
+    return any(map(_holds_something, parts)) if isinstance(value, list | tuple | dict) else bool(value)
+
+
+def _is_media(value: Any) -> bool:
+    """Whether a cell is a file of the library ``datasets``: an image, a sound or a video under any name."""
+    return isinstance(value, dict) and set(value) == {"bytes", "path"}
 
 
 def _joined(row: dict, ours: str, theirs: tuple[str, ...]) -> Any:
@@ -265,8 +296,8 @@ def _both(instruction: Text, given: Text) -> Text:
 
 def refuse_rivals(fields: Fields, known: Iterable[Text]) -> None:
     """A column that could be (part of) the prompt as well must say nothing that is not ``known`` already, unless the
-    user has said what the prompt is. Raises RecordError."""
-    if "prompt" in fields.mapped:
+    user has said what the prompt is, or that the answers begin with it. Raises RecordError."""
+    if "prompt" in fields.mapped or fields.format == "implicit":
         return
     parts = [part.strip() for text in known for part in parts_of(text)]
     for name in (*ASKED, *TURNS, *AROUND):
@@ -278,7 +309,7 @@ def refuse_rivals(fields: Fields, known: Iterable[Text]) -> None:
             raise RecordError(
                 "ambiguous_prompt",
                 f"{used!r} and {name!r} can both hold (a part of) the prompt: say which with --columns prompt=COLUMN, "
-                "or join texts with --columns prompt=COLUMN+COLUMN",
+                "join texts with --columns prompt=COLUMN+COLUMN, or name earlier turns with history=COLUMN",
                 malformed=True,
             )
         fields.read.add(name)

@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import IO, Any, NamedTuple, cast
 
 from data_pipeline.addresses import hidden
+from data_pipeline.endings import other_content
 from data_pipeline.errors import DataError
 from data_pipeline.hub import in_a_line
 from data_pipeline.members import Bad, read_members
@@ -203,6 +204,8 @@ def _reader_of(path: Path) -> Callable[[Path, str], Iterator[Row]]:
         raise DataError(
             f"{path}: files ending in {suffix_of(path)!r} are not read; allowed: {', '.join(sorted(READERS))}"
         )
+    if fault := other_content(path):
+        raise DataError(f"{path}: {fault}")
     return reader
 
 
@@ -236,14 +239,25 @@ def _json_rows(path: Path, name: str) -> Iterator[Row]:
             yield from _json_line_rows(path, name)
             return
         raise DataError(f"{name}: invalid JSON: {error}") from error
-    if isinstance(data, dict) and not data.keys() & {*PAIR, *ASKED, *TURNS}:  # else it is a row itself
-        lists = [value for value in data.values() if isinstance(value, list)]
-        data = lists[0] if len(lists) == 1 else [data]
-    data = [data] if isinstance(data, dict) else data
+    data = _listed(data, name) if isinstance(data, dict) else data
     if not isinstance(data, list):
         raise DataError(f"{name}: a list of objects is needed, found {type(data).__name__}")
     for number, item in enumerate(data, 1):
         yield Row(f"{name}, item {number}", _object(item, f"{name}, item {number}"))
+
+
+def _listed(data: dict, name: str) -> list:
+    """The rows of an object: its one list, or the object itself. DataError for a table in another order."""
+    row = bool(data.keys() & {*PAIR, *ASKED, *TURNS})
+    lists = [value for value in data.values() if isinstance(value, list)]
+    if data and all(isinstance(value, dict) and (not row or all(map(str.isdigit, value))) for value in data.values()):
+        raise DataError(
+            f"{name}: an object of objects, as pandas writes a table; write a list of rows (to_json with "
+            "orient='records')"
+        )
+    if not row and len(lists) > 1 and all(isinstance(item, dict) for value in lists for item in value):
+        raise DataError(f"{name}: an object of {len(lists)} lists ({', '.join(data)}); give each a file of its own")
+    return lists[0] if len(lists) == 1 and not row else [data]
 
 
 def _object(item: Any, where: str) -> dict:

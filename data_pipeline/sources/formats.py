@@ -65,7 +65,11 @@ FORMATS = ("auto", "preference", "implicit", "hh", "unpaired", "answer", "candid
 HH_TURN = re.compile(r"(?:\n\n|\A\s*)(Human|Assistant):")  # at the beginning the empty line may have been stripped
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 OTHER_SIDE = re.compile("reject|chosen|prefer|worse|loser|lose|negative", re.IGNORECASE)
-OTHER_LABEL = re.compile("label|(?<![a-z])tag|good|desirab|thumb|accept|prefer|correct|right|wrong|bad", re.IGNORECASE)
+OTHER_LABEL = re.compile(
+    "label|(?<![a-z])tag|good|desirab|thumb|accept|prefer|correct|right|wrong|bad|chosen|reject|safe|harm|toxic|approv"
+    "|vote|verdict|valid|success|passed|useful",
+    re.IGNORECASE,
+)
 GRADE_WORDS = frozenset((*TRUE, *FALSE, "correct", "incorrect", "right", "wrong"))
 SENTENCE_ENDS = "。！？：；…"  # where text without blanks may be split
 TO_BE_BUILT = "to_be_built"  # kind of a row that does not make one record of its own
@@ -205,6 +209,7 @@ def _pair(fields: Fields, prompt: Text, chosen: Text, rejected: Text) -> Record:
         _one_answer(chosen, rejected)  # type: ignore[arg-type]
         _tell_repeats(fields, prompt[-1]["content"], [side[0]["content"] for side in (chosen, rejected)])  # type: ignore[index]
         prompt = _before_answer(prompt)
+    fields.refuse_thoughts()
     record = PreferenceRecord("", prompt, chosen, rejected, _meta(fields), read_template_kwargs(fields))
     return with_id(record, fields.get("id"))
 
@@ -428,6 +433,7 @@ def _answer(fields: Fields) -> Record:
 def _single(fields: Fields, label: bool) -> Record:
     fields.read.update(LABELS)
     prompt, answer = _prompt_and_answer(fields)
+    fields.refuse_thoughts()
     _refuse_other_sides(fields)
     record = AnswerRecord("", prompt, answer, label, _meta(fields), read_template_kwargs(fields))
     return with_id(record, fields.get("id"))

@@ -30,7 +30,9 @@ ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
 MEDIA = ("image", "images", "image_url", "audio", "audios", "input_audio", "video", "videos", "file")
 OF_THE_ROW = ("tools", "functions", "documents")  # what a template is given beside the turns, never in one
 ANSWERED = ("chosen", "rejected", "completion", "answer", "response", "output", "solution")
+SAID = (*CONTENT_KEYS, *KEPT_OF_A_TURN, *MEDIA)  # what makes a turn of an object with a role
 PRINTED_NULLS = ("nan", "<NA>", "NaN", "NaT", "None", "null", "NULL")  # of answers the first two: others are words
+EXCHANGE = {"input", "output"}
 TEXT_PARTS = (None, "text", "input_text", "output_text")
 # A list of turns printed by Python (numpy leaves the commas out), or of objects of a class of messages.
 PRINTED = re.compile(
@@ -48,14 +50,35 @@ def read_text(value: Any, name: str, unread: Counter | None = None) -> Text:
         written = written_turns(value, name)
         return value if written is None else read_text(written, name, unread)
     if isinstance(value, dict):
-        if _key(value, ROLE_KEYS):
-            return (_turn(value, name, unread),)
+        if key := _key(value, ROLE_KEYS):
+            by_columns = isinstance(value[key], list | tuple)
+            return tuple(_turn(turn, name, unread) for turn in (_by_turns(value, name) if by_columns else [value]))
         if isinstance(value.get("messages"), list):
             return read_text(value["messages"], name, unread)
     if isinstance(value, list | tuple):
+        if value and all(isinstance(item, dict) and set(item) == EXCHANGE for item in value):
+            return _exchanges(value, name, unread)
         return tuple(_turn(item, name, unread) for item in value)
     found = type(value).__name__
     raise RecordError("wrong_type", f"field {name!r} is {found}, not a string or a list of messages", malformed=True)
+
+
+def _by_turns(columns: dict, name: str) -> list[dict]:
+    """Turns that the library ``datasets`` keeps by columns: ``{"role": [...], "content": [...]}``."""
+    lengths = {len(column) if isinstance(column, list | tuple) else -1 for column in columns.values()}
+    if len(lengths) > 1:
+        raise RecordError(
+            "wrong_type", f"field {name!r} has turns by columns that are not equally long", malformed=True
+        )
+    return [dict(zip(columns, turn, strict=True)) for turn in zip(*columns.values(), strict=True)]
+
+
+def _exchanges(value: list | tuple, name: str, unread: Counter | None) -> Text:
+    """Capybara's turns: a list of ``{"input", "output"}``, of which the last output may be open."""
+    said = [(role, item[key]) for item in value for role, key in (("user", "input"), ("assistant", "output"))]
+    if said[-1][1] in ("", None):
+        said.pop()
+    return tuple(_turn({"role": role, "content": content}, name, unread) for role, content in said)
 
 
 def written_turns(text: str, name: str) -> Any:
@@ -128,7 +151,7 @@ def _key(item: dict, names: tuple[str, ...]) -> str | None:
 
 
 def _turn(item: Any, name: str, unread: Counter | None) -> Message:
-    if not isinstance(item, dict) or _key(item, ROLE_KEYS) is None:
+    if not isinstance(item, dict) or _key(item, ROLE_KEYS) is None or _key(item, SAID) is None:
         raise _no_turn(item, name)
     given = _one_of(item, ROLE_KEYS, name, role_of)
     if not isinstance(given, str) or not given.strip():
@@ -192,6 +215,8 @@ def without_nulls(value: Any) -> Any:
 def _no_turn(item: Any, name: str) -> RecordError:
     found = f"the keys {', '.join(map(repr, item))}" if isinstance(item, dict) else type(item).__name__
     expected = "{'role': str, 'content': str}"
+    if isinstance(item, str):
+        found += "; of a list of texts take one, or name another column with --columns"
     return RecordError("wrong_type", f"field {name!r} has a message that is not {expected}: {found}", malformed=True)
 
 

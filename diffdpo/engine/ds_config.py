@@ -3,6 +3,7 @@
 import copy
 import difflib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
@@ -62,7 +63,7 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     path = find_shipped("ds_configs", str(path), flag="--ds_config")
     try:
         text = path.read_text(encoding="utf-8-sig")
-        content = json.loads(text, object_pairs_hook=_said_once, parse_constant=_no_number)
+        content = json.loads(text, object_pairs_hook=_said_once, parse_constant=_no_number, parse_float=_finite)
     except (ValueError, RecursionError, IsADirectoryError) as error:  # json's and Unicode's errors are ValueErrors
         raise UserError(f"--ds_config {path} is not JSON: {error}") from None
     if not isinstance(content, dict):
@@ -82,7 +83,12 @@ def _said_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_number(constant: str) -> float:
-    raise ValueError(f"{constant} is no number")
+    raise ValueError(f"{constant} is no finite number")
+
+
+def _finite(text: str) -> float:
+    """Python takes what is too large for infinity in silence."""
+    return number if math.isfinite(number := float(text)) else _no_number(text)
 
 
 def _faults_of_names(content: Mapping[str, Any]) -> Iterator[str]:

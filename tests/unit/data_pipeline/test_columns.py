@@ -182,7 +182,10 @@ def test_an_answer_within_the_turns_is_no_part_of_the_prompt():
 
 @pytest.mark.parametrize(
     "other",
-    [{"rejected_answer": "6"}, {"Preferred": ["6"]}, {"is_good": False}, {"thumbs_up": True}, {"my_label": True}],
+    [
+        *({"rejected_answer": "6"}, {"Preferred": ["6"]}, {"is_good": False}, {"thumbs_up": True}, {"my_label": True}),
+        *({"is_safe": False}, {"toxic": 1}, {"is_chosen": False}, {"upvoted": "no"}, {"passed": 0}),
+    ],
 )
 def test_what_may_be_the_other_side_of_a_single_answer_is_not_passed_over(other):
     error = refused({"prompt": "2+3?", "completion": "5", **other})
@@ -287,6 +290,9 @@ def test_names_that_differ_in_capitals_alone_are_left_to_the_user():
         {"documents": ["Anna came home."]},
         {"choices": ["Anna", "Bert"]},
         {"inputs": "x"},
+        {"chat_history": [*user_turn("Hello, I am Anna."), *assistant_turn("Hello, Anna.")]},
+        {"prefix": "It was on Monday that"},
+        {"initial_reason_steps": "Step 1: who has a key?"},
     ],
 )
 def test_what_stands_around_a_question_is_not_passed_over(around):
@@ -329,6 +335,37 @@ def test_a_column_that_may_be_a_label_is_not_passed_over(grade):
 def test_no_image_is_no_image(images):
     assert one({"prompt": "q", "images": images, **PAIR}).prompt == "q"
     assert refused({"prompt": "q", "image_path": "a.png", **PAIR}).kind == "not_text"
+
+
+@pytest.mark.parametrize("name", ["picture", "image_base64", "scan"])
+def test_a_file_of_a_data_set_is_no_text_whatever_its_columns_name(name):
+    value = {"bytes": "abc", "path": None} if name != "image_base64" else "iVBORw0KGgo"
+    assert refused({"prompt": "q", name: value, **PAIR}).kind == "not_text"
+    assert one({"prompt": "q", name: {"bytes": None, "path": None}, **PAIR}).prompt == "q"
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking"])
+def test_thoughts_beside_an_answer_are_not_passed_over(name):
+    for row in (SFT, {"prompt": "2+3?", **PAIR}):
+        error = refused({**row, name: "Two and three."})
+        assert error.kind == "unknown_column" and repr(name) in str(error)
+        assert one({**row, name: ""}).prompt == "2+3?"
+    assert refused({"prompt": "2+3?", **PAIR, "chosen_reasoning": "Two and three."}).kind == "unknown_column"
+
+
+def test_who_says_that_the_answers_begin_with_the_prompt_is_believed():
+    row = {"context": "of a lesson in sums", **TURNS}
+    assert refused(row).kind == "ambiguous_prompt"
+    assert one(row, format="implicit").prompt == user_turn("2+3?")
+
+
+def test_capybaras_exchanges_are_turns():
+    exchanges = {"conversation": [{"input": "2+3?", "output": "5"}, {"input": "And 3+4?", "output": ""}]}
+    prompt = turns(("user", "2+3?"), ("assistant", "5"), ("user", "And 3+4?"))
+    sides = {"chosen": [*prompt, *assistant_turn("7")], "rejected": [*prompt, *assistant_turn("8")]}
+    assert one({**exchanges, **sides}).prompt == prompt
+    exchanges["conversation"][-1]["output"] = "7"
+    assert (one(exchanges).prompt, one(exchanges).answer) == (prompt, assistant_turn("7"))
 
 
 @pytest.mark.parametrize("name", ["system-prompt", "systemPrompt", "System  Prompt", "sys_prompt"])

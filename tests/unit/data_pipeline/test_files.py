@@ -181,10 +181,11 @@ def test_another_split_of_a_saved_dataset(tmp_path, make_rows):
             b'[{"prompt": "q", "chosen": "a", "rejected": "b", "chosen": "c"}]',
             "the name 'chosen' stands twice",
         ),
-        ("x.jsonl", '{"prompt": "q", "chosen": "a", "rejected": "b"}\n'.encode("utf-16"), "x.jsonl:1: invalid JSON"),
+        ("x.jsonl", '{"prompt": "q", "chosen": "a", "rejected": "b"}\n'.encode("utf-16"), "save it as UTF-8"),
         ("x.txt", b"words", "files ending in '.txt' are not read; allowed: .csv"),
         ("x.jsonl", b"", "has no rows"),
-        ("x.jsonl.gz", b"words", "x.jsonl.gz: after line 0"),
+        ("x.jsonl.gz", b"words", "the file is not compressed; take .gz off its name"),
+        ("x.jsonl.gz", b"\x1f\x8bwords", "x.jsonl.gz: after line 0"),
     ],
 )
 def test_unreadable_files(tmp_path, cache, name, content, message):
@@ -461,6 +462,21 @@ def test_empty_csv_cells_are_counted(tmp_path, text, dropped):
     report = build([str(tmp_path / "x.csv")], tmp_path / "out", BuildOptions())["provenance"]["report"]
     assert {kind: item["count"] for kind, item in report["dropped"].items()} == dropped
     assert report["records"] == report["rows"] - sum(dropped.values())
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"prompt": {"0": "a", "1": "b"}, "chosen": {"0": "c", "1": "d"}}, "orient='records'"),
+        ({"0": {"prompt": "a", "chosen": "c"}, "1": {"prompt": "b", "chosen": "d"}}, "orient='records'"),
+        ({"train": [{"prompt": "a"}], "test": [{"prompt": "b"}]}, "2 lists .train, test.; give each a file"),
+    ],
+)
+def test_tables_in_another_order_are_refused_by_what_they_are(tmp_path, data, message):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(DataError, match=message):
+        list(open_rows(str(path), SourceOptions()))
 
 
 def test_a_json_file_of_one_row_is_that_row(tmp_path):

@@ -18,6 +18,7 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
         [{"role": "user", "content": "hi"}],
         {"role": "user", "content": "hi"},
         {"messages": [{"role": "user", "content": "hi"}]},
+        {"role": ["user"], "content": ["hi"]},
         [{"from": "human", "value": "hi"}],
         {"from": "user", "value": "hi"},
         [{"role": "user", "content": [{"type": "text", "text": "hi"}]}],
@@ -148,3 +149,24 @@ def test_calls_of_tools_are_a_list(calls):
     assert read_text([{"role": "assistant", "content": None, "tool_calls": calls}], "prompt")[0]["tool_calls"] == [CALL]
     both = [{"role": "user", "from": "human", "content": "hi", "value": "hi"}]  # what one of two layouts repeats
     assert read_text(both, "prompt") == HI
+
+
+def test_turns_by_columns_as_the_library_datasets_keeps_sequences():
+    by_columns = {"from": ["human", "gpt"], "value": ["hi", "ho"]}
+    assert [turn["role"] for turn in read_text(by_columns, "conversations")] == ["user", "assistant"]
+    with pytest.raises(RecordError, match="not equally long"):
+        read_text({"from": ["human", "gpt"], "value": ["hi"]}, "conversations")
+
+
+@pytest.mark.parametrize(
+    ("turn", "found"),
+    [
+        ({"role": "user", "text": "hi"}, "'role', 'text'"),
+        ({"role": "user", "parts": [{"text": "hi"}]}, "'role', 'parts'"),
+        ("hi", "str; of a list of texts take one"),
+        ({"role": "user", "content": None}, "content is null"),
+    ],
+)
+def test_a_message_that_is_none_is_told_by_what_it_holds(turn, found):
+    with pytest.raises(RecordError, match=found):
+        read_text([turn], "prompt")

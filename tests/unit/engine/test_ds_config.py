@@ -108,7 +108,8 @@ def test_a_json_that_cannot_be_meant_is_one_line(content, said, tmp_path):
     [
         ('{"zero_optimization": {"stage": 2}, "zero_optimization": {"stage": 3}}', "'zero_optimization' stands twice"),
         ('{"zero_optimization": {"stage": 2, "stage": 3}}', "'stage' stands twice"),
-        ('{"zero_optimization": {"stage": 2, "reduce_bucket_size": Infinity}}', "Infinity is no number"),
+        ('{"zero_optimization": {"stage": 2, "reduce_bucket_size": Infinity}}', "Infinity is no finite number"),
+        ('{"zero_optimization": {"stage": 2, "reduce_bucket_size": 1e400}}', "1e400 is no finite number"),
         ('{"zero_optimization": {"stage": 2} // two\n}', "is not JSON"),
         ("[" * 100_000, "is not JSON"),
         ("zero_optimization:\n  stage: 2\n", "is not JSON"),
