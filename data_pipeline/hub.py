@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.addresses import hidden
 from data_pipeline.errors import DataError
 
 ANSWER_SECONDS = 10.0  # to connect, and to answer
@@ -48,6 +49,8 @@ def why_silent(name: str, kind: str, revision: str | None = None) -> str:
 def only_kept(name_or_path: str) -> bool:
     """Whether a model (or a tokenizer) is to be read from this machine alone: a folder, or a name of the hub while
     that does not answer. It is what ``local_files_only`` should be. DataError when it can be had from neither."""
+    if "://" in name_or_path:
+        raise DataError(f"no model at {hidden(name_or_path)!r}: an address is none; give a folder or a name on the hub")
     name, revision = split_revision(name_or_path)
     if name and Path(name).is_dir():
         return True

@@ -14,7 +14,7 @@ from urllib.parse import urlparse
 
 from filelock import FileLock
 
-from data_pipeline.addresses import hidden
+from data_pipeline.addresses import hidden, hidden_of
 from data_pipeline.errors import DataError
 from data_pipeline.files import whole_or_absent
 
@@ -99,10 +99,10 @@ def _fetch_with_retries(
             if _is_absent(error):
                 raise AbsentError(f"{url} does not exist") from error
             if attempt == retries:
-                raise DataError(f"{url} is unreachable after {retries} attempts: {_reason(error)}") from error
+                raise DataError(f"{url} is unreachable after {retries} attempts: {_reason(error, url)}") from error
             pause = backoff * 2 ** (attempt - 1)
             log.warning(
-                "%s: %s; attempt %d of %d, next in %.1f s", hidden(url), _reason(error), attempt, retries, pause
+                "%s: %s; attempt %d of %d, next in %.1f s", hidden(url), _reason(error, url), attempt, retries, pause
             )
             sleep(pause)
     raise DataError(f"{url}: retries must be at least 1, found {retries}")
@@ -118,10 +118,10 @@ def _is_absent(error: Exception) -> bool:
     return isinstance(error, FileNotFoundError) and (not masked or getattr(cause, "status", 0) in (404, 410))
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, url: str) -> str:
     if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
-    return hidden(f"{type(error).__name__}: {' '.join(str(error).split())}")[:300]
+    return hidden_of(url, f"{type(error).__name__}: {' '.join(str(error).split())}")[:300]
 
 
 def _fetch(url: str, target: Path) -> None:
@@ -141,7 +141,7 @@ def expand_remote(pattern: str) -> Sequence[str]:
         found = sorted(fs.unstrip_protocol(name) for name in fs.glob(path))
     except Exception as error:  # as above
         raise DataError(
-            f"{pattern} cannot be listed ({_reason(error)}); name the shards: shard-{{00000..00009}}.tar"
+            f"{pattern} cannot be listed ({_reason(error, pattern)}); name the shards: shard-{{00000..00009}}.tar"
         ) from error
     if not found:
         raise DataError(f"{pattern} matches nothing")

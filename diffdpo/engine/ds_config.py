@@ -4,6 +4,7 @@ import copy
 import difflib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
@@ -53,6 +54,7 @@ BOOLEANS = (  # DeepSpeed takes any text for true, "false" too
     "graph_harvesting",
 )
 INTEGERS = ("steps_per_print",)
+SECRET = re.compile("api_?key|passw|secret|credential|token$", re.IGNORECASE)
 OF_ADAM = {"adam_w_mode": True, "adamw_mode": True, "bias_correction": True, "amsgrad": False}
 """Parameters that would make another optimizer of AdamW, with the values that do not."""
 TO_ADAM = ("lr", "betas", "eps", "weight_decay", "torch_adam", "fp32_optimizer_states", *OF_ADAM)
@@ -68,7 +70,8 @@ def read_ds_config(path: Path) -> dict[str, Any]:
         raise UserError(f"--ds_config {path} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"--ds_config {path} must hold a JSON object, found {type(content).__name__}")
-    fault = next(chain(_faults_of_names(content), _faults_of_values(content)), None)  # the later trust the earlier
+    faults = chain(_secrets(content), _faults_of_names(content), _faults_of_values(content))
+    fault = next(faults, None)  # the later trust the earlier
     if fault:
         raise UserError(f"--ds_config {path}{fault}")
     return content
@@ -89,6 +92,18 @@ def _no_number(constant: str) -> float:
 def _finite(text: str) -> float:
     """Python takes what is too large for infinity in silence."""
     return number if math.isfinite(number := float(text)) else _no_number(text)
+
+
+def _secrets(content: Mapping[str, Any], place: str = "") -> Iterator[str]:
+    """The JSON stands in the run's folder and in MLflow."""
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _secrets(value, f"{place}{key}.")
+        elif value and SECRET.search(key):
+            yield (
+                f" has {place}{key}, a secret that every record of the run would hold; leave it out and give it in the "
+                "environment (as COMET_API_KEY, WANDB_API_KEY)"
+            )
 
 
 def _faults_of_names(content: Mapping[str, Any]) -> Iterator[str]:

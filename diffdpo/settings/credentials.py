@@ -31,14 +31,15 @@ def taken(uri: str, source: str = "--tracking_uri") -> str:
     place = re.match(r"[^/?#]*", rest)[0]  # type: ignore[index]  # matches nothing at least
     who, at, _ = place.rpartition("@")
     # the @ of a password's end is found elsewhere; in a database's query it may be that of a user's name
-    if not at and "@" in (rest.partition("?")[0] if is_database(uri) and re.search(r"\?.+=", rest) else rest):
+    behind = rest.removeprefix(who + at)
+    if "@" in (behind.partition("?")[0] if is_database(uri) and re.search(r"\?.+=", rest) else behind):
         raise UserError(f"{source} has a password with one of / ? #; write it as %2F, %3F or %23, or set {PASSWORD}")
     user, _, password = who.partition(":")
     _into_environment({USER: unquote(user), PASSWORD: unquote(password)})
-    left = f"{scheme}://{_without_secret_parameters(rest.removeprefix(who + at))}"
+    left = f"{scheme}://{_without_secret_parameters(behind)}"
     if hidden(left) != left:
         raise UserError(
-            f"{source} has a secret among its parameters ({hidden(left)}), which every record of the run would hold; "
+            f"{source} has a secret among its parameters ({hidden(left)!r}), which every record of the run would hold; "
             f"leave it out and set {PASSWORD} or {TOKEN}"
         )
     return left
@@ -88,3 +89,9 @@ def untold(text: object) -> str:
         for secret in {os.environ.get(name, ""), quote(os.environ.get(name, ""), safe="")} - {""}:
             said = said.replace(secret, "***")
     return said
+
+
+def in_a_line(error: object, most: int = 160) -> str:
+    """An error's words without secrets on one line: of many the first and the last, which say the cause."""
+    line = " ".join(untold(error).split())
+    return line if len(line) <= most else f"{line[: most // 2]} ... {line[-most // 2 :]}"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffdpo.errors import UserError
+from diffdpo.settings.credentials import in_a_line
 from diffdpo.tracking.commit import git_state
 from diffdpo.tracking.mlflow_run import check_tracking_uri, client_of
 from diffdpo.tracking.run import run_tags
@@ -45,7 +46,7 @@ def log_evaluation(report: Mapping[str, Any], settings: Mapping[str, Any]) -> No
                 client.log_artifact(made.info.run_id, str(path))
             client.set_terminated(made.info.run_id, "FINISHED")
     except (MlflowException, OSError) as error:
-        raise UserError(f"--tracking_uri {uri} did not take the results: {str(error).splitlines()[0][:150]}") from error
+        raise UserError(f"--tracking_uri {uri} did not take the results: {in_a_line(error)}") from error
 
 
 def points(results: list[Mapping[str, Any]]) -> Iterator[tuple[str, float, int]]:

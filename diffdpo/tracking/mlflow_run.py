@@ -21,7 +21,7 @@ from urllib.parse import quote, unquote
 
 from data_pipeline.files import write_whole
 from diffdpo.errors import TrainingError, UserError
-from diffdpo.settings.credentials import PASSWORD, TOKEN, USER, are_told, given_back, hidden, untold
+from diffdpo.settings.credentials import PASSWORD, TOKEN, USER, are_told, given_back, hidden, in_a_line, untold
 from diffdpo.tracking.journal import FILE, NOTE, parsed, read_journal
 from diffdpo.tracking.lock import is_held
 from diffdpo.tracking.nodes import SystemMetrics
@@ -358,7 +358,7 @@ def ship_later(output_dir: Path) -> int:
     try:
         run.ship_all()
     except Exception as error:  # every kind of store fails in its own way
-        reason = " ".join(untold(error).split())[:150]
+        reason = in_a_line(error)
         raise TrainingError(
             f"{run.shipped.tracking_uri} does not take the run ({reason}); nothing is lost, send it again later"
             + missing_credentials(run.shipped)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from diffdpo.errors import TrainingError, UserError
-from diffdpo.settings.credentials import untold
+from diffdpo.settings.credentials import in_a_line
 from diffdpo.tracking.mlflow_run import Shipped, client_of
 
 ALIAS = "newest"
@@ -41,7 +41,7 @@ def register(output_dir: Path, text: str) -> str:
             warnings.simplefilter("ignore")  # of signatures and examples, which are given
             version = _register(shipped, shipped.run_id, final, name, alias)
     except Exception as error:  # every kind of store fails in its own way
-        reason = " ".join(untold(error).split())[:200]
+        reason = in_a_line(error)
         raise TrainingError(f"{shipped.tracking_uri} does not take the model ({reason})") from error
     return f"{name} version {version}, alias {alias}"
 

@@ -14,7 +14,7 @@ from diffdpo.engine.world import part
 from diffdpo.errors import Stopped, TrainingError, UserError
 from diffdpo.evaluation.result import Evaluation, comparison
 from diffdpo.memory.peak import peak_memory_gib
-from diffdpo.settings.credentials import untold
+from diffdpo.settings.credentials import in_a_line
 from diffdpo.setup.context import RunContext
 from diffdpo.tracking.journal import FILE, read_journal
 from diffdpo.tracking.mlflow_run import missing_credentials
@@ -115,7 +115,7 @@ class Finish:
             print(f"mlflow  run {mlflow.shipped.run_name} in experiment {mlflow.shipped.experiment}; see it with")
             print(f"        {open_command(mlflow.shipped.tracking_uri)}")
             if not arrived:
-                reason = untold(mlflow.error).splitlines()[0][:120]
+                reason = in_a_line(mlflow.error)
                 print(f"        NOT all of it arrived ({reason}); send the rest with")
                 print(
                     f"        python -m diffdpo.tracking {quote(str(output_dir))}{missing_credentials(mlflow.shipped)}"

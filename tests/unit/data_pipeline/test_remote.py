@@ -10,10 +10,12 @@ import pytest
 
 import data_pipeline.remote as remote
 from data_pipeline.__main__ import main
+from data_pipeline.addresses import hidden_of
 from data_pipeline.cli import exit_code
 from data_pipeline.dataset import open_dataset
 from data_pipeline.encode import Encoder
 from data_pipeline.errors import DataError
+from data_pipeline.hub import only_kept
 from data_pipeline.names import source_names
 from data_pipeline.reader import PairLoader
 from data_pipeline.remote import cached_file
@@ -228,6 +230,17 @@ def test_no_file_and_no_line_has_the_secrets_of_an_address(served, shards, jsonl
     assert len(written) > 5
     for word in ("sw0rdfish", "s1gn", "t0ken"):
         assert word not in out and not [path for path in written if word.encode() in path.read_bytes()]
+
+
+def test_an_error_that_repeats_the_address_without_its_protocol_has_no_secrets():
+    url = "s3://AKIA:sw0rdfish@bucket/pairs.jsonl"
+    assert hidden_of(url, f'{url}: no bucket is named "AKIA:sw0rdfish@bucket"').count("sw0rdfish") == 0
+
+
+def test_an_address_is_no_model_and_its_password_is_not_shown():
+    with pytest.raises(DataError, match="an address is none") as caught:
+        only_kept("https://alice:sw0rdfish@host/model")
+    assert "sw0rdfish" not in str(caught.value)
 
 
 def test_a_folder_built_anew_behind_its_url_is_fetched_anew(served, tmp_path, jsonl, make_rows):

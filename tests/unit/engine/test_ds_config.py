@@ -130,3 +130,12 @@ def test_what_is_switched_off_may_stand(tmp_path):
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(ZERO2 | {"amp": {"enabled": False}, "fp16": {"enabled": "auto"}}))
     assert read_ds_config(path)["zero_optimization"]["stage"] == 2
+
+
+@pytest.mark.parametrize("section", [{"comet": {"api_key": "sw0rdfish"}}, {"wandb": {"api_key": "sw0rdfish"}}])
+def test_a_secret_is_refused_and_not_shown(tmp_path, section):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}, **section}))
+    with pytest.raises(UserError, match="api_key, a secret") as caught:
+        read_ds_config(path)
+    assert "sw0rdfish" not in str(caught.value)

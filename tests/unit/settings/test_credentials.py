@@ -11,7 +11,7 @@ import yaml
 from diffdpo.config import ScoreConfig, TrainConfig, make_config, to_yaml
 from diffdpo.errors import TrainingError, UserError
 from diffdpo.settings.base import changed, public, without_secrets
-from diffdpo.settings.credentials import PASSWORD, STORE, TOKEN, USER, given_back, hidden, taken, untold
+from diffdpo.settings.credentials import PASSWORD, STORE, TOKEN, USER, given_back, hidden, in_a_line, taken, untold
 from diffdpo.tracking.journal import Journal
 from diffdpo.tracking.mlflow_run import Shipped, ship_later
 from diffdpo.tracking.run import Tracking, tracking_uri
@@ -52,9 +52,26 @@ def test_a_password_whose_end_is_unclear_is_refused_and_not_shown(sign):
     assert "alice" not in str(caught.value) and "0rdfish" not in str(caught.value)
 
 
+def test_a_password_with_both_an_at_and_a_slash_is_refused_and_not_shown():
+    with pytest.raises(UserError, match="password") as caught:
+        taken("http://alice:p@ss/sw0rdfish@host")
+    assert SECRET not in str(caught.value)
+
+
+def test_a_long_error_keeps_its_last_words(monkeypatch):
+    monkeypatch.setenv(PASSWORD, SECRET)
+    said = in_a_line(OSError(f"asked\nfor {SECRET} " + "again and again " * 30 + "Connection refused"))
+    assert said.startswith("asked for *** again") and said.endswith("Connection refused") and len(said) < 170
+
+
 @pytest.mark.parametrize(
     "address",
-    ["https://host/?access_token=sw0rdfish", "https://host/#key=sw0rdfish", "mssql://db/?odbc_connect=PWD%3Dx"],
+    [
+        "https://host/?access_token=sw0rdfish",
+        "https://host/?pass=sw0rdfish",
+        "https://host/#key=sw0rdfish",
+        "mssql://db/?odbc_connect=PWD%3Dx",
+    ],
 )
 def test_a_secret_parameter_that_nobody_takes_out_is_refused_and_not_shown(address):
     with pytest.raises(UserError, match="secret among its parameters") as caught:
