@@ -108,7 +108,8 @@ def _build_cached(files: list[str], cache: Path, options: BuildOptions, workers:
     report = index.manifest["provenance"]["report"]
     if dropped := report["dropped"]:
         kinds = ", ".join(f"{kind} {item['count']}" for kind, item in dropped.items())
-        _warn(f"{', '.join(files)}: {len(index)} records; dropped: {kinds}")
+        first = next((item["examples"][0] for item in dropped.values() if item["examples"]), "")
+        _warn(f"{', '.join(files)}: {len(index)} records; dropped: {kinds}" + (f" (first: {first})" if first else ""))
     if told := told_in_a_line(report["told"]):
         _warn(f"{', '.join(files)}: {told}")
     return index

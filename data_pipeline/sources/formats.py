@@ -70,6 +70,9 @@ OTHER_LABEL = re.compile(
     "|vote|verdict|valid|success|passed|useful",
     re.IGNORECASE,
 )
+OF_THE_BAD = re.compile(
+    "harm(?!less)|toxic|wrong|bad|reject|unsafe|incorrect|undesirab|invalid|unsuccess", re.IGNORECASE
+)
 GRADE_WORDS = frozenset((*TRUE, *FALSE, "correct", "incorrect", "right", "wrong"))
 SENTENCE_ENDS = "。！？：；…"  # where text without blanks may be split
 TO_BE_BUILT = "to_be_built"  # kind of a row that does not make one record of its own
@@ -446,6 +449,8 @@ def _refuse_other_sides(fields: Fields) -> None:
             what = "may be another answer of a pair: name both with --columns chosen=COLUMN,rejected=COLUMN"
         elif OTHER_LABEL.search(name) and _may_be_a_label(fields[name]):
             what = "may say whether the answer is good: name it with --columns label=COLUMN"
+            if OF_THE_BAD.search(name):  # named a label, it would make good answers of bad ones
+                what = "may say that the answer is bad: give the rows a column 'label' that says whether it is good"
         else:
             continue
         raise RecordError("unknown_column", f"{name!r} {what}, or take it out of the data", malformed=True)

@@ -189,7 +189,8 @@ def test_an_answer_within_the_turns_is_no_part_of_the_prompt():
 )
 def test_what_may_be_the_other_side_of_a_single_answer_is_not_passed_over(other):
     error = refused({"prompt": "2+3?", "completion": "5", **other})
-    assert error.kind == "unknown_column" and repr(next(iter(other))) in str(error) and "--columns" in str(error)
+    assert error.kind == "unknown_column" and repr(next(iter(other))) in str(error)
+    assert ("a column 'label'" if "toxic" in other else "--columns") in str(error), "a fault is no label"
     assert one({"prompt": "2+3?", "completion": "5", **dict.fromkeys(other)}).label is True
     assert one({"prompt": "2+3?", "completion": "5", "kto_tag": False}).label is False
 

@@ -530,3 +530,9 @@ def test_endings_in_capitals(tmp_path, ending):
     path = tmp_path / f"x{ending}"
     path.write_bytes(gzip.compress(text.encode()) if ending.endswith("GZ") else text.encode())
     assert [read.parsed() for read in open_rows(str(path), SourceOptions())] == [row]
+
+
+def test_what_was_dropped_is_told_with_the_first_place(tmp_path, jsonl, make_rows, caplog, cache):
+    jsonl(tmp_path / "x.jsonl", [*make_rows(2), {"prompt": "", "chosen": "a", "rejected": "b"}])
+    open_dataset(str(tmp_path / "x.jsonl"), cache_dir=cache)
+    assert "dropped: empty_prompt 1 (first: x.jsonl:3: the prompt is empty)" in caplog.text
