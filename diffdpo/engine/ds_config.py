@@ -18,7 +18,7 @@ from diffdpo.shipped import find_shipped
 KNOWN = (
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
     *("zero_optimization", "optimizer", "scheduler", "bf16", "fp16", "data_types"),
-    *("checkpoint", "activation_checkpointing", "aio", "comms_logger", "communication_data_type"),
+    *("checkpoint", "aio", "comms_logger", "communication_data_type"),
     *("flops_profiler", "csv_monitor", "tensorboard", "wandb", "comet", "dump_state", "disable_allgather"),
     *("gradient_allreduce_op", "gradient_predivide_factor", "prescale_gradients"),
     *("managed_gradient_accumulation", "memory_breakdown", "steps_per_print", "wall_clock_breakdown"),
@@ -45,7 +45,7 @@ ACCELERATE = (
 OBJECTS = (
     *(("zero_optimization",), ("optimizer",), ("bf16",), ("fp16",), ("optimizer", "params")),
     *(("zero_optimization", "offload_optimizer"), ("zero_optimization", "offload_param")),
-    *(("data_types",), ("checkpoint",), ("activation_checkpointing",), ("aio",), ("comms_logger",), ("timers",)),
+    *(("data_types",), ("checkpoint",), ("aio",), ("comms_logger",), ("timers",)),
     *(("flops_profiler",), ("csv_monitor",), ("tensorboard",), ("wandb",), ("comet",), ("nebula",)),
 )
 BOOLEANS = (  # DeepSpeed takes any text for true, "false" too
@@ -117,6 +117,11 @@ def _faults_of_names(content: Mapping[str, Any]) -> Iterator[str]:
             )
         if key == "seed":
             yield " sets seed, which DeepSpeed does not read; give --seed and leave it out of the JSON"
+        if key == "activation_checkpointing":
+            yield (
+                f" sets {key}, which DeepSpeed does only where a model calls it, and none here does; give "
+                "--gradient_checkpointing and leave it out of the JSON"
+            )
         if key not in (*KNOWN, *OTHER_TRAINING):
             meant = difflib.get_close_matches(key, KNOWN, n=1, cutoff=0.8)
             yield f" sets {key!r}, which DeepSpeed does not know; " + (

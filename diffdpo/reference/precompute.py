@@ -22,6 +22,7 @@ from diffdpo.config import TrainConfig
 from diffdpo.engine.choice import EngineChoice
 from diffdpo.engine.make import hold_frozen
 from diffdpo.engine.world import World
+from diffdpo.errors import UserError
 from diffdpo.memory.exhausted import release_memory, told_if_exhausted
 from diffdpo.models.architecture.spec import FamilySpec
 from diffdpo.models.bundled import model_or_bundled
@@ -189,6 +190,7 @@ def _score_all(
                     pieces.append(part_of(batch, rows, f_R, stream.shapes))
                 bar.update(stream.loader.options.global_batch_size)
             part = Part.of([piece for of_rank in world.all_gather_object(pieces) for piece in of_rank])
+            check_finite(part)  # of all ranks, so that all end
             if world.local_rank == 0:
                 size = stream.loader.options.global_batch_size
                 stream.store.add(epoch, f"{steps[0]:08d}-{steps[-1]:08d}-of-{size}", part)
@@ -196,6 +198,17 @@ def _score_all(
     for stream, _, _ in todo:
         stream.loader.close()
         stream.store.forget()
+
+
+def check_finite(part: Part) -> None:
+    """UserError that counts the records without a finite score: kept, they would end every run at its first step."""
+    at_fault_R = ~np.isfinite(part.f_R)
+    if at_fault_R.any():
+        faulty = np.unique(np.repeat(part.records_P, part.counts_P)[at_fault_R])
+        raise UserError(
+            f"the reference gives no finite score to {len(faulty)} of {len(part.records_P)} records (the first: number "
+            f"{faulty[0]}); its weights are damaged or diverged, or overflow in 16 bits; nothing of them is kept"
+        )
 
 
 def _step(loader: PairLoader, epoch: int, step: int) -> list[PairBatch]:

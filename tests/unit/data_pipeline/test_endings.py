@@ -35,6 +35,7 @@ def tar_of(name, mode="w"):
         ("x.csv", b"PK\x03\x04....", "zip, not what its ending says; unpack it"),
         ("x.json", b"PAR1....", "name it .parquet"),
     ],
+    ids=["gzip", "plain as gz", "tar in gzip", "tar as gz", "tar in xz", "utf-16", "zip", "parquet"],
 )
 def test_content_of_another_kind(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
@@ -46,6 +47,7 @@ def test_content_of_another_kind(tmp_path, name, content, message):
 @pytest.mark.parametrize(
     ("name", "content"),
     [("x.jsonl", LINE), ("x.jsonl.gz", gzip.compress(LINE)), ("x.tar", tar_of("PAR1/0.json")), ("x.jsonl", b"")],
+    ids=["plain", "gzip", "tar", "empty"],
 )
 def test_content_that_its_ending_says(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)

@@ -196,3 +196,18 @@ def test_another_reference_is_read_from_its_folder(run, tiny_model, tmp_path):
     precomputed = run.precompute(ref_model_name_or_path=str(tmp_path / "other"), max_steps=2)
     assert run.compare(precomputed, max_steps=2)[0] > 1e-3, "these are not the policy's scores"
     assert run.compare(precomputed, max_steps=2, model_name_or_path=str(tmp_path / "other"))[0] == 0.0
+
+
+def test_a_score_that_is_not_finite_is_never_kept(run, monkeypatch):
+    """It would be found at the first step of every run that reads it, and by `--precompute_only` never."""
+    right = module.score_rows
+
+    def damaged(forward, rows, *, segments):
+        f_R = right(forward, rows, segments=segments)
+        f_R[0] = float("nan")
+        return f_R
+
+    monkeypatch.setattr(module, "score_rows", damaged)
+    with pytest.raises(UserError, match=r"no finite score to \d+ of \d+ records"):
+        run.precompute()
+    assert not list(run.cache_dir.rglob("*.part"))
