@@ -35,6 +35,7 @@ BATCH = 900  # the server takes at most 1000 metrics a call
 LARGEST_LINE = 100  # metrics in one line of the journal
 INTERVAL = 2.0  # seconds between shipments
 LONGEST_PAUSE = 60.0
+ABANDONED = 3600.0  # seconds after which a store that is half made is nobody's
 SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
 
 log = logging.getLogger(__name__)
@@ -317,6 +318,9 @@ def _create_whole(file: Path) -> None:
     a busy machine, and what a process that was killed meanwhile leaves behind can never be opened again."""
     import mlflow
 
+    for left in file.parent.glob(f"{file.name}.*.partial"):  # by a process that was killed; a living one is younger
+        if time.time() - left.stat().st_mtime > ABANDONED:
+            left.unlink(missing_ok=True)
     # another name for every attempt: MLflow makes the tables of an address once a process
     partial = file.with_name(f"{file.name}.{uuid.uuid4().hex}.partial")
     try:

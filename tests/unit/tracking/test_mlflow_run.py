@@ -10,7 +10,15 @@ import pytest
 from diffdpo.errors import TrainingError, UserError
 from diffdpo.tracking.journal import Journal
 from diffdpo.tracking.lock import alone_in
-from diffdpo.tracking.mlflow_run import MlflowRun, Shipped, check_tracking_uri, client_of, ship_later, sqlite_uri
+from diffdpo.tracking.mlflow_run import (
+    ABANDONED,
+    MlflowRun,
+    Shipped,
+    check_tracking_uri,
+    client_of,
+    ship_later,
+    sqlite_uri,
+)
 
 
 @pytest.fixture
@@ -47,6 +55,9 @@ def test_a_store_that_is_made_half_is_not_there(tmp_path, monkeypatch, links):
     """A run that was told to stop meanwhile once left tables that no later one could open."""
     file = tmp_path / "new" / "ml flow.db"
     file.parent.mkdir()
+    left = file.with_name(f"{file.name}.0.partial")  # by kill -9, long ago
+    left.write_bytes(b"half")
+    os.utime(left, (time.time() - 2 * ABANDONED,) * 2)
 
     def killed(client, **asked):
         raise KeyboardInterrupt
