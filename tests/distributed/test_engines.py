@@ -67,3 +67,38 @@ def test_same_curve_as_one_plain_process(command, tiny_model, pairs_file, tmp_pa
         assert norm == pytest.approx(true_norm, rel=1e-3)
     assert expected[-1][0] < 0.69, "three steps must have moved the policy"
     assert margin == pytest.approx(expected_margin, rel=1e-2)
+
+
+OFFLOADS = {
+    "nothing": {},
+    "optimizer": {"offload_optimizer": {"device": "cpu"}},
+    "optimizer and weights": {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("stage", "offload"),
+    [
+        (stage, offload)
+        for stage in (1, 2, 3)
+        for offload in OFFLOADS
+        if stage == 3 or offload != "optimizer and weights"
+    ],
+)
+def test_every_stage_and_offload_trains_as_the_plain_engine(
+    command, tiny_model, pairs_file, tmp_path, truth, stage, offload, bf16
+):
+    """In bf16 weights and scores have eight bits: a first loss of ln 2, and then the way of fp32."""
+    ds_config = tmp_path / "ds.json"
+    ds_config.write_text(json.dumps({"zero_optimization": {"stage": stage, **OFFLOADS[offload]}}))
+    flags = ["--ds_config", str(ds_config), "--bf16", str(bf16).lower()]
+    steps, margin = curve(command, PLAIN_1, flags, 1, tiny_model, pairs_file, tmp_path / "run")
+    expected, expected_margin = truth
+    assert len(steps) == STEPS and steps[0][0] == pytest.approx(0.69314718, abs=1e-5)
+    near = 5e-2 if bf16 else 1e-3
+    for (loss, norm), (true_loss, true_norm) in zip(steps, expected, strict=True):
+        assert loss == pytest.approx(true_loss, rel=near / 10) and norm == pytest.approx(true_norm, rel=near)
+    assert margin == pytest.approx(expected_margin, rel=0.3 if bf16 else 1e-2)
