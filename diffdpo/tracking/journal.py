@@ -8,6 +8,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,12 +46,14 @@ class Journal:
         say: Callable[[str], None] = print,
         every: int | None = None,
         wait_for_room: bool = False,
+        told: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):
         """``resume_step``: keep lines up to this step and drop the rest, which will be run again. ``position``: where
         the journal was at that step; an end that is lost is taken from it, and what is missing or changed before it
         is told, in the journal too, counted in ``every`` steps. ``wait_for_room``: keep lines in memory while the
-        disk is full, instead of raising OSError. UserError where a folder stands in its place."""
-        self.path, self.wait_for_room, self.pending = output_dir / FILE, wait_for_room, b""
+        disk is full, instead of raising OSError; ``told``: writes are made in it, to raise in its own words.
+        UserError where a folder stands in its place."""
+        self.path, self.wait_for_room, self.told, self.pending = output_dir / FILE, wait_for_room, told, b""
         if self.path.is_dir():
             raise UserError(f"{self.path} is a folder, where the run writes a file of that name; move it away")
         before = self.path.read_bytes() if resume_step is not None and self.path.exists() else b""
@@ -84,6 +87,10 @@ class Journal:
         self.sum.update(line)
         self.tail = (self.tail + line)[-TAIL:]
         self.pending += line
+        with self.told():
+            self._write_pending()
+
+    def _write_pending(self) -> None:
         try:
             while self.pending:  # a disk that fills up takes a part
                 self.pending = self.pending[self.file.write(self.pending) :]
@@ -93,7 +100,8 @@ class Journal:
 
     def sync(self) -> None:
         """Have the lines survive a power cut."""
-        os.fsync(self.file.fileno())
+        with self.told():
+            os.fsync(self.file.fileno())
 
     def close(self) -> None:
         try:

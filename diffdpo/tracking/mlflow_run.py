@@ -318,7 +318,7 @@ def _create_whole(file: Path) -> None:
     a busy machine, and what a process that was killed meanwhile leaves behind can never be opened again."""
     import mlflow
 
-    for left in file.parent.glob(f"{file.name}.*.partial"):  # by a process that was killed; a living one is younger
+    for left in file.parent.glob(f"{file.name}.*.partial*"):  # by a process that was killed; a living one is younger
         if time.time() - left.stat().st_mtime > ABANDONED:
             left.unlink(missing_ok=True)
     # another name for every attempt: MLflow makes the tables of an address once a process

@@ -4,6 +4,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,7 @@ def start_tracking(run: Run, *, state: Mapping[str, Any], changes: Sequence[str]
             every=_lines_every(state),
             say=context.print,
             wait_for_room=config.save_on_full_disk == "continue",
+            told=partial(told_if_unwritable, output_dir),
         )
         for change in changes:
             journal.note(step or 0, change)

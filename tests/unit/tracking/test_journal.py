@@ -1,9 +1,12 @@
 """metrics.jsonl: what is written is read, a torn line is not, a resumed run repeats no step."""
 
+from functools import partial
+
 import pytest
 
-from diffdpo.errors import UserError
+from diffdpo.errors import TrainingError, UserError
 from diffdpo.tracking.journal import FILE, Journal, read_journal, told_gaps
+from diffdpo.training.checkpoint import told_if_unwritable
 
 
 def write(folder, steps, **options):
@@ -185,7 +188,7 @@ def test_lines_wait_for_room_where_they_may(tmp_path):
     full.room = 10**6
     journal.write(4, {"loss": 4.0})
     assert [line["step"] for line in read_journal(tmp_path / FILE)] == [1, 2, 3, 4]
-    with pytest.raises(OSError, match="No space"):
-        strict = Journal(tmp_path)
+    with pytest.raises(TrainingError, match=r"cannot be written \(.*No space left.*make room and go on"):
+        strict = Journal(tmp_path, told=partial(told_if_unwritable, tmp_path))
         strict.file = Full(strict.file, room=0)
         strict.write(1, {"loss": 1.0})
