@@ -45,6 +45,9 @@ def test_wandb_offline_keeps_its_run_over_a_resume(tmp_path, monkeypatch):
     after = json.loads((tmp_path / "wandb.json").read_text())
     assert after["id"] == first["id"] and after["last_step"] == 7
     (one, two) = sorted((tmp_path / "wandb").glob("offline-run-*"))
+    until = time.monotonic() + 60
+    while len(steps_of(two)) < 2 and time.monotonic() < until:
+        time.sleep(0.1)  # wandb's own process writes the file, and has not always done so when a run is finished
     assert steps_of(one) == [1, 2, 3, 4, 5] and steps_of(two) == [6, 7]
 
 
