@@ -70,8 +70,7 @@ def read_training_state(folder: Path, module: nn.Module, optimizer: torch.optim.
         for name, whole in zero.tensors():
             fill(tensors[name], whole)
         return
-    with _first_failure():
-        dcp.load(tensors, storage_reader=_reader(folder), no_dist=not dist.is_initialized())
+    _load(folder, tensors)
 
 
 def whole_tensors(folder: Path, module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -95,9 +94,7 @@ def whole_tensors(folder: Path, module: nn.Module) -> Iterator[tuple[str, torch.
             name = names.pop()
             some[name] = torch.empty(saved[name], dtype=torch.float32)
             size += some[name].numel()
-        with _first_failure(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # each process reads for itself
-            dcp.load(some, storage_reader=_reader(folder), no_dist=True)
+        _load(folder, some, alone=True)
         yield from some.items()
 
 
@@ -128,9 +125,7 @@ def read_weights(folder: Path, module: nn.Module) -> None:
         of_optimizer = (*MOMENTS, *OTHERS)
         saved = {n: shape for n, shape in saved_shapes(folder).items() if n.rpartition(".")[2] not in of_optimizer}
         check_trained(saved, module)
-        with _first_failure(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as is meant here
-            dcp.load(dict(trained), storage_reader=_reader(folder), no_dist=True)
+        _load(folder, dict(trained), alone=True)
         return
     check_trained({name: shape for group in zero.groups for name, shape in group.items()}, module)
     for name, whole in zero.weights():
@@ -148,8 +143,7 @@ def _read_other(
     if zero or kept != ours:
         odd = min(kept ^ ours, default="ZeRO's flat state")
         raise UserError(f"the checkpoint is of another --optim ({odd}); resume with that of its run")
-    with _first_failure():
-        dcp.load(tensors, storage_reader=_reader(folder), no_dist=not dist.is_initialized())
+    _load(folder, tensors)
     for name, parameter in trained_by_name(module).items():
         if (count := tensors.get(f"{name}.step")) is not None:
             take_counts(optimizer, parameter, count)
@@ -159,6 +153,13 @@ def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor in the folder's files, put together."""
     found = _reader(folder).read_metadata().state_dict_metadata
     return {name: tuple(entry.size) for name, entry in found.items()}  # type: ignore[union-attr]
+
+
+def _load(folder: Path, tensors: dict[str, torch.Tensor], *, alone: bool = False) -> None:
+    """Fill ``tensors``, together with the other ranks or each process for itself."""
+    with _first_failure(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is meant
+        dcp.load(tensors, storage_reader=_reader(folder), no_dist=alone or not dist.is_initialized())
 
 
 def _reader(folder: Path) -> dcp.HuggingFaceStorageReader:

@@ -277,6 +277,7 @@ def test_an_interrupted_run_goes_on_to_the_bit(command, tiny_model, pairs_file, 
     done = command([*TRAIN, *arguments, "--resume_from_checkpoint", "latest"])
     assert done.returncode == 0, done.stderr[-3000:]
     assert losses(out) == uninterrupted
+    assert "Warning" not in done.stderr, "nothing that a user could act on"
 
 
 def test_a_stopped_run_is_recorded_as_killed_and_goes_on_with_two_processes(
