@@ -2,6 +2,8 @@
 
 import re
 
+from data_pipeline.errors import DataError
+
 SECRET_WORDS = r"pass|pwd|token|secret|signature|sig|credential|key|auth|jwt|hmac|policy|session|ticket|odbc_connect"
 _USER_PART = re.compile(r"(?<=://)(?:[^/?#\s]*|[^/@\s]+:[^@\s,]*)@")  # a password may hold what ends a host
 _SECRET_PARAMETER = re.compile(rf"(?i)([?&;#][^=&;#\s]*(?:{SECRET_WORDS})[^=&;#\s]*=)[^&;#\s,'\"]*")
@@ -17,3 +19,16 @@ def hidden_of(url: str, text: str) -> str:
     for user in _USER_PART.findall(url):
         text = text.replace(user, "***@")
     return hidden(text)
+
+
+def check_password(url: str) -> None:
+    """DataError where nobody can tell a password's end from a path: ``https://name:p@ss/word@host/x``."""
+    before_last_at, at, _ = url.partition("?")[0].partition("://")[2].rpartition("@")
+    first = before_last_at.partition("/")[0]
+    user, ended, _ = first.partition("@")
+    is_port = not ended and user.rpartition(":")[2].isdigit()  # of a host without a user
+    if at and ":" in user and not is_port and "@" in before_last_at and "/" in before_last_at:
+        raise DataError(
+            "an address has a password and a second @ behind a /; write @ and / of a password (or of a path) as %40 "
+            "and %2F, or leave the password to the environment"
+        )

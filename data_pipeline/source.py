@@ -7,6 +7,7 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
+from data_pipeline.addresses import check_password
 from data_pipeline.errors import DataError
 from data_pipeline.index import MANIFEST
 from data_pipeline.remote import expand_remote, is_glob, is_remote, without_scheme
@@ -43,6 +44,8 @@ class Source:
 def parse_source(name: str) -> Source:
     """What a name stands for. Raises DataError where it stands for nothing, or for things of two kinds."""
     name = without_scheme(name)
+    if is_remote(name):
+        check_password(name)
     if is_remote(name) and not name.lower().endswith(TAR):
         if Path(name).suffix and not name.endswith("/"):
             return Source(name, Kind.ROWS, tuple(expand(name)))

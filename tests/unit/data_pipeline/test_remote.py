@@ -10,7 +10,7 @@ import pytest
 
 import data_pipeline.remote as remote
 from data_pipeline.__main__ import main
-from data_pipeline.addresses import hidden_of
+from data_pipeline.addresses import check_password, hidden_of
 from data_pipeline.cli import exit_code
 from data_pipeline.dataset import open_dataset
 from data_pipeline.encode import Encoder
@@ -20,6 +20,7 @@ from data_pipeline.names import source_names
 from data_pipeline.reader import PairLoader
 from data_pipeline.remote import cached_file
 from data_pipeline.shard_builder import BuildOptions, build
+from data_pipeline.source import parse_source
 from data_pipeline.stages import RecordReader
 
 
@@ -293,3 +294,24 @@ def test_files_behind_urls(served, jsonl, make_rows, cache, tmp_path):
             open_dataset(f"{base}/{ways}", cache_dir=cache)
     with pytest.raises(DataError, match="to build from a folder behind a URL, name its files or shards"):
         build([f"{base}/folder"], tmp_path / "other", BuildOptions())
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["https://u:p@ss/sw0rdfish@host/x.jsonl", "https://u:p/a@sw0rdfish@host/x.tar", "s3://u:p@h/x@sw0rdfish.jsonl"],
+)
+def test_a_password_whose_end_cannot_be_told_is_refused_and_not_shown(url):
+    with pytest.raises(DataError, match="write @ and / of a password") as caught:
+        parse_source(url)
+    assert "sw0rdfish" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("https://u:p@host/x.jsonl", "https://u@host/x@y.jsonl", "https://u:p@s@host/x.jsonl", "s3://bucket/x.jsonl"),
+        *("hf://datasets/a/b@rev/x@y.jsonl", "https://host/x.jsonl?a=b@c@d", "https://host:80/a@b/c@d.jsonl"),
+    ],
+)
+def test_other_addresses_are_as_before(url):
+    check_password(url)
