@@ -21,7 +21,7 @@ def unpaired_file(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("kind", ["unpaired_file", "pairs_file"])
+@pytest.mark.parametrize("kind", ["unpaired_file", pytest.param("pairs_file", marks=pytest.mark.slow)])
 def test_kto_trains_and_is_judged_on_held_out_answers(command, request, tiny_model, tmp_path, kind):
     data, out = request.getfixturevalue(kind), tmp_path / "run"
     flags = ["--model_name_or_path", str(tiny_model), "--train_data", str(data), "--output_dir", str(out)]
