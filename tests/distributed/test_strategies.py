@@ -47,7 +47,7 @@ def compare(command, tiny_model, pairs_file, tmp_path):
     """Run cases on some processes; {case strategy loss: result}, already checked for equal calls."""
 
     def run(
-        cases: list[dict], *, processes: int, model: Path = tiny_model, pairs: Path = pairs_file, timeout: float = 240
+        cases: list[dict], *, processes: int, model: Path = tiny_model, pairs: Path = pairs_file, timeout: float = 480
     ) -> dict[str, dict]:
         out = tmp_path / "found.json"
         done = command(
