@@ -65,11 +65,14 @@ class Tracking:
     def close(self, status: str, *, timeout: float, curves: bool) -> bool:
         """Draw the curves, ship what is left and the run's files, set the final status, in about ``timeout`` seconds
         however long the server takes. True when all arrived."""
+        faults: dict[str, None] = {}
         for work in (self.journal.close, *(self._plots() if curves else ())):
             try:
                 work()
             except OSError as error:  # a full disk must not hide what has ended the run
-                log.warning("the record of the run in %s is not whole: %s", self.output_dir, error)
+                faults[str(error)] = None
+        for fault in faults:
+            log.warning("the record of the run in %s is not whole: %s", self.output_dir, fault)
         until = time.monotonic() + timeout
         arrived = self.mlflow is None or self.mlflow.close(status, timeout=timeout)
         for reader in self.readers:

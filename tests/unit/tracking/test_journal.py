@@ -192,3 +192,14 @@ def test_lines_wait_for_room_where_they_may(tmp_path):
         strict = Journal(tmp_path, told=partial(told_if_unwritable, tmp_path))
         strict.file = Full(strict.file, room=0)
         strict.write(1, {"loss": 1.0})
+
+
+def test_a_disk_that_fails_at_the_end_hides_nothing(tmp_path, monkeypatch):
+    """The end of a run takes an OSError for a record that is not whole, and goes on; a checkpoint is told in full."""
+    journal = Journal(tmp_path, told=partial(told_if_unwritable, tmp_path))
+    monkeypatch.setattr("os.fsync", lambda number: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(TrainingError, match="make room and go on"):
+        journal.sync()
+    with pytest.raises(OSError, match="No space"):
+        journal.close()
+    assert journal.file.closed
