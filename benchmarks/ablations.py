@@ -42,6 +42,9 @@ COMMON |= {
     "tracking_uri": "none",
     "eval_steps": 0,
     "num_mc_samples": 4,
+    "score_estimator": "balanced",
+    "loss_type": "sigmoid",
+    "beta": 0.1,
     "eval_task": "arithmetic",
 }
 
@@ -56,6 +59,11 @@ class Cell:
     command: str = "train"
     flaws: tuple[str, ...] = ()
     in_quick: bool = True
+
+    def same_run(self, other: "Cell") -> bool:
+        """Whether both settings come to one run: the middle of a range stands in several questions."""
+        one, two = ({**COMMON, **cell.flags, "flaws": set(cell.flaws or FLAWS)} for cell in (self, other))
+        return one == two and self.command == other.command
 
 
 def cells() -> Iterator[Cell]:
@@ -123,11 +131,15 @@ def question_names() -> list[str]:
 
 
 def run(cell: Cell, seed: int, steps: int, problems: int, out: Path) -> None:
-    """One run, unless its result is there; the run's folder goes when it is."""
-    name = f"{cell.question}-{cell.name}-{steps}-{seed}".replace(" ", "_").replace(",", "").replace("=", "")
-    result, folder = out / "cells" / f"{name}.json", out / "runs" / name
+    """One run, unless its result is there, under this name or an equal cell's; the run's folder goes when it is."""
+    result = result_of(cell, seed, steps, out)
     if result.exists():
         return
+    for twin in filter(cell.same_run, cells()):
+        if (found := result_of(twin, seed, steps, out)).exists():
+            keep(result, json.loads(found.read_text()) | {"question": cell.question, "name": cell.name})
+            return
+    name, folder = result.stem, out / "runs" / result.stem
     flags = {**COMMON, **cell.flags, "seed": seed, "max_steps": steps, "num_eval_problems": problems}
     flags |= {"output_dir": str(folder), "resume_from_checkpoint": "auto", "save_steps": 50, "save_total_limit": 1}
     flags |= {"train_data": str(pairs_of(cell, seed, steps, out)), "eval_data": str(held_out(out))}
@@ -140,9 +152,20 @@ def run(cell: Cell, seed: int, steps: int, problems: int, out: Path) -> None:
     summary = json.loads((folder / "summary.json").read_text())
     kept = {"question": cell.question, "name": cell.name, "seed": seed, "steps": steps, "summary": summary}
     kept["curves"] = curves_of(folder)
+    keep(result, kept)
+    shutil.rmtree(folder)
+
+
+def result_of(cell: Cell, seed: int, steps: int, out: Path) -> Path:
+    """The file of a cell's result."""
+    name = f"{cell.question}-{cell.name}-{steps}-{seed}".replace(" ", "_").replace(",", "").replace("=", "")
+    return out / "cells" / f"{name}.json"
+
+
+def keep(result: Path, kept: dict[str, Any]) -> None:
+    """Write a result whole, its folder made."""
     result.parent.mkdir(parents=True, exist_ok=True)
     write_whole(result, (json.dumps(kept, indent=1) + "\n").encode())
-    shutil.rmtree(folder)
 
 
 def curves_of(folder: Path) -> dict[str, list[float]]:

@@ -147,8 +147,9 @@ def upper_bound(logp_M: Tensor, rows: NoisyRows, *, power: float = POWER) -> Ten
     cell_M = rows.answer_R[rows.row_M] * longest + rows.position_M  # a token of an answer
     weight_M = rows.weight_R[rows.row_M] * rows.scale_M
     places = rows.num_answers * longest
-    total = torch.zeros(places).index_add(0, cell_M, weight_M)
-    mean = torch.zeros(places).index_add(0, cell_M, weight_M / total[cell_M] * torch.exp(power * logp_M))
+    total, mean = weight_M.new_zeros(places), weight_M.new_zeros(places)
+    total = total.index_add(0, cell_M, weight_M)
+    mean = mean.index_add(0, cell_M, weight_M / total[cell_M] * torch.exp(power * logp_M).to(weight_M.dtype))
     return torch.where(total > 0, mean.clamp(min=1e-30).log() / power, 0.0).view(rows.num_answers, longest).sum(1)
 
 

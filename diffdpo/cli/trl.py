@@ -194,7 +194,7 @@ SAME = (
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
     *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim"),
-    *("bf16", "gradient_checkpointing", "torch_compile", "use_liger_kernel"),
+    *("bf16", "gradient_checkpointing", "torch_compile", "use_liger_kernel", "attn_implementation"),
     *("logging_steps", "eval_steps", "save_steps", "save_total_limit", "report_to"),
     *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
     *("early_stopping_patience", "early_stopping_threshold"),
@@ -249,7 +249,6 @@ TABLE: dict[str, Entry] = {
         auto={},
     ),
     "trust_remote_code": only("false", why="no code of a model's is ever run, and none is needed; see docs/models.md"),
-    "attn_implementation": only("sdpa", why="torch's scaled_dot_product_attention picks the fastest kernel by itself"),
     "lora_dropout": only(
         "0", why="with dropout policy and reference would not be the same numbers where their weights are the same"
     ),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from diffdpo.errors import UserError
+from diffdpo.gpus import is_gpu
 from diffdpo.models.architecture.compiled import check_compiler
 
 BLOCK_SIZE = 8
@@ -55,6 +56,8 @@ class Case:
                 return "Liger's kernel needs a GPU"
             if importlib.util.find_spec("liger_kernel") is None:
                 return "liger-kernel is not installed"
+        if self.scorer.get("flex") and not is_gpu(device):
+            return "FlexAttention has no backward on a CPU"
         if self.scorer.get("compile_blocks"):
             if self.dtype != "float32" and device.type != "cuda":
                 return "compiled for a GPU only: on a CPU it takes minutes, and fp32 has shown the graph"
@@ -72,6 +75,7 @@ CASES = (
     Case("fp32, attention by equal lengths", scorer=EXACT),
     Case("fp32, attention under a mask", scorer=PADDED),
     Case("fp32, block-causal attention", blocks=True),
+    Case("fp32, block-causal, FlexAttention", scorer={"flex": True}, blocks=True),
     Case("fp32, head in small chunks", scorer={"logits_budget": 2**16}),
     Case("fp32, two_pass, layers recomputed", scorer={"layer_checkpointing": True}, strategy="two_pass"),
     Case("fp32, deferred", strategy="deferred"),
@@ -80,6 +84,7 @@ CASES = (
     Case("bf16", "bfloat16"),
     Case("bf16, attention under a mask", "bfloat16", scorer=PADDED),
     Case("bf16, block-causal attention", "bfloat16", blocks=True),
+    Case("bf16, block-causal, FlexAttention", "bfloat16", scorer={"flex": True}, blocks=True),
     Case("bf16, compiled", "bfloat16", scorer=COMPILED),
     Case("bf16, Liger", "bfloat16", scorer={"use_liger": True}),
     Case("NF4 + LoRA in fp32", nf4=True),

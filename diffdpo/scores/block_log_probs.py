@@ -49,6 +49,7 @@ def block_log_probs(
         device=input_ids_RT.device,
         past=[(k, v) for k, v in kept[0]] if kept else None,
         keep=not len(lengths_R),
+        flex=module.flex,
     )
     ids_N = torch.cat([ids_AT.flatten()[layout.clean_index], input_ids_RT.flatten()[layout.row_index]])
     module.counted.computed += len(layout)

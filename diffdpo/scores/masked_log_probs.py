@@ -51,6 +51,7 @@ class MaskedLogProbs(nn.Module):
     the largest logits chunk (default `token_log_probs.DEFAULT_LOGITS_BUDGET`). `max_waste`: padding allowed inside a
     length bucket; 1.0 is one padded batch. `use_liger`: the head through Liger's fused kernel, GPU only, after a check
     that it gives the same numbers; UserError where it cannot. `compile_blocks`: see `models.compiled`.
+    `flex`: FlexAttention in a block-causal model; see `block_attention`.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class MaskedLogProbs(nn.Module):
         max_waste: float = MAX_WASTE,
         use_liger: bool = False,
         compile_blocks: bool = False,
+        flex: bool = False,
     ):
         super().__init__()
         if use_liger:
@@ -75,7 +77,7 @@ class MaskedLogProbs(nn.Module):
             check_liger("cuda", native(model).head.weight.dtype)
         if compile_blocks:
             check_compiler()
-        self.use_liger = use_liger
+        self.use_liger, self.flex = use_liger, flex
         self.model = model
         self.spec = spec
         self.layer_checkpointing, self.offload, self.keeps = layer_checkpointing, offload, keeps
@@ -96,6 +98,7 @@ class MaskedLogProbs(nn.Module):
             keeps=settings.checkpoint_keeps,
             use_liger=settings.use_liger_kernel,
             compile_blocks=settings.torch_compile,
+            flex=settings.flex,
         )
 
     @cached_property

@@ -41,6 +41,11 @@ class ModelSettings(Settings):
     )
     torch_compile: bool = setting(False, "compile the layers: minutes at the start, then less time and memory")
     use_liger_kernel: bool = setting(False, "LM head through Liger's fused kernel (GPU; for trained heads)")
+    attn_implementation: str = setting(
+        "sdpa",
+        "what hides later blocks in block-causal models: a mask (sdpa), or flex_attention (GPU; for long answers)",
+        choices=("sdpa", "flex_attention"),
+    )
 
     def check(self) -> None:
         """A revision is of a model that is named, and no folder."""
@@ -67,9 +72,15 @@ class ModelSettings(Settings):
             raise UserError(
                 f"{told} is about what --gradient_checkpointing computes again; add --gradient_checkpointing true"
             )
-        if self.activation_offload != "none" or self.torch_compile:
-            other = "torch_compile" if self.torch_compile else "activation_offload"
+        unseen = {"torch_compile": self.torch_compile, "attn_implementation flex_attention": self.flex}
+        unseen["activation_offload"] = self.activation_offload != "none"
+        for other in (name for name, asked in unseen.items() if asked):
             raise UserError(f"{told} has not been seen to work with --{other}; leave one out")
+
+    @property
+    def flex(self) -> bool:
+        """Whether blocks are hidden by FlexAttention."""
+        return self.attn_implementation == "flex_attention"
 
     @property
     def policy(self) -> str | None:

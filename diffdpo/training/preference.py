@@ -19,6 +19,7 @@ from diffdpo.engine.plain import PlainEngine
 from diffdpo.evaluation.heldout import HeldOutPairs
 from diffdpo.evaluation.heldout_tasks import HeldOutTasks
 from diffdpo.losses.options import LossOptions
+from diffdpo.models.architecture.block_attention import check_flex
 from diffdpo.models.bundled import model_or_bundled
 from diffdpo.models.encoder import make_encoder
 from diffdpo.models.load import dtype_name, load_tokenizer_and_spec, model_context
@@ -90,6 +91,8 @@ class _Data:
         run_data.check_batch_size(config, self.loss, world)
         policy = model_or_bundled(config.policy)
         tokenizer, self.spec = load_tokenizer_and_spec(policy, block_size=config.block_size)
+        if config.flex:
+            check_flex(world.device, block_size=self.spec.block_size)
         self.encoder = make_encoder(config, tokenizer, self.spec)
         longest = model_context(policy, block_size=config.block_size)
         run_data.warn_of_data(config, context, (self.train_set, self.eval_set), self.loss, longest)

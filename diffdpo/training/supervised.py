@@ -24,6 +24,7 @@ from diffdpo.errors import UserError
 from diffdpo.evaluation.heldout import HeldOutAnswers
 from diffdpo.evaluation.heldout_tasks import HeldOutTasks
 from diffdpo.losses.options import LossOptions
+from diffdpo.models.architecture.block_attention import check_flex
 from diffdpo.models.architecture.from_scratch import new_model, train_tokenizer
 from diffdpo.models.architecture.published_config import context_of
 from diffdpo.models.encoder import make_encoder
@@ -86,6 +87,8 @@ def _build(
     train_set, eval_set = run_data.open_data(config, context, run_data.generated(config, context.world))
     answers = _answers_of(train_set)
     loaded = _load_or_make(config, context, choice, train_set, keep=resume is not None)
+    if config.flex:
+        check_flex(world.device, block_size=loaded.spec.block_size)
     encoder = make_encoder(config, loaded.tokenizer, loaded.spec)
     longest = context_of(loaded.model.config)
     run_data.warn_of_data(config, context, (train_set, eval_set), longest=longest)

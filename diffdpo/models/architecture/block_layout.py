@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from diffdpo.gpus import is_gpu
+from diffdpo.models.architecture.block_attention import LAST, Hiding, Visibility, hidden_attention
 
 CHUNK = 512
 """Queries that attend together, on the CPU: half of a block-causal mask hides, and what all of them do not see is left
@@ -101,11 +101,11 @@ class RowGroup:
 @dataclass(frozen=True)
 class Chunk:
     """Some whole blocks of queries, `own` of their node or rows, that see no more than the first `clean` clean tokens
-    of their path (and, in rows, themselves): what is behind is not computed. `mask`: [queries, keys] among them."""
+    of their path (and, in rows, themselves): what is behind is not computed. `hiding`: what is, [queries, keys]."""
 
     own: slice
     clean: int
-    mask: Tensor
+    hiding: Hiding
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class BlockLayout:
             k, v = (torch.cat([t[place] for place in (*node.before, node.place)]) for t in (k_C, v_C))
             q, seen = q_C[node.place][None], [chunk.clean for chunk in chunks]
             for chunk, own_k, own_v in zip(chunks, prefixes(k, seen), prefixes(v, seen), strict=True):
-                outputs.append(_attention(q[:, chunk.own], own_k[None], own_v[None], chunk.mask).flatten(0, 1))
+                outputs.append(hidden_attention(q[:, chunk.own], own_k[None], own_v[None], chunk.hiding).flatten(0, 1))
         return outputs
 
     def _rows(self, q_N: Tensor, k_N: Tensor, v_N: Tensor, k_C: Tensor, v_C: Tensor) -> list[Tensor]:
@@ -173,7 +173,7 @@ class BlockLayout:
                     torch.cat([clean.expand(group.rows, -1, -1, -1), own[:, chunk.own]], 1)
                     for clean, own in ((clean_k, k), (clean_v, v))
                 )
-                parts.append(_attention(q[:, chunk.own], keys, values, chunk.mask))
+                parts.append(hidden_attention(q[:, chunk.own], keys, values, chunk.hiding))
             outputs.append(torch.cat(parts, 1).flatten(0, 1))
         return outputs
 
@@ -192,10 +192,12 @@ def block_layout(
     device: torch.device,
     past: Sequence[tuple[Tensor, Tensor]] | None = None,
     keep: bool = False,
+    flex: bool = False,
 ) -> BlockLayout:
     """The layout of rows (none: the clean part alone) over the clean tokens of the answers `stream_A`.
 
     `row_width`, `clean_width`: T of the padded rows and of the padded clean ids. `keep`: keep keys and values.
+    `flex`: what is hidden is hidden by FlexAttention.
     """
     lengths, starts = length_A.tolist(), start_A.tolist()
     stream = clean_stream(stream_A.tolist(), lengths, shared_A.tolist())
@@ -204,7 +206,7 @@ def block_layout(
         torch.arange(node.first, node.last) + node.answer * clean_width for node in stream.nodes if run_clean
     ]
     positions = [torch.arange(node.first, node.last) for node in stream.nodes if run_clean]
-    node_chunks = [_node_chunks(node, block_size, device) for node in stream.nodes if run_clean]
+    node_chunks = [_node_chunks(node, block_size, device, flex) for node in stream.nodes if run_clean]
     members: dict[int, list[int]] = {}
     for row, answer in enumerate(answer_R.tolist()):
         members.setdefault(answer, []).append(row)
@@ -218,7 +220,7 @@ def block_layout(
         row_index.append((row_G[:, None] * row_width + columns).flatten())
         positions.append((columns + starts[answer]).repeat(len(rows)))
         offset_R[row_G] = start + width * torch.arange(len(rows))
-        group_chunks.append(_row_chunks(starts[answer], width, lengths[answer], block_size, device))
+        group_chunks.append(_row_chunks(starts[answer], width, lengths[answer], block_size, device, flex))
         start += len(rows) * width
     nothing = [torch.empty(0, dtype=torch.long)]
     positions_N = torch.cat(positions or nothing)
@@ -238,25 +240,33 @@ def block_layout(
     )
 
 
-def _node_chunks(node: Node, block_size: int, device: torch.device) -> tuple[Chunk, ...]:
+def _node_chunks(node: Node, block_size: int, device: torch.device, flex: bool) -> tuple[Chunk, ...]:
     """Clean tokens see the blocks up to their own."""
     chunks = []
     for own in _spans(node.size, block_size, device):
         first, last = node.first + own.start, node.first + own.stop
-        query, key = torch.arange(first, last) // block_size, torch.arange(last) // block_size
-        chunks.append(Chunk(own, last, (query[:, None] >= key).to(device)))
+        key_K = torch.arange(last) // block_size
+        chunks.append(Chunk(own, last, _hiding(key_K[first:], key_K, torch.full_like(key_K, LAST), device, flex)))
     return tuple(chunks)
 
 
-def _row_chunks(start: int, width: int, clean: int, block_size: int, device: torch.device) -> tuple[Chunk, ...]:
+def _row_chunks(
+    start: int, width: int, clean: int, block_size: int, device: torch.device, flex: bool
+) -> tuple[Chunk, ...]:
     """Noisy tokens see the clean blocks before their own, and their own block of the row."""
     chunks = []
     for own in _spans(width, block_size, device):
-        query = torch.arange(start + own.start, start + own.stop) // block_size
-        seen = min(clean, int(query[-1]) * block_size)
-        key = torch.arange(seen) // block_size
-        chunks.append(Chunk(own, seen, torch.cat([query[:, None] > key, query[:, None] == query], 1).to(device)))
+        query_S = torch.arange(start + own.start, start + own.stop) // block_size
+        seen = min(clean, int(query_S[-1]) * block_size)
+        clean_K = torch.arange(seen) // block_size
+        first_K, last_K = torch.cat([clean_K + 1, query_S]), torch.cat([torch.full_like(clean_K, LAST), query_S])
+        chunks.append(Chunk(own, seen, _hiding(query_S, first_K, last_K, device, flex)))
     return tuple(chunks)
+
+
+def _hiding(query_S: Tensor, first_K: Tensor, last_K: Tensor, device: torch.device, flex: bool) -> Hiding:
+    seen = Visibility(query_S.to(device), first_K.to(device), last_K.to(device))
+    return seen.rule() if flex else seen.dense()
 
 
 def _spans(size: int, block_size: int, device: torch.device) -> list[slice]:
@@ -285,19 +295,3 @@ class _Prefixes(torch.autograd.Function):
         for size, gradient in zip(ctx.sizes, gradients, strict=True):
             total[:size] += gradient
         return total, *(None for _ in ctx.sizes)
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """q [R, S, H, D], k and v [R, S', G, D], mask [S, S'] → [R, S, H*D].
-
-    Query heads of a group are a call's heads, and groups stand beside the rows: the GPU kernels that take a mask know
-    no grouped queries, and would fall back to one that holds all scores.
-    """
-    (rows, _, heads, _), groups = q.shape, k.shape[2]
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if heads != groups:
-        q = q.unflatten(1, (groups, -1)).flatten(0, 1)
-        k, v = (t.flatten(0, 1)[:, None].expand(-1, heads // groups, -1, -1) for t in (k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    out = out if heads == groups else out.unflatten(0, (rows, groups)).flatten(1, 2)
-    return out.transpose(1, 2).flatten(2)

@@ -152,3 +152,22 @@ def test_queries_in_several_chunks(case, monkeypatch):
     f_R = STRATEGIES["two_pass"](engine, rows, loss_of(rows), segments=Segments(rows=2), last=True)
     assert torch.allclose(f_R, f_plain, rtol=1e-5, atol=1e-5)
     assert distance(gradients(engine.module), expected) <= 1e-5
+
+
+SLOW_FLEX = [pytest.param(name, marks=[] if name in ("none", "deferred") else pytest.mark.slow) for name in STRATEGIES]
+
+
+@pytest.mark.parametrize("strategy", SLOW_FLEX)
+def test_flex_attention_hides_the_same(case, strategy, monkeypatch):
+    """torch's own meaning of FlexAttention, uncompiled: on a CPU it refuses gradients, though it can compute them."""
+    from torch.nn.attention import flex_attention as flex
+
+    from diffdpo.models.architecture import block_attention
+
+    monkeypatch.setattr(flex, "_validate_device", lambda *_: None)
+    monkeypatch.setattr(block_attention, "compiled_flex", lambda: flex.flex_attention)
+    folder, rows, f_plain, expected = case
+    engine = engine_of(folder, flex=True)
+    f_R = STRATEGIES[strategy](engine, rows, loss_of(rows), segments=Segments(rows=3), last=True)
+    assert torch.allclose(f_R, f_plain, rtol=1e-5, atol=1e-5)
+    assert distance(gradients(engine.module), expected) <= 1e-5
