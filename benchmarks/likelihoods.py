@@ -238,14 +238,17 @@ def judges(pairs: int) -> str:
             whole = upper_bound(logp_M, rows) if kind == "eubo" else fold(row_scores(logp_M, rows), rows).score_B2[0]
             each = whole / rows.tokens_A
             found.setdefault(name, []).append((float(whole[0] > whole[1]), float(each[0] > each[1])))
-    lines = ["| likelihood | chosen likelier | per token |", "|---|---|---|"]
+    lines = ["| likelihood | chosen likelier | per token | less the ELBO's, pair by pair |", "|---" * 4 + "|"]
+    elbo = np.array(found["ELBO, 16 rows"])[:, 1]
     for name, values in found.items():
-        shares = np.mean(values, axis=0)
-        errors = np.sqrt(shares * (1 - shares) / len(values))
-        lines.append(
-            f"| {name} | " + " | ".join(f"{m:.1%} ± {e:.1%}" for m, e in zip(shares, errors, strict=True)) + " |"
-        )
+        shares = [share_and_error(column) for column in np.array(values).T]
+        shares.append(share_and_error(np.array(values)[:, 1] - elbo) if name != "ELBO, 16 rows" else "")
+        lines.append(f"| {name} | {' | '.join(shares)} |")
     return "\n".join(lines)
+
+
+def share_and_error(values: np.ndarray) -> str:
+    return f"{values.mean():.1%} ± {values.std(ddof=1) / math.sqrt(len(values)):.1%}"
 
 
 def table(out: Path) -> str:

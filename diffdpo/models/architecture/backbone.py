@@ -10,14 +10,15 @@ Shapes: R rows, T padded length, N tokens in the stream, M kept tokens, K hidden
 import copy
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, initialization
+from transformers import PreTrainedModel, initialization, modeling_utils
 from transformers.utils import ModelOutput
 
 from diffdpo.errors import UserError
@@ -178,7 +179,8 @@ class MaskedLM(PreTrainedModel):
         if is_adapter(folder):
             raise UserError(f"{str(folder)!r} holds an adapter, which would hide the model: name another folder")
         before = {name: _stamp(folder / name) for name in (INDEX, SINGLE)}
-        super().save_pretrained(save_directory, *args, **kwargs)
+        with _unwrapped():
+            super().save_pretrained(save_directory, *args, **kwargs)
         if not main:
             return
         for name in before:  # once the new weights are there, what this save did not write is the old model's
@@ -239,6 +241,18 @@ class MaskedLM(PreTrainedModel):
         layout = Layout.padded(lengths, length, device=input_ids.device, block_size=block_size)
         hidden = self.hidden_states(input_ids.flatten(), layout)
         return MaskedLMOutput(logits=self.head(hidden).unflatten(0, (rows, length)))
+
+
+@contextmanager
+def _unwrapped() -> Iterator[None]:
+    """transformers' save takes a model out of what an engine may have put round it, and imports DeepSpeed (and MLflow
+    with it: seconds) to know what that could be. An engine here holds the model inside a module of its own."""
+    taken_out = modeling_utils.unwrap_model
+    modeling_utils.unwrap_model = lambda model, *_, **__: model
+    try:
+        yield
+    finally:
+        modeling_utils.unwrap_model = taken_out
 
 
 def _named_by_repository(config, repository: str) -> dict[str, str] | None:

@@ -1,6 +1,8 @@
 """A folder that others read: whose class an adapter names, whose eyes the weights are for."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -38,3 +40,14 @@ def test_another_program_s_kernel_in_the_config_is_no_trouble(base, kernel):
     settings |= {"attn_implementation": kernel, "_attn_implementation": kernel}
     (base / "config.json").write_text(json.dumps(settings))
     assert load_model(base).model is not None
+
+
+def test_saving_imports_no_engine(tmp_path):
+    """transformers' own save imports DeepSpeed, and MLflow with it, to know what a model may be wrapped in."""
+    code = (
+        "import sys, diffdpo; from diffdpo.models.checkpoint.model_folder import write_model;"
+        "from pathlib import Path; one = diffdpo.load(); write_model(one.model, one.tokenizer, Path(sys.argv[1]));"
+        "print([name for name in ('deepspeed', 'mlflow', 'mlflow.entities') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "model")], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
