@@ -225,7 +225,8 @@ def judges(pairs: int) -> str:
     found: dict[str, list[tuple[float, float]]] = {}
     for step, pair in enumerate(records):
         batch = collate([pair], pad_id=0, epoch=0, step=step, micro=0, last_micro=True)
-        wanted = {"ELBO, 16 rows": ("elbo", 16), "upper bound, 16 rows": ("eubo", 16)}
+        wanted = {"ELBO, 16 rows": ("elbo", 16), "ELBO, a row a token": ("elbo", 0)}
+        wanted |= {"upper bound, 16 rows": ("eubo", 16)}
         wanted |= {
             "sampler's order, 4 parts": ("sampler's order", 4),
             "sampler's order, token by token": ("sampler's order", 0),
@@ -239,10 +240,10 @@ def judges(pairs: int) -> str:
             each = whole / rows.tokens_A
             found.setdefault(name, []).append((float(whole[0] > whole[1]), float(each[0] > each[1])))
     lines = ["| likelihood | chosen likelier | per token | less the ELBO's, pair by pair |", "|---" * 4 + "|"]
-    elbo = np.array(found["ELBO, 16 rows"])[:, 1]
+    elbo = np.array(found["ELBO, a row a token"])[:, 1]
     for name, values in found.items():
         shares = [share_and_error(column) for column in np.array(values).T]
-        shares.append(share_and_error(np.array(values)[:, 1] - elbo) if name != "ELBO, 16 rows" else "")
+        shares.append(share_and_error(np.array(values)[:, 1] - elbo) if name != "ELBO, a row a token" else "")
         lines.append(f"| {name} | {' | '.join(shares)} |")
     return "\n".join(lines)
 

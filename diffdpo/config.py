@@ -215,6 +215,9 @@ class EvaluateConfig(SamplerGridSettings, NoiseSettings, EncodingSettings):
         many=True,
     )
     ref_model_name_or_path: str | None = setting(None, "rewards of pairs are against it; default: none", common=True)
+    block_size: int | None = setting(
+        None, "tokens of a block, 0: full attention; default: as config.json says, which a2d-* do not", at_least=0
+    )
     task: str | None = setting(
         None,
         "pairs, perplexity, multiple_choice or a verifier (see docs/evaluation.md), each with @FILE for its own items",
@@ -271,6 +274,9 @@ class PairsConfig(PairingSettings, SamplingSettings):
     )
     adapter_name_or_path: str | None = setting(
         None, "folder of a LoRA adapter; without a model it is on the base that it names; default: none"
+    )
+    block_size: int | None = setting(
+        None, "tokens of a block, 0: full attention; default: as config.json says, which a2d-* do not", at_least=0
     )
     template: str = setting("auto", "auto: chat if there is one", choices=("auto", "chat", "plain"))
     seed: int = setting(0, "of the sampling noise, of which pairs are taken, and of generated problems", at_least=0)

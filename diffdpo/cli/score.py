@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SHARED = (
     *("model_name_or_path", "adapter_name_or_path", "ref_model_name_or_path", "dtype", "load_in_4bit"),
-    *("score_estimator", "num_mc_samples", "num_diffusion_steps", "seed"),
+    *("block_size", "score_estimator", "num_mc_samples", "num_diffusion_steps", "fill_last_block", "seed"),
     *("max_length", "max_prompt_length", "truncation", "answer_truncation", "template"),
 )
 """Settings that the scores in one file must have in common."""
@@ -53,6 +53,7 @@ def main(argv: list[str]) -> None:
     done = len(file.done) if file else 0
     try:
         scorer = Scorer(load_models(names, config), config)
+        print(f"scores {scorer.noise.describe(config.score_estimator)}", file=sys.stderr)
         count, repeated = score_all(scorer, records, file)
     finally:
         if file:

@@ -80,6 +80,7 @@ class DiffusionLM(TemplateLM):
         device: str | None = None,
         dtype: str = "float32",
         load_in_4bit: bool = False,
+        block_size: int | str | None = None,
         greedy: bool = False,
         segment_rows: int = 64,
         **sampler: Any,
@@ -91,7 +92,13 @@ class DiffusionLM(TemplateLM):
             device = "cpu"  # the harness's own default is a GPU
         place = str(self.world.device) if self.world.size > 1 else device_named(device or "auto")
         self.name = model_or_bundled(pretrained)
-        self.loaded = load_model(self.name, dtype=dtype, device=place, load_in_4bit=load_in_4bit)
+        self.loaded = load_model(
+            self.name,
+            dtype=dtype,
+            device=place,
+            load_in_4bit=load_in_4bit,
+            block_size=None if block_size is None else int(block_size),
+        )
         self.loaded.model.eval()
         self.tokenizer, self.spec, self._device = self.loaded.tokenizer, self.loaded.spec, torch.device(place)
         self.module = MaskedLogProbs(self.loaded.model, self.spec).eval()

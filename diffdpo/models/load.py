@@ -3,8 +3,10 @@
 Remote code is never run: the family is chosen by `model_type`. Weights are streamed shard by shard (`stream`).
 """
 
+import logging
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,13 +41,14 @@ from diffdpo.models.architecture.dream import (
 from diffdpo.models.architecture.illada import ILLaDAConfig, ILLaDAForCausalLM
 from diffdpo.models.architecture.llada import LLaDAConfig, LLaDAModelLM
 from diffdpo.models.architecture.llada2_moe import LLaDA2MoeConfig, LLaDA2MoeModelLM
-from diffdpo.models.architecture.published_config import block_size_of, context_of
+from diffdpo.models.architecture.published_config import BLOCK_KEYS, block_size_of, context_of
 from diffdpo.models.architecture.spec import DECODER_LORA_TARGETS, LLADA2_LORA_TARGETS, LLADA_LORA_TARGETS, FamilySpec
 from diffdpo.models.bundled import model_or_bundled
-from diffdpo.models.checkpoint.adapter_folder import base_of_adapter, check_base, is_adapter
+from diffdpo.models.checkpoint.adapter_folder import base_of_adapter, block_size_of_adapter, check_base, is_adapter
 from diffdpo.models.checkpoint.model_folder import write_model
 from diffdpo.models.checkpoint.weights import Shards, only_kept, read_model
 
+log = logging.getLogger(__name__)
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 STOP_TOKENS = ("<|eot_id|>", "<|im_end|>", "<|role_end|>")
 """End-of-turn tokens of the chat templates in use; they end an answer when sampling, beside the terminator."""
@@ -183,6 +186,7 @@ def load_adapter(folder: str | Path, *, base: str | None = None, **options) -> L
     `options` are those of `load_model`.
     """
     base = base or base_of_adapter(folder)
+    options["block_size"] = block_size_of_adapter(folder, options.get("block_size"))
     if is_adapter(base):
         raise UserError(f"{base!r}, the base of the adapter {str(folder)!r}, is an adapter itself: merge it first")
     loaded = load_model(base, **options)
@@ -239,15 +243,19 @@ def _set_block_size(raw: dict[str, Any], family: Family, block_size: int) -> Non
     if config_class.least_block is None:
         raise UserError(f"--block_size {block_size}: models of type {raw['model_type']!r} have no blocks; leave it out")
     key = config_class.attribute_map.get("block_size", "block_size")
-    if raw.get(key) not in (None, block_size):
-        raise UserError(f"--block_size {block_size}: config.json has {key}={raw[key]!r}; leave it out, or correct one")
+    for name in (key, *BLOCK_KEYS - {key}):
+        if raw.get(name) not in (None, block_size):
+            raise UserError(
+                f"--block_size {block_size}: config.json has {name}={raw[name]!r}; leave it out, or correct one"
+            )
     raw[key] = block_size
 
 
 def model_context(name_or_path: str, *, block_size: int | None = None) -> int | None:
     """Tokens that the model was made for, as its config says."""
     if is_adapter(name_or_path):
-        return model_context(base_of_adapter(name_or_path), block_size=block_size)
+        base = base_of_adapter(name_or_path)
+        return model_context(base, block_size=block_size_of_adapter(name_or_path, block_size))
     return context_of(read_config(name_or_path, block_size=block_size)[1])
 
 
@@ -271,7 +279,8 @@ def load_tokenizer_and_spec(
 ) -> tuple[PreTrainedTokenizerBase, FamilySpec]:
     """What `load_model` gives besides the model, without reading weights."""
     if is_adapter(name_or_path):
-        return load_tokenizer_and_spec(base_of_adapter(name_or_path), block_size=block_size)
+        base = base_of_adapter(name_or_path)
+        return load_tokenizer_and_spec(base, block_size=block_size_of_adapter(name_or_path, block_size))
     family, config = read_config(name_or_path, block_size=block_size)
     tokenizer = load_tokenizer(name_or_path)
     return tokenizer, make_spec(config, family, tokenizer)
@@ -282,7 +291,8 @@ def make_spec(config: PreTrainedConfig, family: Family, tokenizer: PreTrainedTok
 
     `logit_shift` in config.json overrides the family's (a model made from an autoregressive one and trained unshifted).
     """
-    mask = first_id(config.mask_token_id, tokenizer.mask_token_id, _published_mask(family, tokenizer))
+    mask = first_id(config.mask_token_id, tokenizer.mask_token_id)
+    mask = _published_mask(family, tokenizer) if mask is None else mask
     terminator = first_id(config.eos_token_id, tokenizer.eos_token_id)
     rows = getattr(config, "embedding_size", config.vocab_size)
     if mask is None:
@@ -323,7 +333,19 @@ def make_spec(config: PreTrainedConfig, family: Family, tokenizer: PreTrainedTok
 def _published_mask(family: Family, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The mask of a family whose checkpoints declare none: the token of its name, else the published id."""
     named = tokenizer.get_vocab().get(family.mask_token) if family.mask_token else None
-    return family.mask_token_id if named is None else named
+    published = family.mask_token_id
+    if named is None and published is not None and published < len(tokenizer) and not _is_a_sign(tokenizer, published):
+        _tell_of_text(published, str(tokenizer.convert_ids_to_tokens(published)))
+    return published if named is None else named
+
+
+@cache
+def _tell_of_text(mask: int, text: str) -> None:
+    """Once a process: a checkpoint is asked for its mask several times."""
+    log.warning(
+        f"neither config.json nor the tokenizer names a mask token; {mask}, the published one, is taken, which is "
+        f"{text!r} in this tokenizer: if texts are written with it, add the right mask_token_id to config.json"
+    )
 
 
 def _is_a_sign(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:

@@ -46,6 +46,11 @@ class NoiseOptions:
             ld_alpha,
         )
 
+    def describe(self, asked: str) -> str:
+        """The estimator, why where `auto` chose it, and n."""
+        because = f" ({resolved(asked, self.block_size)[1]})" if asked != self.estimator else ""
+        return f"{self.estimator}{because}" + ("" if self.estimator == "exact" else f", n = {self.num_samples}")
+
     def draw_rows(self, batch: PairBatch, device: torch.device, *, draw: int = 0) -> NoisyRows:
         """The noisy rows of a micro-batch; another ``draw``: others, independent of them."""
         if self.block_size and self.fill_with is not None:

@@ -70,7 +70,7 @@ def check_sampler(config: PairsConfig) -> None:
     """UserError for a model that cannot be read and for options of the sampler that contradict one another or that the
     model cannot serve, before weights are read."""
     name = config.adapter_name_or_path or model_or_bundled(config.model_name_or_path)
-    blocks = load_tokenizer_and_spec(name)[1].block_size
+    blocks = load_tokenizer_and_spec(name, block_size=config.block_size)[1].block_size
     options = config.decoding()
     Decoding(**options | ({"block_length": config.gen_length} if blocks else {}))
 
@@ -91,6 +91,7 @@ def _identity(config: PairsConfig, asked: Asked, fingerprint: str) -> dict[str, 
     """What decides the answers."""
     sampler = config.decoding() | {name: getattr(config, name) for name in ("num_samples", "batch_size", "seed")}
     sampler |= {"template": config.template, "dtype": config.dtype, "load_in_4bit": config.load_in_4bit}
+    sampler |= {} if config.block_size is None else {"block_size": config.block_size}
     return {"checkpoint": fingerprint, "prompts": asked.digest, **sampler}
 
 
@@ -102,6 +103,7 @@ def _load(config: PairsConfig, world: World) -> LoadedModel:
         dtype=config.dtype,
         device=device,
         load_in_4bit=config.load_in_4bit,
+        block_size=config.block_size,
     )
 
 

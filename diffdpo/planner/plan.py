@@ -3,11 +3,14 @@
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch
+
 from diffdpo.cards import GPUS, Gpu
 from diffdpo.config import TrainConfig
 from diffdpo.engine.choice import DEEPSPEED
 from diffdpo.errors import UserError
 from diffdpo.memory.largest_fit import Fit, largest_fit
+from diffdpo.models.architecture.block_attention import check_flex
 from diffdpo.models.architecture.published_config import block_size_of, context_of
 from diffdpo.models.bundled import model_or_bundled
 from diffdpo.models.checkpoint.adapter_folder import base_of_adapter, is_adapter
@@ -88,6 +91,8 @@ def make_plan(
         fit, config = _sized(config, machine, cuda=cuda)
     policy = model_or_bundled(config.policy)
     family, shape = read_shape(policy, block_size=config.block_size)
+    if config.flex:
+        check_flex(torch.device("cuda"), block_size=block_size_of(shape))
     memory = (machine.gpu or max(GPUS.values(), key=lambda gpu: gpu.memory)).memory
 
     def second_model() -> float:

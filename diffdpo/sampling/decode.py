@@ -140,7 +140,9 @@ def sample(
     the context cannot hold.
     """
     block_length = options.pop("block_length", 0)
-    asked = decoding = Decoding(**options, block_length=0 if spec.block_size else block_length)
+    # of a family with blocks the answer region need not be whole ones: ``own_blocks`` makes it so
+    whole = options.get("gen_length", Decoding.gen_length)
+    asked = decoding = Decoding(**options, block_length=whole if spec.block_size else block_length)
     if spec.block_size:
         decoding = own_blocks(asked, spec.block_size, spec.name, asked=block_length)
     for i, prompt in enumerate(prompts):

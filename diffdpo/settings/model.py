@@ -59,6 +59,10 @@ class ModelSettings(Settings):
                 f"--train_router is of a new adapter, and {self.adapter_name_or_path} has its own routers or none: "
                 "leave one out"
             )
+        if self.flex and self.torch_compile:
+            raise UserError(
+                "--attn_implementation flex_attention has not been seen to work with --torch_compile; leave one out"
+            )
         if self.checkpoint_keeps != "nothing":
             self._check_keeps()
         name = self.model_name_or_path

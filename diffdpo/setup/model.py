@@ -80,8 +80,9 @@ def reading_of(config: RunConfig) -> str:
     return f"model      reading {describe_model(config)}{then}"
 
 
-def save_final(folder: Path, engine: Engine, loaded: LoadedModel) -> None:
-    """Weights (or adapter) and tokenizer in the published layout. Every rank calls; rank 0 writes."""
+def save_final(folder: Path, engine: Engine, loaded: LoadedModel, *, block_size: int | None) -> None:
+    """Weights (or adapter) and tokenizer in the published layout. Every rank calls; rank 0 writes. ``block_size``: as
+    it was asked for, which an adapter's base may not say."""
     weights = engine.full_state_dict()
     if weights is None:
         return
@@ -89,4 +90,4 @@ def save_final(folder: Path, engine: Engine, loaded: LoadedModel) -> None:
     state = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
     write_model(loaded.model, loaded.tokenizer, folder, state_dict=state)
     if is_adapter(folder):
-        note_base(folder)
+        note_base(folder, block_size=block_size)

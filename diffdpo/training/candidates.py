@@ -14,6 +14,7 @@ from diffdpo.models.load import LoadedModel, load_model, load_tokenizer_and_spec
 from diffdpo.reference.identity import tokenizer_digest, weights_digest
 from diffdpo.training.checkpoint_model import (
     base_of_checkpoint,
+    block_size_of_checkpoint,
     checkpoint_digest,
     is_checkpoint,
     is_run,
@@ -38,6 +39,10 @@ class Candidate:
         """Where its tokenizer lies."""
         return base_of_checkpoint(self.name) if is_checkpoint(self.name) else self.name
 
+    def block_size(self, asked: int | None) -> int | None:
+        """Tokens of a block where its config does not say: a checkpoint's run has said it."""
+        return block_size_of_checkpoint(self.name) if is_checkpoint(self.name) else asked
+
     def digest(self) -> str:
         """16 hex digits of its weights."""
         if not is_checkpoint(self.name):
@@ -48,7 +53,11 @@ class Candidate:
     def load(self, config: EvaluateConfig, device: str) -> LoadedModel:
         """The model, in eval mode, on the device."""
         options: dict[str, Any] = {"dtype": config.dtype, "device": device, "load_in_4bit": config.load_in_4bit}
-        loaded = load_checkpoint(self.name, **options) if is_checkpoint(self.name) else load_model(self.name, **options)
+        loaded = (
+            load_checkpoint(self.name, **options)
+            if is_checkpoint(self.name)
+            else load_model(self.name, **options, block_size=config.block_size)
+        )
         loaded.model.eval()
         return loaded
 
@@ -82,10 +91,12 @@ def _candidates(name: str) -> Iterator[Candidate]:
         yield Candidate(name, label, label)
 
 
-def check_candidates(candidates: Sequence[Candidate], reference: str | None) -> None:
+def check_candidates(candidates: Sequence[Candidate], reference: str | None, *, block_size: int | None = None) -> None:
     """UserError for a model without config or tokenizer, and for two that read text in different tokens."""
-    names = [each.tokenizer_of for each in candidates] + ([reference] if reference else [])
-    tokenizers = [load_tokenizer_and_spec(name)[0] for name in names]
+    named = [(each.tokenizer_of, each.block_size(block_size)) for each in candidates]
+    named += [(reference, block_size)] if reference else []
+    tokenizers = [load_tokenizer_and_spec(name, block_size=size)[0] for name, size in named]
+    names = [name for name, _ in named]
     for name, tokenizer in zip(names[1:], tokenizers[1:], strict=True):
         if tokenizer_digest(tokenizer) != tokenizer_digest(tokenizers[0]):
             raise UserError(

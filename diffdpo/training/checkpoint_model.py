@@ -68,6 +68,11 @@ def base_of_checkpoint(folder: str) -> str:
     return model_or_bundled(settings.policy)
 
 
+def block_size_of_checkpoint(folder: str) -> int | None:
+    """Tokens of a block, where its run was told."""
+    return _settings(folder).block_size
+
+
 def load_checkpoint(folder: str, **options: Any) -> LoadedModel:
     """The model at that step; ``options`` are those of ``load_model``. UserError where its files cannot be read
     alone, or are damaged: every one is looked at."""

@@ -46,7 +46,7 @@ def evaluate(config: EvaluateConfig, world: World, *, given: LoadedModel | None 
     check_before_weights(config)
     candidates = candidates_of(config) if given is None else [Candidate(IN_MEMORY, IN_MEMORY, IN_MEMORY)]
     if given is None:
-        check_candidates(candidates, config.ref_model_name_or_path)
+        check_candidates(candidates, config.ref_model_name_or_path, block_size=config.block_size)
     device = device_beside(str(world.device) if world.size > 1 else config.device, [given] if given else [])
     reference = _reference(config, device)
     results, tasks = list[dict[str, Any]](), list[Task]()
@@ -96,7 +96,8 @@ def check_before_weights(config: EvaluateConfig) -> None:
 def _reference(config: EvaluateConfig, device: str) -> MaskedLogProbs | None:
     if not config.ref_model_name_or_path:
         return None
-    loaded = load_model(config.ref_model_name_or_path, dtype=config.dtype, device=device)
+    options: Any = {"dtype": config.dtype, "device": device, "block_size": config.block_size}
+    loaded = load_model(config.ref_model_name_or_path, **options)
     return MaskedLogProbs(loaded.model, loaded.spec).eval()
 
 
@@ -157,6 +158,7 @@ def _items_path(output: str | None, candidate: Candidate, task: Task, settings: 
 
 def _settings_of(config: EvaluateConfig, candidate: Candidate, given: LoadedModel | None) -> dict[str, Any]:
     shared = {name: getattr(config, name) for name in ENCODING}
+    shared |= {} if config.block_size is None else {"block_size": config.block_size}
     if given is not None or not config.output:  # nothing is kept that could be taken for another's
         return shared
     reference = config.ref_model_name_or_path

@@ -23,7 +23,6 @@ from diffdpo.models.architecture.block_attention import check_flex
 from diffdpo.models.bundled import model_or_bundled
 from diffdpo.models.encoder import make_encoder
 from diffdpo.models.load import dtype_name, load_tokenizer_and_spec, model_context
-from diffdpo.noise.block_score import resolved
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.reference.modes import choose_mode, make_frozen, make_reference, second_model_share
 from diffdpo.reference.precompute import Precomputed, ReferencePass
@@ -308,19 +307,12 @@ class _Training:
             f"{len(parts.train_set)} {'records' if self.loss.unpaired else 'pairs'}, "
             f"{held_out}\n"
             f"engine     {self.choice.describe()}, {context.world.size} process(es) on {context.world.device.type}\n"
-            f"scores     {self._scores()}; loss {self.loss.describe()}, "
+            f"scores     {self.noise.describe(config.score_estimator)}; loss {self.loss.describe()}, "
             f"beta {config.beta}\n"
             f"memory     segmentation '{strategy}' ({why}), {self.segments.describe()}\n"
             f"{measured}"
             f"output     {context.output_dir}"
         )
-
-    def _scores(self) -> str:
-        """The estimator, and why where `auto` chose it."""
-        asked = self.config.score_estimator
-        estimator, why = resolved(asked, self.loaded.spec.block_size)
-        because = f" ({why})" if asked != estimator and self.loaded.spec.block_size else ""
-        return f"{estimator}{because}" + ("" if estimator == "exact" else f", n = {self.config.num_mc_samples}")
 
     def _check_first(self, report: StepReport) -> None:
         """With policy = reference and shared noise every preference logit is 0, so the sigmoid loss is ln 2."""

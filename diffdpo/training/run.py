@@ -128,7 +128,7 @@ def carry_out(run: Run) -> Result:
         if complete:
             kept = loop.settle_for_the_best()
             folder = context.output_dir / "final"
-            _save_whole(folder, engine, run.loaded)
+            _save_whole(folder, engine, run.loaded, block_size=config.block_size)
             end.phase = f"in the evaluation after training; the trained model is in {folder}"
             run.watch.pulse.beat(EVALUATION, loop.done)
             after = measured.evaluate("after")
@@ -164,14 +164,14 @@ def finished_before(config: RunConfig, context: RunContext) -> Result | None:
     return Result(context.output_dir, summary["steps"], complete=True, summary=summary)
 
 
-def _save_whole(folder: Path, engine: Engine, loaded: LoadedModel) -> None:
+def _save_whole(folder: Path, engine: Engine, loaded: LoadedModel, *, block_size: int | None) -> None:
     """``final/`` appears whole or not at all."""
     partial = folder.with_name(folder.name + ".partial")
     with told_if_unwritable(folder):
         try:
             if engine.world.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
-            save_final(partial, engine, loaded)
+            save_final(partial, engine, loaded, block_size=block_size)
             if engine.world.is_main:
                 sync_tree(partial)
                 publish(partial, folder)

@@ -20,6 +20,7 @@ from diffdpo.engine.base import count_parameters
 from diffdpo.engine.choice import EngineChoice
 from diffdpo.engine.make import choice_for, load_device, make_engine, weight_shards
 from diffdpo.engine.optimizer import OptimizerOptions
+from diffdpo.engine.world import World
 from diffdpo.errors import UserError
 from diffdpo.evaluation.heldout import HeldOutAnswers
 from diffdpo.evaluation.heldout_tasks import HeldOutTasks
@@ -28,7 +29,7 @@ from diffdpo.models.architecture.block_attention import check_flex
 from diffdpo.models.architecture.from_scratch import new_model, train_tokenizer
 from diffdpo.models.architecture.published_config import context_of
 from diffdpo.models.encoder import make_encoder
-from diffdpo.models.load import LoadedModel, dtype_name, load_model, save_model
+from diffdpo.models.load import LoadedModel, dtype_name, load_model, load_tokenizer_and_spec, save_model
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.scores.reference import no_reference
@@ -77,18 +78,26 @@ def _sft(
     return carry_out(replace(_build(config, context, choice, watch, callbacks), asked=asked))
 
 
+def _check_attention(config: SftConfig, world: World) -> None:
+    """UserError where FlexAttention cannot be, before a model is read or made."""
+    if config.flex and config.policy:
+        spec = load_tokenizer_and_spec(config.policy, block_size=config.block_size)[1]
+        check_flex(world.device, block_size=spec.block_size)
+    elif config.flex:
+        check_flex(world.device, block_size=config.block_size)
+
+
 def _build(
     config: SftConfig, context: RunContext, choice: EngineChoice, watch: Watch, callbacks: Sequence[Callback]
 ) -> Run:
     world = context.world
+    _check_attention(config, world)
     resume = None
     if config.resume_from_checkpoint:
         resume = find_checkpoint(config.resume_from_checkpoint, context.output_dir, world, context.print)
     train_set, eval_set = run_data.open_data(config, context, run_data.generated(config, context.world))
     answers = _answers_of(train_set)
     loaded = _load_or_make(config, context, choice, train_set, keep=resume is not None)
-    if config.flex:
-        check_flex(world.device, block_size=loaded.spec.block_size)
     encoder = make_encoder(config, loaded.tokenizer, loaded.spec)
     longest = context_of(loaded.model.config)
     run_data.warn_of_data(config, context, (train_set, eval_set), longest=longest)

@@ -1,7 +1,7 @@
 """Which keys a query of a block-causal family sees, and the attention that hides the others, in two ways.
 
 A key is seen by the queries of some consecutive blocks. SDPA takes that as a dense mask and computes what is hidden
-too; FlexAttention (GPU) takes it as a rule and leaves out whole tiles of 128 by 128 that nobody sees.
+too; FlexAttention (GPU) is told which tiles of 128 by 128 nobody sees, and leaves them out.
 
 Shapes: S queries, K keys, R rows, H heads, G key/value heads, D head size.
 """
@@ -22,6 +22,9 @@ from diffdpo.gpus import is_gpu
 LAST = 2**31 - 1
 """Above every block's number: keys that all later blocks see."""
 Hiding = Tensor | BlockMask
+KERNELS = 64
+"""Most that are compiled: sizes of 1 and others, with gradient and without, are kernels of their own, more than torch's
+limit of 8."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ def hidden_attention(q: Tensor, k: Tensor, v: Tensor, hiding: Hiding) -> Tensor:
     """q [R, S, H, D], k and v [R, K, G, D], `hiding` of [S, K] → [R, S, H*D]."""
     if isinstance(hiding, BlockMask):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        out = compiled_flex()(q, k, v, block_mask=hiding, enable_gqa=k.shape[1] != q.shape[1])
+        with torch._dynamo.config.patch(recompile_limit=KERNELS):
+            out = compiled_flex()(q, k, v, block_mask=hiding, enable_gqa=k.shape[1] != q.shape[1])
         return out.transpose(1, 2).flatten(2)
     return _masked(q, k, v, hiding)
 
@@ -72,8 +76,9 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, mask_SK: Tensor) -> Tensor:
 
 @cache
 def compiled_flex() -> Callable[..., Tensor]:
-    """FlexAttention's kernel. Uncompiled it would hold all scores; `dynamic`, or every length would compile anew."""
-    return cast(Callable[..., Tensor], torch.compile(flex_attention, dynamic=True))
+    """FlexAttention's kernel. `dynamic`, or every length would compile anew; `fullgraph`, or the call after the last
+    kernel would silently be the uncompiled one, which holds all scores."""
+    return cast(Callable[..., Tensor], torch.compile(flex_attention, dynamic=True, fullgraph=True))
 
 
 def check_flex(device: torch.device, *, block_size: int | None) -> None:

@@ -58,6 +58,8 @@ class PublishedConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):  # type: ignore[override]
         """As in transformers, which would take the last of two names of one setting, and ignore a misspelt one."""
+        if cls.least_block is not None:
+            cls._check_block_keys(config_dict)
         for alias, name in cls.attribute_map.items():
             one, other = config_dict.get(name), config_dict.get(alias)
             if None not in (one, other) and one != other:
@@ -70,6 +72,16 @@ class PublishedConfig(PreTrainedConfig):
         # and which scaling there is not: transformers warns of the name, whatever it holds
         known = {k: v for k, v in config_dict.items() if k not in KERNEL_KEYS and (k, v) != ("rope_scaling", None)}
         return super().from_dict(known, **kwargs)
+
+    @classmethod
+    def _check_block_keys(cls, given: Mapping[str, Any]) -> None:
+        """Other families' name for a block's size says the same as this one's own, or nothing."""
+        own = cls.attribute_map.get("block_size", "block_size")
+        for name in BLOCK_KEYS - {own, "block_size"}:
+            found, size = given.get(name), given.get(own, given.get("block_size"))
+            if found is not None and found != size:
+                said = f"{own}={size!r}" if size is not None else f"no {own}, which is this family's name for it"
+                raise UserError(f"{cls.model_type} config has {name}={found!r} and {said}: correct config.json")
 
     def require(self, kinds: Mapping[str, type], optional: Mapping[str, type]) -> None:
         """Every key of `kinds` is there, and it and every set key of `optional` is of its type.

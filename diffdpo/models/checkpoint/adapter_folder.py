@@ -8,6 +8,7 @@ import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.hub import pinned
 from diffdpo.errors import UserError
@@ -50,30 +51,51 @@ def base_of_adapter(folder: str | Path) -> str:
     return str(pinned(str(settings["base_model_name_or_path"]), settings.get("revision")))
 
 
-def note_base(folder: Path) -> None:
-    """Write ``base.json``: which weights the adapter in ``folder`` was trained on."""
+def note_base(folder: Path, *, block_size: int | None = None) -> None:
+    """Write ``base.json``: which weights the adapter in ``folder`` was trained on, and in blocks of how many tokens
+    where that was said beside the base's config."""
     base = base_of_adapter(folder)
-    record = {"base_model_name_or_path": base, "weights_sha256": weights_hash(base)}
+    record: dict[str, str | int] = {"base_model_name_or_path": base, "weights_sha256": weights_hash(base)}
+    if block_size is not None:
+        record["block_size"] = block_size
     (folder / BASE_RECORD).write_text(json.dumps(record, indent=1) + "\n")
 
 
 def check_base(folder: str | Path, base: str) -> str:
     """'' where ``base`` has the weights that the adapter was trained on; what is not known where nothing was noted.
     UserError where it has others."""
-    file = Path(folder) / BASE_RECORD
-    if not file.is_file():
+    noted = _noted(folder)
+    if not noted:
         return f"{folder} has no {BASE_RECORD}, so nothing tells whether {base} is what the adapter was trained on"
-    try:
-        noted = dict(json.loads(file.read_text()))
-        wanted, name = noted["weights_sha256"], noted.get("base_model_name_or_path")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} cannot be read ({error!r}); restore it, or remove it to go on unchecked") from None
-    if weights_hash(base) != wanted:
+    if weights_hash(base) != noted["weights_sha256"]:
         raise UserError(
-            f"{base} has other weights than {name}, which the adapter {folder} was trained on; name that base with "
-            f"--model_name_or_path, or remove {file} to merge into this one all the same"
+            f"{base} has other weights than {noted.get('base_model_name_or_path')}, which the adapter {folder} was "
+            f"trained on; name that base with --model_name_or_path, or remove {Path(folder) / BASE_RECORD} to merge "
+            "into this one all the same"
         )
     return ""
+
+
+def block_size_of_adapter(folder: str | Path, asked: int | None) -> int | None:
+    """``asked``, or what the adapter was trained with where that was said beside its base's config. UserError for
+    another one: the same weights would be another model."""
+    noted = _noted(folder).get("block_size")
+    if None not in (asked, noted) and asked != noted:
+        raise UserError(f"--block_size {asked}: the adapter {folder} was trained with {noted}; leave it out")
+    return asked if noted is None else noted
+
+
+def _noted(folder: str | Path) -> dict[str, Any]:
+    """What ``base.json`` says; nothing where there is none."""
+    file = Path(folder) / BASE_RECORD
+    if not file.is_file():
+        return {}
+    try:
+        noted = dict(json.loads(file.read_text()))
+        _ = noted["weights_sha256"], int(noted.get("block_size", 0))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} cannot be read ({error!r}); restore it, or remove it to go on unchecked") from None
+    return noted
 
 
 def weights_hash(name_or_path: str) -> str:

@@ -146,10 +146,11 @@ def test_nf4_and_sampling(tmp_path):
     assert 5 not in answer and len(answer) <= 8
 
 
-def test_where_id_5_is_ordinary_text_words_stay_whole(tmp_path):
+def test_where_id_5_is_ordinary_text_words_stay_whole_and_it_is_told(tmp_path, caplog):
     published(tmp_path)
     settings = json.loads((tmp_path / "tokenizer.json").read_text())
     settings["model"]["vocab"] = {("w" if k == "<[MASK]>" else k): v for k, v in settings["model"]["vocab"].items()}
     (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
     loaded = load_model(tmp_path)
     assert loaded.spec.mask_token_id == 5 and loaded.tokenizer.encode("w6 w7") == [6, 7]
+    assert "5, the published one, is taken, which is 'w' in this tokenizer" in caplog.text
