@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar
 
 import torch
 
@@ -27,9 +27,9 @@ from diffdpo.models.bundled import model_or_bundled
 from diffdpo.models.checkpoint.adapter_folder import is_adapter
 from diffdpo.models.load import LoadedModel, load_model
 from diffdpo.noise.estimators import check_estimator
-from diffdpo.sampling.decode import Decoding, sample
+from diffdpo.sampling.decode import Decoding, option_of, sample
 from diffdpo.sampling.prompt import encode_prompt, prompts_of
-from diffdpo.settings.base import Settings, converted, field_of, kind_of, of_kind
+from diffdpo.settings.base import Settings, converted, field_of, of_kind
 from diffdpo.setup.handed_over import data_as_source, model_as_folder, name_of, records_of
 from diffdpo.training import evaluation, preference, supervised
 from diffdpo.training.callbacks import Callback, each_of
@@ -180,7 +180,7 @@ def generate(
     seed, batch_size = of_kind("seed", seed, int), of_kind("batch_size", batch_size, int)
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; it must be at least 1")
-    settings = {name: _of_decoding(name, value) for name, value in settings.items()}
+    settings = {name: option_of(name, value) for name, value in settings.items()}
     settings = {"steps": settings.get("gen_length", Decoding.gen_length), **settings}
     # what is wrong with them is told before a model is loaded
     Decoding(**{"block_length": settings.get("gen_length", Decoding.gen_length)} | settings)
@@ -204,11 +204,6 @@ def load(
     name = model_or_bundled(None if model is None else name_of(model))
     options = {"load_in_4bit": load_in_4bit, "block_size": block_size}
     return load_model(name, device=device_named(device), dtype=dtype, **options)  # type: ignore[arg-type]
-
-
-def _of_decoding(name: str, value: Any) -> Any:
-    hint = get_type_hints(Decoding)[name]
-    return None if value is None and type(None) in get_args(hint) else of_kind(name, value, kind_of(hint))
 
 
 def _loaded(model: Model | None, *, device: str, dtype: str | None) -> LoadedModel:

@@ -6,11 +6,13 @@ else the context) and ``seed``, so a result does not depend on batch, order or r
 share their noise: what they have in common cancels where they are compared.
 """
 
+import difflib
 import hashlib
+import inspect
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import groupby
 from typing import Any
 
@@ -22,13 +24,15 @@ from tqdm import tqdm
 
 from data_pipeline.encode import QUIET, beginning_of
 from diffdpo.engine.world import init_distributed
+from diffdpo.errors import UserError
 from diffdpo.evaluation.score_answers import NamedAnswer, Score, score_answers
 from diffdpo.evaluation.score_models import device_named
 from diffdpo.models.architecture.published_config import context_of
 from diffdpo.models.bundled import model_or_bundled
 from diffdpo.models.load import load_model
+from diffdpo.noise.estimators import check_estimator
 from diffdpo.noise.options import NoiseOptions
-from diffdpo.sampling.decode import sample
+from diffdpo.sampling.decode import Decoding, option_of, sample
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.scores.segments import Segments
 from diffdpo.settings.base import of_kind
@@ -36,6 +40,8 @@ from diffdpo.settings.noise import NoiseSettings
 
 log = logging.getLogger(__name__)
 CONTEXT = 2048  # tokens, of a model that does not say how many it was made for
+READ = {"until", "max_gen_toks", "do_sample", "temperature"}
+"""What is read of a task's generation settings."""
 NEW_TOKENS = 256  # of an answer where a task names no number, as elsewhere in the harness
 
 
@@ -86,6 +92,8 @@ class DiffusionLM(TemplateLM):
         **sampler: Any,
     ):
         super().__init__()
+        noise = _noise_settings(score_estimator, num_mc_samples, seed)
+        sampler = {name: sampler_option(name, value) for name, value in sampler.items()}
         self.world = init_distributed()
         self._rank, self._world_size = self.world.rank, self.world.size
         if not torch.cuda.is_available():
@@ -97,20 +105,21 @@ class DiffusionLM(TemplateLM):
             dtype=dtype,
             device=place,
             load_in_4bit=load_in_4bit,
-            block_size=None if block_size is None else int(block_size),
+            block_size=None if block_size is None else of_kind("block_size", block_size, int),
         )
         self.loaded.model.eval()
         self.tokenizer, self.spec, self._device = self.loaded.tokenizer, self.loaded.spec, torch.device(place)
         self.module = MaskedLogProbs(self.loaded.model, self.spec).eval()
-        settings = NoiseSettings(score_estimator=score_estimator, num_mc_samples=int(num_mc_samples), seed=int(seed))
-        self.noise = NoiseOptions.of(settings, self.spec)
+        self.noise = NoiseOptions.of(noise, self.spec)
         self.batch_size = (
             int(str(batch_size)) if str(batch_size).isdigit() else 8
         )  # "auto": memory does not grow with it
         context = context_of(self.loaded.model.config)
-        self.max_length = int(max_length or context or CONTEXT)
-        self.greedy, self.sampler, self.seed = of_kind("greedy", greedy, bool), sampler, int(seed)
-        self.segments, self.errors, self.cut = Segments(rows=int(segment_rows)), NoiseErrors(), 0
+        self.max_length = of_kind("max_length", max_length, int) if max_length else context or CONTEXT
+        self.greedy, self.sampler, self.seed = of_kind("greedy", greedy, bool), sampler, noise.seed
+        self.segments = Segments(rows=of_kind("segment_rows", segment_rows, int))
+        self.errors, self.cut = NoiseErrors(), 0
+        self.passed_over = set[str]()  # settings of tasks that the sampler has no place for, told once
 
     # ------------------------------------------------------------------------------------------ what it is told
 
@@ -263,6 +272,9 @@ class DiffusionLM(TemplateLM):
 
     def _answers(self, requests: Sequence[Instance], settings: dict[str, Any]) -> list[str]:
         """Answers to prompts that ask for the same kind of answer, each cut at the first of its stops."""
+        if unread := sorted(settings.keys() - READ - self.passed_over):
+            self.passed_over |= set(unread)
+            log.warning("diffdpo: the sampler has no %s; a task asks for it, and goes on without", ", ".join(unread))
         stops = settings.get("until") or []
         stops = [stops] if isinstance(stops, str) else stops
         length = int(self.sampler.get("gen_length") or settings.get("max_gen_toks") or NEW_TOKENS)
@@ -285,6 +297,26 @@ class DiffusionLM(TemplateLM):
             raise ValueError(f"gen_length {gen_length} leaves no room for a prompt in {self.max_length} tokens")
         self.cut += len(prompt) > room
         return prompt[-room:]
+
+
+def _noise_settings(score_estimator: str, num_mc_samples: Any, seed: Any) -> NoiseSettings:
+    """Of scores; UserError for what can be none, before a model is read."""
+    numbers = {"num_mc_samples": of_kind("num_mc_samples", num_mc_samples, int), "seed": of_kind("seed", seed, int)}
+    settings = NoiseSettings(score_estimator=score_estimator, **numbers)
+    check_estimator(score_estimator, num_samples=settings.num_mc_samples, num_diffusion_steps=None)
+    return settings
+
+
+def sampler_option(name: str, value: Any) -> Any:
+    """A setting of the sampler that ``--model_args`` holds. UserError for a name that nothing reads, which the harness
+    would show in its results as if it had been used."""
+    known = [field.name for field in fields(Decoding)]
+    if name not in known:
+        taken = [word for word in inspect.signature(DiffusionLM.__init__).parameters if word not in ("self", "sampler")]
+        near = difflib.get_close_matches(name, [*taken, *known], n=1)
+        meant = f"; is {near[0]} meant?" if near else ""
+        raise UserError(f"--model_args: there is no {name}{meant} Allowed: {', '.join([*taken, *known])}")
+    return option_of(name, value)
 
 
 def _question(request: Instance) -> str:

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from diffdpo.sampling.canvas import Canvas
 from diffdpo.sampling.causal_blocks import CausalBlockPredictor, causal_blocks
 from diffdpo.sampling.confidence import ORDERS, choose
 from diffdpo.sampling.predict import BlockPredictor
+from diffdpo.settings.base import kind_of, of_kind
 
 DEFAULT_BLOCK = 32
 ON_EOS = ("allow", "last", "forbid")
@@ -97,6 +99,12 @@ class Decoding:
         steps = self.steps // self.num_blocks
         base, extra = divmod(self.block_length, steps)
         return [base + (step < extra) for step in range(steps)]
+
+
+def option_of(name: str, value: Any) -> Any:
+    """The field ``name`` of ``Decoding`` from what a person wrote. UserError where it is of another kind."""
+    hint = get_type_hints(Decoding)[name]
+    return None if value is None and type(None) in get_args(hint) else of_kind(name, value, kind_of(hint))
 
 
 OnTokens = Callable[[int, list[int]], None]

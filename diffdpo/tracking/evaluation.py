@@ -9,6 +9,7 @@ from typing import Any
 from diffdpo.errors import UserError
 from diffdpo.settings.credentials import in_a_line
 from diffdpo.tracking.commit import git_state
+from diffdpo.tracking.metric_names import mlflow_name
 from diffdpo.tracking.mlflow_run import check_tracking_uri, client_of
 from diffdpo.tracking.run import run_tags
 
@@ -58,14 +59,9 @@ def points(results: list[Mapping[str, Any]]) -> Iterator[tuple[str, float, int]]
             known.append(result["task_label"])
     for result in results:
         number = ways[result["task"]].index(result["task_label"])
-        task = _as_key(result["task"]) + (f" {number}" if len(ways[result["task"]]) > 1 else "")
+        task = mlflow_name(result["task"]) + (f" {number}" if len(ways[result["task"]]) > 1 else "")
         for name, figure in result["figures"].items():
             if isinstance(figure, Mapping) and isinstance(figure.get("mean"), float):
                 yield f"{task}/{name}", figure["mean"], result["step"] or 0
                 if figure.get("stderr") is not None:
                     yield f"{task}/{name}_stderr", figure["stderr"], result["step"] or 0
-
-
-def _as_key(task: str) -> str:
-    """MLflow takes letters, digits and a few signs."""
-    return "".join(sign if sign.isalnum() or sign in "_-. /" else "_" for sign in task)

@@ -24,6 +24,7 @@ from diffdpo.errors import TrainingError, UserError
 from diffdpo.settings.credentials import PASSWORD, TOKEN, USER, are_told, given_back, hidden, in_a_line, untold
 from diffdpo.tracking.journal import FILE, NOTE, parsed, read_journal
 from diffdpo.tracking.lock import is_held
+from diffdpo.tracking.metric_names import mlflow_name
 from diffdpo.tracking.nodes import SystemMetrics
 from diffdpo.tracking.shown import send_answers, send_datasets, send_description
 
@@ -250,7 +251,8 @@ class MlflowRun:
                 if note is not None:
                     self._notes[step] = [*(text for text in self._notes.get(step, []) if text != note), note]
                     self._client.set_tag(self.shipped.run_id, f"{NOTE}.step-{step}", "; ".join(self._notes[step]))
-                new = {k: v for k, v in line.items() if v is not None and step > self.shipped.last_step.get(k, -1)}
+                named = {mlflow_name(key): value for key, value in line.items() if value is not None}
+                new = {k: v for k, v in named.items() if step > self.shipped.last_step.get(k, -1)}
                 metrics += [Metric(key, value, when, step) for key, value in new.items()]
         return metrics, end
 

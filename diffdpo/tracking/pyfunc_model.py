@@ -25,7 +25,9 @@ class Answers(PythonModel):
         """``model_input``: a table whose first column holds the prompts; MLflow makes it of a list."""
         prompts = model_input.iloc[:, 0]
         options = {key: value for key, value in (params or {}).items() if key != "seed"}
-        options |= {"steps": options.get("gen_length", 64)}
+        block = max(1, int(options.get("block_length", 1)))
+        length = -(-int(options.get("gen_length", 64)) // block) * block  # whole blocks, as the commands have them
+        options |= {"gen_length": length, "steps": length}
         encoded = [encode_prompt(str(prompt), self.loaded, "auto") for prompt in prompts]
         seed = int((params or {}).get("seed", 0))
         answers = sample(self.loaded.model, self.loaded.spec, encoded, seed=seed, batch_size=8, **options)

@@ -164,3 +164,22 @@ def test_two_processes_find_what_one_finds(tiny_model, tmp_path, command, python
     assert found[0].keys() == found[1].keys() and len(found[0]) == 3
     for key, values in found[0].items():
         assert found[1][key] == pytest.approx(values, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"num_mc_sample": "8"}, "there is no num_mc_sample; is num_mc_samples meant"),
+        ({"block_lenght": 16}, "there is no block_lenght; is block_length meant"),
+        ({"num_mc_samples": "x"}, "num_mc_samples is 'x'; it must be a whole number"),
+        ({"threshold": "high"}, "threshold is 'high'; it must be a number"),
+        ({"score_estimator": "foo"}, "foo"),
+    ],
+)
+def test_what_nothing_reads_is_refused_before_a_model_is(given, said, monkeypatch):
+    from diffdpo.errors import UserError
+    from diffdpo.evaluation import lm_eval as ours
+
+    monkeypatch.setattr(ours, "load_model", lambda *_, **__: pytest.fail("a model was read"))
+    with pytest.raises(UserError, match=said):
+        ours.DiffusionLM(**given)
