@@ -52,8 +52,14 @@ class PublishedConfig(PreTrainedConfig):
     own_keys: ClassVar[frozenset[str]] = frozenset()
     least_block: ClassVar[int | None] = None
 
+    def to_dict(self) -> dict:
+        """As in transformers, without the note of which keys were null."""
+        return {key: value for key, value in super().to_dict().items() if key != "_null_keys"}
+
     def to_diff_dict(self) -> dict:
-        return {key: value for key, value in super().to_diff_dict().items() if value is not None}
+        """What is set, and the nulls that were read: the published code's default may be another value than null."""
+        kept = {key: value for key, value in super().to_diff_dict().items() if value is not None}
+        return kept | {key: None for key in getattr(self, "_null_keys", ()) if getattr(self, key, None) is None}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):  # type: ignore[override]
@@ -71,7 +77,10 @@ class PublishedConfig(PreTrainedConfig):
         # which kernel another program uses: PyTorch chooses it here, and transformers would ask for a package
         # and which scaling there is not: transformers warns of the name, whatever it holds
         known = {k: v for k, v in config_dict.items() if k not in KERNEL_KEYS and (k, v) != ("rope_scaling", None)}
-        return super().from_dict(known, **kwargs)
+        made = super().from_dict(known, **kwargs)
+        config = made[0] if isinstance(made, tuple) else made
+        config._null_keys = [key for key, value in known.items() if value is None and key not in RELATIVES]
+        return made
 
     @classmethod
     def _check_block_keys(cls, given: Mapping[str, Any]) -> None:

@@ -98,3 +98,17 @@ def test_an_answer_region_need_not_be_whole_blocks(tmp_path, length):
     loaded = load_model(tmp_path / "model")
     (answer,) = sample(loaded.model, loaded.spec, [[5, 6, 7]], gen_length=length, steps=length, on_eos="forbid")
     assert len(answer) == length
+
+
+def test_nulls_of_a_config_come_back_and_none_is_added(tmp_path):
+    published(tmp_path / "model", "sdar", 4, bos_token_id=None, use_sliding_window=False)
+    loaded = load_model(tmp_path / "model")
+    save_model(loaded.model, loaded.tokenizer, tmp_path / "saved")
+    before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("model", "saved"))
+    assert {key for key, value in after.items() if value is None} == {
+        key for key, value in before.items() if value is None
+    }
+    assert "bos_token_id" in after and "sliding_window" in after
+    again = load_model(tmp_path / "saved")
+    save_model(again.model, again.tokenizer, tmp_path / "twice")
+    assert (tmp_path / "twice/config.json").read_bytes() == (tmp_path / "saved/config.json").read_bytes()
