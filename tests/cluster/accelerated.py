@@ -37,7 +37,7 @@ def by_accelerate(members: Sequence[Host], kind: str, flags: Sequence[str], out:
 def on_one_host(host: Host, processes: int, flags: Sequence[str], out: Path) -> list[dict]:
     """The same run by torchrun."""
     line = ["torchrun", "--standalone", "--nproc_per_node", str(processes), "launch/train.py"]
-    finish([host.start([*line, *flags, "--output_dir", str(out)], GLOO_SOCKET_IFNAME="lo")])
+    finish([host.start([*line, *flags, "--output_dir", str(out)], cores=processes, GLOO_SOCKET_IFNAME="lo")])
     return curve(out)
 
 

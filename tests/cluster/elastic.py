@@ -76,7 +76,7 @@ def from_there(host: Host, out: Path, flags: Sequence[str], checkpoint: Path) ->
     """The lines after a checkpoint of two processes on one host that begin with it."""
     line = ["torchrun", "--standalone", "--nproc_per_node", "2", "launch/train.py", *flags]
     more = ["--output_dir", str(out), "--resume_from_checkpoint", str(checkpoint)]
-    finish([host.start([*line, *more], GLOO_SOCKET_IFNAME="lo")])
+    finish([host.start([*line, *more], cores=2, GLOO_SOCKET_IFNAME="lo")])
     return curve(out)
 
 

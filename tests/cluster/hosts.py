@@ -24,6 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 INTERFACE = "eth0"
+CORES = os.cpu_count() or 1
 THREADS = os.environ.get("OMP_NUM_THREADS", "1")
 PORT = "29500"
 TIME_LIMIT = 1800
@@ -41,12 +42,16 @@ class Host:
     name: str
     address: str
 
-    def start(self, command: Sequence[str], **environment: str) -> subprocess.Popen:
-        """A command on this host, in a process group of its own, its output captured."""
+    def start(self, command: Sequence[str], *, cores: int = 1, **environment: str) -> subprocess.Popen:
+        """A command on this host, in a process group of its own, its output captured. A host has one core, unless told
+        otherwise: a process that is alone on a host takes all cores of it, and sums over more threads round
+        otherwise than those of processes that share the cores of one."""
+        first = int(self.address.rpartition(".")[2])
+        mine = ",".join(str((first + n) % CORES) for n in range(min(cores, CORES)))
         clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
         own = {"GLOO_SOCKET_IFNAME": INTERFACE, "OMP_NUM_THREADS": THREADS, "PATH": f"{BIN}:{os.environ['PATH']}"}
         return subprocess.Popen(
-            ["ip", "netns", "exec", self.name, *command],
+            ["taskset", "-c", mine, "ip", "netns", "exec", self.name, *command],
             env=clean | own | environment,
             cwd=ROOT,
             stdout=subprocess.PIPE,
@@ -120,7 +125,7 @@ def curve(out: Path) -> list[dict]:
 def on_one_host(host: Host, processes: int, out: Path) -> list[dict]:
     """The run that all others are compared with."""
     line = ["torchrun", "--standalone", "--nproc_per_node", str(processes), "launch/train.py"]
-    finish([host.start([*line, *FLAGS, "--output_dir", str(out)], GLOO_SOCKET_IFNAME="lo")])
+    finish([host.start([*line, *FLAGS, "--output_dir", str(out)], cores=processes, GLOO_SOCKET_IFNAME="lo")])
     return curve(out)
 
 
