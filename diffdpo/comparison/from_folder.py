@@ -1,21 +1,20 @@
 """A run from its folder: ended or in progress, with a torn journal, with or without MLflow."""
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from diffdpo.comparison.files import number_in, read_items, read_mapping
 from diffdpo.comparison.recorded import RecordedRun, curves_of, last_held_out, peak_of, rate_of
 from diffdpo.evaluation.estimate import Estimate
-from diffdpo.evaluation.item_file import read_items
 from diffdpo.tracking import lock
 from diffdpo.tracking.journal import FILE as JOURNAL
 from diffdpo.tracking.journal import parsed
 from diffdpo.tracking.mlflow_run import STATE_FILE
 
+SUMMARY = "summary.json"
+INSTEAD = f"; held-out figures are the newest of {JOURNAL}"  # of a run without a summary
 FACTS = ("device", "processes", "dtype", "parameters", "trained_parameters", "data_fingerprint", "held_out_fingerprint")
 
 
@@ -28,26 +27,23 @@ def is_run(folder: Path) -> bool:
 def read_folder(folder: Path) -> RecordedRun:
     """The run in a folder. What its record lacks is told in ``gaps``; nothing of it stops a comparison."""
     gaps: list[str] = []
-    raw = (folder / JOURNAL).read_bytes() if (folder / JOURNAL).is_file() else b""
-    read = [parsed(line) for line in raw.splitlines(keepends=True)]
-    lines = [line for line in read if line is not None]
-    if len(lines) < len(read):
-        gaps.append(f"{len(read) - len(lines)} of {len(read)} lines of {JOURNAL} are torn or damaged and left out")
-    if not lines:
-        gaps.append(f"no line of {JOURNAL}")
-    config, asked = _yaml(folder / "config.yaml", gaps), _yaml(folder / "asked.yaml", [])
-    environment, summary = _json(folder / "environment.json", gaps), _json(folder / "summary.json")
-    shipped, running = _json(folder / STATE_FILE), lock.is_held(folder)
-    if running:
-        summary = {}  # of an earlier run in this folder
+    lines = _lines(folder / JOURNAL, gaps)
+    config = read_mapping(folder / "config.yaml", gaps)
+    asked = read_mapping(folder / "asked.yaml", gaps, needed=False)
+    environment = read_mapping(folder / "environment.json", gaps)
+    shipped, running = read_mapping(folder / STATE_FILE, gaps, needed=False), lock.is_held(folder)
+    # while a run is in progress, the summary is that of an earlier one in this folder
+    summary = {} if running else read_mapping(folder / SUMMARY, gaps, needed=False, instead=INSTEAD)
     curves, minutes = curves_of(lines)
     after = _after(summary) or last_held_out(curves)
     if not after:
         gaps.append("no held-out figures")
+    planned = number_in(config, "max_steps", "config.yaml", gaps)
+    seconds, memory = (number_in(summary, name, SUMMARY, gaps) for name in ("seconds", "peak_memory_gib"))
     return RecordedRun(
         name=str(config.get("run_name") or summary.get("run_name") or shipped.get("run_name") or folder.resolve().name),
         place=str(folder),
-        status=_status(running, summary, shipped),
+        status=_status(running, (folder / SUMMARY).exists(), shipped),
         params=texts(config),
         curves=curves,
         after=after,
@@ -57,14 +53,29 @@ def read_folder(folder: Path) -> RecordedRun:
         asked=tuple(asked),
         facts=facts_of(environment),
         minutes=minutes,
-        items=read_items(folder),
+        items=read_items(folder, gaps),
         steps=max((line["step"] for line in lines), default=0),
-        planned=config.get("max_steps") if (config.get("max_steps") or -1) > 0 else None,
-        seconds=summary.get("seconds") or (60 * minutes.values[-1] if minutes.values else None),  # type: ignore[operator]
+        planned=int(planned) if planned and planned > 0 else None,
+        seconds=seconds or (60 * minutes.values[-1] if minutes.values else None),  # type: ignore[operator]
         rate=rate_of(curves),
-        memory=summary.get("peak_memory_gib") or peak_of(curves),
+        memory=memory or peak_of(curves),
         gaps=tuple(gaps),
     )
+
+
+def _lines(path: Path, gaps: list[str]) -> list[dict[str, Any]]:
+    """The lines of the journal that are whole."""
+    try:
+        raw = path.read_bytes()
+    except OSError:
+        raw = b""
+    read = [parsed(line) for line in raw.splitlines(keepends=True)]
+    lines = [line for line in read if line is not None]
+    if len(lines) < len(read):
+        gaps.append(f"{len(read) - len(lines)} of {len(read)} lines of {JOURNAL} are torn or damaged and left out")
+    if not lines:
+        gaps.append(f"no line of {JOURNAL}")
+    return lines
 
 
 def texts(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -96,7 +107,7 @@ def estimates(held_out: Mapping[str, Any], moment: str) -> dict[str, Estimate]:
             mean, stderr, count = (moments[moment][part] for part in ("mean", "stderr", "count"))
             mean, stderr = (math.nan if value is None else float(value) for value in (mean, stderr))
             found[key] = Estimate(mean, stderr, int(count))
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             continue
     return found
 
@@ -106,31 +117,11 @@ def _after(summary: Mapping[str, Any]) -> dict[str, Estimate]:
     return estimates(held_out, "after") if isinstance(held_out, Mapping) else {}
 
 
-def _status(running: bool, summary: Mapping[str, Any], shipped: Mapping[str, Any]) -> str:
+def _status(running: bool, summarised: bool, shipped: Mapping[str, Any]) -> str:
+    """``summarised``: a run that ends writes its summary, whatever has become of the file since."""
     if running:
         return "running"
-    if summary:
+    if summarised:
         return "finished"
-    known = {"KILLED": "stopped", "FAILED": "failed"}
+    known = {"FINISHED": "finished", "KILLED": "stopped", "FAILED": "failed"}
     return known.get(str(shipped.get("status")), "broken off")
-
-
-def _yaml(path: Path, gaps: list[str]) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError):
-        content = None
-    if isinstance(content, dict):
-        return content
-    gaps.append(f"{path.name} is missing or cannot be read")
-    return {}
-
-
-def _json(path: Path, gaps: list[str] | None = None) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-        return content if isinstance(content, dict) else {}
-    except (OSError, ValueError):
-        if gaps is not None:
-            gaps.append(f"{path.name} is missing or cannot be read")
-        return {}

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from diffdpo.comparison.from_folder import FACTS, command_of, estimates, facts_of, texts
+from diffdpo.comparison.files import number_in, read_items, read_mapping
+from diffdpo.comparison.from_folder import FACTS, INSTEAD, SUMMARY, command_of, estimates, facts_of, texts
 from diffdpo.comparison.recorded import Curve, RecordedRun, curves_of, last_held_out, peak_of, rate_of
 from diffdpo.errors import UserError
-from diffdpo.evaluation.item_file import read_items
-from diffdpo.settings.credentials import untold
+from diffdpo.evaluation.item_file import FILE as ITEMS
+from diffdpo.settings.credentials import in_a_line, untold
+from diffdpo.tracking.journal import FILE as JOURNAL
 from diffdpo.tracking.mlflow_run import client_of
 
 STATES = {"FINISHED": "finished", "RUNNING": "running", "KILLED": "stopped", "FAILED": "failed", "SCHEDULED": "waiting"}
-FILES = ("summary.json", "held_out.json", "config.yaml", "asked.yaml", "environment.json")
+FILES = (SUMMARY, "config.yaml", "asked.yaml", "environment.json")
 MOST = 200  # runs of one look-up
 SWEEP, COMMAND, VERSION, PARENT = "diffdpo.sweep", "diffdpo.command", "diffdpo.version", "mlflow.parentRunId"  # tags
 
@@ -95,13 +95,15 @@ def _read(client: Any, uri: str, run: Any) -> RecordedRun:
         for point in client.get_metric_history(run.info.run_id, key)
     ]
     curves, minutes = curves_of(lines)
+    gaps = [] if curves else ["no point in MLflow"]
     with tempfile.TemporaryDirectory() as folder:
-        fetched = _fetch(client, run.info.run_id, Path(folder))
-        items = read_items(Path(folder))
-    summary, config = fetched["summary.json"], fetched["config.yaml"]
+        fetched = _fetch(client, run.info.run_id, Path(folder), gaps)
+        items = read_items(Path(folder), gaps)
+    summary, config = fetched[SUMMARY], fetched["config.yaml"]
     if not config and VERSION in run.data.tags:  # parameters of others' runs are no settings
         config = dict(run.data.params)
     status, ended = STATES.get(run.info.status, run.info.status), run.info.end_time
+    seconds, memory = (number_in(summary, name, SUMMARY, gaps) for name in ("seconds", "peak_memory_gib"))
     held_out = summary.get("held_out") if status == "finished" else None
     return RecordedRun(
         name=run.info.run_name or run.info.run_id,
@@ -117,10 +119,10 @@ def _read(client: Any, uri: str, run: Any) -> RecordedRun:
         minutes=minutes,
         items=items,
         steps=max((line["step"] for line in lines), default=0),
-        seconds=summary.get("seconds") or _seconds(run.info.start_time, ended, minutes),
+        seconds=seconds or _seconds(run.info.start_time, ended, minutes),
         rate=rate_of(curves),
-        memory=summary.get("peak_memory_gib") or peak_of(curves),
-        gaps=() if curves else ("no point in MLflow",),
+        memory=memory or peak_of(curves),
+        gaps=tuple(gaps),
     )
 
 
@@ -130,16 +132,13 @@ def _seconds(started: int, ended: int | None, minutes: Curve) -> float | None:
     return 60 * (minutes.values[-1] or 0.0) if minutes.values else None
 
 
-def _fetch(client: Any, run_id: str, folder: Path) -> dict[str, dict[str, Any]]:
-    """The small files of a run, parsed; {} for those that it has not (yet)."""
-    there: Sequence[str] = [file.path for file in client.list_artifacts(run_id)]
-    found: dict[str, dict[str, Any]] = {}
-    for name in FILES:
-        content = None
-        if name in there:
-            try:
-                content = yaml.safe_load(Path(client.download_artifacts(run_id, name, str(folder))).read_text())
-            except (OSError, ValueError, yaml.YAMLError):
-                content = None
-        found[name] = content if isinstance(content, dict) else {}
-    return found
+def _fetch(client: Any, run_id: str, folder: Path, gaps: list[str]) -> dict[str, dict[str, Any]]:
+    """The small files of a run, put into ``folder`` and parsed; {} for those that it has not (yet)."""
+    there = {file.path for file in client.list_artifacts(run_id)}
+    for name in there.intersection((*FILES, ITEMS)):
+        try:
+            client.download_artifacts(run_id, name, str(folder))
+        except Exception as error:  # every kind of store fails in its own way
+            gaps.append(f"{name} cannot be fetched ({in_a_line(error)})")
+    instead = {SUMMARY: INSTEAD.replace(JOURNAL, "MLflow")}
+    return {name: read_mapping(folder / name, gaps, needed=False, instead=instead.get(name, "")) for name in FILES}

@@ -48,6 +48,8 @@ def differences(baseline: Group, others: Sequence[Group], metrics: Sequence[str]
 def _difference(baseline: Group, other: Group, metric: str) -> Difference:
     if metric not in baseline.after or metric not in other.after:
         return Difference(metric, why_not="")
+    if unknown := unknown_settings(metric, (baseline.first, other.first)):
+        return Difference(metric, why_not=f"settings unknown of {', '.join(unknown)}")
     if unlike := unlike_settings(metric, (baseline.first, other.first)):
         return Difference(metric, why_not=f"another quantity: {', '.join(unlike)}")
     ours, theirs = (_values(group, metric) for group in (baseline, other))
@@ -55,14 +57,20 @@ def _difference(baseline: Group, other: Group, metric: str) -> Difference:
         return Difference(metric, why_not="no items kept")
     if ours[0] != theirs[0]:
         return Difference(metric, why_not="other held-out data")
+    means = [group.after[metric].mean for group in (baseline, other)]
+    if not all(map(math.isfinite, means)) or not ours[1] or not theirs[1]:
+        return Difference(metric, why_not="not finite")
     shared = [name for name in ours[1] if name in theirs[1]]
     if not shared:
         return Difference(metric, why_not="no item in common")
     before, after = ([values[name] for name in shared] for values in (ours[1], theirs[1]))
-    if not np.isfinite(before).all() or not np.isfinite(after).all():
-        return Difference(metric, why_not="not finite")
     change = paired_difference(before, after)
     return Difference(metric, change, sign_flip_p(np.subtract(after, before)))
+
+
+def unknown_settings(metric: str, runs: Sequence[RecordedRun]) -> list[str]:
+    """Names of the runs whose settings could not be read, where a metric's numbers depend on them."""
+    return [run.name for run in runs if not run.params] if metric in MEANS_DEPEND_ON else []
 
 
 def unlike_settings(metric: str, runs: Sequence[RecordedRun]) -> list[str]:
@@ -73,7 +81,8 @@ def unlike_settings(metric: str, runs: Sequence[RecordedRun]) -> list[str]:
 
 
 def _values(group: Group, metric: str) -> tuple[object, dict[object, float]] | None:
-    """(what the items are of, the mean over seeds of each item's value by its name); None where they are not kept."""
+    """(what the items are of, the mean over seeds of each item's value by its name), without the items whose value is no
+    number in a seed; None where they are not kept."""
     parts = [_own_values(run, metric) for run in group.measured]
     known = [part for part in parts if part is not None]
     if not known or len(known) < len(parts) or len({str(part[0]) for part in known}) > 1:
@@ -84,17 +93,16 @@ def _values(group: Group, metric: str) -> tuple[object, dict[object, float]] | N
 
 def _own_values(run: RecordedRun, metric: str) -> tuple[object, dict[object, float]] | None:
     items: Mapping = run.items or {}
-    after = items.get("after")
-    values = after.get(metric) if isinstance(after, Mapping) else None
+    values = items.get("after", {}).get(metric)
     if not values or run.status == "running":
         return None
     of_task = metric in items  # a task's items, whose names are of what is asked; all others are held-out records
     names = items.get(metric if of_task else "records") or []
     data = metric if of_task else items.get("data")
-    if len(names) == len(values) == len(set(names)):
-        return data, dict(zip(names, values, strict=True))
+    named = len(names) == len(values) == len(set(names))
     # values of another unit than a record, such as one for each answer: the same only where all records are
-    return (data, tuple(names)), dict(enumerate(values))
+    what, keys = (data, names) if named else ((data, tuple(names)), range(len(values)))
+    return what, {key: value for key, value in zip(keys, values, strict=True) if math.isfinite(value)}
 
 
 def sign_flip_p(difference: np.ndarray) -> float:

@@ -53,7 +53,7 @@ class Curve:
 @dataclass(frozen=True)
 class RecordedRun:
     """``params``: settings as text by name. ``asked``: names of those that a person changed. ``facts``: device, commit
-    and such. ``after``: final held-out figures. ``items``: the content of ``held_out.json``. ``seconds`` is wall time,
+    and such. ``after``: final held-out figures. ``items``: what can be used of ``held_out.json``. ``seconds`` is wall time,
     ``rate`` records a second. ``gaps``: what the record lacks, in words."""
 
     name: str

@@ -6,6 +6,7 @@ torch in here.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from data_pipeline.files import write_whole
 from diffdpo.evaluation.result import Evaluation
 
 FILE = "held_out.json"
+MOMENTS = ("before", "after")
 DIGITS = 7  # of a value: more than two evaluations of the same weights share
 
 
@@ -32,10 +34,37 @@ class ItemFile:
         write_whole(self.path, json.dumps(self.content).encode())
 
 
-def read_items(output_dir: Path) -> dict[str, Any] | None:
-    """The content of a run's file; None where there is none, or none that can be read."""
-    try:
-        content = json.loads((output_dir / FILE).read_text())
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
+def usable(content: Mapping[str, Any], gaps: list[str]) -> dict[str, Any]:
+    """The content of a run's file without what is neither a list of names nor one of values, which ``gaps`` is told. A
+    value that is no number is NaN."""
+    found: dict[str, Any] = {}
+    for key, part in content.items():
+        if key == "data":
+            found[key] = part
+        elif key in MOMENTS:
+            found[key] = _values(key, part, gaps)
+        elif isinstance(part, list) and all(isinstance(name, str) for name in part):
+            found[key] = part
+        else:
+            gaps.append(f"{key} of {FILE} is no list of names and left out")
+            found[key] = []  # the items of a task stay those of a task: others' names are not theirs
+    return found
+
+
+def _values(moment: str, part: Any, gaps: list[str]) -> dict[str, list[float]]:
+    if not isinstance(part, dict):
+        gaps.append(f"{moment} of {FILE} holds no values and is left out")
+        return {}
+    found = {}
+    for metric, values in part.items():
+        if not isinstance(values, list):
+            gaps.append(f"{metric} of {FILE} ({moment}) is no list of values and left out")
+            continue
+        found[metric] = [float(value) if _is_finite(value) else math.nan for value in values]
+        if lost := sum(map(math.isnan, found[metric])):
+            gaps.append(f"{lost} of {len(values)} values of {metric} in {FILE} ({moment}) are no numbers and left out")
+    return found
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

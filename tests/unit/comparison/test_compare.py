@@ -204,3 +204,77 @@ def test_a_second_run_of_the_same_seed_is_no_second_seed(tmp_path):
     found = compare(find_runs([str(tmp_path)]))
     assert [[run.name for run in group.runs] for group in found.groups] == [["a", "b"], ["a again"]]
     assert found.groups[1].after["rewards/accuracies"].stderr > 0, "over its items, not over copies of itself"
+
+
+def test_a_damaged_file_of_a_run_is_told_and_stops_nothing(tmp_path):
+    damage = {
+        "summary.json": "[]",
+        "held_out.json": "{",
+        "asked.yaml": "- a",
+        "environment.json": "3",
+        "mlflow.json": "",
+    }
+    damage |= {"config.yaml": "a: [", "metrics.jsonl": "{"}
+    whole = recorded_run(tmp_path / "whole", margins=noisy(1))
+    for name, text in damage.items():
+        folder = recorded_run(tmp_path / name, margins=noisy(0.5), learning_rate=2)
+        (folder / name).write_text(text)
+    found = compared(whole, *(tmp_path / name for name in damage))
+    for run in found.runs[1:]:
+        assert run.status == "finished" and "rewards/margins" in run.after
+        assert any(run.name in gap or "no line of" in gap for gap in run.gaps), run.name
+    assert found.runs[0].gaps == ()
+
+
+def test_a_finished_run_without_a_summary_has_its_newest_figures(tmp_path):
+    folder = recorded_run(tmp_path / "a", margins=[1.0, 2.0])
+    (folder / "summary.json").write_text('{"steps": 10, "sec')
+    (run,) = find_runs([str(folder)])
+    assert run.status == "finished" and run.after["rewards/margins"].mean == 1.5
+    assert run.gaps == ("summary.json is damaged or cannot be read; held-out figures are the newest of metrics.jsonl",)
+    (folder / "summary.json").unlink()
+    (folder / "mlflow.json").write_text('{"status": "FINISHED"}')
+    assert find_runs([str(folder)])[0].status == "finished"
+
+
+def test_a_value_of_another_kind_than_a_number_is_told(tmp_path):
+    folder = recorded_run(tmp_path / "a", margins=[1.0, 2.0], max_steps="many")
+    summary = json.loads((folder / "summary.json").read_text())
+    summary |= {"seconds": "long", "peak_memory_gib": [], "held_out": {"rewards/margins": {"after": 3}}}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    found = compared(folder)
+    assert len(runs_table(found).rows) == 1
+    told = "\n".join(gaps(found))
+    assert all(f"{name} of" in told for name in ("seconds", "peak_memory_gib", "max_steps"))
+
+
+@pytest.mark.parametrize("bad", [None, math.nan, math.inf, "x", [1.0]])
+def test_an_item_whose_value_is_no_number_is_left_out_and_told(tmp_path, bad):
+    one = recorded_run(tmp_path / "one", margins=[0.0] * 8, learning_rate=1)
+    two = recorded_run(tmp_path / "two", margins=[1.0] * 8, learning_rate=2)
+    items = json.loads((two / "held_out.json").read_text())
+    items["after"]["rewards/margins"][3] = bad
+    (two / "held_out.json").write_text(json.dumps(items))
+    found = compared(one, two)
+    change = found.differences["rewards/margins"][0].change
+    assert (change.count, change.mean) == (7, 1.0)
+    assert any("two: 1 of 8 values of rewards/margins in held_out.json" in gap for gap in gaps(found))
+
+
+@pytest.mark.parametrize("content", [{"after": []}, {"after": {"rewards/margins": 7}}, {"records": [{}], "after": {}}])
+def test_items_of_another_shape_are_told(tmp_path, content):
+    one = recorded_run(tmp_path / "one", margins=[0.0] * 8, learning_rate=1)
+    two = recorded_run(tmp_path / "two", margins=[1.0] * 8, learning_rate=2)
+    items = json.loads((two / "held_out.json").read_text())
+    (two / "held_out.json").write_text(json.dumps(items | content))
+    found = compared(one, two)
+    assert found.differences["rewards/margins"][0].change is None
+    assert any(gap.startswith("two: ") and "held_out.json" in gap for gap in gaps(found))
+
+
+def test_settings_that_could_not_be_read_are_said_to_be_unknown(tmp_path):
+    recorded_run(tmp_path / "a", margins=noisy(1))
+    (recorded_run(tmp_path / "b", margins=noisy(2)) / "config.yaml").write_text("{")
+    found = compared(tmp_path)
+    assert found.differences["rewards/margins"][0].why_not == "settings unknown of b"
+    assert found.differences["rewards/accuracies"][0].change is not None, "it depends on no setting"

@@ -102,3 +102,14 @@ def test_a_run_in_progress_has_a_time(uri, tmp_path):
     run.ship()
     (found,) = find_runs(["one"], uri=uri)
     assert found.status == "running" and found.seconds == 6.0 and found.steps == 4
+
+
+def test_a_damaged_file_in_mlflow_is_told(uri, tmp_path):
+    folder = recorded_run(tmp_path / "runs" / "one", margins=[1.0, 2.0])
+    for name, text in (("summary.json", "[]"), ("held_out.json", "{")):
+        (folder / name).write_text(text)
+    Shipped(uri, "tries", "one", status="FINISHED").write(folder)
+    ship_later(folder)
+    (found,) = find_runs(["one"], uri=uri)
+    assert found.status == "finished" and found.after["rewards/margins"].mean == 1.5
+    assert sorted(gap.split()[0] for gap in found.gaps) == ["held_out.json", "summary.json"]
