@@ -46,6 +46,10 @@ class Group:
         """The runs whose figures are averaged: the finished ones, where there are any."""
         return tuple(run for run in self.runs if run.status == "finished") or self.runs
 
+    def counts_of(self, metric: str) -> list[int]:
+        """Numbers of held-out items that the runs' figures are of, each once; those not known are left out."""
+        return sorted({run.count_of(metric) for run in self.measured} - {0})
+
     @cached_property
     def after(self) -> dict[str, Estimate]:
         """Final held-out figures. Of several seeds: their mean and its standard error over seeds; of one run its own,

@@ -73,6 +73,12 @@ def unknown_settings(metric: str, runs: Sequence[RecordedRun]) -> list[str]:
     return [run.name for run in runs if not run.params] if metric in MEANS_DEPEND_ON else []
 
 
+def has_items(group: Group, metric: str) -> bool:
+    """Whether values of a metric item by item are kept, so that a difference can be taken."""
+    values = _values(group, metric)
+    return metric in group.after and values is not None and len(values[1]) > 0
+
+
 def unlike_settings(metric: str, runs: Sequence[RecordedRun]) -> list[str]:
     """Settings by which the runs' numbers of a metric mean different things."""
     names = MEANS_DEPEND_ON.get(metric, ())
@@ -81,8 +87,8 @@ def unlike_settings(metric: str, runs: Sequence[RecordedRun]) -> list[str]:
 
 
 def _values(group: Group, metric: str) -> tuple[object, dict[object, float]] | None:
-    """(what the items are of, the mean over seeds of each item's value by its name), without the items whose value is no
-    number in a seed; None where they are not kept."""
+    """(what the items are of, the mean over seeds of each item's value by its name), without the items whose value is
+    no number in a seed; None where they are not kept."""
     parts = [_own_values(run, metric) for run in group.measured]
     known = [part for part in parts if part is not None]
     if not known or len(known) < len(parts) or len({str(part[0]) for part in known}) > 1:

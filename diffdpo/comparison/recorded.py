@@ -53,8 +53,8 @@ class Curve:
 @dataclass(frozen=True)
 class RecordedRun:
     """``params``: settings as text by name. ``asked``: names of those that a person changed. ``facts``: device, commit
-    and such. ``after``: final held-out figures. ``items``: what can be used of ``held_out.json``. ``seconds`` is wall time,
-    ``rate`` records a second. ``gaps``: what the record lacks, in words."""
+    and such. ``after``: final held-out figures. ``items``: what can be used of ``held_out.json``. ``seconds`` is wall
+    time, ``rate`` records a second. ``gaps``: what the record lacks, in words."""
 
     name: str
     place: str
@@ -79,6 +79,13 @@ class RecordedRun:
     def settings(self) -> dict[str, str]:
         """The settings that may change a result; the seed too."""
         return {key: value for key, value in self.params.items() if key not in NOT_SETTINGS}
+
+    def count_of(self, metric: str) -> int:
+        """Held-out items that a final figure is of; 0 where it is not known."""
+        if metric in self.after and self.after[metric].count:
+            return self.after[metric].count
+        kept = {} if self.status == "running" else (self.items or {}).get("after", {})
+        return len(kept.get(metric, ()))
 
     def best(self, metric: str) -> tuple[float, int] | None:
         """(best held-out value on the way or at the end, its step); None where it was never measured."""

@@ -1,11 +1,12 @@
 """The tables of a comparison, as text for whatever shows them: a terminal, a page, a CSV file."""
 
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from diffdpo.comparison.groups import ABSENT, Group, differing_facts, differing_settings, group_runs
-from diffdpo.comparison.paired import Difference, beyond_chance, differences
+from diffdpo.comparison.paired import Difference, beyond_chance, differences, has_items
 from diffdpo.comparison.recorded import RecordedRun, labelled, lower_is_better
 from diffdpo.errors import UserError
 from diffdpo.evaluation.estimate import Estimate
@@ -107,15 +108,17 @@ def results_table(found: Comparison) -> Table:
     """Final held-out figures with error bars, and the best on the way."""
     shown = [name for name in found.metrics if name not in NO_VERDICT]
     columns = ("run", *(f"{title_of(name)}{' (less is better)' if lower_is_better(name) else ''}" for name in shown))
+    counted = {name for name in shown if len({n for group in found.groups for n in group.counts_of(name)}) > 1}
     rows = []
     for group in found.groups:
-        rows.append((group.name, *(_final_and_best(group, name) for name in shown)))
+        rows.append((group.name, *(_final_and_best(group, name) + _n(group, name, counted) for name in shown)))
     return Table(
         "Held out, at the end",
         columns,
         tuple(rows),
         "± is one standard error: over seeds where a row has several, else over held-out items (another seed may move "
-        "a result by more). In brackets: the best on the way, and its step.",
+        "a result by more). In brackets: the best on the way, and its step."
+        + (" n: held-out items, where runs differ in their number." if counted else ""),
     )
 
 
@@ -126,14 +129,28 @@ def differences_table(found: Comparison) -> Table | None:
         return None
     rows = []
     for index, group in enumerate(found.others):
-        rows.append((group.name, *(difference_cell(found.differences[name][index]) for name in shown)))
+        of = (found.baseline, group)
+        rows.append((group.name, *(difference_cell(found.differences[name][index], of) for name in shown)))
     return Table(
         f"Difference from {found.baseline.name}, item by item",
         ("run", *(title_of(name) for name in shown)),
         tuple(rows),
         "On the held-out items that both have; p of a sign-flip test, corrected for the number of runs (Holm). "
-        "* p < 0.05.",
+        "* p < 0.05." + _no_baseline(found, shown),
     )
+
+
+def _no_baseline(found: Comparison, shown: Sequence[str]) -> str:
+    """Why no run is set against the baseline, where that is the baseline's own fault, and what to do."""
+    base = found.baseline
+    if any(has_items(base, name) for name in shown):
+        return ""
+    state = base.measured[0].status
+    text = f" {base.name} ({state}) has no held-out results item by item, so nothing is set against it"
+    usable = [group for group in found.others if any(has_items(group, name) for name in shown)]
+    if len(usable) > 1:
+        text += f"; --baseline {shlex.quote(usable[0].name)} sets the others against that run"
+    return f"{text}."
 
 
 def verdict(found: Comparison) -> list[str]:
@@ -162,7 +179,10 @@ def verdict(found: Comparison) -> list[str]:
             tail = f"whether the difference is more than chance cannot be said{reason}"
         else:
             sure = "more than chance" if beyond_chance(against) else "which may be chance"
-            tail = f"the difference item by item is {difference_cell(against)}, {sure}"
+            over = "item by item"
+            if _of_some(against, (second, best)):
+                over = f"over the {_items(against.change.count)} both have"
+            tail = f"the difference {over} is {difference_cell(against)}, {sure}"
         lines.insert(1, f"Next is {second.name}, {estimate_cell(name, second.after[name])}: {tail}.")
     unfinished = [run.name for run in found.runs if run.status != "finished"]
     if unfinished:
@@ -197,13 +217,30 @@ def estimate_cell(metric: str, estimate: Estimate, *, signed: bool = False) -> s
     return mean + bar + unit
 
 
-def difference_cell(difference: Difference) -> str:
-    """``+2.3 ± 1.1 % (p 0.04) *``, or why there is none."""
+def difference_cell(difference: Difference, of: Sequence[Group] = ()) -> str:
+    """``+2.3 ± 1.1 % (p 0.04) *``, or why there is none. ``of``: the two groups; where the difference is not of all
+    their items, their number is told."""
     if difference.change is None or difference.p is None:
         return f"({difference.why_not})" if difference.why_not else ABSENT
     p = "p < 0.001" if difference.p < 0.001 else f"p {difference.p:.3f}"
     star = " *" if beyond_chance(difference) else ""
-    return f"{estimate_cell(difference.metric, difference.change, signed=True)} ({p}){star}"
+    n = f", n {difference.change.count}" if _of_some(difference, of) else ""
+    return f"{estimate_cell(difference.metric, difference.change, signed=True)} ({p}{n}){star}"
+
+
+def _of_some(difference: Difference, of: Sequence[Group]) -> bool:
+    """Whether a difference is of other items than the groups' own figures are of."""
+    counts = {count for group in of for count in group.counts_of(difference.metric)}
+    return difference.change is not None and bool(counts - {difference.change.count})
+
+
+def _items(count: int) -> str:
+    return f"{count} item{'s' if count > 1 else ''}"
+
+
+def _n(group: Group, metric: str, counted: set[str]) -> str:
+    counts = group.counts_of(metric) if metric in counted else []
+    return f" (n {', '.join(map(str, counts))})" if counts else ""
 
 
 def _final_and_best(group: Group, metric: str) -> str:

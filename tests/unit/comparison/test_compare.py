@@ -278,3 +278,30 @@ def test_settings_that_could_not_be_read_are_said_to_be_unknown(tmp_path):
     found = compared(tmp_path)
     assert found.differences["rewards/margins"][0].why_not == "settings unknown of b"
     assert found.differences["rewards/accuracies"][0].change is not None, "it depends on no setting"
+
+
+def test_a_verdict_over_fewer_items_than_the_runs_have_says_so(tmp_path):
+    recorded_run(tmp_path / "first", margins=[1.0, -1.0] * 6, learning_rate=1)
+    recorded_run(tmp_path / "second", margins=[1.0] * 7 + [-1.0], learning_rate=2)
+    found = compared(tmp_path)
+    assert "the difference over the 8 items both have is +37.5" in verdict(found)[1]
+    table = results_table(found)
+    assert [row[1].partition(" (n ")[2] for row in table.rows] == ["12)", "8)"] and "n: held-out items" in table.note
+    assert ", n 8)" in differences_table(found).rows[0][1]
+
+
+def test_as_many_items_everywhere_are_not_counted(tmp_path):
+    for name, mean in (("first", 0.0), ("second", 0.7)):
+        recorded_run(tmp_path / name, margins=noisy(mean), learning_rate=mean)
+    found = compared(tmp_path)
+    assert "item by item" in verdict(found)[1] and "n 40" not in str(results_table(found))
+    assert "n 40" not in str(differences_table(found))
+
+
+def test_a_baseline_that_nothing_can_be_set_against_is_told(tmp_path):
+    first = recorded_run(tmp_path / "first", finished=False)
+    others = [recorded_run(tmp_path / f"run {n}", margins=noisy(n, seed=n), learning_rate=n) for n in (1, 2)]
+    note = differences_table(compared(first, *others)).note
+    assert "first (broken off) has no held-out results" in note and "--baseline 'run 1' sets the others" in note
+    assert "--baseline" not in differences_table(compared(first, others[0])).note, "no other would do better"
+    assert "nothing is set" not in differences_table(compared(*others, first)).note
