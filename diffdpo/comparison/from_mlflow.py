@@ -1,6 +1,7 @@
 """Runs from an MLflow store, for who has not their folders."""
 
 import math
+import socket
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from diffdpo.comparison.from_folder import FACTS, INSTEAD, SUMMARY, command_of, 
 from diffdpo.comparison.recorded import Curve, RecordedRun, curves_of, last_held_out, peak_of, rate_of
 from diffdpo.errors import UserError
 from diffdpo.evaluation.item_file import FILE as ITEMS
-from diffdpo.settings.credentials import in_a_line, untold
+from diffdpo.settings.credentials import in_a_line
 from diffdpo.tracking.journal import FILE as JOURNAL
 from diffdpo.tracking.mlflow_run import client_of
 
@@ -22,14 +23,15 @@ SWEEP, COMMAND, VERSION, PARENT = "diffdpo.sweep", "diffdpo.command", "diffdpo.v
 
 def by_name(uri: str, name: str) -> list[RecordedRun]:
     """The run of this id, all runs of this name, or those of the experiment of this name; of a sweep its runs.
-    UserError for none."""
-    client = client_of(uri)
+    UserError for none, and for an evaluation, which is no run of training."""
     try:
+        client = client_of(uri)
         run = client.get_run(name)
-        return _children(uri, name) if SWEEP in run.data.tags else [_read(client, uri, run)]
     except Exception as error:
         if not _is_absent(error):
             raise _told(uri, error) from None
+    else:
+        return _by_id(client, uri, run)
     found = [] if name.count("'") and name.count('"') else _of_name(uri, name)  # MLflow has no word for both
     found = found or search(uri, experiment=name, where=None, needed=False)
     if not found:
@@ -37,10 +39,31 @@ def by_name(uri: str, name: str) -> list[RecordedRun]:
     return found
 
 
+def _by_id(client: Any, uri: str, run: Any) -> list[RecordedRun]:
+    if COMMAND in run.data.tags:
+        raise _no_training(run.info.run_id, run.data.tags[COMMAND])
+    if SWEEP in run.data.tags:
+        found = _children(uri, run.info.run_id)
+        if not found:
+            raise UserError(f"{run.info.run_id} is a sweep of which no run is in {uri} yet; give the sweep's folder")
+        return found
+    try:
+        return [_read(client, uri, run)]
+    except Exception as error:
+        raise _told(uri, error) from None
+
+
+def _no_training(name: str, command: str) -> UserError:
+    return UserError(
+        f"{name} is a run of `diffdpo {command}`, and compare sets runs of training beside each other; give their ids, "
+        "names or folders"
+    )
+
+
 def _of_name(uri: str, name: str) -> list[RecordedRun]:
     quote = '"' if "'" in name else "'"
     where = f"attributes.run_name = {quote}{name}{quote}"
-    return search(uri, experiment=None, where=where, needed=False, sweeps=True)
+    return search(uri, experiment=None, where=where, needed=False, sweeps=True, name=name)
 
 
 def _children(uri: str, parent: str) -> list[RecordedRun]:
@@ -48,12 +71,19 @@ def _children(uri: str, parent: str) -> list[RecordedRun]:
 
 
 def search(
-    uri: str, *, experiment: str | None, where: str | None, needed: bool = True, sweeps: bool = False
+    uri: str,
+    *,
+    experiment: str | None,
+    where: str | None,
+    needed: bool = True,
+    sweeps: bool = False,
+    name: str | None = None,
 ) -> list[RecordedRun]:
     """The runs of an experiment (of all, where None) that a filter lets through, oldest first. Evaluations and sweeps
-    are no runs of training and are left out; with ``sweeps`` the runs of a sweep stand for it."""
-    client = client_of(uri)
+    are no runs of training and are left out; with ``sweeps`` the runs of a sweep stand for it. ``name``: what the user
+    asked for; UserError where only evaluations have it."""
     try:
+        client = client_of(uri)
         known = client.search_experiments()
         chosen = [one.experiment_id for one in known if experiment is None or one.name == experiment]
         runs = (
@@ -69,6 +99,9 @@ def search(
         raise UserError(f"more than {MOST} runs of {uri} fit {where or experiment}; narrow it down with --filter")
     for parent in parents:
         found += _children(uri, parent.info.run_id)
+    commands = [run.data.tags[COMMAND] for run in runs if COMMAND in run.data.tags]
+    if not found and commands and (needed or name is not None):
+        raise _no_training(name or f"what fits {where or experiment}", commands[0])
     if not chosen and needed:
         raise UserError(f"--experiment_name {experiment}: {uri} has {', '.join(one.name for one in known)}")
     if not found and needed:
@@ -81,8 +114,21 @@ def _is_absent(error: Exception) -> bool:
 
 
 def _told(uri: str, error: Exception) -> UserError:
-    reason = " ".join(untold(error).split())[:200]
-    return UserError(f"{uri} does not answer what was asked ({reason})")
+    if _is_unreachable(uri, error):
+        return UserError(f"{uri} does not answer; start that server, or name another store with --tracking_uri")
+    return UserError(
+        f"{uri} does not give what was asked for ({in_a_line(error)}); check the address, and --filter if given"
+    )
+
+
+def _is_unreachable(uri: str, error: BaseException) -> bool:
+    """Whether an error comes from a connection that nobody took, which lies below it in the words of a library."""
+    below: BaseException | None = error
+    while below is not None:
+        if isinstance(below, ConnectionError | TimeoutError | socket.gaierror) and not uri.startswith("sqlite"):
+            return True
+        below = below.__cause__ or below.__context__
+    return False
 
 
 def _read(client: Any, uri: str, run: Any) -> RecordedRun:

@@ -113,3 +113,31 @@ def test_a_damaged_file_in_mlflow_is_told(uri, tmp_path):
     (found,) = find_runs(["one"], uri=uri)
     assert found.status == "finished" and found.after["rewards/margins"].mean == 1.5
     assert sorted(gap.split()[0] for gap in found.gaps) == ["held_out.json", "summary.json"]
+
+
+def test_an_evaluation_is_refused_by_its_id_and_by_its_name(uri, tmp_path):
+    client = mlflow.MlflowClient(uri)
+    experiment = client.create_experiment("looks", artifact_location=str(tmp_path / "files"))
+    evaluation = client.create_run(experiment, run_name="look at one", tags={"diffdpo.command": "evaluate"})
+    empty = client.create_run(experiment, run_name="grid", tags={"diffdpo.sweep": "2 runs"})
+    for name in (evaluation.info.run_id, "look at one"):
+        with pytest.raises(UserError, match=r"is a run of `diffdpo evaluate`, and compare sets runs of training"):
+            main([name, "--tracking_uri", uri])
+    with pytest.raises(UserError, match="is a run of `diffdpo evaluate`"):
+        main(["--experiment_name", "looks", "--tracking_uri", uri])
+    with pytest.raises(UserError, match="is a sweep of which no run"):
+        main([empty.info.run_id, "--tracking_uri", uri])
+
+
+@pytest.mark.parametrize("arguments", [["some name"], ["--experiment_name", "x"], ["--filter", "params.beta = '1'"]])
+def test_a_server_that_is_away_is_one_short_line_with_a_remedy(arguments):
+    with pytest.raises(UserError) as caught:
+        main([*arguments, "--tracking_uri", "http://127.0.0.1:9"])
+    told = "http://127.0.0.1:9 does not answer; start that server, or name another store with --tracking_uri"
+    assert str(caught.value) == told
+
+
+def test_a_store_that_answers_something_else_says_what(uri):
+    with pytest.raises(UserError, match=r"does not give what was asked for \(.*quoted string") as caught:
+        main(["--filter", "params.beta ~ 3", "--tracking_uri", uri])
+    assert "\n" not in str(caught.value) and "--filter" in str(caught.value)
