@@ -5,6 +5,11 @@ diffdpo compare --experiment_name diffdpo --html page.html
 """
 
 import argparse
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from diffdpo.command import Parser
@@ -43,8 +48,8 @@ def main(argv: list[str]) -> int:
     named = args.runs or args.experiment_name or args.filter
     if not named and not args.sync:
         raise UserError("no run is named; give folders of runs, such as: diffdpo compare outputs/a outputs/b")
-    for path in (args.html, args.csv):
-        _check_file(path)
+    for flag, path in (("--html", args.html), ("--csv", args.csv)):
+        _check_file(flag, path)
     failed = _sync(args.sync or [])
     if named:
         _compare(args)
@@ -60,20 +65,42 @@ def _compare(args: argparse.Namespace) -> None:
     found = compare(runs, baseline=args.baseline, metric=args.metric)
     print_comparison(found)
     if args.csv:
-        write_csv(found, args.csv)
+        with _told_as("--csv", args.csv):
+            write_csv(found, args.csv)
         print(f"csv     {args.csv}")
     if args.html:
         from diffdpo.comparison.page import write_page
 
-        write_page(found, args.html)
+        with _told_as("--html", args.html):
+            write_page(found, args.html)
         print(f"page    {args.html}")
 
 
-def _check_file(path: Path | None) -> None:
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise UserError(
-            f"{path} cannot be written: {'it is a folder' if path.is_dir() else 'its folder does not exist'}"
-        )
+def _check_file(flag: str, path: Path | None) -> None:
+    """Before all work, whether a file can be written in its place. What may stand there is left as it is."""
+    if path is None:
+        return
+    folder = path.absolute().parent
+    with _told_as(flag, path):
+        if not folder.is_dir():
+            raise UserError(
+                f"{flag} {path} cannot be written: its folder does not exist; make it, or give another file"
+            )
+        if path.is_dir():
+            raise UserError(f"{flag} {path} cannot be written: it is a folder; give a file in it")
+        if path.exists() and not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        if not path.exists() or flag == "--html":  # the page takes the place of an earlier one by a rename
+            tempfile.TemporaryFile(dir=folder).close()
+
+
+@contextmanager
+def _told_as(flag: str, path: Path) -> Iterator[None]:
+    """What the disk refuses is told with the flag that asked for it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be written: {error.strerror or error}; give another file") from None
 
 
 def _sync(folders: list[Path]) -> int:

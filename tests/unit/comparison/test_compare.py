@@ -181,8 +181,11 @@ def test_the_command_writes_a_page_and_a_table(tmp_path, capsys):
         (["{tmp}/file"], "is a file"),
         (["{tmp}/run", "--baseline", "x"], "--baseline"),
         (["{tmp}/run", "--metric", "x"], "--metric"),
-        (["{tmp}/run", "--html", "{tmp}/nowhere/page.html"], "folder does not exist"),
-        (["{tmp}/run", "--csv", "{tmp}"], "is a folder"),
+        (["{tmp}/run", "--html", "{tmp}/nowhere/page.html"], "--html .*folder does not exist"),
+        (["{tmp}/run", "--csv", "{tmp}/file/table.csv"], "--csv .*folder does not exist"),
+        (["{tmp}/run", "--csv", "{tmp}"], "--csv .*is a folder"),
+        (["{tmp}/run", "--csv", "{tmp}/" + 300 * "a"], "--csv .*too long"),
+        (["{tmp}/run", "--html", "/proc/page.html"], "--html .*cannot be written: No such file"),
         (["--sync", "missing"], "--sync"),
         (["--experiment_name", "x"], "MLflow store"),
     ],
@@ -305,3 +308,25 @@ def test_a_baseline_that_nothing_can_be_set_against_is_told(tmp_path):
     assert "first (broken off) has no held-out results" in note and "--baseline 'run 1' sets the others" in note
     assert "--baseline" not in differences_table(compared(first, others[0])).note, "no other would do better"
     assert "nothing is set" not in differences_table(compared(*others, first)).note
+
+
+def test_a_file_that_cannot_be_written_is_met_before_all_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("diffdpo.comparison.find.find_runs", lambda *_, **__: pytest.fail("work was done"))
+    monkeypatch.setattr("diffdpo.comparison.sync.sync", lambda *_: pytest.fail("work was done"))
+    for flag in ("--csv", "--html"):
+        with pytest.raises(UserError, match=f"^{flag} /proc/x cannot be written: .*; give another file$"):
+            main([str(tmp_path), "--sync", str(tmp_path), flag, "/proc/x"])
+
+
+def test_the_look_at_a_file_leaves_nothing_and_a_full_disk_is_told_with_its_flag(tmp_path, monkeypatch):
+    run = recorded_run(tmp_path / "run", margins=noisy(1))
+    (tmp_path / "old.csv").write_text("old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("diffdpo.comparison.text.write_csv", full)
+    with pytest.raises(UserError, match=r"^--csv .*old\.csv cannot be written: No space left on device"):
+        main([str(run), "--csv", str(tmp_path / "old.csv"), "--html", str(tmp_path / "page.html")])
+    assert (tmp_path / "old.csv").read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old.csv", "run"]
