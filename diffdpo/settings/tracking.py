@@ -1,11 +1,15 @@
 """Where a run is recorded."""
 
 import importlib.util
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
 from diffdpo.errors import UserError
 from diffdpo.settings.base import Settings, setting
+
+ALIAS = "newest"
+LONGEST_MODEL, LONGEST_ALIAS = 256, 255  # characters of a name in MLflow's tables, and of an alias
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +49,8 @@ class TrackingSettings(Settings):
             raise UserError(
                 "--register_model needs MLflow; leave out --tracking_uri none, and have mlflow in --report_to"
             )
-        if self.register_model and ("/" in self.register_model or ":" in self.register_model):
-            raise UserError(f"--register_model {self.register_model!r}: MLflow takes no / and : in a name")
+        if self.register_model:
+            name_and_alias(self.register_model)
 
     def trackers(self) -> list[str]:
         """The words of ``--report_to``."""
@@ -61,3 +65,24 @@ class TrackingSettings(Settings):
                 raise UserError(f"--run_tags {word!r} is no tag; write name=value")
             found[name.strip()] = value.strip()
         return found
+
+
+def name_and_alias(text: str) -> tuple[str, str]:
+    """``NAME`` or ``NAME@ALIAS`` of ``--register_model``. UserError for what MLflow does not take.
+
+    The rules are those of ``mlflow/utils/validation.py``, written again: settings are read where MLflow is not
+    imported, and it would only tell after the training.
+    """
+    name, at, alias = text.partition("@")
+    where = f"--register_model {text!r}"
+    if not name.strip() or any(sign in name for sign in "/:"):
+        raise UserError(f"{where}: give a name without / and :, or NAME@ALIAS")
+    if name == "." or name.startswith(".."):
+        raise UserError(f"{where}: MLflow takes no name that could be a folder; give one that does not begin with ..")
+    if len(name) > LONGEST_MODEL or len(alias) > LONGEST_ALIAS:
+        raise UserError(f"{where} is too long; MLflow takes {LONGEST_MODEL} characters, {LONGEST_ALIAS} of an alias")
+    if at and not re.fullmatch(r"[\w-]+", alias):
+        raise UserError(f"{where}: the alias is {alias!r}; allowed: letters, digits, _ and -, at least one of them")
+    if alias.lower() == "latest" or re.fullmatch(r"[vV]\d+", alias):
+        raise UserError(f"{where}: MLflow keeps the alias {alias} for itself; give another")
+    return name, alias or ALIAS

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from diffdpo.command import Parser, run
+from diffdpo.settings.tracking import name_and_alias
 
 
 def main(argv: list[str]) -> int:
@@ -13,6 +14,8 @@ def main(argv: list[str]) -> int:
         "--register_model", metavar="NAME", help="and make its final model a version of NAME (or NAME@ALIAS)"
     )
     args = parser.parse_args(argv)
+    if args.register_model is not None:
+        name_and_alias(args.register_model)
     from diffdpo.tracking.mlflow_run import ship_later
 
     lines = ship_later(args.run_dir)

@@ -7,22 +7,12 @@ from typing import Any
 
 from diffdpo.errors import TrainingError, UserError
 from diffdpo.settings.credentials import in_a_line
+from diffdpo.settings.tracking import name_and_alias
 from diffdpo.tracking.mlflow_run import Shipped, client_of
 
-ALIAS = "newest"
 FOLDER = "model"  # among the run's artifacts
 PARAMETERS = {"gen_length": 64, "block_length": 16, "temperature": 0.0, "seed": 0}
 """Of ``predict``, with their defaults."""
-
-
-def name_and_alias(text: str) -> tuple[str, str]:
-    """``NAME`` or ``NAME@ALIAS`` of ``--register_model``. UserError for what MLflow does not take."""
-    name, at, alias = text.partition("@")
-    if not name.strip() or (at and not alias.strip()) or any(sign in name for sign in "/:"):
-        raise UserError(f"--register_model {text!r}: give a name without / and :, or NAME@ALIAS")
-    if alias == "latest" or (alias[:1] == "v" and alias[1:].isdigit()):
-        raise UserError(f"--register_model {text!r}: MLflow keeps the alias {alias} for itself; give another")
-    return name, alias or ALIAS
 
 
 def register(output_dir: Path, text: str) -> str:

@@ -11,7 +11,7 @@ from diffdpo.evaluation.samples import SampleFile
 from diffdpo.sweep.grid import Cell, Grid
 from diffdpo.sweep.parent import TAG, Parent
 from diffdpo.tracking.mlflow_run import Shipped, ship_later
-from diffdpo.tracking.registry import name_and_alias, register
+from diffdpo.tracking.registry import register
 from diffdpo.training.record import data_inputs, parameters_of
 from tests.support.recorded_run import recorded_run
 
@@ -99,12 +99,6 @@ def test_a_store_that_is_away_takes_nothing_of_the_run_away(tmp_path, tiny_model
         register(folder, "words")
     assert {path.name for path in folder.iterdir()} >= {"final", "mlflow.json"}
     assert not [path for path in folder.iterdir() if path.name.startswith(".model")]
-
-
-@pytest.mark.parametrize("text", ["", "a/b", "a:b", "@x", "a@", "a@latest", "a@v3"])
-def test_names_that_mlflow_does_not_take(text):
-    with pytest.raises(UserError, match="register_model"):
-        name_and_alias(text)
 
 
 def test_parameters_have_values_and_no_crowd():
