@@ -14,10 +14,15 @@ from diffdpo.cli.flags import own_names, parse_config
 from diffdpo.command import Parser
 from diffdpo.config import SftConfig, TrainConfig
 from diffdpo.errors import RESUMABLE, UserError
-from diffdpo.sweep.grid import Grid, cell_of, read_grid
+from diffdpo.sweep.grid import Cell, Grid, cell_of, read_grid
 
 if TYPE_CHECKING:
+    from diffdpo.comparison.recorded import RecordedRun
+    from diffdpo.comparison.tables import Comparison
+    from diffdpo.sweep.parent import Parent
     from diffdpo.sweep.proposed import Proposed
+    from diffdpo.sweep.states import State
+    from diffdpo.sweep.work import Work
 
 CONFIGS = {"train": TrainConfig, "sft": SftConfig}
 
@@ -43,7 +48,8 @@ def build_parser() -> Parser:
 
 
 def main(argv: list[str]) -> int:
-    """Run the cells, then compare them. 1 where one failed, 3 where a signal stopped the sweep."""
+    """Run the cells, then compare them. 1 where one failed, 2 where none has the metric, 3 where a signal
+    stopped the sweep."""
     args = build_parser().parse_args(argv)
     grid = read_grid(args.grid)
     _check(args.grid, grid)
@@ -86,21 +92,67 @@ def _sweep(args, grid: Grid, folder: Path, launcher: list[str], uri: str | None)
     parent = Parent(grid, folder, uri)
     extra = ["--tracking_uri", uri or "none"] + (["--run_tags", f"{TAG}={parent.run_id}"] if parent.run_id else [])
     work = Work(grid, folder, jobs=args.jobs, launcher=launcher, extra=extra, say=lambda line: print(line, flush=True))
-    work.run(proposed.cells() if proposed else cells, proposed.ended if proposed else None)
-    grid = proposed.known() if proposed else grid
+    try:
+        if proposed:
+            work.run(proposed.cells(), proposed.ended)
+        else:
+            work.run(cells, _Teller(args.metric, folder, grid).ended)
+    except UserError:  # of the search's metric: no further cell can be proposed by it
+        parent.close((proposed.known() if proposed else grid).cells, "FAILED")
+        raise
+    return _end(args, proposed.known() if proposed else grid, folder, work, parent)
+
+
+def _end(args, grid: Grid, folder: Path, work: "Work", parent: "Parent") -> int:
+    """Compare the cells, say what came of them, and the exit code."""
+    from diffdpo.sweep.states import read_state
+
     states = {cell.name: read_state(folder, cell).word for cell in grid.cells}
-    _compare(args, folder, [folder / cell.name for cell in grid.cells])
+    metric = args.metric or (grid.search.metric if grid.search else None)
+    wrong = _compare(metric, folder, [folder / cell.name for cell in grid.cells])
     print(f"\nsweep   {grid.name}: {_counted(states, grid)}")
     failed = [name for name, word in states.items() if word == "failed"]
     if failed:
         print(f"        failed: {', '.join(failed)}; once mended, --retry_failed runs them again")
     if work.stopping:
         print("        stopped; the same command goes on")
+    if wrong:
+        wrong = wrong if args.metric else wrong.replace("--metric", "optuna: metric", 1)
+        print(f"        {wrong}; the comparison goes by its usual metric")
     parent.close(grid.cells, "KILLED" if work.stopping else "FAILED" if failed else "FINISHED")
     if parent.error:
         send = f"diffdpo compare --sync {shlex.quote(str(folder))}"
         print(f"        MLflow has not all of it ({parent.error}); send the rest with {send}")
-    return RESUMABLE if work.stopping else 1 if failed else 0
+    return RESUMABLE if work.stopping else 1 if failed else 2 if wrong else 0
+
+
+class _Teller:
+    """Says of a ``--metric`` that is not measured as soon as a cell has finished, the cells of earlier tries included.
+    The sweep goes on: others may have it, and its absence takes nothing from the runs."""
+
+    def __init__(self, metric: str | None, folder: Path, grid: Grid):
+        from diffdpo.sweep.states import read_state
+
+        self.metric, self.folder, self.finished = metric, folder, list[Path]()
+        for cell in grid.cells:
+            self._hear(cell, read_state(folder, cell))
+        self._tell()
+
+    def ended(self, cell: Cell, state: "State") -> None:
+        """A cell has ended. Only the first that finished is judged."""
+        if not self.finished:
+            self._hear(cell, state)
+            self._tell()
+
+    def _hear(self, cell: Cell, state: "State") -> None:
+        if state.word == "finished":
+            self.finished.append(self.folder / cell.name)
+
+    def _tell(self) -> None:
+        runs = _runs(self.finished) if self.metric else []
+        wrong = _compared(runs, self.metric)[1] if runs else ""
+        if wrong:
+            print(f"        so far {wrong}", flush=True)
 
 
 def _proposed(grid: Grid, folder: Path, metric: str | None) -> "Proposed | None":
@@ -119,25 +171,43 @@ def _counted(states: dict[str, str], grid: Grid) -> str:
     return f"{len(grid.cells)} runs, " + ", ".join(f"{count} {word}" for word, count in sorted(counts.items()))
 
 
-def _compare(args, folder: Path, cells: list[Path]) -> None:
-    """The tables, and the page and the CSV file in the sweep's folder; nothing where no run has begun."""
+def _runs(folders: list[Path]) -> "list[RecordedRun]":
+    """The runs in these folders; a cell whose run has not begun has none."""
     from diffdpo.comparison.find import find_runs
     from diffdpo.comparison.from_folder import is_run
-    from diffdpo.comparison.page import write_page
-    from diffdpo.comparison.tables import compare, verdict
-    from diffdpo.comparison.text import print_comparison, write_csv
+
+    return find_runs([str(folder) for folder in folders if is_run(folder)])
+
+
+def _compared(runs: "list[RecordedRun]", metric: str | None) -> "tuple[Comparison, str]":
+    """The comparison by a metric, or by the usual one, and then what is wrong with the metric."""
+    from diffdpo.comparison.tables import compare
 
     try:
-        found = compare(find_runs([str(cell) for cell in cells if is_run(cell)]), metric=args.metric)
+        return compare(runs, metric=metric), ""
     except UserError as error:
-        print(f"        no comparison: {error}")
-        return
+        return compare(runs), str(error)
+
+
+def _compare(metric: str | None, folder: Path, cells: list[Path]) -> str:
+    """The tables, and the page and the CSV file in the sweep's folder; nothing where no run has begun. What is wrong
+    with the metric, if anything."""
+    from diffdpo.comparison.page import write_page
+    from diffdpo.comparison.tables import verdict
+    from diffdpo.comparison.text import print_comparison, write_csv
+
+    runs = _runs(cells)
+    if not runs:
+        print("        no comparison: no run has begun")
+        return ""
+    found, wrong = _compared(runs, metric)
     print()
     print_comparison(found)
     write_csv(found, folder / "comparison.csv")
     write_page(found, folder / "comparison.html")
     (folder / "verdict.md").write_text("\n\n".join(verdict(found)))
     print(f"page    {folder / 'comparison.html'}")
+    return wrong
 
 
 def _check(path: Path, grid: Grid) -> None:

@@ -1,16 +1,18 @@
 """Cells that Optuna proposes, each from the results of those before it; what it knows lies in the sweep's folder."""
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from diffdpo.comparison.from_folder import read_folder
 from diffdpo.errors import UserError
 from diffdpo.sweep.grid import Cell, Grid, Search, cell_of
 from diffdpo.sweep.states import FOLDER, State, read_state
 from diffdpo.tracking.mlflow_run import sqlite_uri
+
+METRIC = "metric"  # attribute of the study: what its values are
 
 
 class Proposed:
@@ -25,13 +27,29 @@ class Proposed:
         self.numbers: dict[str, list[int]] = {}  # trials by the cell's name; two may propose one cell
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         (folder / FOLDER).mkdir(exist_ok=True)
-        self.study = optuna.create_study(
+        self.study = self._study(
             study_name=grid.name,
             storage=sqlite_uri((folder / FOLDER / "optuna.db").resolve()),
             direction="minimize" if less else "maximize",
             sampler=optuna.samplers.TPESampler(seed=search.seed),
-            load_if_exists=True,
         )
+
+    def _study(self, **options: Any) -> Any:
+        """The study that lies there, or a new one. Where that was of another metric, its trials are begun again: they
+        are told their values by this one, since Optuna keeps a study's direction and would mix the two."""
+        study = self.optuna.create_study(**options, load_if_exists=True)
+        if study.user_attrs.get(METRIC) == self.search.metric:
+            return study
+        if trials := study.get_trials():
+            self.optuna.delete_study(study_name=options["study_name"], storage=options["storage"])
+            study = self.optuna.create_study(**options)
+        begun = self.optuna.trial.TrialState.RUNNING
+        for one in trials:
+            study.add_trial(
+                self.optuna.trial.create_trial(state=begun, params=one.params, distributions=one.distributions)
+            )
+        study.set_user_attr(METRIC, self.search.metric)
+        return study
 
     def known(self) -> Grid:
         """The sweep with all cells that have been proposed so far."""
@@ -57,7 +75,8 @@ class Proposed:
             self.ended(cell, state)
 
     def ended(self, cell: Cell, state: State) -> None:
-        """Tell the study what came of a cell; of one that was stopped nothing, it goes on."""
+        """Tell the study what came of a cell; of one that was stopped nothing, it goes on. UserError, and nothing told,
+        for a metric that was not measured: once it is corrected, the finished cell counts."""
         if state.word == "to do":
             return
         value = self._value(cell) if state.word == "finished" else None
@@ -68,12 +87,15 @@ class Proposed:
                 self.study.tell(number, value)
 
     def _value(self, cell: Cell) -> float | None:
-        """The metric at the end; None where the run has none that is a number."""
-        try:
-            summary = json.loads((self.folder / cell.name / "summary.json").read_text())
-            value = float(summary["held_out"][self.search.metric]["after"]["mean"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+        """The metric at the end; None where it is no number. UserError where the run has not measured it, nor any."""
+        measured, name = read_folder(self.folder / cell.name).after, self.search.metric
+        if name not in measured and not self.study.get_trials(states=[self.optuna.trial.TrialState.COMPLETE]):
+            raise UserError(
+                f"the metric of the search is {name!r}, which {cell.name} has not measured; it has "
+                f"{', '.join(measured) or 'no held-out figures'}: name one in optuna: metric, or in --metric, and give "
+                "the same command"
+            )
+        value = measured[name].mean if name in measured else math.nan
         return value if math.isfinite(value) else None
 
     def _cell(self, params: dict[str, Any]) -> Cell:

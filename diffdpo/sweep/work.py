@@ -7,10 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from diffdpo.errors import UserError
 from diffdpo.settings.credentials import hidden
 from diffdpo.sweep.grid import Cell, Grid
 from diffdpo.sweep.states import State, log_file, read_state, write_state
@@ -43,20 +44,33 @@ class Work:
 
     def run(self, cells: Iterable[Cell], ended: Callable[[Cell, State], None] | None = None) -> None:
         """All of them, in order, to their ends; until a signal asks to stop, which the cells are told. The next cell is
-        asked for when there is a place for it; ``ended`` hears of each."""
-        waiting, more = iter(cells), True
+        asked for when there is a place for it; ``ended`` hears of each. A UserError of either stops the cells too."""
         with _told_of_signals(self._stop):
-            while self.running or (more and not self.stopping):
-                while more and len(self.running) < self.jobs and not self.stopping:
-                    cell = next(waiting, None)
-                    more = cell is not None
-                    if cell is not None:
-                        self._start(cell)
-                time.sleep(PAUSE)
-                for one in [one for one in self.running if one.process.poll() is not None]:
-                    state = self._ended(one)
-                    if ended is not None:
-                        ended(one.cell, state)
+            try:
+                self._run(iter(cells), ended)
+            except UserError:
+                self._stop()
+                while self.running:
+                    time.sleep(PAUSE)
+                    self._take_ended()
+                raise
+
+    def _run(self, waiting: Iterator[Cell], ended: Callable[[Cell, State], None] | None) -> None:
+        more = True
+        while self.running or (more and not self.stopping):
+            while more and len(self.running) < self.jobs and not self.stopping:
+                cell = next(waiting, None)
+                more = cell is not None
+                if cell is not None:
+                    self._start(cell)
+            time.sleep(PAUSE)
+            for cell, state in self._take_ended():
+                if ended is not None:
+                    ended(cell, state)
+
+    def _take_ended(self) -> list[tuple[Cell, State]]:
+        """Those that have ended since, each told."""
+        return [(one.cell, self._ended(one)) for one in [*self.running] if one.process.poll() is not None]
 
     def _start(self, cell: Cell) -> None:
         output_dir, log = self.folder / cell.name, log_file(self.folder, cell)

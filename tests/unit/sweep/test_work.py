@@ -151,11 +151,7 @@ def test_optuna_proposes_cells_from_the_results_of_those_before(sweep, capsys):
     out, run = sweep
     assert run(SEARCH % 14) == 0
     names = [name for name, state in states(out).items() if state == (0, 1)]
-    assert (
-        10 <= len(names) <= 14
-        and len(names) == len(states(out))
-        and "Best preference accuracy" in capsys.readouterr().out
-    )
+    assert 10 <= len(names) <= 14 and len(names) == len(states(out)) and "Best reward margin" in capsys.readouterr().out
     optuna = pytest.importorskip("optuna")
     study = optuna.load_study(study_name="grid", storage=f"sqlite:///{out}/.sweep/optuna.db")
     tried = [trial.params["beta"] for trial in study.trials]
@@ -188,3 +184,61 @@ def test_a_failed_proposal_is_told_and_the_search_goes_on(sweep, capsys):
     assert set(states(out).items()) == {("beta=99", (1, 1)), ("beta=0.1", (0, 1))}
     with pytest.raises(UserError, match="--retry_failed is for a grid"):
         run("optuna: {trials: 4, space: {beta: [99, 0.1]}}", "--retry_failed")
+
+
+def test_a_metric_that_no_run_has_is_told_after_the_first_cell_and_at_the_end(sweep, capsys):
+    out, run = sweep
+    assert run("grid: {beta: [0.1, 0.2]}", "--metric", "nonsense") == 2
+    told = capsys.readouterr().out
+    named = "--metric nonsense: no run has it; there are rewards/accuracies, rewards/margins"
+    assert told.count(named) == 2 and told.index(named) < told.index("beta=0.2: finished")
+    assert (out / "comparison.html").exists() and "Best preference accuracy" in told
+    (out / "comparison.html").unlink()
+    assert run("grid: {beta: [0.1, 0.2, 0.3]}", "--metric", "nonsense") == 2, "at the start, where cells have finished"
+    told = capsys.readouterr().out
+    assert told.count(named) == 2 and told.index(named) < told.index("beta=0.3: started")
+    assert (out / "comparison.html").exists()
+    assert run("grid: {beta: [0.1, 99]}", "--metric", "nonsense") == 1, "a failed cell weighs more"
+    assert run("grid: {beta: [0.1, 0.2]}", "--metric", "rewards/margins") == 0
+    assert "Best reward margin" in capsys.readouterr().out
+
+
+MISTYPED = "optuna: {trials: %d, metric: %s, space: {beta: [0.1, 0.2, 0.3, 0.4], seed: [0, 1, 2, 3, 4]}}"
+
+
+def test_a_search_by_a_metric_that_is_not_measured_ends_after_the_first_cell(sweep, capsys):
+    out, run = sweep
+    for _ in range(2):  # the same command says the same, and runs no further cell
+        with pytest.raises(UserError, match=r"'rewards/accuracy'.* it has rewards/margins, rewards/accuracies"):
+            run(MISTYPED % (3, "rewards/accuracy"))
+        assert len(states(out)) == 1
+    assert run(MISTYPED % (3, "rewards/margins")) == 0
+    assert set(states(out).values()) == {(0, 1)}, "the finished cell counts once the metric is corrected"
+    assert "Best reward margin" in capsys.readouterr().out, "the comparison goes by the search's metric"
+    assert run(MISTYPED % (3, "rewards/margins"), "--metric", "rewards/accuracies") == 0
+    assert "Best preference accuracy" in capsys.readouterr().out
+
+
+def test_cells_beside_the_first_are_stopped_with_a_search_that_cannot_go_on(sweep):
+    out, run = sweep
+    text = "optuna: {trials: 6, metric: nonsense, space: {beta: [0.1, 50], seed: [0, 1, 2, 3, 4, 5]}}"
+    with pytest.raises(UserError, match="nonsense"):
+        run(text, "--jobs", "6")
+    assert len(states(out)) > 1 and {code for code, _ in states(out).values()} <= {0, 3, -signal.SIGTERM}
+
+
+def test_a_study_of_another_metric_is_told_anew_in_its_direction(sweep):
+    optuna = pytest.importorskip("optuna")
+    out, run = sweep
+    search = "optuna: {trials: 3, metric: %s, space: {beta: [0.1, 0.2], seed: [0, 1, 2]}}"
+    with pytest.raises(UserError, match="no_loss"):
+        run(search % "no_loss")
+    for metric, less in (("rewards/margins", False), ("loss", True), ("rewards/margins", False)):
+        for folder in out.glob("beta=*"):
+            summary = json.loads((folder / "summary.json").read_text())
+            summary["held_out"]["loss"] = {"after": {"mean": 2.0, "stderr": 0.1, "count": 3}}
+            (folder / "summary.json").write_text(json.dumps(summary))
+        assert run(search % metric) == 0
+        study = optuna.load_study(study_name="grid", storage=f"sqlite:///{out}/.sweep/optuna.db")
+        assert study.direction.name == ("MINIMIZE" if less else "MAXIMIZE") and len(study.trials) == 3
+        assert all((trial.value == 2.0) == less for trial in study.trials)
