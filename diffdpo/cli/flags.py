@@ -19,6 +19,7 @@ from diffdpo.command import Parser
 from diffdpo.config import RunConfig, SftConfig, TrainConfig, bundled_settings, make_config, with_bundled_settings
 from diffdpo.errors import UserError
 from diffdpo.settings.base import Settings, converted, kind_of
+from diffdpo.settings.yaml_text import by_flag_name, read_once
 from diffdpo.shipped import find_shipped
 
 
@@ -93,15 +94,17 @@ def _names(config_class: type[Settings]) -> list[str]:
 
 def read_yaml(path: Path, *, what: str = "--config", example: str = "learning_rate: 1e-5") -> dict[str, Any]:
     """The settings in a YAML file, or a shipped recipe, as they are written. UserError, beginning with ``what``, for a
-    file that is none or holds no settings."""
+    file that is none, holds no settings, or has one twice."""
     path = find_shipped("recipes", str(path), flag=what)
     try:
-        content = yaml.safe_load(path.read_text())
+        content = read_once(path.read_text())
+        if isinstance(content, Mapping):
+            return by_flag_name(content)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{what} {path} is not a YAML file: {' '.join(str(error).split())}") from None
-    if not isinstance(content, Mapping):
-        raise UserError(f"{what} {path} holds no settings; write lines such as '{example}'")
-    return {str(name).replace("-", "_"): value for name, value in content.items()}
+    except UserError as error:
+        raise UserError(f"{what} {path}: {error}") from None
+    raise UserError(f"{what} {path} holds no settings; write lines such as '{example}'")
 
 
 # ---------------------------------------------------------------------------------------------------- the parser

@@ -14,7 +14,8 @@ from diffdpo.cli.flags import own_names, parse_config
 from diffdpo.command import Parser
 from diffdpo.config import SftConfig, TrainConfig
 from diffdpo.errors import RESUMABLE, UserError
-from diffdpo.sweep.grid import Cell, Grid, cell_of, read_grid
+from diffdpo.settings.base import Settings
+from diffdpo.sweep.grid import Cell, Grid, cell_of, read_grid, words_of
 
 if TYPE_CHECKING:
     from diffdpo.comparison.recorded import RecordedRun
@@ -213,10 +214,22 @@ def _compare(metric: str | None, folder: Path, cells: list[Path]) -> str:
 def _check(path: Path, grid: Grid) -> None:
     """Every cell as its command would check it, before the first one runs. UserError."""
     config_class = CONFIGS[grid.command]
-    corners = [cell_of(grid, tried) for tried in grid.search.corners()] if grid.search else []
+    search = grid.search
+    corners = [cell_of(grid, tried) for tried in (*search.corners(), *search.choices())] if search else []
+    known: dict[tuple[Settings, frozenset[str]], Cell] = {}
     for cell in (*grid.cells, *corners):
         try:
             own_names(config_class, {name: value for name, value in cell.flags.items() if name != "config"})
-            parse_config(config_class, cell.words(), "")
+            config = parse_config(config_class, cell.words(), "")
         except UserError as error:
             raise UserError(f"{path}, {cell.name}: {error}") from None
+        other = known.setdefault((config, frozenset(cell.flags)), cell)
+        if other.name != cell.name:
+            raise UserError(f"{path}: {_alike(other, cell)}; take one out")
+
+
+def _alike(one: Cell, other: Cell) -> str:
+    """Why two cells would be one run twice."""
+    spelled = {name: [" ".join(words_of(cell.flags[name])) for cell in (one, other)] for name in one.flags}
+    differ = [f"{name}: {a} and {b} are the same value" for name, (a, b) in spelled.items() if a != b]
+    return differ[0] if differ else f"{one.name} and {other.name} are the same run"

@@ -28,6 +28,7 @@ from typing import Any
 import yaml
 
 from diffdpo.errors import UserError
+from diffdpo.settings.yaml_text import by_flag_name, read_once
 
 KEYS = ("name", "command", "fixed", "grid", "list", "optuna")
 COMMANDS = ("train", "sft")
@@ -45,7 +46,7 @@ class Cell:
 
     def words(self) -> list[str]:
         """The flags as words of a command line."""
-        return [word for name, value in self.flags.items() for word in (f"--{name}", *_words(value))]
+        return [word for name, value in self.flags.items() for word in (f"--{name}", *words_of(value))]
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,11 @@ class Search:
         ends = {name: of if isinstance(of, list) else [of["low"], of["high"]] for name, of in self.space.items()}
         most = max(map(len, ends.values()))
         return [{name: values[min(place, len(values) - 1)] for name, values in ends.items()} for place in range(most)]
+
+    def choices(self) -> list[dict[str, Any]]:
+        """Each value of each list, the other flags as in the first corner."""
+        first = self.corners()[0]
+        return [{**first, name: value} for name, of in self.space.items() if isinstance(of, list) for value in of]
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,10 @@ def read_grid(path: Path) -> Grid:
     fixed = _mapping(path, "fixed", content.get("fixed"))
     tracking_uri = fixed.pop("tracking_uri", None)
     search = _search(path, content)
-    cells = [] if search else [_cell(path, fixed, tried) for tried in _tried(path, content)]
+    tried = [] if search else _tried(path, content)
+    if unused := [name for name in fixed if all(name in one for one in ([search.space] if search else tried))]:
+        raise UserError(f"{path}: {unused[0]} stands in fixed, and each cell tries another value; take one out")
+    cells = [_cell(path, fixed, one) for one in tried]
     names = [cell.name for cell in cells]
     if twins := sorted({one for one in names if names.count(one) > 1}):
         raise UserError(f"{path}: {twins[0]} stands in it twice")
@@ -125,6 +134,9 @@ def _search(path: Path, content: Mapping[str, Any]) -> Search | None:
 
 def _check_range(where: str, of: Any) -> None:
     if isinstance(of, list) and of and all(isinstance(value, str | int | float) for value in of):
+        words = [",".join(words_of(value)) for value in of]
+        if twins := [word for word in words if words.count(word) > 1]:
+            raise UserError(f"{where} has {twins[0]} twice; take one out")
         return
     keys = set(of) if isinstance(of, Mapping) else set()
     ends = [of[key] for key in ("low", "high")] if {"low", "high"} <= keys <= {"low", "high", "log", "step"} else []
@@ -136,7 +148,9 @@ def _check_range(where: str, of: Any) -> None:
 
 def _content(path: Path) -> Mapping[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text())
+        content = read_once(path.read_text())
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -147,6 +161,8 @@ def _content(path: Path) -> Mapping[str, Any]:
         raise UserError(
             f"{path}: {unknown[0]} is no part of a sweep; allowed: {', '.join(KEYS)} (flags go below fixed)"
         )
+    for key in ("name", "command"):
+        _check_value(path, key, content.get(key, ""))
     if not content.get("grid") and not content.get("list") and not content.get("optuna"):
         raise UserError(f"{path} tries nothing: it has neither grid nor list nor optuna")
     return content
@@ -159,7 +175,7 @@ def _tried(path: Path, content: Mapping[str, Any]) -> list[dict[str, Any]]:
         if not isinstance(values, Sequence) or isinstance(values, str) or not values:
             raise UserError(f"{path}: grid: {name} is {values!r}; give a list of values, such as [{values}]")
         axes[name] = values
-    entries = content.get("list") or [{}]
+    entries = [{}] if content.get("list") in (None, []) else content["list"]
     if not isinstance(entries, Sequence) or isinstance(entries, str):
         raise UserError(f"{path}: list is {entries!r}; give entries such as '- {{loss_type: ipo, beta: 0.1}}'")
     listed = [_mapping(path, f"list, entry {number}", entry) for number, entry in enumerate(entries, start=1)]
@@ -175,7 +191,22 @@ def _mapping(path: Path, where: str, content: Any) -> dict[str, Any]:
         return {}
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: {where} is {content!r}; write flags by name, such as 'beta: 0.1'")
-    return {str(name).lstrip("-").replace("-", "_"): value for name, value in content.items()}
+    try:
+        named = by_flag_name(content, strip="-")
+    except UserError as error:
+        raise UserError(f"{path}: {where}: {error}") from None
+    for name, value in named.items():
+        _check_value(path, f"{where}: {name}", value)
+    return named
+
+
+def _check_value(path: Path, where: str, value: Any) -> None:
+    """A flag without a value would be left out, and the cell's name would say that it is tried."""
+    for part in value if isinstance(value, Sequence) and not isinstance(value, str) else [value]:
+        if part is None:
+            raise UserError(f"{path}: {where} has no value (null); give one, or take it out")
+        if part is not value and isinstance(part, Sequence):
+            _check_value(path, where, part)
 
 
 def _cell(path: Path, fixed: Mapping[str, Any], tried: Mapping[str, Any]) -> Cell:
@@ -183,12 +214,12 @@ def _cell(path: Path, fixed: Mapping[str, Any], tried: Mapping[str, Any]) -> Cel
     for name in OWN:
         if name in flags:
             raise UserError(f"{path}: {name} is given to each cell by the sweep; take it out")
-    return Cell(_name(tried), {name: value for name, value in flags.items() if value is not None})
+    return Cell(_name(tried), flags)
 
 
 def _name(tried: Mapping[str, Any]) -> str:
     """``beta=0.1 seed=0``; what no folder's name can hold is replaced, and what is long ends in a digest."""
-    words = [f"{name}={','.join(_words(value))}" for name, value in tried.items()]
+    words = [f"{name}={','.join(words_of(value))}" for name, value in tried.items()]
     plain = re.sub(r"[^\w .,=+-]+", "-", " ".join(words)).strip(" .-") or "cell"
     if len(plain) <= LONGEST_NAME and plain == " ".join(words):
         return plain
@@ -196,9 +227,10 @@ def _name(tried: Mapping[str, Any]) -> str:
     return f"{plain[:LONGEST_NAME]}-{digest}"
 
 
-def _words(value: Any) -> list[str]:
+def words_of(value: Any) -> list[str]:
+    """A value as words of a command line."""
     if isinstance(value, bool):
         return [str(value).lower()]
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [word for part in value for word in _words(part)]
+        return [word for part in value for word in words_of(part)]
     return [str(value)]

@@ -69,7 +69,7 @@ class Work:
                     ended(cell, state)
 
     def _take_ended(self) -> list[tuple[Cell, State]]:
-        """Those that have ended since, each told."""
+        """What has ended since the last look; each is told."""
         return [(one.cell, self._ended(one)) for one in [*self.running] if one.process.poll() is not None]
 
     def _start(self, cell: Cell) -> None:

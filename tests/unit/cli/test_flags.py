@@ -311,6 +311,14 @@ def test_answers_of_a_recipe_name_the_recipe(tmp_path):
         read_recipe(TrainConfig, tmp_path / "r.yaml")
 
 
+@pytest.mark.parametrize("text", ["beta: 0.1\nseed: 1\nbeta: 0.2\n", "max-steps: 1\nmax_steps: 2\n"])
+def test_a_recipe_says_each_setting_once(tmp_path, text):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"^--config .*r.yaml: (beta|max_steps) stands twice") as caught:
+        read_recipe(TrainConfig, tmp_path / "r.yaml")
+    assert "\n" not in str(caught.value)
+
+
 def test_flags_override_a_recipe_under_another_name(tmp_path):
     (tmp_path / "r.yaml").write_text(
         "dataset_name: a\ndataset_train_split: s\nwarmup_ratio: 0.1\neval_strategy: steps\n"

@@ -69,6 +69,41 @@ def test_names_are_folders_of_one_level_and_tell_long_values_apart(tmp_path):
         ("optuna: {trials: 3, space: {beta: {low: 0, high: 1, log: true}}}", "above 0"),
         ("optuna: {trials: 3, space: {bta: {low: 0.1, high: 1}}}", "--beta meant"),
         ("optuna: {trials: 3, space: {beta: {low: -1, high: 1}}}", "beta=-1: --beta"),
+        ("{grid: {beta: [0.1]}, grid: {seed: [1]}}", "grid stands twice, in line 1"),
+        ("grid:\n  beta: [0.1]\n  seed: [0]\n  beta: [0.2]", "beta stands twice, in lines 2 and 4"),
+        ("{fixed: {max_steps: 1, max_steps: 2}, grid: {beta: [1]}}", "max_steps stands twice"),
+        ("list: [{beta: 1, beta: 2}]", "beta stands twice"),
+        ("optuna: {trials: 3, trials: 4, space: {beta: [1]}}", "trials stands twice"),
+        ("optuna: {trials: 3, space: {beta: {low: 1, low: 2, high: 3}}}", "low stands twice"),
+        (
+            "{fixed: {max_steps: 1, max-steps: 2}, grid: {beta: [1]}}",
+            "fixed: max_steps stands twice, as .* and max-steps",
+        ),
+        ("grid: {max-steps: [1], --max_steps: [2]}", "grid: max_steps stands twice"),
+        ("list: [{max-steps: 1, max_steps: 2}]", "entry 1: max_steps stands twice"),
+        ("optuna: {trials: 3, space: {max-steps: [1], max_steps: [2]}}", "space: max_steps stands twice"),
+        ("{fixed: {beta: 1}, grid: {beta: [0.1, 0.2]}}", "beta stands in fixed"),
+        ("{fixed: {max_steps: 1}, grid: {max-steps: [2, 3]}}", "max_steps stands in fixed"),
+        ("{fixed: {beta: 1}, list: [{beta: 2}, {beta: 3}]}", "beta stands in fixed"),
+        ("{fixed: {beta: 1}, optuna: {trials: 3, space: {beta: [2, 3]}}}", "beta stands in fixed"),
+        ("grid: {learning_rate: [1e-4, 0.0001]}", "learning_rate: 1e-4 and 0.0001 are the same"),
+        ("grid: {max_steps: [10, 1e1], beta: [0.1, 0.2]}", "max_steps: 10 and 1e1 are the same"),
+        ("grid: {use_peft: [true, 'yes']}", "use_peft: true and yes are the same"),
+        ("list: [{beta: 1, seed: 2}, {seed: 2, beta: 1.0}]", "beta: 1 and 1.0 are the same"),
+        ("list: [{beta: 1, seed: 2}, {seed: 2, beta: 1}]", "are the same run"),
+        (
+            "optuna: {trials: 3, space: {seed: [1, 2, 3], learning_rate: [1e-4, 0.0001]}}",
+            "learning_rate: 0.0001 and 1e-4",
+        ),
+        ("optuna: {trials: 3, space: {beta: [1, 2, 1]}}", "beta has 1 twice"),
+        ("grid: {beta: [0.1, null]}", "grid: beta has no value"),
+        ("grid: {loss_type: [[ipo, null]]}", "grid: loss_type has no value"),
+        ("{fixed: {max_steps: }, grid: {beta: [1]}}", "fixed: max_steps has no value"),
+        ("list: [{beta: null}]", "entry 1: beta has no value"),
+        ("optuna: {trials: 3, space: {beta: [1, null]}}", "beta has no value"),
+        ("optuna: {trials: 3, metric: , space: {beta: [1]}}", "metric has no value"),
+        ("{name: , grid: {beta: [1]}}", "name has no value"),
+        ("{list: {}, grid: {beta: [1]}}", "list is"),
         ("{fixed: {config: nowhere.yaml}, grid: {beta: [1]}}", "nowhere.yaml"),
     ],
 )
@@ -84,3 +119,16 @@ def test_flags_for_a_scheduler_s_array(tmp_path, capsys):
     (tmp_path / "g.yaml").write_text("grid: {beta: [0.1, 0.2]}")
     assert main([str(tmp_path / "g.yaml"), "--print_flags"]) == 0
     assert capsys.readouterr().out == "--beta 0.1\n--beta 0.2\n"
+
+
+def test_what_only_looks_alike_is_kept(tmp_path, monkeypatch, capsys):
+    """Texts that would be equal numbers, a value of fixed that some entries leave, and YAML's merged mappings."""
+    monkeypatch.chdir(tmp_path)
+    for text, count in (
+        ("grid: {experiment_name: ['1', '1.0']}", 2),
+        ("{fixed: {beta: 1}, list: [{loss_type: ipo}, {beta: 2}]}", 2),
+        ("list: [&a {beta: 1, seed: 1}, &b {<<: *a, seed: 2}, {<<: *b, beta: 2}]", 3),
+    ):
+        (tmp_path / "g.yaml").write_text(text)
+        assert main(["g.yaml", "--print_flags"]) == 0
+        assert len(capsys.readouterr().out.splitlines()) == count
