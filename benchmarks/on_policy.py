@@ -4,9 +4,10 @@
 
 The bundled model on generated problems. Three ways, the same flags, held-out problems and number of updates: `rounds`
 (``diffdpo iterate``), `all at once` (one such round that asks as many prompts of the first model) and `offline` (one
-run on as many pairs that the generator wrote, whose chosen answers are all right). All models are judged afterwards on
-the same problems by the sampler one would use (the surest tokens at once, temperature 0). Every cell is a run that goes
-on where it was killed; the table is of the seeds that are finished. docs/on_policy.md has the results.
+run on as many pairs that the generator wrote, whose chosen answers are all right, and one as long as the first round).
+All models are judged afterwards on the same problems by the sampler one would use (the surest tokens at once,
+temperature 0). Every cell is a run that goes on where it was killed; the table is of the seeds that are finished.
+docs/on_policy.md has the results.
 """
 
 import argparse
@@ -37,6 +38,7 @@ SETTINGS = {
 }
 SAMPLER = {"temperature": 0.0, "threshold": 0.9, "gen_length": 64, "block_length": 16, "batch_size": 100}
 OFFLINE = "offline, as many updates"
+SHORT = "offline, as many updates as round 1"
 AT_ONCE = "all at once, as many updates"
 
 
@@ -46,15 +48,16 @@ def main() -> None:
     parser.add_argument("--out", default="runs/on_policy")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--prompts", type=int, default=150, help="a round")
-    parser.add_argument("--sft_weight", type=float, default=0.5, help="of all ways")
+    parser.add_argument("--prompts", type=int, default=400, help="a round")
+    parser.add_argument("--sft_weight", type=float, default=10.0, help="of all ways")
     parser.add_argument("--problems", type=int, default=1000, help="held out, answered by every model")
     args = parser.parse_args()
     out = Path(args.out)
     for seed in range(args.seeds):
         steps = run_rounds(out, f"rounds-{seed}", seed, args)
         run_rounds(out, f"at-once-{seed}", seed, args, at_once=sum(steps))
-        run_offline(out, seed, sum(steps), args)
+        run_offline(out, f"offline-{seed}", seed, sum(steps), args)
+        run_offline(out, f"offline-short-{seed}", seed, steps[0], args)
         judge(out, seed, steps, args.problems)
         print(table(out), flush=True)
 
@@ -77,9 +80,9 @@ def run_rounds(out: Path, name: str, seed: int, args: argparse.Namespace, *, at_
     return [found["steps"] for found in json.loads((folder / "summary.json").read_text())]
 
 
-def run_offline(out: Path, seed: int, steps: int, args: argparse.Namespace) -> None:
+def run_offline(out: Path, name: str, seed: int, steps: int, args: argparse.Namespace) -> None:
     """One run of as many updates on pairs that the generator wrote, each met once."""
-    folder = out / f"offline-{seed}"
+    folder = out / name
     flags = flags_of(args) | {"max_steps": steps, "seed": seed}
     flags |= {"num_generated_pairs": 8 * steps + 64, "resume_from_checkpoint": "auto", "tracking_uri": "none"}
     flags["output_dir"] = str(folder)
@@ -103,12 +106,13 @@ def run_here(name: str, argv: Sequence[str], *, launcher: str | None) -> None:
 
 
 def judge(out: Path, seed: int, steps: Sequence[int], problems: int) -> None:
-    """Exact match of the offline model, the start and every round's, and how each differs from the offline one."""
+    """Exact match of the offline models, the start and every round's, and how each differs from the offline ones."""
     result = out / f"judged-{seed}.json"
     if result.exists():
         return
     models = {
         OFFLINE: out / f"offline-{seed}" / "final",
+        SHORT: out / f"offline-short-{seed}" / "final",
         AT_ONCE: out / f"at-once-{seed}" / "round-1" / "train" / "final",
         "start": Path(diffdpo.__file__).parent / "pretrained/arithmetic",
     }
@@ -122,9 +126,9 @@ def judge(out: Path, seed: int, steps: Sequence[int], problems: int) -> None:
         **SAMPLER,
     )
     exact = [one["figures"]["exact_match"]["mean"] for one in found["results"]]
-    updates = [sum(steps), sum(steps), 0, *(sum(steps[: number + 1]) for number in range(len(steps)))]
+    updates = [sum(steps), steps[0], sum(steps), 0, *(sum(steps[: number + 1]) for number in range(len(steps)))]
     rows = {
-        name: {"exact_match": mean, "from_offline": mean - exact[0], "updates": taken}
+        name: {"exact_match": mean, "from_short": mean - exact[1], "from_offline": mean - exact[0], "updates": taken}
         for name, mean, taken in zip(models, exact, updates, strict=True)
     }
     write_whole(result, (json.dumps(rows, indent=1) + "\n").encode())
@@ -133,15 +137,18 @@ def judge(out: Path, seed: int, steps: Sequence[int], problems: int) -> None:
 def table(out: Path) -> str:
     """Held-out exact match, and its difference from the offline run's: means over seeds with their standard errors."""
     found = [json.loads(path.read_text()) for path in sorted(out.glob("judged-*.json"))]
-    lines = ["| after | updates | exact match, a seed | mean | less the offline run's |", "|---" * 5 + "|"]
+    lines = [
+        "| after | updates | exact match, a seed | mean | less the short offline run's | less the offline run's |",
+        "|---" * 6 + "|",
+    ]
     for name in found[0]:
         ones = [seed[name] for seed in found]
         each = ", ".join(f"{one['exact_match']:.1%}" for one in ones)
         updates = "-".join(
             str(u) for u in sorted({min(one["updates"] for one in ones), max(one["updates"] for one in ones)})
         )
-        means = [mean_and_error([one[key] for one in ones]) for key in ("exact_match", "from_offline")]
-        lines.append(f"| {name} | {updates} | {each} | {means[0]} | {means[1]} |")
+        means = [mean_and_error([one[key] for one in ones]) for key in ("exact_match", "from_short", "from_offline")]
+        lines.append(f"| {name} | {updates} | {each} | {' | '.join(means)} |")
     return "\n".join(lines)
 
 

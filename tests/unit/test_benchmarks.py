@@ -76,11 +76,14 @@ def test_ablations_go_on_where_they_were_killed(tmp_path, monkeypatch):
 def test_rounds_are_set_beside_one_offline_run(tmp_path):
     for seed in (0, 1):
         shares = {"start": (0.1, -0.2, 0), "round 1": (0.3 + 0.2 * seed, 0.1, 10 + seed)}
-        rows = {name: {"exact_match": e, "from_offline": a, "updates": u} for name, (e, a, u) in shares.items()}
+        rows = {
+            name: {"exact_match": e, "from_short": -a, "from_offline": a, "updates": u}
+            for name, (e, a, u) in shares.items()
+        }
         (tmp_path / f"judged-{seed}.json").write_text(json.dumps(rows))
     lines = on_policy.table(tmp_path).splitlines()
-    assert "| start | 0 | 10.0%, 10.0% | 10.0% ± 0.0% | -20.0% ± 0.0% |" in lines
-    assert "| round 1 | 10-11 | 30.0%, 50.0% | 40.0% ± 10.0% | 10.0% ± 0.0% |" in lines
+    assert "| start | 0 | 10.0%, 10.0% | 10.0% ± 0.0% | 20.0% ± 0.0% | -20.0% ± 0.0% |" in lines
+    assert "| round 1 | 10-11 | 30.0%, 50.0% | 40.0% ± 10.0% | -10.0% ± 0.0% | 10.0% ± 0.0% |" in lines
 
 
 @pytest.fixture
