@@ -300,7 +300,7 @@ class DiffusionLM(TemplateLM):
 
 
 def _noise_settings(score_estimator: str, num_mc_samples: Any, seed: Any) -> NoiseSettings:
-    """Of scores; UserError for what can be none, before a model is read."""
+    """The settings of the scores; UserError for what can be none, before a model is read."""
     numbers = {"num_mc_samples": of_kind("num_mc_samples", num_mc_samples, int), "seed": of_kind("seed", seed, int)}
     settings = NoiseSettings(score_estimator=score_estimator, **numbers)
     check_estimator(score_estimator, num_samples=settings.num_mc_samples, num_diffusion_steps=None)

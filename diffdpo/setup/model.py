@@ -80,7 +80,7 @@ def reading_of(config: RunConfig) -> str:
     return f"model      reading {describe_model(config)}{then}"
 
 
-def save_final(folder: Path, engine: Engine, loaded: LoadedModel, *, block_size: int | None) -> None:
+def save_final(folder: Path, engine: Engine, loaded: LoadedModel, *, block_size: int | None = None) -> None:
     """Weights (or adapter) and tokenizer in the published layout. Every rank calls; rank 0 writes. ``block_size``: as
     it was asked for, which an adapter's base may not say."""
     weights = engine.full_state_dict()

@@ -122,6 +122,7 @@ def adapter(tiny_model, tmp_path):
     from diffdpo.models.load import save_model
     from diffdpo.models.lora.adapters import add_lora
 
+    torch.manual_seed(0)
     loaded = diffdpo.load(tiny_model)
     adapted = add_lora(loaded.model, loaded.spec, r=2, alpha=4)
     for name, parameter in adapted.named_parameters():
