@@ -35,6 +35,7 @@ ELSEWHERE = {
     ("docs/on_policy.md", "python launch/iterate.py"): "tests/end_to_end/test_on_policy.py",
     ("docs/on_policy.md", "torchrun --nproc_per_node 8 launch/make_pairs.py"): "tests/end_to_end/test_on_policy.py",
     ("docs/scaling.md", "python -m benchmarks.scaling --model"): "benchmarks/scaling.py",
+    ("docs/scaling.md", "torchrun --nproc_per_node 8 launch/train.py"): "tests/distributed/test_row_slices.py",
 }
 """(page, how its line begins) -> what runs it."""
 
@@ -58,7 +59,7 @@ def runner_of(line: Line) -> str | None:
 def here() -> list[Line]:
     """The lines that this file runs, each text once; what trains a model stands before what goes on with it."""
     once = {line.text: line for line in all_lines() if runner_of(line) is None}
-    return sorted(once.values(), key=lambda line: (line.page, "launch/sft.py" not in line.text))
+    return sorted(once.values(), key=lambda line: ("launch/sft.py" not in line.text, line.page))
 
 
 def command_of(line: Line) -> tuple[str, list[str]]:
