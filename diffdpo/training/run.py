@@ -164,6 +164,11 @@ def finished_before(config: RunConfig, context: RunContext) -> Result | None:
     return Result(context.output_dir, summary["steps"], complete=True, summary=summary)
 
 
+def _goes_on_here(checkpoint: Path | None, output_dir: Path) -> bool:
+    """Whether a run goes on in its own folder: in another one the journal of the first is not missed."""
+    return checkpoint is not None and checkpoint.resolve().parents[1] == output_dir.resolve()
+
+
 def _save_whole(folder: Path, engine: Engine, loaded: LoadedModel, *, block_size: int | None) -> None:
     """``final/`` appears whole or not at all."""
     partial = folder.with_name(folder.name + ".partial")
@@ -239,7 +244,7 @@ def start_tracking(run: Run, *, state: Mapping[str, Any], changes: Sequence[str]
         journal = Journal(
             output_dir,
             resume_step=step,
-            position=state.get("journal"),
+            position=state.get("journal") if _goes_on_here(run.resume, output_dir) else None,
             every=_lines_every(state),
             say=context.print,
             wait_for_room=config.save_on_full_disk == "continue",

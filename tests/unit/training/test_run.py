@@ -143,3 +143,11 @@ def test_an_interruption_says_where_the_run_was_and_what_there_is(tmp_path, caps
     assert ("step-4; go on from there with --output_dir" in said) == saved
     # what follows the last evaluation has no usual time: slow drawing is no hang
     assert watch.pulse.stage == CLOSING and watch.pulse.limit() == float("inf")
+
+
+def test_in_another_folder_the_first_one_s_journal_is_not_missed(tmp_path):
+    from diffdpo.training.run import _goes_on_here
+
+    checkpoint = tmp_path / "first/checkpoints/step-2"
+    assert _goes_on_here(checkpoint, tmp_path / "first") and not _goes_on_here(checkpoint, tmp_path / "second")
+    assert not _goes_on_here(None, tmp_path / "first")
