@@ -314,8 +314,8 @@ def sampler_option(name: str, value: Any) -> Any:
     if name not in known:
         taken = [word for word in inspect.signature(DiffusionLM.__init__).parameters if word not in ("self", "sampler")]
         near = difflib.get_close_matches(name, [*taken, *known], n=1)
-        meant = f"; is {near[0]} meant?" if near else ""
-        raise UserError(f"--model_args: there is no {name}{meant} Allowed: {', '.join([*taken, *known])}")
+        meant = f" (is {near[0]} meant?)" if near else ""
+        raise UserError(f"--model_args: there is no {name}{meant}; allowed: {', '.join([*taken, *known])}")
     return option_of(name, value)
 
 

@@ -169,8 +169,8 @@ def test_two_processes_find_what_one_finds(tiny_model, tmp_path, command, python
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"num_mc_sample": "8"}, "there is no num_mc_sample; is num_mc_samples meant"),
-        ({"block_lenght": 16}, "there is no block_lenght; is block_length meant"),
+        ({"num_mc_sample": "8"}, r"there is no num_mc_sample \(is num_mc_samples meant\?\); allowed: "),
+        ({"block_lenght": 16}, r"there is no block_lenght \(is block_length meant\?\); allowed: "),
         ({"num_mc_samples": "x"}, "num_mc_samples is 'x'; it must be a whole number"),
         ({"threshold": "high"}, "threshold is 'high'; it must be a number"),
         ({"score_estimator": "foo"}, "foo"),
