@@ -104,7 +104,10 @@ def score(
     given = [each for each in (model, reference) if isinstance(each, LoadedModel)]
     config = settled(make_config(ScoreConfig, own_settings(ScoreConfig, values)), given)
     check_estimator(
-        config.score_estimator, num_samples=config.num_mc_samples, num_diffusion_steps=config.num_diffusion_steps
+        config.score_estimator,
+        num_samples=config.num_mc_samples,
+        num_diffusion_steps=config.num_diffusion_steps,
+        trains=False,
     )
     models = [_scored(model, config)]
     if reference is not None:

@@ -39,7 +39,10 @@ def main(argv: list[str]) -> None:
     from diffdpo.noise.estimators import check_estimator
 
     check_estimator(
-        config.score_estimator, num_samples=config.num_mc_samples, num_diffusion_steps=config.num_diffusion_steps
+        config.score_estimator,
+        num_samples=config.num_mc_samples,
+        num_diffusion_steps=config.num_diffusion_steps,
+        trains=False,
     )
     from data_pipeline.sources.read import records_in
 

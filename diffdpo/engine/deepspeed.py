@@ -37,8 +37,7 @@ from diffdpo.errors import UserError
 LAYOUT = "layout.json"  # beside DeepSpeed's files: who wrote them
 STATE_BYTES = 16  # a trained weight, at most: fp32 master and copy, two moments
 FOR_GRADIENTS = ("offload_optimizer", "zero_hpz_partition_size", "zero_quantized_gradients")
-"""What of "zero_optimization" concerns the backward and the step. (DeepSpeed makes the groups of a hierarchical
-partition once a process and fails at a second module that asks for them.)"""
+"""What of "zero_optimization" concerns the backward and the step."""
 
 
 class DeepSpeedEngine:
@@ -195,7 +194,12 @@ def _placed(module: nn.Module, world: World, choice: EngineChoice) -> nn.Module:
                 parameter.data = parameter.data.bfloat16()
     for buffer in module.buffers():
         buffer.data = buffer.data.to(world.device)
-    import_deepspeed().zero.Init(module=module, config_dict_or_path=copy.deepcopy(dict(choice.ds_config)))
+    deepspeed = import_deepspeed()
+    if choice.ds_config["zero_optimization"].get("zero_hpz_partition_size", 1) > 1:
+        # DeepSpeed makes the groups of a hierarchical partition once a process and fails at the second run that asks
+        # for them, though the first one's are gone: they are made anew
+        deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+    deepspeed.zero.Init(module=module, config_dict_or_path=copy.deepcopy(dict(choice.ds_config)))
     return module
 
 

@@ -30,7 +30,7 @@ from diffdpo.evaluation.score_models import device_named
 from diffdpo.models.architecture.published_config import context_of
 from diffdpo.models.bundled import model_or_bundled
 from diffdpo.models.load import load_model
-from diffdpo.noise.estimators import check_estimator
+from diffdpo.noise.estimators import SAMPLER_ORDER, check_estimator
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.sampling.decode import Decoding, option_of, sample
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
@@ -39,6 +39,8 @@ from diffdpo.settings.base import of_kind
 from diffdpo.settings.noise import NoiseSettings
 
 log = logging.getLogger(__name__)
+ESTIMATED = "estimate of the any-order ELBO, a lower bound; exact for short continuations"
+ORDERED = "exact, of the sampler that reveals one token at a time, the surest first"
 CONTEXT = 2048  # tokens, of a model that does not say how many it was made for
 READ = {"until", "max_gen_toks", "do_sample", "temperature"}
 """What is read of a task's generation settings."""
@@ -151,7 +153,7 @@ class DiffusionLM(TemplateLM):
         errors = self.errors
         return {
             "model_family": self.spec.name,
-            "loglikelihood": "estimate of the any-order ELBO, a lower bound; exact for short continuations",
+            "loglikelihood": ORDERED if self.noise.estimator == SAMPLER_ORDER else ESTIMATED,
             "score_estimator": self.noise.estimator,
             "num_mc_samples": self.noise.num_samples,
             "noise_stderr_mean": errors.total / errors.known if errors.known else 0.0,
@@ -303,7 +305,7 @@ def _noise_settings(score_estimator: str, num_mc_samples: Any, seed: Any) -> Noi
     """The settings of the scores; UserError for what can be none, before a model is read."""
     numbers = {"num_mc_samples": of_kind("num_mc_samples", num_mc_samples, int), "seed": of_kind("seed", seed, int)}
     settings = NoiseSettings(score_estimator=score_estimator, **numbers)
-    check_estimator(score_estimator, num_samples=settings.num_mc_samples, num_diffusion_steps=None)
+    check_estimator(score_estimator, num_samples=settings.num_mc_samples, num_diffusion_steps=None, trains=False)
     return settings
 
 

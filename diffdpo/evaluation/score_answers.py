@@ -15,9 +15,11 @@ import torch
 from data_pipeline.batch import collate
 from data_pipeline.encode import TokenAnswer, TokenPair
 from diffdpo.errors import UserError
+from diffdpo.noise.estimators import SAMPLER_ORDER
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.scores.fold import fold
 from diffdpo.scores.rows import score_rows
+from diffdpo.scores.sampler_order import sampler_order_scores
 from diffdpo.scores.segments import Segments
 
 
@@ -48,8 +50,8 @@ def score_answers(
     segments: Segments,
 ) -> list[Score]:
     """The score of each answer, in order. An answer so short that all of its masks take no more forwards than
-    ``noise.num_samples`` is enumerated instead: exact, and of one token in one forward. UserError for a score that is
-    no finite number."""
+    ``noise.num_samples`` is enumerated instead: exact, and of one token in one forward (not by ``sampler_order``, which
+    is another likelihood). UserError for a score that is no finite number."""
     found: dict[int, Score] = {}
     exact = replace(noise, estimator="exact")
     for options, wanted in ((exact, True), (noise, False)):
@@ -58,8 +60,11 @@ def score_answers(
             continue
         pairs = [_as_pair(answers[i]) for i in numbers]
         batch = collate(pairs, pad_id=noise.mask_token_id, epoch=0, step=0, micro=0, last_micro=True)
-        rows = options.draw_rows(batch, device)
-        scores = fold(score_rows(forward, rows, segments=segments), rows)
+        if options.estimator == SAMPLER_ORDER:
+            scores = sampler_order_scores(forward, batch, options, device=device, segments=segments)
+        else:
+            rows = options.draw_rows(batch, device)
+            scores = fold(score_rows(forward, rows, segments=segments), rows)
         for place, i in enumerate(numbers):
             score, stderr = scores.score_B2[place, 0].item(), scores.stderr_B2[place, 0].item()
             if not np.isfinite(score):
@@ -72,6 +77,8 @@ def score_answers(
 
 
 def _is_enumerated(answer: NamedAnswer, noise: NoiseOptions) -> bool:
+    if noise.estimator == SAMPLER_ORDER:
+        return False
     return not noise.block_size and 2 ** (len(answer.ids) - answer.prompt_length) - 1 <= noise.num_samples
 
 

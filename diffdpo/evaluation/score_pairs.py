@@ -4,6 +4,7 @@ Shape suffixes: R rows, B pairs, 2 sides (0 chosen, 1 rejected).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 
 import torch
@@ -15,11 +16,12 @@ from diffdpo.config import ScoreConfig
 from diffdpo.errors import UserError
 from diffdpo.models.encoder import make_encoder
 from diffdpo.models.load import LoadedModel
-from diffdpo.noise.estimators import MAX_EXACT_LENGTH
+from diffdpo.noise.estimators import MAX_EXACT_LENGTH, SAMPLER_ORDER
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.scores.fold import PairScores, fold
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.scores.rows import score_rows
+from diffdpo.scores.sampler_order import sampler_order_scores
 from diffdpo.scores.segments import Segments
 
 
@@ -55,9 +57,14 @@ def score_pairs(
 ) -> tuple[list[PairScores], PairScores | None]:
     """Each model's scores of a batch, and with two models the scores' difference first - second (log-ratios).
 
-    The models read the same rows, of epoch 0. UserError for ``exact`` on long answers.
+    The models read the same rows, of epoch 0; by ``sampler_order`` each reads its own. UserError for ``exact`` on long
+    answers.
     """
     batch = collate(list(pairs), pad_id=noise.mask_token_id, epoch=0, step=0, micro=0, last_micro=True)
+    if noise.estimator == SAMPLER_ORDER:
+        scores = [sampler_order_scores(model, batch, noise, device=device, segments=segments) for model in models]
+        gap_B2 = scores[0].score_B2 - scores[-1].score_B2
+        return scores, replace(scores[0], score_B2=gap_B2) if len(scores) == 2 else None
     rows = noise.draw_rows(batch, device)
     f = [score_rows(model, rows, segments=segments) for model in models]
     ratio = fold(f[0] - f[1], rows) if len(f) == 2 else None

@@ -22,6 +22,7 @@ from diffdpo.noise.plan import NoiseKey, NoisePlan
 
 EPSILON = 1e-3  # smallest t of the estimators that weigh by 1/t: their variance would be infinite at 0 (LLaDA, VRPO)
 MAX_EXACT_LENGTH = 12  # 4095 masks
+SAMPLER_ORDER = "sampler_order"  # no noise: the model itself finds the order (``scores.sampler_order``)
 AUTO = "auto"  # resolved by what the model is (``block_score.resolved``) before anything is drawn
 
 
@@ -53,10 +54,21 @@ def drawn(
     return ESTIMATORS[estimator](length, num_samples, rng)
 
 
-def check_estimator(estimator: str, *, num_samples: int, num_diffusion_steps: int | None = None) -> None:
-    """UserError if these settings contradict; needs no data, so commands call it before a model is loaded."""
-    if estimator not in (AUTO, *ESTIMATORS):
-        raise UserError(f"--score_estimator {estimator}: unknown; choose one of {', '.join((AUTO, *ESTIMATORS))}")
+def check_estimator(
+    estimator: str, *, num_samples: int, num_diffusion_steps: int | None = None, trains: bool = True
+) -> None:
+    """UserError if these settings contradict; needs no data, so commands call it before a model is loaded.
+
+    ``trains``: whether a gradient is taken; without one the sampler's order is allowed too.
+    """
+    allowed = (AUTO, *ESTIMATORS) if trains else (AUTO, *ESTIMATORS, SAMPLER_ORDER)
+    if estimator == SAMPLER_ORDER and trains:
+        raise UserError(
+            f"--score_estimator {SAMPLER_ORDER} takes a forward for every token, each after the last: it is for score, "
+            "evaluate and lm-eval; train with balanced, or auto"
+        )
+    if estimator not in allowed:
+        raise UserError(f"--score_estimator {estimator}: unknown; choose one of {', '.join(allowed)}")
     if num_samples < 1:
         raise UserError(f"--num_mc_samples is {num_samples}; it must be at least 1")
     if num_diffusion_steps is not None and estimator != "trajectory":

@@ -8,6 +8,7 @@ from data_pipeline.batch import PairBatch
 from diffdpo.errors import UserError
 from diffdpo.models.architecture.spec import FamilySpec
 from diffdpo.noise.block_score import check_block_estimator, resolved
+from diffdpo.noise.estimators import SAMPLER_ORDER
 from diffdpo.noise.last_block import with_whole_blocks
 from diffdpo.noise.length import with_shorter_tails
 from diffdpo.noise.rows import NoisyRows, noisy_rows
@@ -49,12 +50,19 @@ class NoiseOptions:
     def describe(self, asked: str) -> str:
         """The estimator, why where `auto` chose it, and n."""
         because = f" ({resolved(asked, self.block_size)[1]})" if asked != self.estimator else ""
+        if self.estimator == SAMPLER_ORDER:
+            return f"{self.estimator}: likelihood token by token, the surest place first"
         return f"{self.estimator}{because}" + ("" if self.estimator == "exact" else f", n = {self.num_samples}")
+
+    def as_scored(self, batch: PairBatch) -> PairBatch:
+        """The batch with the answers that are scored: their last blocks filled where that was asked for."""
+        if self.block_size and self.fill_with is not None:
+            return with_whole_blocks(batch, block_size=self.block_size, terminator_id=self.fill_with)
+        return batch
 
     def draw_rows(self, batch: PairBatch, device: torch.device, *, draw: int = 0) -> NoisyRows:
         """The noisy rows of a micro-batch; another ``draw``: others, independent of them."""
-        if self.block_size and self.fill_with is not None:
-            batch = with_whole_blocks(batch, block_size=self.block_size, terminator_id=self.fill_with)
+        batch = self.as_scored(batch)
         rows = noisy_rows(
             batch,
             estimator=self.estimator,

@@ -10,6 +10,8 @@ ESTIMATORS = (
     *("quadrature", "exact"),
 )
 """The names of ``noise.estimators.ESTIMATORS``, which imports numpy; a test holds the two together."""
+WITHOUT_GRADIENT = ("auto", *ESTIMATORS, "sampler_order")
+"""Those of scores that nothing is trained with."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from diffdpo.evaluation.tasks.exact_match import ExactMatch
 from diffdpo.evaluation.tasks.make import make_tasks
 from diffdpo.memory.exhausted import told_if_exhausted
 from diffdpo.models.load import LoadedModel, load_model
+from diffdpo.noise.estimators import check_estimator
 from diffdpo.reference.identity import weights_digest
 from diffdpo.sampling.decode import DEFAULT_BLOCK, Decoding
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
@@ -78,7 +79,14 @@ def evaluate(config: EvaluateConfig, world: World, *, given: LoadedModel | None 
 
 
 def check_before_weights(config: EvaluateConfig) -> None:
-    """UserError for a sampler that cannot be, a store that is none, and an output that would overwrite something."""
+    """UserError for an estimator or a sampler that cannot be, a store that is none, and an output that would overwrite
+    something."""
+    check_estimator(
+        config.score_estimator,
+        num_samples=config.num_mc_samples,
+        num_diffusion_steps=config.num_diffusion_steps,
+        trains=False,
+    )
     for sampler in samplers(config):
         length = sampler["gen_length"] or sampler["block_length"] or DEFAULT_BLOCK
         Decoding(**{**sampler, "gen_length": length, "steps": (sampler["gen_length"] and sampler["steps"]) or length})

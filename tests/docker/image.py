@@ -159,6 +159,7 @@ def _bootstrap(base: str, root: Path) -> None:
     )
     if done.returncode:
         raise RuntimeError(f"debootstrap: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+    root.chmod(0o755)  # a folder that pytest makes is its owner's alone; the image's user is another
     for name in NETWORK_FILES:  # so that apt and pip find their registries as they do here
         source, target = Path("/", name), root / name
         if source.is_dir():

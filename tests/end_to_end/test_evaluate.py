@@ -72,6 +72,22 @@ def test_pairs_have_the_scores_of_score_and_its_figures(files, tiny_model, other
     assert figures["perplexity"]["mean"] > 1 and 0 <= figures["auc"]["mean"] <= 1
 
 
+def test_the_sampler_s_order_judges_pairs_and_choices(files, tiny_model, other_model, tmp_path):
+    order = ["--score_estimator", "sampler_order", "--limit", 4]
+    tasks = ["--pairs", files / "pairs.jsonl", "--task", "pairs", f"multiple_choice@{files}/choices.jsonl"]
+    report_of(tmp_path, "--model_name_or_path", tiny_model, *tasks, *order)
+    pairs, choices = sorted(items_of(tmp_path).values(), key=lambda text: b"scores" in text)
+    for line in map(json.loads, pairs.splitlines()):
+        assert line["chosen"]["score"] < 0 == line["chosen"]["stderr"]
+    for line in map(json.loads, choices.splitlines()):
+        assert max(line["scores"]) < 0 and not any(line["stderr"])
+    words = ["--model_name_or_path", tiny_model, "--pairs", files / "pairs.jsonl", *order[:2]]
+    score.main([*map(str, words), "--output", str(tmp_path / "scores.jsonl")])
+    alone = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()][:4]
+    for line, other in zip(map(json.loads, pairs.splitlines()), alone, strict=True):
+        assert line["chosen"]["score"] == pytest.approx(other["chosen"]["score"], rel=1e-5)
+
+
 def test_a_model_against_itself_is_a_tie_everywhere(files, tiny_model, tmp_path):
     flags = ["--model_name_or_path", tiny_model, "--ref_model_name_or_path", tiny_model, *NO_SAMPLES]
     figures = report_of(tmp_path, *flags, "--pairs", files / "pairs.jsonl")["results"][0]["figures"]
@@ -211,6 +227,7 @@ def test_a_checkpoint_of_a_fully_trained_run_is_read_without_its_engine(files, t
     ("flags", "told"),
     [
         (["--task", "arithmetik"], "is arithmetic meant"),
+        (["--pairs", "{files}/pairs.jsonl", "--score_estimator", "sampler"], "unknown; choose one of .*sampler_order"),
         (["--task", "gsm8k"], "has no items"),
         (["--task", "gsm8k@"], "after the @"),
         ([], "nothing to evaluate on"),

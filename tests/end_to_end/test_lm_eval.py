@@ -70,6 +70,15 @@ def test_one_token_takes_one_forward_and_is_exact(lm):
     assert info["loglikelihoods_exact"] >= 1
 
 
+def test_the_sampler_s_order_is_exact_for_every_length(tiny_model):
+    lm = DiffusionLM(str(tiny_model), score_estimator="sampler_order", device="cpu")
+    found = [score for score, _ in lm.loglikelihood(requests_of()[:4], disable_tqdm=True)]
+    other = DiffusionLM(str(tiny_model), score_estimator="sampler_order", device="cpu", seed=1, num_mc_samples=2)
+    assert found == [score for score, _ in other.loglikelihood(requests_of()[:4], disable_tqdm=True)]
+    info = lm.get_model_info()
+    assert info["loglikelihoods_estimated"] == 0 < info["loglikelihoods_exact"] and "exact" in info["loglikelihood"]
+
+
 def test_it_agrees_with_llada_s_published_estimate(lm):
     """Within the error of 20 draws of 32 samples each: the two estimate the same bound."""
     row, generator = ROWS[0], torch.Generator().manual_seed(0)

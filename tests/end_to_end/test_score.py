@@ -60,6 +60,22 @@ def test_sampled_scores_agree_with_exact_ones(folder, capsys):
     assert abs(exact["score"] - sampled["score"]) < 4 * sampled["stderr"] + 1e-4
 
 
+def test_the_sampler_s_order_has_no_noise(folder, capsys):
+    """It is another number than the ELBO, does not depend on n, and rewards are differences of it."""
+    order = ("--score_estimator", "sampler_order")
+    found = lines(capsys, folder, *order, "--num_mc_samples", "1")
+    apart = lines(capsys, folder, *order, "--segment_rows", "1", "--batch_size", "2")
+    for line, other in zip(found, apart, strict=True):
+        for side in ("chosen", "rejected"):
+            assert line[side]["score"] == pytest.approx(other[side]["score"], rel=1e-5) and line[side]["stderr"] == 0
+    assert found[0]["chosen"]["score"] != lines(capsys, folder, "--score_estimator", "exact")[0]["chosen"]["score"]
+    against = lines(capsys, folder, *order, "--ref_model_name_or_path", str(folder / "other"))
+    for line in against:
+        side = line["chosen"]
+        assert side["log_ratio"] == pytest.approx(side["score"] - side["reference_score"], abs=1e-9)
+        assert side["log_ratio_stderr"] == 0
+
+
 def test_scores_do_not_depend_on_how_they_are_batched(folder, capsys):
     one = lines(capsys, folder, "--batch_size", "1", "--segment_rows", "3", "--num_mc_samples", "5")
     all_at_once = lines(capsys, folder, "--num_mc_samples", "5")

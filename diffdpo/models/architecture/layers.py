@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffdpo.gpus import is_gpu
-from diffdpo.models.architecture.token_log_probs import liger_log_probs, token_log_probs
+from diffdpo.models.architecture.token_log_probs import liger_log_probs, token_and_best_log_probs, token_log_probs
 
 
 class RMSNorm(nn.Module):
@@ -104,7 +104,8 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class VocabularyHead(nn.Linear):
-    """The LM head. `head(h)` gives logits; `head(h, target)` log-probabilities without the [M, V] matrix.
+    """The LM head. `head(h)` gives logits; `head(h, target)` log-probabilities without the [M, V] matrix, and with
+    `also_best` [M, 2], those of the likeliest tokens beside them.
 
     Both go through the module's call because engines that shard weights gather them only during such a call.
     """
@@ -130,10 +131,13 @@ class VocabularyHead(nn.Linear):
         *,
         logits_budget: int | None = None,
         use_liger: bool = False,
+        also_best: bool = False,
     ) -> Tensor:
         hidden = hidden if self.scale == 1.0 else hidden * self.scale
         if target_M is None:
             return super().forward(hidden)
+        if also_best:
+            return token_and_best_log_probs(hidden, self.weight, target_M, logits_budget=logits_budget)
         if use_liger and target_M.numel():
             return liger_log_probs(hidden, self.weight, target_M)
         return token_log_probs(hidden, self.weight, target_M, logits_budget=logits_budget)

@@ -33,6 +33,19 @@ def token_log_probs(hidden_MK: Tensor, weight_VK: Tensor, target_M: Tensor, *, l
     return _TokenLogProbs.apply(hidden_MK, weight_VK, target_M, budget, torch.is_grad_enabled())
 
 
+@torch.no_grad()
+def token_and_best_log_probs(
+    hidden_MK: Tensor, weight_VK: Tensor, target_M: Tensor, *, logits_budget: int | None
+) -> Tensor:
+    """[M, 2]: ``token_log_probs``, and the same of the token that is likeliest in each place. No gradient."""
+    found = [hidden_MK.new_empty(0, 2, dtype=_wide(hidden_MK.dtype))]
+    for chunk in _chunks(hidden_MK, weight_VK, DEFAULT_LOGITS_BUDGET if logits_budget is None else logits_budget):
+        logits_CV = _logits(hidden_MK[chunk], weight_VK)
+        both_C2 = torch.stack((logits_CV.gather(-1, target_M[chunk, None])[:, 0], logits_CV.amax(-1)), dim=1)
+        found.append(both_C2 - logits_CV.logsumexp(-1, keepdim=True))
+    return torch.cat(found)
+
+
 def liger_log_probs(hidden_MK: Tensor, weight_VK: Tensor, target_M: Tensor) -> Tensor:
     """``token_log_probs`` by Liger's fused linear cross-entropy (Triton, GPU only), recomputed in the backward.
 
