@@ -66,7 +66,7 @@ class _AlsoTheBest(MaskedLogProbs):
 
     @classmethod
     def like(cls, forward: MaskedLogProbs) -> "_AlsoTheBest":
-        """The same model run in the same way, its tokens counted there."""
+        """A scorer of the model in ``forward`` that runs as it does; tokens are counted there."""
         budget, waste = forward.logits_budget, forward.max_waste
         module = cls(forward.model, forward.spec, logits_budget=budget, max_waste=waste, flex=forward.flex)
         module.counted = forward.counted
