@@ -60,7 +60,7 @@ def theory(
     plain: one sum of all gradients a step. ZeRO-2: gradients at each backward (as sums where a backend cannot scatter:
     gloo), updated weights once. FSDP2: gathered for each forward and each backward, gradients scattered at each
     backward; an embedding that is the head is called twice, so gathered twice as often. ZeRO-3 under ``two_pass``
-    gathers for one forward more, the one without a graph.
+    gathers for one forward more, the one without a graph; each of its segments is a backward.
     """
     share = (processes - 1) / processes
     whole, summed = weights * width * share, weights * gradient * share
@@ -68,7 +68,7 @@ def theory(
         "plain": 2 * summed,
         "zero2": 2 * summed * backwards + whole,
         "fsdp2": (2 * (whole + tied * width * share) + summed) * backwards,
-        "zero3": (3 * whole + summed) * backwards,
+        "zero3": (3 * (whole + tied * width * share) + summed) * backwards,
     }[engine]
 
 

@@ -32,7 +32,14 @@ def examine(*, output_dir: Path | None = None, nvme_path: Path | None = None) ->
     if usable:
         compiled += looked("operators", partial(compilers.operators, gpu=gpu))
     yield "compiled code", compiled
-    about_host = (host.memory, host.processors, host.locked_memory, host.shared_memory, network.interfaces)
+    about_host = (
+        host.memory,
+        host.allocator,
+        host.processors,
+        host.locked_memory,
+        host.shared_memory,
+        network.interfaces,
+    )
     yield "host", [finding for look in about_host for finding in looked(look.__name__.replace("_", " "), look)]
     disks = (
         *looked("outputs", partial(folders.outputs, output_dir)),

@@ -48,6 +48,28 @@ def check_nvme(ds_config: Mapping[str, Any]) -> None:
         raise UserError("DeepSpeed reads and writes NVMe through libaio and does not find it; install libaio-dev")
 
 
+def check_recomputed(ds_config: Mapping[str, Any]) -> None:
+    """UserError for weights on NVMe in a run that computes layers again in the backward."""
+    if (obstacle := recomputing_obstacle(ds_config)) is not None:
+        raise UserError(
+            f"--ds_config has offload_param on NVMe: {obstacle}; leave out --gradient_checkpointing (smaller "
+            'segments, --segment_rows, take less memory too), or give offload_param the "device": "cpu"'
+        )
+
+
+def recomputing_obstacle(ds_config: Mapping[str, Any]) -> str | None:
+    """What stands against computing layers again in the backward, for the user; None if nothing.
+
+    DeepSpeed 0.19.8 looks ahead for weights to be read and meets those of a recomputed layer twice, which it asserts
+    never happens. With its looking ahead switched off (stage3_prefetch_bucket_size 0) one process on a CPU took a wrong
+    gradient without a word: what the recomputation saves is the buffer that the weight was read into, and another
+    weight is read into it before the gradient is taken (benchmarks/streamed.py).
+    """
+    if (ds_config.get("zero_optimization", {}).get("offload_param") or {}).get("device") != "nvme":
+        return None
+    return "DeepSpeed cannot compute layers again from weights that it reads for every pass"
+
+
 def check_zeropp(ds_config: Mapping[str, Any], *, processes: int, cuda: bool) -> None:
     """UserError for what ZeRO++ cannot do here: quantise without a GPU, or split the processes into unequal groups."""
     zero = ds_config.get("zero_optimization", {})

@@ -8,6 +8,7 @@ import torch
 from diffdpo.cards import GPUS, Gpu
 from diffdpo.config import TrainConfig
 from diffdpo.engine.choice import DEEPSPEED
+from diffdpo.engine.preflight import check_recomputed
 from diffdpo.errors import UserError
 from diffdpo.memory.largest_fit import Fit, largest_fit
 from diffdpo.models.architecture.block_attention import check_flex
@@ -102,6 +103,8 @@ def make_plan(
         return share_of_memory(choice, size, memory=memory)
 
     choice = planned_engine(config, cuda=cuda, processes=machine.gpus)
+    if config.recomputes:
+        check_recomputed(choice.ds_config)
     module = skeleton(family, shape, config, bf16=choice.bf16, cast=choice.bf16 and choice.kind == DEEPSPEED, cuda=cuda)
     options = {"second_model": second_model, "scored": scored, "block_size": block_size_of(shape)}
     job = plan_run(config, module, choice, cuda=cuda, **options)  # type: ignore[arg-type]

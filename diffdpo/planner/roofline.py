@@ -75,12 +75,12 @@ def _compute(work: Counter[Work], gpu: Gpu) -> float:
 
 
 def _passes(job: PlannedRun) -> int:
-    """Times the weights are gone through in a step: each forward once, each backward once, a layer's recomputation
-    once more; reference and the first pass of two_pass are forwards."""
+    """Times the weights are gone through in a step: each forward once, each backward once, in which a layer's
+    recomputation uses what its gradient needs next (counted: benchmarks/streamed.py); reference and the first pass of
+    two_pass are forwards."""
     forwards = -(-job.rows // job.reference_rows) if job.reference in ("copy", "adapter_off", "adapter_start") else 0
     forwards += job.segments * (2 if job.strategy in ("two_pass", "checkpoint") else 1)
-    backward = job.segments * (2 if job.config.gradient_checkpointing else 1)
-    return (forwards + backward) * job.config.gradient_accumulation_steps
+    return (forwards + job.segments) * job.config.gradient_accumulation_steps
 
 
 def _link_bytes(job: PlannedRun, n: Numbers) -> int:

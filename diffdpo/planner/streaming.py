@@ -24,6 +24,7 @@ BLOCKWISE = 2 * (1 + 4 / 256)
 
 SHRINK = {"optimizer: fp32 weights": "weights", "optimizer: moments": "moments", "gradients in fp32": "gradients"}
 NO_8_BIT = "DeepSpeed's Adam on the host keeps its moments in fp32"
+NO_AGAIN = "DeepSpeed cannot compute layers again (--gradient_checkpointing) from weights it reads for every pass"
 ROUNDS = "DeepSpeed rounds updates to nearest: below 1/256 of a weight they are lost"
 
 
@@ -84,7 +85,7 @@ def ways(job: PlannedRun, n: Numbers, run: DryRun) -> list[Way]:
     return [
         way("fp32 weights and moments on the host", "cpu", "cpu"),
         way("fp32 weights and moments on NVMe", "nvme", "cpu"),
-        way("that, and the weights on NVMe", "nvme", "nvme"),
+        way("that, and the weights on NVMe", "nvme", "nvme", NO_AGAIN if job.config.gradient_checkpointing else ""),
         way("8-bit moments on the host", "cpu", "cpu", NO_8_BIT, moments=BLOCKWISE / 8),
         way("bf16 weights and moments on the host", "cpu", "cpu", ROUNDS, weights=0.5, moments=0.5, gradients=0.5),
     ]

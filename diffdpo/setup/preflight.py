@@ -6,6 +6,7 @@ from data_pipeline.tokenizer import tokenizer_difference
 from diffdpo.config import RunConfig, SftConfig, TrainConfig
 from diffdpo.engine.choice import EngineChoice
 from diffdpo.engine.make import check_host
+from diffdpo.engine.preflight import check_recomputed
 from diffdpo.errors import UserError
 from diffdpo.models.architecture.router import check_router
 from diffdpo.models.bundled import model_or_bundled
@@ -33,6 +34,8 @@ def check_settings_meet(config: RunConfig) -> None:
 def check_before_weights(config: RunConfig, choice: EngineChoice) -> None:
     """UserError or DataError for what engine, data and models would refuse, as far as it is known without weights."""
     check_host(choice)
+    if config.recomputes:
+        check_recomputed(choice.ds_config)
     if isinstance(config, TrainConfig):
         check_deferred(config.segmentation, choice.no_sync_obstacle(few=config.adapts))
     check_named(config)

@@ -20,6 +20,7 @@ from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from tests.distributed.resume_worker import rows
 
 STEPS, MICRO = 3, 4
+OPTIONS = OptimizerOptions(1e-3, epsilon=1e-4)  # an update of gradients near 0 follows the gradient, not rounding
 
 
 def choice_of(path: Path | None, world: World) -> EngineChoice:
@@ -27,7 +28,8 @@ def choice_of(path: Path | None, world: World) -> EngineChoice:
     if path is None:
         return EngineChoice(PLAIN, world.size)
     flags = {"ds_config": str(path), "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    config = make_config(TrainConfig, flags | {"learning_rate": 1e-3})
+    flags |= {"learning_rate": OPTIONS.learning_rate, "adam_epsilon": OPTIONS.epsilon}
+    config = make_config(TrainConfig, flags)
     choice = choose_engine(config, processes=world.size, cuda=False, bf16_able=False)
     check_host(choice)
     return choice
@@ -38,8 +40,7 @@ def curve(folder: str, path: Path | None, world: World, *, lora: bool) -> list[t
     loaded = load_model(folder)
     model = add_lora(loaded.model, loaded.spec, r=2, alpha=4) if lora else loaded.model.requires_grad_(True)
     module = MaskedLogProbs(model, loaded.spec)
-    options = OptimizerOptions(1e-3, epsilon=1e-4)
-    engine = make_engine(choice_of(path, world), module, world, options, say=print)
+    engine = make_engine(choice_of(path, world), module, world, OPTIONS, say=print)
     found = []
     for step in range(STEPS):
         total = torch.zeros(())
@@ -47,7 +48,7 @@ def curve(folder: str, path: Path | None, world: World, *, lora: bool) -> list[t
             loss = -engine(*rows(step, MICRO * world.rank + micro)).sum() / (MICRO * world.size)
             total += loss.detach()
             engine.backward(loss, last=micro == MICRO - 1)
-        norm = engine.step(1e-3)
+        norm = engine.step(OPTIONS.learning_rate)
         found.append((float(world.all_reduce_sum(total)), norm))
     return found
 

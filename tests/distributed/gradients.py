@@ -51,6 +51,7 @@ class Case:
     keeps: str = "nothing"  # and what of it is not computed again
     bf16: bool = False
     estimator: str = "mask_count"
+    compiled: bool = False  # its blocks
     segment: int = 2  # rows
     rows_over: int = 1  # processes that hold a row's tokens together, of the plain engine
     greedy: bool = False  # on the last rank, backwards of more than 2 rows run out of memory from the third on
@@ -118,7 +119,8 @@ def policy(folder: str, case: Case):
             parameter += 0.02 * torch.randn(parameter.shape, generator=noise)
             if case.bf16:
                 parameter.copy_(parameter.bfloat16())
-    return MaskedLogProbs(model, loaded.spec, layer_checkpointing=case.layers, keeps=case.keeps), loaded
+    how = {"layer_checkpointing": case.layers, "keeps": case.keeps, "compile_blocks": case.compiled}
+    return MaskedLogProbs(model, loaded.spec, **how), loaded
 
 
 def step_of(engine, module, loaded, case: Case, strategy: str, loss: str) -> PreferenceStep:
@@ -238,7 +240,7 @@ def run(folder: str, data, case: Case, world: World, truth: dict) -> dict[str, d
                 "sharded": _in_shards(engine),
                 "repeated": bool(report.notes),
                 "stage": engine.choice.sharding.stage,
-                "over": engine.choice.sharding.over or world.size,
+                "cut": case.ds is not None or (engine.choice.sharding.over or world.size) > 1,
             }
     return found
 

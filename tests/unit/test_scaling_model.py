@@ -11,6 +11,7 @@ def test_bytes_of_a_ring():
     assert theory("fsdp2", 1000, 2, 1) == 2 * 2000 + 2000
     assert theory("fsdp2", 1000, 2, 1, tied=100) == 2 * 2200 + 2000
     assert theory("zero3", 1000, 2, 1) - theory("fsdp2", 1000, 2, 1) == 2000
+    assert theory("zero3", 1000, 2, 2, tied=100) == 2 * (3 * 2200 + 2000)
     assert all(theory(engine, 1000, 1, 3) == 0 for engine in ("plain", "zero2", "fsdp2", "zero3"))
 
 

@@ -100,3 +100,11 @@ def test_gradients_leave_the_device_under_sharding_and_offload():
     assert not choice_of({"stage": 2}, 1).reduces_in_backward
     assert choice_of({"stage": 2}, 2).reduces_in_backward
     assert choice_of({"stage": 1, "offload_optimizer": {"device": "cpu"}}, 1).reduces_in_backward
+
+
+def test_weights_on_nvme_are_refused_where_layers_are_computed_again(tmp_path):
+    with pytest.raises(UserError, match=r"offload_param on NVMe.*leave out --gradient_checkpointing"):
+        preflight.check_recomputed(nvme(str(tmp_path), "offload_param"))
+    preflight.check_recomputed(nvme(str(tmp_path), "offload_optimizer"))
+    preflight.check_recomputed({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}})
+    preflight.check_recomputed({})
