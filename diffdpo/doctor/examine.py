@@ -32,14 +32,8 @@ def examine(*, output_dir: Path | None = None, nvme_path: Path | None = None) ->
     if usable:
         compiled += looked("operators", partial(compilers.operators, gpu=gpu))
     yield "compiled code", compiled
-    about_host = (
-        host.memory,
-        host.allocator,
-        host.processors,
-        host.locked_memory,
-        host.shared_memory,
-        network.interfaces,
-    )
+    memory = (host.memory, host.allocator, host.locked_memory, host.shared_memory)
+    about_host = (*memory, host.processors, network.interfaces)
     yield "host", [finding for look in about_host for finding in looked(look.__name__.replace("_", " "), look)]
     disks = (
         *looked("outputs", partial(folders.outputs, output_dir)),

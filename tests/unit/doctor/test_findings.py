@@ -192,3 +192,16 @@ def test_what_a_gpu_may_lack(card):
     assert [one.state for one in found[:3]] == [WARNING] * 3
     assert "others hold memory" in found[0].advice and "bf16" in found[1].found and "PCIe" in found[2].advice
     assert by_name(found)["attention"].state == WARNING
+
+
+def test_whose_malloc_it_is(monkeypatch, tmp_path):
+    maps = tmp_path / "maps"
+    monkeypatch.setattr(host, "Path", lambda name: maps if name == "/proc/self/maps" else None)
+    monkeypatch.setattr(host.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    for mapped, said in (
+        ("libc.so.6", "glibc's; with libjemalloc2"),
+        ("libc.so.6\n/usr/lib/libjemalloc.so.2", "jemalloc"),
+    ):
+        maps.write_text(mapped)
+        (finding,) = host.allocator()
+        assert finding.state == OK and finding.found.startswith(said)
