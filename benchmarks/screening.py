@@ -2,9 +2,9 @@
 
     python benchmarks/screening.py --out runs/screening --seeds 3
 
-The bundled model, all weights, the sigmoid loss with a small sft term, n = 4 balanced rows, steps of 8 pairs, one graph.
-Screened: the row of each answer with the largest mask guesses h without a graph (0.5 F of 4); a pair goes on with
-p = min(1, max(0.05, 4 σ(-ĥ/2))), runs all rows, and its loss is divided by p, so that the mean of the gradient is that
+The bundled model, all weights, the sigmoid loss with a small sft term, n = 4 balanced rows, steps of 8 pairs, one
+graph. Screened: the row of each answer with the largest mask guesses h without a graph (0.5 F of 4); a pair goes on
+with p = min(1, max(0.05, 4 σ(-ĥ/2))), runs all rows, and its loss is divided by p, so that the mean of the gradient is that
 of all pairs (docs/performance.md). "screened": what is saved becomes more steps. "screened, 16": steps of 16 pairs.
 The learning rate falls with the share of the time that is used, so that every run ends at 0.
 
@@ -14,7 +14,6 @@ A cell is one way and seed; OUT/WAY-SEED.json is not made again.
 import argparse
 import json
 import time
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -112,9 +111,7 @@ def losses(models: Models, pairs: list[TokenPair], seed: int, step: int) -> torc
     with torch.no_grad():
         reference_B2 = fold(row_scores(log_probs(models.reference, rows), rows), rows).score_B2
     tokens_B2 = rows.tokens_A.view(-1, 2)
-    loss_B = preference_loss(
-        "sigmoid", policy_B2=policy_B2, reference_B2=reference_B2, tokens_B2=tokens_B2, beta=BETA
-    )
+    loss_B = preference_loss("sigmoid", policy_B2=policy_B2, reference_B2=reference_B2, tokens_B2=tokens_B2, beta=BETA)
     return loss_B - SFT * policy_B2[:, 0] / tokens_B2[:, 0]
 
 

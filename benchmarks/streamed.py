@@ -173,7 +173,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         state = 16 if (offload or {}).get("offload_optimizer") == "nvme" else 0
         weights = 4 * passes if (offload or {}).get("offload_param") == "nvme" else 0
         cells = [row["way"], f"{row['seconds']:.2f}"]
-        for key, theory in (("fetched", 4 * passes), ("read_bytes", state + weights), ("write_bytes", state)):
+        back = 4 if weights else 0  # what the step has changed
+        for key, theory in (("fetched", 4 * passes), ("read_bytes", state + weights), ("write_bytes", state + back)):
             cells.append(f"{row[key] / 1e6:.0f} ({theory * size / 1e6:.0f})")
         apart = max(abs(a - b) for a, b in zip(row["losses"], rows[0]["losses"], strict=True))
         lines.append(f"| {' | '.join(cells)} | {row['peak']:.2f} | {apart:.1e} |")

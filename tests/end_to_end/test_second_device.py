@@ -120,6 +120,17 @@ def test_the_numbers_are_the_host_s_and_it_goes_on_from_a_checkpoint(monkeypatch
     assert set(host) == set(there)
 
 
+def test_the_sampler_s_order_there(away):
+    import diffdpo
+
+    pairs = [{"prompt": "1 + 1 =", "chosen": " 2", "rejected": " 11 or so"}]
+    order = {"score_estimator": "sampler_order", "segment_rows": 1}
+    there, here = (diffdpo.load("tiny", device=device) for device in (str(AWAY), "cpu"))
+    (found,), (wanted,) = (diffdpo.score(pairs, model, **order) for model in (there, here))
+    for side in ("chosen", "rejected"):
+        assert found[side]["score"] == pytest.approx(wanted[side]["score"], abs=1e-4)
+
+
 @pytest.mark.slow
 def test_segments_that_fit_are_measured_there(away):
     assert sorted(train("out", "--segment_rows", "0", "--max_memory", "0.5")) == [1, 2]
