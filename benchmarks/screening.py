@@ -4,9 +4,9 @@
 
 The bundled model, all weights, the sigmoid loss with a small sft term, n = 4 balanced rows, steps of 8 pairs, one
 graph. Screened: the row of each answer with the largest mask guesses h without a graph (0.5 F of 4); a pair goes on
-with p = min(1, max(0.05, 4 σ(-ĥ/2))), runs all rows, and its loss is divided by p, so that the mean of the gradient is that
-of all pairs (docs/performance.md). "screened": what is saved becomes more steps. "screened, 16": steps of 16 pairs.
-The learning rate falls with the share of the time that is used, so that every run ends at 0.
+with p = min(1, max(0.05, 4 σ(-ĥ/2))), runs all rows, and its loss is divided by p, so that the mean of the gradient is
+that of all pairs (docs/performance.md). "screened": what is saved becomes more steps. "screened, 16": steps of 16
+pairs. The learning rate falls with the share of the time that is used, so that every run ends at 0.
 
 A cell is one way and seed; OUT/WAY-SEED.json is not made again.
 """
