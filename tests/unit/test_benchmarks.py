@@ -4,10 +4,12 @@ import importlib
 import json
 import sys
 from argparse import Namespace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import ablations, choice_accuracy, on_policy, segment_memory, throughput
 from tests.support.paths import ROOT
@@ -180,3 +182,18 @@ def test_what_a_gradient_costs_by_hand(monkeypatch):
     assert found["selective, flat, best τ"]["times"] == pytest.approx(5 / 3.5, rel=1e-2), "half of the backwards"
     assert found["screen by 1 own, one graph, best τ"]["times"] == pytest.approx(5 / 2.5, rel=1e-2)
     assert found["screen by 1 own, one graph, fixed"]["kept"] == pytest.approx((2 + 2 * 0.05) / 4)
+
+
+def test_a_screened_step_is_of_the_same_rows(monkeypatch):
+    """Where nothing is learned every pair goes on; a pair's loss is the same whoever else has been left out."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    screening = importlib.import_module("screening")
+    models = screening.load_models(None, None, dpo_steps=0, device="cpu", seed=0)
+    models.policy.model.load_state_dict(models.reference.model.state_dict())
+    pairs = list(islice(screening.pairs_of(models, screening.generate_pairs(8, seed=0)), 4))
+    assert screening.probabilities(models, pairs, 0, 3).tolist() == [1.0] * 4
+    models.policy.model.head.weight.data *= 1.3
+    p_P = screening.probabilities(models, pairs, 0, 3)
+    assert ((p_P >= 0.05) & (p_P <= 1)).all() and len(set(p_P)) > 1
+    whole, some = (screening.losses(models, each, 0, 3) for each in (pairs, pairs[1::2]))
+    torch.testing.assert_close(whole[1::2], some)
