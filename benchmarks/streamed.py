@@ -137,7 +137,7 @@ def choice_of(name: str, shape: Shape, folder: str, options: OptimizerOptions) -
         zero[part] = {"device": device} | ({"nvme_path": folder, "buffer_count": 4} if device == "nvme" else {})
         if device == "nvme" and part == "offload_param":
             zero[part] |= {"buffer_count": 16, "buffer_size": shape.vocab * shape.width, "max_in_cpu": 0}
-    given = {"zero_optimization": zero, "aio": {"block_size": 1048576, "queue_depth": 16, "thread_count": 2}}
+    given = {"zero_optimization": zero, "aio": {"block_size": 1048576, "queue_depth": 16, "intra_op_parallelism": 2}}
     return deepspeed_choice(given, options, micro_batch_size=1, accumulation_steps=MICRO_BATCHES, processes=1)
 
 

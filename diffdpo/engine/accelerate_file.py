@@ -1,7 +1,8 @@
 """What ``accelerate launch`` was configured for, held against the engine that flags chose: nothing is left unsaid.
 
-Its configuration file starts processes, and names an engine for programs that leave theirs to Accelerate. Here flags
-name the engine, so a file of another kind would be passed over.
+Its configuration file starts processes, and names an engine and its options for programs that leave theirs to
+Accelerate. Here flags name them: a file of another kind is refused, and options that differ are told
+(``setup.accelerate_options``).
 """
 
 import os

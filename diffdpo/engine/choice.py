@@ -18,6 +18,7 @@ from diffdpo.settings.engine import EngineSettings
 PLAIN, DEEPSPEED, FSDP2 = "plain", "deepspeed", "fsdp2"
 SIZES = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 PLACES = ("optimizer_on", "parameters_on")
+NVME = "nvme"
 SMALL_SHARE = 0.25  # of trained parameters: whole gradients of a LoRA adapter do not matter beside the frozen weights
 
 
@@ -106,6 +107,11 @@ class EngineChoice:
         plain engine has bf16 for frozen ones only."""
         return self.bf16 and not (trained and self.kind in (PLAIN, FSDP2))
 
+    @property
+    def on_nvme(self) -> bool:
+        """Whether DeepSpeed keeps state on a disk."""
+        return NVME in (self.sharding.optimizer_on, self.sharding.parameters_on)
+
     def identity(self) -> dict[str, Any]:
         """What must be the same for a checkpoint of this engine to be read again."""
         cut = self.sharding
@@ -120,12 +126,12 @@ class EngineChoice:
         """Whether a checkpoint written by an engine of this ``identity`` can be read. ``processes``: how many wrote it,
         where its files differ by that.
 
-        By name (``engine.tensor_files``) any engine reads any other's but those on NVMe and of DeepSpeed's stage 0.
+        By name (``engine.tensor_files``) any engine reads any other's. State on NVMe none reads: DeepSpeed 0.19.8 goes
+        on with other numbers than it saved, and says nothing.
         """
         same = identity == self.identity() and processes in (None, self.processes)
         by_name = identity.get("kind") in (PLAIN, FSDP2) or bool(identity.get("sharded"))
-        on_nvme = any(one[place] == "nvme" for one in (identity, self.identity()) for place in PLACES if place in one)
-        return same or (by_name and not on_nvme)
+        return (same or by_name) and not self.on_nvme and NVME not in [identity.get(place) for place in PLACES]
 
     def describe(self) -> str:
         """In a few words, for the user."""

@@ -10,11 +10,11 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import nn
@@ -43,8 +43,17 @@ FOR_GRADIENTS = ("offload_optimizer", "zero_hpz_partition_size", "zero_quantized
 class DeepSpeedEngine:
     """A module under ``deepspeed.initialize``."""
 
-    def __init__(self, module: nn.Module, world: World, options: OptimizerOptions, *, choice: EngineChoice):
-        deepspeed = import_deepspeed()
+    def __init__(
+        self,
+        module: nn.Module,
+        world: World,
+        options: OptimizerOptions,
+        *,
+        choice: EngineChoice,
+        locks: Sequence[IO[str]] = (),
+    ):
+        """``locks``: of folders on disks that no other run may use, held as long as this engine is there."""
+        self.locks, deepspeed = locks, import_deepspeed()
         use_kept(needed_operators(choice.ds_config))
         self.world, self.choice = world, choice
         deepspeed.init_distributed(verbose=False)
@@ -159,6 +168,7 @@ class ShardedFrozen:
         deepspeed.init_distributed(verbose=False)
         config = {k: v for k, v in choice.ds_config.items() if k not in ("optimizer", "gradient_clipping")}
         config["zero_optimization"] = {k: v for k, v in config["zero_optimization"].items() if k not in FOR_GRADIENTS}
+        config["zero_optimization"] |= _elsewhere(config["zero_optimization"])
         placed = _placed(module.eval().requires_grad_(False), world, replace(choice, ds_config=config))
         self.engine = deepspeed.initialize(model=placed, config=copy.deepcopy(config))[0]
 
@@ -178,6 +188,16 @@ def frozen_by_deepspeed(module: nn.Module, world: World, choice: EngineChoice) -
     """A module that is never trained: sharded (and offloaded) under ZeRO-3, else whole on the device. No engine need
     be there before."""
     return ShardedFrozen(module, world, choice) if choice.shards_parameters else PlainFrozen(module, world.device)
+
+
+def _elsewhere(zero: Mapping[str, Any]) -> dict[str, Any]:
+    """A folder of its own for weights on NVMe: DeepSpeed empties the one that it is given, which the policy has."""
+    part = zero.get("offload_param") or {}
+    if part.get("device") != "nvme":
+        return {}
+    folder = Path(part["nvme_path"], "reference")
+    folder.mkdir(exist_ok=True)
+    return {"offload_param": {**part, "nvme_path": str(folder)}}
 
 
 def _placed(module: nn.Module, world: World, choice: EngineChoice) -> nn.Module:

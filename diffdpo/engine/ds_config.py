@@ -54,6 +54,9 @@ BOOLEANS = (  # DeepSpeed takes any text for true, "false" too
     "graph_harvesting",
 )
 INTEGERS = ("steps_per_print",)
+AIO = {"block_size": int, "queue_depth": int, "intra_op_parallelism": int} | dict.fromkeys(
+    ("single_submit", "overlap_events", "use_gds"), bool
+)
 SECRET = re.compile("api_?key|passw|secret|credential|token$", re.IGNORECASE)
 OF_ADAM = {"adam_w_mode": True, "adamw_mode": True, "bias_correction": True, "amsgrad": False}
 """Parameters that would make another optimizer of AdamW, with the values that do not."""
@@ -153,14 +156,17 @@ def _faults_of_values(content: Mapping[str, Any]) -> Iterator[str]:
     if more := next((key for key, value in content.get("bf16", {}).items() if key != "enabled" and value), None):
         yield f": bf16 has {more!r}; --bf16 says how weights and gradients are kept, so leave it out"
     for key, value in content.get("aio", {}).items():
-        if type(value) not in (bool, int):
-            yield f": aio.{key} is {value!r}; write a whole number, or true or false"
+        if key not in AIO:
+            yield f": aio has {key!r}, which DeepSpeed does not read; allowed: {', '.join(AIO)}"
+        elif type(value) is not (kind := AIO[key]) or (kind is int and value < 1):
+            yield f": aio.{key} is {value!r}; write {'true or false' if kind is bool else 'a whole number above 0'}"
     factor = content.get("gradient_predivide_factor", 1)
     if type(factor) not in (int, float) or factor <= 0:
         yield f": gradient_predivide_factor is {factor!r}; write a number above 0"
     if (norm := (content.get("zero_optimization") or {}).get("compute_grad_norm", True)) is not True:
         yield f": compute_grad_norm is {norm!r}, and a run records and checks the gradient's norm; leave it out"
     zero = content.get("zero_optimization") or {}
+    yield from _faults_of_unmet(content, zero)
     if old := next(
         (key for key in ("cpu_offload", "cpu_offload_params", "cpu_offload_use_pin_memory") if key in zero), ""
     ):
@@ -179,6 +185,22 @@ def _faults_of_values(content: Mapping[str, Any]) -> Iterator[str]:
             ": zero_optimization.stage is 0 (or not there), which shards nothing; give 1, 2 or 3, or leave "
             "--ds_config out for the plain engine, which is the same without DeepSpeed"
         )
+
+
+def _faults_of_unmet(content: Mapping[str, Any], zero: Mapping[str, Any]) -> Iterator[str]:
+    """What DeepSpeed would meet too late: its checkpoints could not be read, or the first step ends in an assertion."""
+    for where, found in (("checkpoint.load_universal", content.get("checkpoint", {}).get("load_universal")),):
+        if found:
+            yield f": {where} is {found!r}; any engine and number of processes reads a checkpoint here, so leave it out"
+    for key in ("elastic_checkpoint", "zenflow", "super_offload"):
+        if zero.get(key):
+            yield f": zero_optimization.{key} is not supported; leave it out"
+    for part in ("offload_optimizer", "offload_param"):
+        device = (zero.get(part) or {}).get("device", "none")
+        if device not in ("none", "cpu", "nvme"):
+            yield f": zero_optimization.{part}.device is {device!r}; allowed: none, cpu, nvme"
+    if zero.get("zero_hpz_partition_size", 1) != 1 and zero.get("stage") != 3:
+        yield f": zero_hpz_partition_size cuts weights, which stage {zero.get('stage')} does not; use stage 3"
 
 
 def _switches(content: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,18 +1,21 @@
 """What a --ds_config says and what it asks of the host, looked at before a model is loaded."""
 
 import copy
+import fcntl
 import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
 from diffdpo.engine.deepspeed import import_deepspeed
+from diffdpo.engine.world import World
 from diffdpo.errors import UserError
 
 IN_MEMORY = ("tmpfs", "ramfs")
+NVME_LOCK = "diffdpo.lock"
 QUANTISED = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
 
 
@@ -48,12 +51,34 @@ def check_nvme(ds_config: Mapping[str, Any]) -> None:
         raise UserError("DeepSpeed reads and writes NVMe through libaio and does not find it; install libaio-dev")
 
 
+def hold_nvme(ds_config: Mapping[str, Any], world: World) -> list[IO[str]]:
+    """Locks on the folders that state goes to, held until they are closed or the process ends; every process calls.
+
+    UserError, on all of them, where another run holds one: DeepSpeed names its files by rank and parameter alone, so
+    two runs with one folder would compute with each other's numbers.
+    """
+    zero = ds_config.get("zero_optimization", {})
+    parts = [zero.get(part) or {} for part in ("offload_optimizer", "offload_param")]
+    folders = sorted({part["nvme_path"] for part in parts if part.get("device") == "nvme"})
+    held, fault = list[IO[str]](), ""
+    for folder in folders if world.local_rank == 0 else ():
+        held.append(Path(folder, NVME_LOCK).open("a"))  # noqa: SIM115  open as long as the run
+        try:
+            fcntl.flock(held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            fault = f'--ds_config: "nvme_path" is {folder}, where another run keeps its state; give each run a folder'
+    if faults := [each for each in world.all_gather_object(fault) if each]:
+        raise UserError(faults[0])
+    return held
+
+
 def check_recomputed(ds_config: Mapping[str, Any]) -> None:
     """UserError for weights on NVMe in a run that computes layers again in the backward."""
     if (obstacle := recomputing_obstacle(ds_config)) is not None:
         raise UserError(
-            f"--ds_config has offload_param on NVMe: {obstacle}; leave out --gradient_checkpointing (smaller "
-            'segments, --segment_rows, take less memory too), or give offload_param the "device": "cpu"'
+            f"--ds_config has offload_param on NVMe: {obstacle}; leave out --gradient_checkpointing and --segmentation "
+            'checkpoint (smaller segments, --segment_rows, take less memory too), or give offload_param the "device": '
+            '"cpu"'
         )
 
 

@@ -110,6 +110,8 @@ def _zero_files(folder: Path) -> ZeroFiles | None:
         return None
     try:
         return ZeroFiles(folder / TAG)
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"{error}; go on with the run that wrote it") from None
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from diffdpo.engine.deepspeed_files import load_safely
+from diffdpo.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 OF_RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt$")
@@ -23,6 +24,11 @@ class ZeroFiles:
     """The files of a checkpoint of stage 1 to 3, mapped into memory and read as they are used."""
 
     def __init__(self, folder: Path):
+        if (folder / "offloaded_tensors").is_dir():
+            raise UserError(
+                f"{folder.parent}: the state of its run was on NVMe, and DeepSpeed's files of that are not read; take "
+                "the run's final/ model"
+            )
         ranks = {int(found[1]): path for path in folder.iterdir() if (found := OF_RANK.search(path.name))}
         if not ranks:
             raise ValueError(f"{folder} holds no state of a sharded optimizer (ZeRO stage 1 or more)")

@@ -29,6 +29,17 @@ def over_processes(settings: T, processes: int) -> T:
     return replace(settings, per_device_train_batch_size=micro, gradient_accumulation_steps=own // micro)
 
 
+def accumulation_passed_over(asked: "EngineSettings", settings: "EngineSettings") -> list[str]:
+    """A sentence where ``--global_batch_size`` decides against an accumulation that was asked for."""
+    wanted, taken = asked.gradient_accumulation_steps, settings.gradient_accumulation_steps
+    if not asked.global_batch_size or wanted in (taken, EngineSettings.gradient_accumulation_steps):
+        return []
+    return [
+        f"--gradient_accumulation_steps {wanted} is passed over: a step of --global_batch_size "
+        f"{asked.global_batch_size} has {taken} micro-batches of {settings.per_device_train_batch_size} here"
+    ]
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings(ScheduleSettings):
     """The engine and the optimizer."""

@@ -15,6 +15,7 @@ from diffdpo.models.load import empty_model, load_tokenizer_and_spec, read_confi
 from diffdpo.models.lora.targets import target_pattern, whole_modules
 from diffdpo.noise.estimators import check_estimator
 from diffdpo.reference.modes import check_reference
+from diffdpo.setup.accelerate_options import passed_over
 from diffdpo.step.strategy import check_deferred, check_segmentation
 
 LARGEST_BETA = 100.0  # of published recipes, 10 (SimPO) is the largest
@@ -36,14 +37,24 @@ def check_before_weights(config: RunConfig, choice: EngineChoice) -> None:
     check_host(choice)
     if config.recomputes:
         check_recomputed(choice.ds_config)
+    if choice.on_nvme and config.load_best_model_at_end:
+        raise UserError(
+            "--load_best_model_at_end goes back to a checkpoint, and DeepSpeed does not bring back state on NVMe as it "
+            "was saved; leave it out"
+        )
     if isinstance(config, TrainConfig):
         check_deferred(config.segmentation, choice.no_sync_obstacle(few=config.adapts))
     check_named(config)
 
 
-def doubts(config: RunConfig, *, steps: int) -> list[str]:
+def doubts(config: RunConfig, choice: EngineChoice, *, steps: int) -> list[str]:
     """What is allowed and likely a mistake, a line each, for a run of ``steps`` optimizer steps."""
-    found = []
+    found = passed_over(config, choice)
+    if choice.on_nvme and config.save_steps:
+        found.append(
+            "state on NVMe: DeepSpeed does not bring it back as it was saved, so this run cannot be resumed and its "
+            "checkpoints are good for nothing; --save_steps 0 saves their time"
+        )
     if config.learning_rate == 0:
         found.append("--learning_rate is 0: nothing is learned")
     if config.warmup_steps > steps:

@@ -207,12 +207,25 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         ) from None
 
 
+UNREADABLE = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    KeyError,
+    ValueError,
+    AssertionError,
+    pickle.UnpicklingError,
+    SafetensorError,
+)
+"""What torch, safetensors and DeepSpeed say of a file that does not hold what it should."""
+
+
 @contextmanager
 def told_if_unreadable(checkpoint: Path) -> Iterator[None]:
     """A file of the engine's that does not hold what it should, which torch tells of in many ways, as one line."""
     try:
         yield
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError, SafetensorError) as error:
+    except UNREADABLE as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{checkpoint} cannot be read ({_in_a_line(error)}); resume from another checkpoint") from error

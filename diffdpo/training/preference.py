@@ -31,7 +31,7 @@ from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.scores.reference import Reference
 from diffdpo.scores.rounding import RELATIVE
 from diffdpo.scores.segments import Segments, make_segments
-from diffdpo.settings.engine import over_processes
+from diffdpo.settings.engine import accumulation_passed_over, over_processes
 from diffdpo.setup import data as run_data
 from diffdpo.setup.chosen import chosen_settings
 from diffdpo.setup.context import RunContext
@@ -65,6 +65,8 @@ def _train(
     config: TrainConfig, asked: TrainConfig, context: RunContext, watch: Watch, callbacks: Sequence[Callback]
 ) -> Result:
     config = over_processes(config, context.world.size)
+    for line in accumulation_passed_over(asked, config):
+        context.print(f"warning    {line}")
     choice = choice_for(config, context.world, adapter=config.adapts)
     check_before_weights(config, choice)
     if (finished := finished_before(config, context)) is not None:
@@ -99,7 +101,7 @@ class _Data:
         if not self.spec.block_size:  # of blocks the masks of each block are enumerated
             run_data.check_exact(config, self.encoder, (self.train_set, self.eval_set))
         self.loader = run_data.train_loader(config, self.train_set, self.encoder, world)
-        for doubt in doubts(config, steps=run_data.total_steps(config, self.loader)):
+        for doubt in doubts(config, choice, steps=run_data.total_steps(config, self.loader)):
             context.print(f"warning    {doubt}")
 
     def precompute(self) -> Precomputed:

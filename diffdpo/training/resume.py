@@ -59,12 +59,18 @@ def resume_parts(
             f"--resume_from_checkpoint {checkpoint} has taken {state['step']} steps already; give a larger --max_steps "
             "or --num_train_epochs"
         )
+    if engine.choice.on_nvme or "nvme" in state["held_by"].get("engine", {}).values():
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint}: state on NVMe, then or now, is not brought back by DeepSpeed as "
+            "it was saved; begin again from the run's final/ model, or keep the optimizer on the host "
+            '("offload_optimizer" with "device": "cpu")'
+        )
     for name, value in state["held_by"].items():
         if not _fits(name, state["held_by"], ours, engine):
             raise UserError(
                 f"--resume_from_checkpoint {checkpoint}: {name} was {value} and is {ours[name]}; resume with the "
                 "launcher, --ds_config and adapter settings of the run that wrote it (any engine and number of "
-                "processes reads any checkpoint, but those on nvme and of DeepSpeed's stage 0)"
+                "processes reads any checkpoint)"
             )
     loader.load_state_dict(state["loader"])
     with told_if_unreadable(checkpoint):

@@ -34,7 +34,7 @@ from diffdpo.noise.options import NoiseOptions
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.scores.reference import no_reference
 from diffdpo.scores.segments import make_segments
-from diffdpo.settings.engine import over_processes
+from diffdpo.settings.engine import accumulation_passed_over, over_processes
 from diffdpo.setup import data as run_data
 from diffdpo.setup.chosen import chosen_settings
 from diffdpo.setup.context import RunContext
@@ -71,6 +71,8 @@ def _sft(
     config: SftConfig, asked: SftConfig, context: RunContext, watch: Watch, callbacks: Sequence[Callback]
 ) -> Result:
     config = over_processes(config, context.world.size)
+    for line in accumulation_passed_over(asked, config):
+        context.print(f"warning  {line}")
     choice = choice_for(config, context.world)
     check_before_weights(config, choice)
     if (finished := finished_before(config, context)) is not None:
@@ -103,7 +105,7 @@ def _build(
     run_data.warn_of_data(config, context, (train_set, eval_set), longest=longest)
     refuse_unusable(train_set, encoder)
     loader = run_data.train_loader(config, train_set, encoder, world)
-    for doubt in doubts(config, steps=run_data.total_steps(config, loader)):
+    for doubt in doubts(config, choice, steps=run_data.total_steps(config, loader)):
         context.print(f"warning  {doubt}")
     batches = run_data.eval_batches(config, eval_set, encoder, world)
     noise = NoiseOptions.of(config, loaded.spec)

@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # What the job scripts of this folder share. They source it from the project's root, where sbatch was called.
 #
+#   DS_CONFIG=FILE                     another DeepSpeed JSON than the script's; empty: none, for --engine fsdp2 or plain
 #   LAUNCHER=srun|torchrun|deepspeed   who starts the ranks (default srun); launch/README.md says what differs
 #   APPTAINER_IMAGE=diffdpo.sif        run inside it with apptainer
 #   PYXIS_IMAGE=registry#diffdpo:gpu   run inside it with pyxis
@@ -11,6 +12,7 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) # jobs that share a node do not meet
 export MASTER_ADDR MASTER_PORT
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK:-1}} # srun has not read the job's since 22.05
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 export PYTHONUNBUFFERED=1
 
@@ -21,6 +23,18 @@ if [ -n "${PYXIS_IMAGE:-}" ]; then
 elif [ -n "${APPTAINER_IMAGE:-}" ]; then
     inside=(apptainer exec --nv --bind "$PWD" --pwd "$PWD" "$APPTAINER_IMAGE")
 fi
+
+# engine_flags DEFAULT FLAG...: leaves in the array "engine" the DeepSpeed JSON that the run takes, unless FLAGs name an engine.
+# shellcheck disable=SC2034  # the scripts use "engine"
+engine_flags() {
+    local json=${DS_CONFIG-$1} word
+    shift
+    engine=(--ds_config "$json")
+    for word in "$@"; do
+        case $word in --engine | --engine=*) engine=() ;; esac
+    done
+    if [ -z "$json" ]; then engine=(); fi
+}
 
 # start SCRIPT FLAG...: a job step with all ranks of the job. One task a rank; of torchrun and deepspeed one a node.
 start() {

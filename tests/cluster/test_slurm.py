@@ -54,6 +54,7 @@ def test_ranks_of_one_node(slurm):
     assert config.output_dir == "outputs/slurm-4711" and config.resume_from_checkpoint == "auto"
     environment = step["environment"]
     assert environment["OMP_NUM_THREADS"] == "8" and environment["NCCL_DEBUG"] == "WARN"
+    assert environment["SRUN_CPUS_PER_TASK"] == "8"  # srun does not read sbatch's own any more
     assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("localhost", "24711")
     assert job.code == 0 and job.requeued == []
 
@@ -117,6 +118,29 @@ def test_a_run_for_every_line_of_a_sweep(slurm):
     given = {"SLURM_ARRAY_JOB_ID": "4700", "SLURM_ARRAY_TASK_ID": str(len(lines))}
     job = slurm("launch/slurm/sweep_array.sbatch", "launch/slurm/sweep.example", **given)
     assert job.code == 2 and "has no line 4" in job.said
+
+
+def test_a_line_of_a_sweep_is_read_as_a_shell_reads_it(slurm, tmp_path):
+    flags, file = ["--data_cache", "/a folder/x", "--eval_task", "regex:(\\d+)"], tmp_path / "flags"
+    file.write_text(f"# a comment\n{shlex.join(flags)}\n")
+    given = {"SLURM_ARRAY_JOB_ID": "4700", "SLURM_ARRAY_TASK_ID": "0"}
+    step = slurm("launch/slurm/sweep_array.sbatch", str(file), **given).steps[-1]
+    assert step["words"][-4:] == flags
+    file.write_text("# nothing\n")
+    job = slurm("launch/slurm/sweep_array.sbatch", str(file), **given)
+    assert job.code == 2 and "has no line 0" in job.said
+    job = slurm("launch/slurm/sweep_array.sbatch", **given)
+    assert job.code == 2 and "is no file of flags" in job.said
+
+
+@pytest.mark.parametrize("script", [SINGLE, MULTI])
+def test_other_engines_than_deepspeed(slurm, script):
+    for words, environment in ((["--engine", "fsdp2"], {}), ([], {"DS_CONFIG": ""})):
+        step = slurm(script, *words, **environment).steps[-1]
+        config = train_config(step["words"])
+        assert config.ds_config is None and config.engine == ("fsdp2" if words else "auto")
+    step = slurm(script, DS_CONFIG="ds_configs/zero1.json").steps[-1]
+    assert train_config(step["words"]).ds_config == "ds_configs/zero1.json"
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,13 @@
 from collections import OrderedDict
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
-from diffdpo.engine.deepspeed_files import CheckpointFiles, copied, load_safely, write_files
+from diffdpo.engine.deepspeed_files import TAG, CheckpointFiles, copied, load_safely, write_files
+from diffdpo.engine.tensor_files import read_weights
+from diffdpo.errors import UserError
 
 
 def state() -> dict:
@@ -39,3 +42,9 @@ def test_what_is_kept_is_written_where_it_would_have_been(tmp_path):
     assert (tmp_path / "b" / "note.txt").read_bytes() == b"n"
     files.save({"optimizer": torch.zeros(1)}, str(tmp_path / "y.pt"))
     assert (tmp_path / "y.pt").exists(), "afterwards it writes again"
+
+
+def test_state_on_nvme_is_no_weights_to_read(tmp_path):
+    (tmp_path / TAG / "offloaded_tensors").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"was on NVMe, .* are not read; take the run's final/ model$"):
+        read_weights(tmp_path, nn.Linear(1, 1))

@@ -60,6 +60,11 @@ def test_any_engine_reads_checkpoints_of_any_other_whatever_the_processes():
         assert not one.reads(zero.identity() | {"optimizer_on": "nvme"}) and not one.reads(whole.identity())
     assert zero.reads(zero.identity(), 1) and zero.reads(zero.identity(), 2) and three.reads(zero.identity(), 1)
     assert whole.reads(whole.identity(), 1) and not whole.reads(whole.identity(), 2)
+    disk = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/d"}}
+    nvme = deepspeed_choice({"zero_optimization": disk}, OptimizerOptions(1e-3), **sizes)
+    assert nvme.on_nvme and not three.on_nvme and not plain.on_nvme
+    for one in (plain, three, nvme):  # not even its own: DeepSpeed brings back other numbers
+        assert not nvme.reads(one.identity(), 1) and not one.reads(nvme.identity(), 1)
 
 
 @pytest.mark.parametrize(

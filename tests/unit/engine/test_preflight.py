@@ -3,11 +3,13 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from diffdpo.engine import preflight
 from diffdpo.engine.choice import deepspeed_choice
 from diffdpo.engine.ds_config import complete_ds_config, read_ds_config
 from diffdpo.engine.optimizer import OptimizerOptions
+from diffdpo.engine.world import World
 from diffdpo.errors import UserError
 from tests.support.paths import ROOT
 
@@ -108,3 +110,13 @@ def test_weights_on_nvme_are_refused_where_layers_are_computed_again(tmp_path):
     preflight.check_recomputed(nvme(str(tmp_path), "offload_optimizer"))
     preflight.check_recomputed({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}})
     preflight.check_recomputed({})
+
+
+def test_two_runs_do_not_share_a_folder_on_a_disk(tmp_path):
+    world, asked = World(0, 0, 1, torch.device("cpu")), nvme(str(tmp_path))
+    held = preflight.hold_nvme(asked, world)
+    with pytest.raises(UserError, match=f'"nvme_path" is {tmp_path}, where another run keeps its state; give each'):
+        preflight.hold_nvme(asked, world)
+    assert preflight.hold_nvme({}, world) == [] == preflight.hold_nvme(asked, World(1, 1, 1, torch.device("cpu")))
+    held[0].close()
+    preflight.hold_nvme(asked, world)[0].close()

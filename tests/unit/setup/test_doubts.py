@@ -3,8 +3,12 @@
 import pytest
 
 from diffdpo.config import SftConfig, TrainConfig, make_config
+from diffdpo.engine.choice import EngineChoice, deepspeed_choice
+from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.errors import UserError
-from diffdpo.setup.preflight import doubts
+from diffdpo.settings.engine import accumulation_passed_over, over_processes
+from diffdpo.setup.accelerate_options import passed_over
+from diffdpo.setup.preflight import check_before_weights, doubts
 
 
 @pytest.mark.parametrize(
@@ -16,14 +20,14 @@ from diffdpo.setup.preflight import doubts
     ],
 )
 def test_doubts(settings, said):
-    (line,) = doubts(TrainConfig(**{"warmup_steps": 0, **settings}), steps=30)
+    (line,) = doubts(TrainConfig(**{"warmup_steps": 0, **settings}), EngineChoice(), steps=30)
     assert said in line
 
 
 def test_usual_settings_are_not_doubted():
     for beta in (0.01, 0.1, 2.0, 10.0):
-        assert doubts(TrainConfig(learning_rate=1e-4, beta=beta, warmup_steps=30), steps=30) == []
-    assert doubts(SftConfig(), steps=100) == []
+        assert doubts(TrainConfig(learning_rate=1e-4, beta=beta, warmup_steps=30), EngineChoice(), steps=30) == []
+    assert doubts(SftConfig(), EngineChoice(), steps=100) == []
 
 
 @pytest.mark.parametrize(
@@ -51,3 +55,46 @@ def test_two_weights_of_0_are_refused():
         with pytest.raises(UserError, match="both 0: the loss would be 0"):
             make_config(TrainConfig, {"loss_type": loss, **both})
         make_config(TrainConfig, {"loss_type": loss, **both, "desirable_weight": 1.0})
+
+
+def on_a_disk(path):
+    zero = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": str(path)}}
+    return deepspeed_choice(
+        {"zero_optimization": zero}, OptimizerOptions(1e-4), micro_batch_size=1, accumulation_steps=1
+    )
+
+
+def test_state_on_nvme_is_not_gone_on_from(tmp_path, monkeypatch):
+    usual = {"learning_rate": 1e-4, "warmup_steps": 0}
+    (line,) = doubts(TrainConfig(**usual, save_steps=10), on_a_disk(tmp_path), steps=30)
+    assert "cannot be resumed" in line and "--save_steps 0" in line
+    assert doubts(TrainConfig(**usual, save_steps=0), on_a_disk(tmp_path), steps=30) == []
+    monkeypatch.setattr("diffdpo.setup.preflight.check_host", lambda choice: None)
+    best = TrainConfig(**usual, load_best_model_at_end=True, eval_steps=10)
+    with pytest.raises(UserError, match="--load_best_model_at_end goes back to a checkpoint"):
+        check_before_weights(best, on_a_disk(tmp_path))
+
+
+def test_what_accelerate_s_file_says_beside_the_flags():
+    config, fsdp = TrainConfig(engine="fsdp2"), {"ACCELERATE_USE_FSDP": "true"}
+    nothing = {"ACCELERATE_MIXED_PRECISION": "no", "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_OFFLOAD_PARAMS": "false"}
+    assert passed_over(config, EngineChoice(), {}) == passed_over(config, EngineChoice(), fsdp | nothing) == []
+    asked = {"ACCELERATE_MIXED_PRECISION": "bf16", "FSDP_OFFLOAD_PARAMS": "true", "FSDP_RESHARD_AFTER_FORWARD": "false"}
+    (line,) = passed_over(config, EngineChoice(), fsdp | asked)
+    assert all(f"{name} {value}" in line for name, value in asked.items())
+    same = TrainConfig(engine="fsdp2", fsdp_cpu_offload=True, fsdp_reshard_after_forward=False)
+    (line,) = passed_over(same, EngineChoice(), fsdp | asked)
+    assert "ACCELERATE_MIXED_PRECISION" in line and "OFFLOAD" not in line
+    zero = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+    zero |= {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "7", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none"}
+    (line,) = passed_over(TrainConfig(), on_a_disk("/d"), zero)
+    assert "ZERO_STAGE 2" in line and "STEPS 7" in line and "PARAM_DEVICE" not in line
+
+
+def test_an_accumulation_that_the_global_batch_size_decides_against_is_told():
+    asked = TrainConfig(global_batch_size=12, per_device_train_batch_size=4, gradient_accumulation_steps=5)
+    (line,) = accumulation_passed_over(asked, over_processes(asked, 1))
+    assert "--gradient_accumulation_steps 5 is passed over" in line and "has 3 micro-batches of 4" in line
+    for steps, size in ((3, 12), (1, 12), (5, 0)):
+        one = TrainConfig(global_batch_size=size, per_device_train_batch_size=4, gradient_accumulation_steps=steps)
+        assert accumulation_passed_over(one, over_processes(one, 1)) == []
