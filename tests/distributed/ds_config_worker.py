@@ -20,16 +20,16 @@ from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from tests.distributed.resume_worker import rows
 
 STEPS, MICRO = 3, 4
-OPTIONS = OptimizerOptions(1e-3, epsilon=1e-4)  # an update of gradients near 0 follows the gradient, not rounding
+FLAGS = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-3}
+FLAGS |= {"adam_epsilon": 1e-4}  # an update of gradients near 0 follows the gradient, not rounding
+OPTIONS = OptimizerOptions.of(make_config(TrainConfig, FLAGS))
 
 
 def choice_of(path: Path | None, world: World) -> EngineChoice:
     """As a run with ``--ds_config`` would choose, checked against this host."""
     if path is None:
         return EngineChoice(PLAIN, world.size)
-    flags = {"ds_config": str(path), "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    flags |= {"learning_rate": OPTIONS.learning_rate, "adam_epsilon": OPTIONS.epsilon}
-    config = make_config(TrainConfig, flags)
+    config = make_config(TrainConfig, FLAGS | {"ds_config": str(path)})
     choice = choose_engine(config, processes=world.size, cuda=False, bf16_able=False)
     check_host(choice)
     return choice
