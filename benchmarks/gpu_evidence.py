@@ -76,7 +76,7 @@ def run_part(part: Part, args: argparse.Namespace, left: float) -> dict[str, Any
         found = {"told": told[-2000:], **found}
     elif found.get("left_out"):
         state = "left out"
-    return {"state": state, "seconds": seconds, **found}
+    return {**found, "state": state, "seconds": seconds}
 
 
 def all_parts(args: argparse.Namespace) -> dict[str, Any]:
@@ -109,6 +109,15 @@ def write(path: Path, report: dict[str, Any]) -> None:
     partial.replace(path)
 
 
+def finds_gpu() -> bool:
+    """Whether torch finds a GPU; a torch that cannot be imported is told by the parts themselves."""
+    try:
+        import torch
+    except ImportError:
+        return True
+    return torch.cuda.is_available()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """0 where nothing failed; what was left out or cut short is no failure."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -122,6 +131,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = set((args.parts or "").split(",")) - {part.name for part in PARTS} - {""}
     if unknown:
         parser.error(f"--parts: there is no {', '.join(sorted(unknown))}")
+    if not args.minutes > 0:
+        parser.error(f"--minutes is {args.minutes:g}; it must be above 0")
+    if not args.json.absolute().parent.is_dir():
+        parser.error(f"--json {args.json}: there is no folder {args.json.absolute().parent}")
+    if args.device == "cuda" and not finds_gpu():
+        parser.error("torch finds no GPU here; --device cpu --tiny shows whether the script works")
     if args.part:
         from benchmarks import gpu_parts
 

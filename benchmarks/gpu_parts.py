@@ -230,7 +230,7 @@ def full3b(setting: Setting) -> dict[str, Any]:
     seconds, peak = last["step_seconds"], last["peak_memory_gib"]
     plan = (planned["weights"] + planned["live"]) / GIB
     summary = [f"peak of tensors {peak:.2f} GiB (planned {plan:.2f})", f"{seconds:.1f} s a pair"]
-    return {"summary": summary, "seconds": seconds, "peak_gib": peak, "planned": planned}
+    return {"summary": summary, "step_seconds": seconds, "peak_gib": peak, "planned": planned}
 
 
 def _random_folder(folder: Path, setting: Setting) -> Path:

@@ -23,8 +23,13 @@ def outputs(folder: Path | None) -> Iterator[Finding]:
 
 def nvme(folder: Path | None) -> Iterator[Finding]:
     """Where --ds_config offloads to, if that was named."""
-    if folder:
-        yield _folder("NVMe offload", folder, advice='name another in "nvme_path" of --ds_config', must=True)
+    from diffdpo.engine.preflight import nvme_fault  # what a run would say
+
+    advice = 'name another in "nvme_path" of --ds_config'
+    if folder and (fault := nvme_fault(str(folder))):
+        yield error("NVMe offload", f"the folder {fault}", advice)
+    elif folder:
+        yield _folder("NVMe offload", folder, advice=advice, must=True)
 
 
 def caches() -> Iterator[Finding]:

@@ -6,7 +6,8 @@ paged_adamw_8bit   the same in memory that the driver moves to the host when the
 adafactor          row and column sums of the second moment (Shazeer and Stern, 1804.04235): next to nothing
 muon               orthogonalised momentum (Jordan, 2024) for matrices inside blocks: 4 bytes; AdamW for the rest
 
-AdamW's rate suits all: Muon's is matched to AdamW's update size (2502.16982), Adafactor's is relative to a weight's.
+AdamW's rate suits all: Muon's is matched to AdamW's update size (2502.16982), and Adafactor's is not relative to a
+weight's, as with transformers' trainer.
 """
 
 import importlib.util
@@ -31,7 +32,9 @@ def make_optimizer(module: nn.Module, options: OptimizerOptions, device: torch.d
     if options.name in EIGHT_BIT:
         return _eight_bit(groups, options, device)
     if options.name == "adafactor":
-        return torch.optim.Adafactor(groups, lr=options.learning_rate)
+        # as transformers' trainer has it (scale_parameter off): relative to a weight's size, as is the default, LoRA's
+        # second factor, which starts at 0, would be moved by a thousandth of the rate and learn next to nothing
+        return torch.optim.Adafactor(groups, lr=options.learning_rate, eps=(None, 1.0))
     if options.name == "muon":
         return MuonAndAdamW(groups, _in_no_block(module), options, fused=is_gpu(device) or None)
     return _adamw(groups, options, fused=is_gpu(device) or None)

@@ -41,7 +41,7 @@ def check_nvme(ds_config: Mapping[str, Any]) -> None:
     zero = ds_config.get("zero_optimization", {})
     parts = [part for part in ("offload_optimizer", "offload_param") if zero.get(part, {}).get("device") == "nvme"]
     for part in parts:
-        fault = _fault_of(zero[part].get("nvme_path"))
+        fault = nvme_fault(zero[part].get("nvme_path"))
         if fault:
             raise UserError(
                 f'--ds_config: "nvme_path" of {part} {fault}; set it to an existing folder on an NVMe disk '
@@ -120,8 +120,8 @@ def libaio_found() -> bool:
     return get_accelerator().create_op_builder("AsyncIOBuilder").is_compatible(verbose=False)
 
 
-def _fault_of(path: Any) -> str:
-    """What is wrong with it; '' when nothing is."""
+def nvme_fault(path: Any) -> str:
+    """What is wrong with a folder for state on NVMe, for the user; '' when nothing is."""
     if not isinstance(path, str):
         return "is missing" if path is None else f"is {path!r}"
     folder = Path(path)

@@ -42,8 +42,9 @@ from diffdpo.step.report import StepReport
 from diffdpo.step.step import PreferenceStep
 from diffdpo.step.strategy import MicroBatchShape, choose_strategy, micro_batch_shape, with_micro_batch
 from diffdpo.training.callbacks import Callback
-from diffdpo.training.checkpoint import find_checkpoint, read_state
+from diffdpo.training.checkpoint import read_state
 from diffdpo.training.guard import Watch, guarded
+from diffdpo.training.resume import checkpoint_of
 from diffdpo.training.run import Result, Run, carry_out, finished_before
 
 LN2 = float(np.log(2.0))
@@ -84,9 +85,7 @@ class _Data:
     def __init__(self, config: TrainConfig, context: RunContext, choice: EngineChoice):
         self.config, self.context, self.choice, self.loss = config, context, choice, config.loss()
         world = context.world
-        self.resume = None
-        if config.resume_from_checkpoint:
-            self.resume = find_checkpoint(config.resume_from_checkpoint, context.output_dir, world, context.print)
+        self.resume = checkpoint_of(config, context, choice)
         self.train_set, self.eval_set = run_data.open_data(config, context, run_data.generated(config, context.world))
         run_data.check_kind_of_records(self.train_set, self.loss)
         run_data.check_batch_size(config, self.loss, world)

@@ -45,9 +45,9 @@ from diffdpo.step.step import PreferenceStep
 from diffdpo.step.strategy import choose_strategy, micro_batch_shape
 from diffdpo.training.answer_canvas import fill_canvas
 from diffdpo.training.callbacks import Callback
-from diffdpo.training.checkpoint import find_checkpoint
 from diffdpo.training.guard import Watch, guarded
 from diffdpo.training.loop import StepFunction
+from diffdpo.training.resume import checkpoint_of
 from diffdpo.training.run import Result, Run, carry_out, finished_before
 
 CONTEXT = 1024  # of a new model, unless its rows are longer
@@ -94,9 +94,7 @@ def _build(
 ) -> Run:
     world = context.world
     _check_attention(config, world)
-    resume = None
-    if config.resume_from_checkpoint:
-        resume = find_checkpoint(config.resume_from_checkpoint, context.output_dir, world, context.print)
+    resume = checkpoint_of(config, context, choice)
     train_set, eval_set = run_data.open_data(config, context, run_data.generated(config, context.world))
     answers = _answers_of(train_set)
     loaded = _load_or_make(config, context, choice, train_set, keep=resume is not None)

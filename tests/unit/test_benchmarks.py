@@ -113,13 +113,20 @@ def test_gpu_evidence_leaves_out_what_the_minutes_do_not_suffice_for(evidence):
     assert all("it needs" in parts[name]["left_out"] for name in left_out)
 
 
-def test_gpu_evidence_does_what_is_asked(evidence, capsys):
+def test_gpu_evidence_does_what_is_asked(evidence, capsys, monkeypatch):
     driver, file, run = evidence
-    assert driver.main(["--json", str(file), "--parts", "machine,attention"]) == 0
+    assert driver.main(["--json", str(file), "--device", "cpu", "--parts", "machine,attention"]) == 0
     assert run == ["machine", "attention"]
-    with pytest.raises(SystemExit):
-        driver.main(["--json", str(file), "--parts", "everything"])
-    assert "everything" in capsys.readouterr().err
+    monkeypatch.setattr(driver, "finds_gpu", lambda: False)
+    for words, said in (
+        (["--json", str(file), "--parts", "everything"], "everything"),
+        (["--json", str(file)], "--device cpu --tiny"),
+        (["--json", str(file), "--device", "cpu", "--minutes", "-1"], "above 0"),
+        (["--json", "/nowhere/found.json", "--device", "cpu"], "no folder /nowhere"),
+    ):
+        with pytest.raises(SystemExit):
+            driver.main(words)
+        assert said in capsys.readouterr().err
 
 
 def test_a_part_that_hangs_or_breaks_is_a_line(tmp_path, monkeypatch):

@@ -205,3 +205,10 @@ def test_whose_malloc_it_is(monkeypatch, tmp_path):
         maps.write_text(mapped)
         (finding,) = host.allocator()
         assert finding.state == OK and finding.found.startswith(said)
+
+
+def test_a_folder_for_nvme_is_judged_as_a_run_would(tmp_path):
+    for folder, said in ((tmp_path / "nowhere", "is not a folder"), (host.Path("/dev/shm"), "lies in memory")):
+        (finding,) = folders.nvme(folder)
+        assert finding.state == ERROR and said in finding.found
+    assert list(folders.nvme(None)) == []

@@ -60,6 +60,16 @@ def test_it_learns_and_goes_on_to_the_bit(kind, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters, resumed.parameters, strict=True))
 
 
+@pytest.mark.parametrize("name", ["adamw_torch", "adafactor"])
+def test_a_weight_that_starts_at_0_is_moved_by_the_rate(name):
+    """As LoRA's second factor does: an update that is relative to a weight's size would leave it there."""
+    engine = engine_of(name)
+    weight = engine.module.large.weight
+    weight.data.zero_()
+    steps(engine, 0, 1)
+    assert float(weight.detach().square().mean().sqrt()) > 0.1 * 1e-2
+
+
 def test_the_planner_counts_what_it_keeps(kind):
     engine = engine_of(kind)
     steps(engine, 0, 1)
