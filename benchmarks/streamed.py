@@ -30,15 +30,13 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
-from benchmarks.throughput import SHAPES, Shape, make_batch
+from benchmarks.throughput import SHAPES, Shape, make_batch, plain_model
 from diffdpo.engine.choice import PLAIN, EngineChoice, deepspeed_choice
 from diffdpo.engine.make import make_engine
 from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.world import init_distributed, shutdown_distributed
 from diffdpo.losses.options import LossOptions
 from diffdpo.memory.peak import peak_memory_gib
-from diffdpo.models.architecture.llada import LLaDAConfig, LLaDAModelLM
-from diffdpo.models.architecture.spec import LLADA_LORA_TARGETS, FamilySpec
 from diffdpo.noise.options import NoiseOptions
 from diffdpo.scores.masked_log_probs import MaskedLogProbs
 from diffdpo.scores.reference import no_reference
@@ -85,7 +83,7 @@ def measure(name: str, shape_name: str, disk: Path) -> dict[str, Any]:
     """Steps of one way, the first not counted; of the others the middle one by seconds."""
     options, shape = OptimizerOptions(learning_rate=1e-4), SHAPES[shape_name]
     world = init_distributed(always_distributed=WAYS[name] is not None)
-    model, spec = make_model(shape)
+    model, spec = plain_model(shape)
     weights, batches = sum(p.numel() for p in model.parameters()), [make_batch(shape)] * MICRO_BATCHES
     with tempfile.TemporaryDirectory(dir=disk) as folder:
         recomputes = (WAYS[name] or {}).get("offload_param") != "nvme"
@@ -106,22 +104,6 @@ def measure(name: str, shape_name: str, disk: Path) -> dict[str, Any]:
     middle = sorted(steps[1:], key=lambda each: each["seconds"])[STEPS // 2]
     losses = [each.pop("loss") for each in steps]
     return {"way": name, "weights": weights, "segments": cuts, "losses": losses, **middle, "peak": peak_memory_gib(CPU)}
-
-
-def make_model(shape: Shape) -> tuple[LLaDAModelLM, FamilySpec]:
-    """Random weights, all trained."""
-    config = LLaDAConfig.create(
-        d_model=shape.width,
-        n_layers=shape.layers,
-        n_heads=shape.heads,
-        mlp_hidden_size=shape.mlp,
-        vocab_size=shape.vocab,
-        mask_token_id=shape.vocab - 1,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    torch.manual_seed(0)
-    return LLaDAModelLM(config), FamilySpec("llada", shape.vocab - 1, 0, 0, "LLaDABlock", LLADA_LORA_TARGETS)
 
 
 def choice_of(name: str, shape: Shape, folder: str, options: OptimizerOptions) -> EngineChoice:

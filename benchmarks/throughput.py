@@ -88,8 +88,8 @@ ON_CPU, ON_GPU = ("tiny", "small", "medium", "small_llada_vocab"), ("small", "me
 SPREAD = 0.6  # of the logarithm of a length
 
 
-def make_model(shape: Shape, device: torch.device) -> tuple[nn.Module, FamilySpec]:
-    """Random weights with LoRA on every block; the adapter's second factor is not 0, so that its first learns."""
+def plain_model(shape: Shape) -> tuple[LLaDAModelLM, FamilySpec]:
+    """Random weights, the same at every call."""
     config = LLaDAConfig.create(
         d_model=shape.width,
         n_layers=shape.layers,
@@ -102,9 +102,15 @@ def make_model(shape: Shape, device: torch.device) -> tuple[nn.Module, FamilySpe
     )
     torch.manual_seed(0)
     spec = FamilySpec("llada", shape.vocab - 1, 0, 0, "LLaDABlock", LLADA_LORA_TARGETS)
+    return LLaDAModelLM(config), spec
+
+
+def make_model(shape: Shape, device: torch.device) -> tuple[nn.Module, FamilySpec]:
+    """Random weights with LoRA on every block; the adapter's second factor is not 0, so that its first learns."""
     torch.set_default_dtype(getattr(torch, shape.dtype))
     with device:
-        model = add_lora(LLaDAModelLM(config), spec, r=RANK)
+        whole, spec = plain_model(shape)
+        model = add_lora(whole, spec, r=RANK)
     torch.set_default_dtype(torch.float32)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

@@ -189,9 +189,11 @@ def _faults_of_values(content: Mapping[str, Any]) -> Iterator[str]:
 
 def _faults_of_unmet(content: Mapping[str, Any], zero: Mapping[str, Any]) -> Iterator[str]:
     """What DeepSpeed would meet too late: its checkpoints could not be read, or the first step ends in an assertion."""
-    for where, found in (("checkpoint.load_universal", content.get("checkpoint", {}).get("load_universal")),):
-        if found:
-            yield f": {where} is {found!r}; any engine and number of processes reads a checkpoint here, so leave it out"
+    if found := content.get("checkpoint", {}).get("load_universal"):
+        yield (
+            f": checkpoint.load_universal is {found!r}; any engine and number of processes reads a checkpoint here, so "
+            "leave it out"
+        )
     for key in ("elastic_checkpoint", "zenflow", "super_offload"):
         if zero.get(key):
             yield f": zero_optimization.{key} is not supported; leave it out"

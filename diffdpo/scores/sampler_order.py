@@ -78,9 +78,8 @@ class _AlsoTheBest(MaskedLogProbs):
 
 def _rows_of(batch: PairBatch, masked: Sequence[np.ndarray], noise: NoiseOptions) -> NoisyRows:
     """A row for every answer that is not all revealed, all that it masks to be scored."""
-    present = iter(
-        [masked_L[None] for masked_L in masked if len(masked_L)]
-    )  # not by id: choices of a question share one
+    # in the batch's order and not by id: the choices of a question share theirs
+    present = iter([masked_L[None] for masked_L in masked if len(masked_L)])
 
     def plan(_prompt: int, length: int, _record_id: str, _side: int) -> NoisePlan:
         masked_1L = next(present)
