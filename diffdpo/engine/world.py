@@ -3,11 +3,15 @@
 A launcher (deepspeed, torchrun) tells the rank through the environment; without one there is one process.
 """
 
+import atexit
 import os
 import socket
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -136,6 +140,8 @@ def init_distributed(
             _watching.append(companions)
             companions.start()
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+        atexit.unregister(let_threads_finish)
+        atexit.register(let_threads_finish)
     clock = Clock(cuda=device.type == "cuda")
     if size > 1:
         count_waits(clock)
@@ -154,6 +160,29 @@ def shutdown_distributed() -> None:
     if dist.is_available() and dist.is_initialized():
         count_waits(None)
         dist.destroy_process_group()
+
+
+def let_threads_finish(seconds: float = 2.0) -> None:
+    """Wait at most ``seconds`` until no other thread of this process computes.
+
+    A thread of gloo frees a collective's tensors after those who waited for it have gone on. Freeing them needs the
+    interpreter, and where that has begun to end, the whole process is aborted ("terminate called without an active
+    exception", status 134) after all its work is done. DeepSpeed keeps groups beyond their destruction, so their
+    threads cannot be joined. Where the system has no /proc this only gives them a moment.
+    """
+    mine, until = str(threading.get_native_id()), time.monotonic() + seconds
+    time.sleep(0.01)  # which lets go of the interpreter: who waits for it goes on
+    while time.monotonic() < until and any(
+        _runs(task) for task in Path("/proc/self/task").glob("*") if task.name != mine
+    ):
+        time.sleep(0.001)
+
+
+def _runs(task: Path) -> bool:
+    try:
+        return (task / "stat").read_text().rpartition(") ")[2].startswith("R")
+    except OSError:  # it has ended
+        return False
 
 
 def _free_port() -> str:
