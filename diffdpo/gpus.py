@@ -3,7 +3,7 @@
 Asked here alone, so that a test can send another device the same ways.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -43,6 +43,22 @@ class GpuKind(Protocol):
         """Whether bfloat16 runs at full speed."""
         ...
 
+    def name(self, device: torch.device) -> str:
+        """By its maker."""
+        ...
+
+    def timed_event(self) -> Any:
+        """A mark of now in the stream of work: ``synchronize()``, and ``elapsed_time(later)`` in milliseconds."""
+        ...
+
+    def streams(self) -> Any:
+        """``Stream(device)``, ``current_stream(device)``, ``stream(it)`` as in torch.cuda: copies run beside work."""
+        ...
+
+    def page_locked(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Room of the host for ``tensor``'s numbers, from and to which copies run beside work."""
+        ...
+
 
 class Cuda:
     """NVIDIA's, through torch.cuda."""
@@ -72,6 +88,20 @@ class Cuda:
 
     def has_bf16(self, device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported()
+
+    def name(self, device: torch.device) -> str:
+        return torch.cuda.get_device_name(device)
+
+    def timed_event(self) -> Any:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def streams(self) -> Any:
+        return torch.cuda
+
+    def page_locked(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(tensor, device="cpu", pin_memory=True)
 
 
 KINDS: dict[str, GpuKind] = {"cuda": Cuda()}

@@ -2,12 +2,15 @@
 
 Inside ``second_device()`` every operation that mixes the two (numbers without a dimension aside, as on a GPU), reads an
 away tensor as numpy or writes into one from the other side fails. `away` goes the ways of a GPU (``diffdpo.gpus``):
-packed attention without padding, fused AdamW, fused norms, unrounded half-precision products, its own memory figures.
+packed attention without padding, fused AdamW, fused norms, unrounded half-precision products, grouped experts, copies
+on a stream of their own, its own memory figures.
 
-Not covered, because below the dispatcher: streams, page-locked memory, DeepSpeed, collectives. What has no kernel on a
-CPU is computed from what has one (``EMULATED``).
+Not covered, because below the dispatcher: what streams do at once (``Streams`` keeps account of who waits for whom),
+page-locked memory, 4-bit weights of bitsandbytes, torch.compile (which passes over it), DeepSpeed, collectives. What
+has no kernel on a CPU is computed from what has one (``EMULATED``).
 """
 
+import time
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -58,11 +61,78 @@ class Memory:
 MEMORY = Memory()
 
 
+class Streams:
+    """Streams that run nothing beside anything. ``told``: how often each thing was asked of them."""
+
+    def __init__(self) -> None:
+        self.told: Counter[str] = Counter()
+        self.work = Stream(self)
+
+    def Stream(self, device: torch.device) -> "Stream":
+        return Stream(self)
+
+    def current_stream(self, device: torch.device) -> "Stream":
+        return self.work
+
+    @contextmanager
+    def stream(self, stream: "Stream") -> Iterator[None]:
+        assert stream is not self.work
+        yield
+
+
+class Event:
+    """A mark of now, in milliseconds as torch.cuda's."""
+
+    def __init__(self) -> None:
+        self.when = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, later: "Event") -> float:
+        return 1000 * (later.when - self.when)
+
+
+class Stream:
+    """One of ``streams``, which keeps the account."""
+
+    def __init__(self, streams: Streams):
+        self.streams = streams
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.streams.told["wait_stream"] += 1
+
+    def record_event(self) -> "Stream":
+        assert self is not self.streams.work
+        self.streams.told["record_event"] += 1
+        return self
+
+    def wait_event(self, event: "Stream") -> None:
+        assert self is self.streams.work is not event
+        self.streams.told["wait_event"] += 1
+
+
 class AwayKind:
     """As ``diffdpo.gpus.Cuda``. Flash attention over rows of unequal length has no kernel on a CPU: a test puts a
     function of the same arguments in its place, and ``flash`` on."""
 
     flash = False
+
+    def __init__(self) -> None:
+        self.its_streams = Streams()
+
+    def name(self, device: torch.device) -> str:
+        return "a second device"
+
+    def timed_event(self) -> "Event":
+        return Event()
+
+    def streams(self) -> Streams:
+        return self.its_streams
+
+    def page_locked(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.its_streams.told["page_locked"] += 1
+        return torch.empty_like(tensor, device="cpu")
 
     def total_memory(self, device: torch.device) -> int:
         return MEMORY.total
@@ -110,6 +180,9 @@ class Away(torch.Tensor):
 
     def numpy(self, *_, **__):
         raise TypeError("an away tensor has no numpy; .cpu() first")
+
+    def record_stream(self, stream: "Stream") -> None:
+        stream.streams.told["record_stream"] += 1
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):

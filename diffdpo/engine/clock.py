@@ -12,21 +12,21 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 COMMUNICATION = "communication"
 PHASES = ("data", "noise", "reference", "forward", "backward", COMMUNICATION, "optimizer")
 
-Mark = Any  # a time in seconds, or a CUDA event
+Mark = Any  # a time in seconds, or an event of a GPU's stream
 
 
 class Clock:
     """Times one process. Phases do not nest: what begins inside another belongs to that (the forward of a recomputation
-    to the backward), but for communication, which is taken out of the phase it is in."""
+    to the backward), but for communication, which is taken out of the phase it is in. ``event``: marks now in a GPU's
+    stream; without one marks are the host's seconds."""
 
-    def __init__(self, *, cuda: bool = False):
-        self.cuda = cuda
+    def __init__(self, event: Callable[[], Mark] | None = None):
+        self.event = event
         self.inside: str | None = None
         self.waits = False  # inside a wait: a library's wait may call torch's
         self.spans: list[tuple[str, str | None, Mark, Mark]] = []
@@ -61,21 +61,17 @@ class Clock:
         """Seconds by phase since the last call, and from 0 again. On a GPU: when the last of them has run."""
         spans, self.spans = self.spans, []
         seconds = dict.fromkeys(PHASES, 0.0)
-        if self.cuda and spans:
+        if self.event and spans:
             spans[-1][3].synchronize()
         for name, outer, start, end in spans:
-            spent = start.elapsed_time(end) / 1000 if self.cuda else end - start
+            spent = start.elapsed_time(end) / 1000 if self.event else end - start
             seconds[name] += spent
             if outer is not None:
                 seconds[outer] -= spent
         return seconds
 
     def _mark(self) -> Mark:
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        return self.event() if self.event else time.perf_counter()
 
 
 def timed(name: str) -> Callable[[Callable], Callable]:

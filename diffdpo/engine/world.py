@@ -20,6 +20,7 @@ import torch.distributed as dist
 from diffdpo.engine.clock import Clock, count_waits
 from diffdpo.engine.companions import Companions, meet
 from diffdpo.errors import UserError
+from diffdpo.gpus import is_gpu, kind_of
 
 TIMEOUT = timedelta(minutes=30)
 MEETING_SECONDS = 600.0  # that processes may start apart
@@ -142,7 +143,7 @@ def init_distributed(
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
         atexit.unregister(let_threads_finish)
         atexit.register(let_threads_finish)
-    clock = Clock(cuda=device.type == "cuda")
+    clock = Clock(kind_of(device).timed_event if is_gpu(device) else None)
     if size > 1:
         count_waits(clock)
     return World(rank, local_rank, size, device, companions=companions, clock=clock)

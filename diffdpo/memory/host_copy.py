@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffdpo.gpus import is_gpu
+from diffdpo.gpus import is_gpu, kind_of
 
 _STREAMS: dict[torch.device, Any] = {}
 
@@ -26,22 +26,22 @@ class HostCopy:
     def _sent(self, tensor: Tensor) -> Tensor:
         if tensor.is_meta:  # of the planner: that it is not on the device is all there is to know
             return tensor.new_empty(0)
-        if tensor.device.type != "cuda":
-            return tensor.to("cpu") if is_gpu(tensor.device) else tensor
-        stream = _stream(tensor.device)
-        stream.wait_stream(torch.cuda.current_stream(tensor.device))
-        with torch.cuda.stream(stream):
-            host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        if not is_gpu(tensor.device):
+            return tensor
+        kind, stream = kind_of(tensor.device), _stream(tensor.device)
+        stream.wait_stream(kind.streams().current_stream(tensor.device))
+        with kind.streams().stream(stream):
+            host = kind.page_locked(tensor)
             host.copy_(tensor, non_blocking=True)
         tensor.record_stream(stream)
         return host
 
     def send_for(self) -> None:
         """Begin to fetch it."""
-        if self.there is not None or self.device.type != "cuda":
+        if self.there is not None or not is_gpu(self.device):
             return
         stream = _stream(self.device)
-        with torch.cuda.stream(stream):  # in whose order it was sent away
+        with kind_of(self.device).streams().stream(stream):  # in whose order it was sent away
             self.there = self.host.to(self.device, non_blocking=True)
         self.arrived = stream.record_event()
 
@@ -54,7 +54,7 @@ class HostCopy:
         if tensor is None:
             tensor = self.host.to(self.device)
         else:
-            current = torch.cuda.current_stream(self.device)
+            current = kind_of(self.device).streams().current_stream(self.device)
             current.wait_event(self.arrived)
             tensor.record_stream(current)
         if self.before is not None:
@@ -64,5 +64,5 @@ class HostCopy:
 
 def _stream(device: torch.device) -> Any:
     if device not in _STREAMS:
-        _STREAMS[device] = torch.cuda.Stream(device)
+        _STREAMS[device] = kind_of(device).streams().Stream(device)
     return _STREAMS[device]

@@ -12,7 +12,6 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from data_pipeline.batch import PairBatch
@@ -23,6 +22,7 @@ from diffdpo.config import RunConfig
 from diffdpo.engine.base import Engine
 from diffdpo.engine.clock import COMMUNICATION
 from diffdpo.errors import TrainingError
+from diffdpo.gpus import is_gpu, kind_of
 from diffdpo.memory.peak import peak_memory_gib
 from diffdpo.step.report import StepReport
 from diffdpo.tracking.journal import Journal
@@ -193,9 +193,9 @@ class Loop:
     def _peak(self) -> float | None:
         """FLOP/s of all ranks' devices together, by their makers; None where that is not known."""
         world = self.engine.world
-        if world.device.type != "cuda":
+        if not is_gpu(world.device):
             return None
-        peak = peak_of(torch.cuda.get_device_name(world.device), bf16=self.engine.choice.bf16)
+        peak = peak_of(kind_of(world.device).name(world.device), bf16=self.engine.choice.bf16)
         return peak and peak * world.size
 
     def _bar(self) -> tqdm:

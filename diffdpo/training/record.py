@@ -20,6 +20,7 @@ import yaml
 from diffdpo import __version__
 from diffdpo.config import RunConfig, to_yaml, usual_settings
 from diffdpo.engine.world import World
+from diffdpo.gpus import is_gpu, kind_of
 from diffdpo.settings.base import changed, public
 from diffdpo.settings.credentials import hidden, untold
 from diffdpo.tracking.commit import git_state
@@ -106,7 +107,7 @@ def _name(requirement: str) -> str:
 
 
 def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
+    return kind_of(device).name(device) if is_gpu(device) else f"cpu ({platform.machine()})"
 
 
 def parameters_of(config: RunConfig, environment: Mapping[str, Any]) -> dict[str, str]:

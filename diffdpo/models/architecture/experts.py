@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffdpo.gpus import is_gpu
+
 GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def grouped_products(h_NK: Tensor) -> bool:
     """Whether grouped products are taken for tokens of this device and dtype."""
-    return h_NK.device.type in ("cuda", "meta") and h_NK.dtype in GROUPED_DTYPES
+    return (is_gpu(h_NK.device) or h_NK.is_meta) and h_NK.dtype in GROUPED_DTYPES
 
 
 def mix_experts(h_NK: Tensor, experts: nn.ModuleList, expert_NT: Tensor, weight_NT: Tensor) -> Tensor:

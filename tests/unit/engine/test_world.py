@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-TIMES = 16
+TIMES = 10
 ENDING = """
 import os, sys, tempfile
 import torch
