@@ -27,6 +27,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -139,14 +140,17 @@ def make_batch(shape: Shape, *, spread: float = SPREAD) -> PairBatch:
 # ------------------------------------------------------------------------------------------------- the plain step
 
 
-def plain_row_scores(model: nn.Module, rows: NoisyRows, *, recompute: bool = True) -> torch.Tensor:
-    """f_R with everything computed: padding, every position's logits, and layers again in the backward."""
+def plain_row_scores(
+    model: nn.Module, rows: NoisyRows, *, recompute: bool = True, forward: Callable[..., torch.Tensor] | None = None
+) -> torch.Tensor:
+    """f_R with everything computed: padding, every position's logits, and layers again in the backward. ``forward``: of
+    a block, in place of its own."""
     base, columns = native(model), torch.arange(rows.input_ids_RT.shape[1], device=rows.lengths_R.device)
     blocks = list(base.blocks)
     for block in blocks:
-        if recompute and torch.is_grad_enabled():
-            whole = type(block).forward
-            block.forward = lambda *args, block=block, whole=whole: checkpoint(whole, block, *args, use_reentrant=False)
+        whole = forward or type(block).forward
+        again = recompute and torch.is_grad_enabled()
+        block.forward = partial(checkpoint, whole, block, use_reentrant=False) if again else partial(whole, block)
     logits = base(rows.input_ids_RT, attention_mask=(columns < rows.lengths_R[:, None]).long()).logits
     for block in blocks:
         block.__dict__.pop("forward", None)
@@ -156,10 +160,21 @@ def plain_row_scores(model: nn.Module, rows: NoisyRows, *, recompute: bool = Tru
 
 
 class PlainStep:
-    """One graph of all rows, a second model, AdamW."""
+    """One graph of all rows, a second model, AdamW. ``recompute``: layers in the backward; ``compiled``: blocks."""
 
-    def __init__(self, policy: nn.Module, noise: NoiseOptions, device: torch.device, *, recompute: bool = True):
-        self.policy, self.noise, self.device, self.recompute = policy, noise, device, recompute
+    def __init__(
+        self,
+        policy: nn.Module,
+        noise: NoiseOptions,
+        device: torch.device,
+        *,
+        recompute: bool = True,
+        compiled: bool = False,
+    ):
+        self.policy, self.noise, self.device = policy, noise, device
+        block = type(next(iter(native(policy).blocks)))
+        self.forward = torch.compile(block.forward, dynamic=True) if compiled else None
+        self.recompute = recompute
         self.reference = copy.deepcopy(policy).requires_grad_(False)
         self.trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=RATE)
@@ -173,8 +188,9 @@ class PlainStep:
     def gradients(self, batch: PairBatch) -> None:
         rows = self.noise.draw_rows(batch, self.device)
         with torch.no_grad(), self.reference.disable_adapter():
-            reference_R = plain_row_scores(self.reference, rows)
-        ratio_R = (plain_row_scores(self.policy, rows, recompute=self.recompute) - reference_R) * rows.weight_R.float()
+            reference_R = plain_row_scores(self.reference, rows, forward=self.forward)
+        policy_R = plain_row_scores(self.policy, rows, recompute=self.recompute, forward=self.forward)
+        ratio_R = (policy_R - reference_R) * rows.weight_R.float()
         ratio_A = ratio_R.new_zeros(rows.num_answers).index_add(0, rows.answer_R, ratio_R)
         (-logsigmoid(BETA * (ratio_A[0::2] - ratio_A[1::2])).mean()).backward()
 

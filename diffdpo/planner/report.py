@@ -23,6 +23,7 @@ ASSUMPTIONS = (
     "transfers over PCIe hidden behind compute as far as they go; sums between GPUs not counted",
     "planned, not measured",
 )
+TIGHT = 0.97  # of a memory; what is left above it is no margin
 COMPILED = "planned as without --torch_compile, an upper bound: graphs held 12 to 15 % less for the backward on a CPU"
 
 
@@ -77,7 +78,7 @@ def _verdict(plan: Plan, advice: Advice | None) -> Iterator[str]:
     for name, place, memory in places:
         need = plan.need(place)
         fits = fits and need <= memory
-        yield f"{name}: needs {gib(need):.1f} of {gib(memory):.1f} GiB, {'fits' if need <= memory else 'DOES NOT FIT'}"
+        yield f"{name}: needs {gib(need):.1f} of {gib(memory):.1f} GiB, {_fit(need, memory)}"
     if fits:
         return
     if advice is None:
@@ -86,8 +87,22 @@ def _verdict(plan: Plan, advice: Advice | None) -> Iterator[str]:
     yield f"it fits with: {advice.flags()}"
     needs = ", ".join(f"{title} {gib(advice.plan.need(place)):.1f}" for place, title in TITLES.items())
     yield f"  GiB needed then: {needs}"
+    if gpu and advice.plan.need(DEVICE) > TIGHT * gpu.memory:
+        yield f"  on the GPU {_fit(advice.plan.need(DEVICE), gpu.memory)}"
     if gpu:
         yield f"  expected then: {advice.plan.time(gpu).seconds:.1f} s a step"
+
+
+def _fit(need: int, memory: int) -> str:
+    """Whether it fits, and whether hardly."""
+    if need > memory:
+        return "DOES NOT FIT"
+    spare = (memory - need) / 2**20
+    return (
+        "fits"
+        if need <= TIGHT * memory
+        else f"fits, hardly: {spare:.0f} MiB to spare, which a screen or another program takes"
+    )
 
 
 def _times(plan: Plan) -> Iterator[str]:

@@ -142,7 +142,7 @@ def test_a_part_that_hangs_or_breaks_is_a_line(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["machine", "qlora", "throughput", "head", "attention"])
+@pytest.mark.parametrize("part", ["machine", "self_test", "qlora", "throughput", "head", "attention", "full3b"])
 def test_a_part_works_on_a_cpu(part, tmp_path):
     from benchmarks import gpu_evidence
 

@@ -7,7 +7,7 @@ from diffdpo.config import TrainConfig
 from diffdpo.planner.hardware import Host
 from diffdpo.planner.memory import DEVICE
 from diffdpo.planner.plan import Machine, make_plan
-from diffdpo.planner.report import as_json, as_text
+from diffdpo.planner.report import _fit, as_json, as_text
 
 
 def planned(path: str, machine: Machine, **settings):
@@ -36,3 +36,16 @@ def test_a_length_above_the_context_is_told(small):
     for length, told in ((context, False), (context + 1, True)):
         plan = planned(small, Machine(None, None), max_length=length)
         assert ("the model was made for 4096 tokens at most" in as_text(plan, None)) == told
+
+
+@pytest.mark.parametrize(
+    ("need", "said"),
+    [
+        (970, "fits"),
+        (971, "fits, hardly: 29 MiB to spare, which a screen or another program takes"),
+        (1001, "DOES NOT"),
+    ],
+)
+def test_what_hardly_fits_is_told(need, said):
+    assert _fit(need * 2**20, 1000 * 2**20).startswith(said)
+    assert ("hardly" in said) == ("hardly" in _fit(need * 2**20, 1000 * 2**20))
