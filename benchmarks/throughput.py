@@ -42,6 +42,7 @@ from diffdpo.engine.base import trains_few
 from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.plain import PlainEngine
 from diffdpo.engine.world import World
+from diffdpo.gpus import is_gpu, kind_of
 from diffdpo.losses.options import LossOptions
 from diffdpo.models.architecture.backbone import native
 from diffdpo.models.architecture.llada import LLaDAConfig, LLaDAModelLM
@@ -273,8 +274,8 @@ def peak_flops(device: torch.device, dtype: str) -> float:
 def timed(run: Callable[[], object], device: torch.device) -> float:
     start = time.perf_counter()
     run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    if is_gpu(device):
+        kind_of(device).synchronize(device)
     return time.perf_counter() - start
 
 

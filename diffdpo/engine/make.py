@@ -14,7 +14,7 @@ from diffdpo.engine.fsdp2_units import ShardedWeights
 from diffdpo.engine.operators import missing_operators, needed_operators, prepare_operators
 from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.plain import PlainEngine, PlainFrozen
-from diffdpo.engine.preflight import check_nvme, check_values, check_zeropp, hold_nvme
+from diffdpo.engine.preflight import check_nvme, check_nvme_room, check_values, check_zeropp, hold_nvme
 from diffdpo.engine.row_slices import row_slices
 from diffdpo.engine.world import World
 from diffdpo.gpus import is_gpu, kind_of
@@ -37,7 +37,9 @@ def make_engine(
     """The module under the chosen engine. ``say`` tells the user of what takes minutes."""
     if choice.kind == DEEPSPEED:
         prepare_operators(choice.ds_config, world, say)
-        return DeepSpeedEngine(module, world, options, choice=choice, locks=hold_nvme(choice.ds_config, world))
+        locks = hold_nvme(choice.ds_config, world)
+        check_nvme_room(choice.ds_config, module, world)
+        return DeepSpeedEngine(module, world, options, choice=choice, locks=locks)
     if choice.kind == FSDP2:
         return Fsdp2Engine(module, world, options, choice=choice)
     return PlainEngine(module, world, options, choice=choice)

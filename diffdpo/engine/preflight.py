@@ -3,12 +3,16 @@
 import copy
 import fcntl
 import os
+import shutil
+import socket
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import psutil
+from torch import nn
 
 from diffdpo.engine.deepspeed import import_deepspeed
 from diffdpo.engine.world import World
@@ -70,6 +74,37 @@ def hold_nvme(ds_config: Mapping[str, Any], world: World) -> list[IO[str]]:
     if faults := [each for each in world.all_gather_object(fault) if each]:
         raise UserError(faults[0])
     return held
+
+
+def check_nvme_room(ds_config: Mapping[str, Any], module: nn.Module, world: World) -> None:
+    """UserError, on all processes, where a disk has less room than the state that goes to it; every process calls.
+
+    Trained parameters take 16 bytes each there (weights, moments and gradients in fp32), with their parameters on disk
+    all take their own width. What an earlier run has left in the folder is written over.
+    """
+    zero, needed = ds_config.get("zero_optimization", {}), Counter[str]()
+    width = 2 if ds_config.get("bf16", {}).get("enabled") else 4
+    sizes = {
+        "offload_optimizer": sum(16 * p.numel() for p in module.parameters() if p.requires_grad),
+        "offload_param": sum(width * p.numel() for p in module.parameters()),
+    }
+    for part, size in sizes.items():
+        if (zero.get(part) or {}).get("device") == "nvme":
+            needed[zero[part]["nvme_path"]] += size
+    if not needed:
+        return
+    hosts = world.all_gather_object(socket.gethostname())
+    here, fault = hosts.count(socket.gethostname()) / world.size, ""
+    for folder, size in needed.items():
+        left = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+        room = shutil.disk_usage(folder).free + left
+        if size * here > room:
+            fault = (
+                f'--ds_config: "nvme_path" is {folder} with {room / 1e9:.1f} GB of room, and the state that goes there '
+                f"takes {size * here / 1e9:.1f} GB; make room or name another disk"
+            )
+    if faults := [each for each in world.all_gather_object(fault) if each]:
+        raise UserError(faults[0])
 
 
 def check_recomputed(ds_config: Mapping[str, Any]) -> None:

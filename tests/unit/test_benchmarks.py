@@ -152,6 +152,18 @@ def test_a_part_works_on_a_cpu(part, tmp_path):
     assert found["state"] == "done" and found["summary"]
 
 
+@pytest.mark.parametrize("part", ["head", "attention", pytest.param("throughput", marks=pytest.mark.slow)])
+def test_a_part_goes_a_gpu_s_ways(part, monkeypatch):
+    from benchmarks import gpu_parts
+    from benchmarks.gpu_setting import Setting
+    from tests.second_device import AWAY, second_device
+
+    monkeypatch.setattr(Setting, "device", AWAY)
+    with second_device() as kind:
+        found = gpu_parts.PARTS[part](Setting("cuda", True))
+        assert kind.synchronized and all(way["seconds"] and way["peak_bytes"] for way in found["ways"].values())
+
+
 def test_real_questions_have_four_choices_and_the_right_one_anywhere(tmp_path):
     pairs = [
         {"prompt": f"q{n}", "chosen": f"right {n}", "rejected": f"wrong {n} {m}"} for n in range(6) for m in range(4)

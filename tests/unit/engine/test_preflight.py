@@ -120,3 +120,20 @@ def test_two_runs_do_not_share_a_folder_on_a_disk(tmp_path):
     assert preflight.hold_nvme({}, world) == [] == preflight.hold_nvme(asked, World(1, 1, 1, torch.device("cpu")))
     held[0].close()
     preflight.hold_nvme(asked, world)[0].close()
+
+
+@pytest.mark.parametrize(("parts", "takes"), [((), None), (("offload_optimizer",), 160), (("offload_param",), 80)])
+def test_a_disk_without_room_is_told_before_it_is_full(parts, takes, tmp_path, monkeypatch):
+    """10 parameters are trained and 10 are not; what an earlier run left there counts as room."""
+    (tmp_path / "left.swp").write_bytes(b"0" * 20)
+    module = torch.nn.Sequential(torch.nn.Linear(5, 2, bias=False), torch.nn.Linear(5, 2, bias=False))
+    module[1].requires_grad_(False)
+    zero = {"stage": 3} | {part: {"device": "nvme", "nvme_path": str(tmp_path)} for part in parts}
+    world = World(0, 0, 1, torch.device("cpu"))
+    for room in (takes or 0, (takes or 1) - 1):
+        monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _, room=room: SimpleNamespace(free=room - 20))
+        if takes is None or room >= takes:
+            preflight.check_nvme_room({"zero_optimization": zero}, module, world)
+        else:
+            with pytest.raises(UserError, match=f"nvme_path.*{tmp_path} with 0.0 GB of room"):
+                preflight.check_nvme_room({"zero_optimization": zero}, module, world)
