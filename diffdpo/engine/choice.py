@@ -17,7 +17,6 @@ from diffdpo.settings.engine import EngineSettings
 
 PLAIN, DEEPSPEED, FSDP2 = "plain", "deepspeed", "fsdp2"
 SIZES = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-PLACES = ("optimizer_on", "parameters_on")
 NVME = "nvme"
 SMALL_SHARE = 0.25  # of trained parameters: whole gradients of a LoRA adapter do not matter beside the frozen weights
 
@@ -61,7 +60,7 @@ class EngineChoice:
     @property
     def checkpoint_is_per_rank(self) -> bool:
         """Whether what is saved looks otherwise for another number of processes."""
-        return self.kind == DEEPSPEED
+        return self.kind == DEEPSPEED and not self.on_nvme
 
     @property
     def makes_moments_at_once(self) -> bool:
@@ -126,12 +125,11 @@ class EngineChoice:
         """Whether a checkpoint written by an engine of this ``identity`` can be read. ``processes``: how many wrote it,
         where its files differ by that.
 
-        By name (``engine.tensor_files``) any engine reads any other's. State on NVMe none reads: DeepSpeed 0.19.8 goes
-        on with other numbers than it saved, and says nothing.
+        By name (``engine.tensor_files``) any engine reads any other's.
         """
         same = identity == self.identity() and processes in (None, self.processes)
         by_name = identity.get("kind") in (PLAIN, FSDP2) or bool(identity.get("sharded"))
-        return (same or by_name) and not self.on_nvme and NVME not in [identity.get(place) for place in PLACES]
+        return same or by_name
 
     def describe(self) -> str:
         """In a few words, for the user."""

@@ -32,6 +32,7 @@ from diffdpo.engine.saved import fits_beside
 from diffdpo.engine.tensor_files import whole_tensors
 from diffdpo.engine.world import World
 from diffdpo.engine.zero_fill import fill_engine
+from diffdpo.engine.zero_swap import fill_swapped, write_swapped
 from diffdpo.errors import UserError
 
 LAYOUT = "layout.json"  # beside DeepSpeed's files: who wrote them
@@ -114,6 +115,9 @@ class DeepSpeedEngine:
         return frozen_by_deepspeed(module, self.world, self.choice)
 
     def save(self, folder: Path) -> None:
+        if self.choice.on_nvme:
+            write_swapped(folder, self.engine, self.module, self.world)
+            return
         self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
         self.files.raise_error()
         if self.world.is_main:
@@ -125,7 +129,7 @@ class DeepSpeedEngine:
 
     def snapshot(self, beside: World) -> Callable[[Path], None] | None:
         own = -(-count_parameters(self.module)[1] // self.world.size) * STATE_BYTES
-        if "nvme" in self.choice.identity().values() or not fits_beside(own):
+        if self.choice.on_nvme or not fits_beside(own):
             return None
         # DeepSpeed's own way to its checkpoint, collectives and all, but for the disk
         with tempfile.TemporaryDirectory() as name, self.files.kept_in_memory(Path(name)) as kept:
@@ -135,7 +139,11 @@ class DeepSpeedEngine:
 
     def load(self, folder: Path) -> None:
         if not self._wrote(folder):
-            fill_engine(self.engine, self.module, whole_tensors(folder, self.module), stage=self.choice.sharding.stage)
+            tensors = whole_tensors(folder, self.module)
+            if self.choice.on_nvme:
+                fill_swapped(self.engine, self.module, tensors)
+            else:
+                fill_engine(self.engine, self.module, tensors, stage=self.choice.sharding.stage)
             wind_up(getattr(self.optimizer, "optimizer", self.optimizer))
             return
         # not strictly: weights that are not trained are in no checkpoint
@@ -147,7 +155,7 @@ class DeepSpeedEngine:
 
     def _wrote(self, folder: Path) -> bool:
         """Whether an engine like this one did; where it has left no note, the number of its files says so."""
-        if not (folder / TAG).is_dir():
+        if self.choice.on_nvme or not (folder / TAG).is_dir():
             return False
         if (note := folder / LAYOUT).is_file():
             return json.loads(note.read_text()) == self._layout()

@@ -74,7 +74,8 @@ def read_training_state(folder: Path, module: nn.Module, optimizer: torch.optim.
 
 
 def whole_tensors(folder: Path, module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, whole fp32 tensor) of the trained weights and AdamW's state in a checkpoint of any engine, some at a time.
+    """(name, whole fp32 tensor) of the trained weights and AdamW's state in a checkpoint of any engine, some at a time;
+    of other engines than DeepSpeed in the module's order.
 
     UserError where it holds other weights than those trained here, or another optimizer's state.
     """
@@ -86,7 +87,9 @@ def whole_tensors(folder: Path, module: nn.Module) -> Iterator[tuple[str, torch.
     if zero:
         yield from zero.tensors()
         return
-    names = sorted(saved)
+    place = {name: number for number, name in enumerate(trained_by_name(module))}
+    weight = {name: name.rpartition(".")[0] if name in kept else name for name in saved}
+    names = sorted(saved, key=lambda name: (place[weight[name]], name), reverse=True)
     while names:
         some: dict[str, torch.Tensor] = {}
         size = 0

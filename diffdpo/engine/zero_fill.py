@@ -39,9 +39,12 @@ def fill_engine(engine: Any, module: nn.Module, tensors: Iterable[tuple[str, tor
     optimizer, trained = engine.optimizer, trained_by_name(module)
     if stage == 3:
         optimizer.checkpoint_event_prologue()
-    pieces = {name: _piece(optimizer, parameter, stage) for name, parameter in trained.items()}
+    pieces = {name: piece_of(optimizer, parameter, stage) for name, parameter in trained.items()}
     base = getattr(optimizer, "optimizer", optimizer)
-    states = {id(piece.flat): _state(base, piece.flat) for piece in pieces.values() if piece}
+    states = {id(piece.flat): state_of(base, piece.flat) for piece in pieces.values() if piece}
+    for state in states.values():
+        for what in MOMENTS:
+            state[what].zero_()
     steps = 0.0
     for name, whole in tensors:
         weight, _, what = name.rpartition(".")
@@ -50,11 +53,11 @@ def fill_engine(engine: Any, module: nn.Module, tensors: Iterable[tuple[str, tor
         elif piece := pieces[weight if what in MOMENTS else name]:
             piece.put(states[id(piece.flat)][what] if what in MOMENTS else piece.flat.data, whole)
     for state in states.values():
-        state["step"] = _count(base, steps, state["exp_avg"])
+        state["step"] = count_of(base, steps, state["exp_avg"])
     _renew_weights(optimizer, stage)
 
 
-def _piece(optimizer: Any, parameter: Any, stage: int) -> Piece | None:
+def piece_of(optimizer: Any, parameter: Any, stage: int) -> Piece | None:
     """This process's of a weight; None where it has none of it."""
     if stage == 0:
         return Piece(parameter, 0, 0, parameter.numel())
@@ -68,15 +71,16 @@ def _piece(optimizer: Any, parameter: Any, stage: int) -> Piece | None:
     return Piece(flat, held.hp_fragment_address.start, held.lp_fragment_address.start, held.lp_fragment_address.numel)
 
 
-def _state(base: torch.optim.Optimizer, flat: torch.Tensor) -> dict[str, Any]:
-    """AdamW's state of a vector, made where it is not there before the first step; its moments are 0."""
+def state_of(base: torch.optim.Optimizer, flat: torch.Tensor) -> dict[str, Any]:
+    """AdamW's state of a vector, made with moments of 0 where it is not there before the first step."""
     state = base.state[flat]
     for what in MOMENTS:
-        state[what] = state[what].zero_() if what in state else torch.zeros_like(flat).detach()
+        if what not in state:
+            state[what] = torch.zeros_like(flat).detach()
     return state
 
 
-def _count(base: torch.optim.Optimizer, steps: float, like: torch.Tensor) -> Any:
+def count_of(base: torch.optim.Optimizer, steps: float, like: torch.Tensor) -> Any:
     """Steps taken, as this AdamW counts them: torch's in a tensor, DeepSpeed's own in a number."""
     if not isinstance(base, torch.optim.AdamW):
         return int(steps)

@@ -37,11 +37,6 @@ def check_before_weights(config: RunConfig, choice: EngineChoice) -> None:
     check_host(choice)
     if config.recomputes:
         check_recomputed(choice.ds_config)
-    if choice.on_nvme and config.load_best_model_at_end:
-        raise UserError(
-            "--load_best_model_at_end goes back to a checkpoint, and DeepSpeed does not bring back state on NVMe as it "
-            "was saved; leave it out"
-        )
     if isinstance(config, TrainConfig):
         check_deferred(config.segmentation, choice.no_sync_obstacle(few=config.adapts))
     check_named(config)
@@ -50,11 +45,6 @@ def check_before_weights(config: RunConfig, choice: EngineChoice) -> None:
 def doubts(config: RunConfig, choice: EngineChoice, *, steps: int) -> list[str]:
     """What is allowed and likely a mistake, a line each, for a run of ``steps`` optimizer steps."""
     found = passed_over(config, choice)
-    if choice.on_nvme and config.save_steps:
-        found.append(
-            "state on NVMe: DeepSpeed does not bring it back as it was saved, so this run cannot be resumed and its "
-            "checkpoints are good for nothing; --save_steps 0 saves their time"
-        )
     if config.learning_rate == 0:
         found.append("--learning_rate is 0: nothing is learned")
     if config.warmup_steps > steps:

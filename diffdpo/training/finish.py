@@ -28,7 +28,6 @@ from diffdpo.training.result import print_comparison, write_summary
 from diffdpo.training.resume import asked_of
 
 CLOSING = "the end of the record"  # a stage of the pulse
-ON_NVME = "state on NVMe is not brought back by DeepSpeed as it was saved, so this run cannot be gone on with"
 LOCAL_SECONDS = 60.0  # for an sqlite file
 
 
@@ -39,7 +38,6 @@ class Finish:
         self.context, self.tracking, self.watch, self.config = context, tracking, watch, config
         self.status, self.started = "FAILED", time.time()
         self.phase = "before the first step"  # where the run is, for who interrupts it
-        self.resumable = True
         self.compared: dict[str, dict[str, Any]] = {}
         self.summary: dict[str, Any] = {}
 
@@ -63,9 +61,6 @@ class Finish:
     def stopped(self, step: int) -> None:
         """A signal ended the run early, with a checkpoint."""
         self.status = "KILLED"
-        if not self.resumable:
-            self.context.print(f"stopped after step {step}; {ON_NVME}")
-            return
         self.context.print(
             f"stopped after step {step}, which is saved; go on with "
             f"--output_dir {quote(str(self.context.output_dir))} --resume_from_checkpoint latest"
@@ -75,10 +70,7 @@ class Finish:
         """A signal ended the run at once, with what had been written before."""
         self.status = "KILLED"
         self.context.print(f"\nstopped {self.phase}")
-        saved = list_checkpoints(self.context.output_dir)
-        if saved and not self.resumable:
-            self.context.print(ON_NVME)
-        elif saved:
+        if saved := list_checkpoints(self.context.output_dir):
             self.context.print(
                 f"newest checkpoint: {saved[-1]}; go on from there with "
                 f"--output_dir {quote(str(self.context.output_dir))} --resume_from_checkpoint latest"

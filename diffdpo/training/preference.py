@@ -85,7 +85,7 @@ class _Data:
     def __init__(self, config: TrainConfig, context: RunContext, choice: EngineChoice):
         self.config, self.context, self.choice, self.loss = config, context, choice, config.loss()
         world = context.world
-        self.resume = checkpoint_of(config, context, choice)
+        self.resume = checkpoint_of(config, context)
         self.train_set, self.eval_set = run_data.open_data(config, context, run_data.generated(config, context.world))
         run_data.check_kind_of_records(self.train_set, self.loss)
         run_data.check_batch_size(config, self.loss, world)

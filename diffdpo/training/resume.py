@@ -7,7 +7,6 @@ from typing import Any
 from data_pipeline.reader import PairLoader
 from diffdpo.config import RunConfig
 from diffdpo.engine.base import Engine, count_parameters
-from diffdpo.engine.choice import EngineChoice
 from diffdpo.errors import UserError
 from diffdpo.settings.base import public
 from diffdpo.setup.context import RunContext
@@ -60,7 +59,6 @@ def resume_parts(
             f"--resume_from_checkpoint {checkpoint} has taken {state['step']} steps already; give a larger --max_steps "
             "or --num_train_epochs"
         )
-    refuse_nvme(checkpoint, engine.choice)
     for name, value in state["held_by"].items():
         if not _fits(name, state["held_by"], ours, engine):
             raise UserError(
@@ -82,24 +80,11 @@ def resume_parts(
     return changes
 
 
-def checkpoint_of(config: RunConfig, context: RunContext, choice: EngineChoice) -> Path | None:
-    """The checkpoint to go on from; None for a run that begins. UserError where it could not; every rank calls."""
+def checkpoint_of(config: RunConfig, context: RunContext) -> Path | None:
+    """The checkpoint to go on from; None for a run that begins. UserError where there is none; every rank calls."""
     if not config.resume_from_checkpoint:
         return None
-    found = find_checkpoint(config.resume_from_checkpoint, context.output_dir, context.world, context.print)
-    if found is not None:
-        refuse_nvme(found, choice)
-    return found
-
-
-def refuse_nvme(checkpoint: Path, choice: EngineChoice) -> None:
-    """UserError where state is on NVMe now or was: called before a model is loaded, too, which takes minutes."""
-    if choice.on_nvme or "nvme" in read_state(checkpoint)["held_by"].get("engine", {}).values():
-        raise UserError(
-            f"--resume_from_checkpoint {checkpoint}: state on NVMe, then or now, is not brought back by DeepSpeed as "
-            "it was saved; begin again from the run's final/ model, or keep the optimizer on the host "
-            '("offload_optimizer" with "device": "cpu")'
-        )
+    return find_checkpoint(config.resume_from_checkpoint, context.output_dir, context.world, context.print)
 
 
 def _fits(name: str, was: dict[str, Any], ours: dict[str, Any], engine: Engine) -> bool:

@@ -110,7 +110,6 @@ def carry_out(run: Run) -> Result:
     check_room(config, context, engine)
     tracking = start_tracking(run, state=state, changes=changes)
     with finish(context, tracking, run.watch, config) as end:
-        end.resumable = not engine.choice.on_nvme
         run.watch.pulse.beat(EVALUATION, state.get("step", 0))
         measured = Measured(held_out, tracking, data=run.facts["held_out_fingerprint"], resume_step=state.get("step"))
         before = measured.again(Evaluation(state["before"])) if run.resume else measured.evaluate("before")

@@ -94,7 +94,7 @@ def _build(
 ) -> Run:
     world = context.world
     _check_attention(config, world)
-    resume = checkpoint_of(config, context, choice)
+    resume = checkpoint_of(config, context)
     train_set, eval_set = run_data.open_data(config, context, run_data.generated(config, context.world))
     answers = _answers_of(train_set)
     loaded = _load_or_make(config, context, choice, train_set, keep=resume is not None)

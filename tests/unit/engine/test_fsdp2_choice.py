@@ -57,14 +57,13 @@ def test_any_engine_reads_checkpoints_of_any_other_whatever_the_processes():
     for one in (plain, chosen(2), chosen(8, fsdp_shard_size=4)):
         assert all(one.reads(other.identity()) for other in (plain, chosen(1), chosen(4, fsdp_cpu_offload=True)))
         assert one.reads(zero.identity(), 3) and zero.reads(one.identity()) and whole.reads(one.identity())
-        assert not one.reads(zero.identity() | {"optimizer_on": "nvme"}) and not one.reads(whole.identity())
+        assert one.reads(zero.identity() | {"optimizer_on": "nvme"}) and not one.reads(whole.identity())
     assert zero.reads(zero.identity(), 1) and zero.reads(zero.identity(), 2) and three.reads(zero.identity(), 1)
     assert whole.reads(whole.identity(), 1) and not whole.reads(whole.identity(), 2)
     disk = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/d"}}
     nvme = deepspeed_choice({"zero_optimization": disk}, OptimizerOptions(1e-3), **sizes)
     assert nvme.on_nvme and not three.on_nvme and not plain.on_nvme
-    for one in (plain, three, nvme):  # not even its own: DeepSpeed brings back other numbers
-        assert not nvme.reads(one.identity(), 1) and not one.reads(nvme.identity(), 1)
+    assert all(nvme.reads(one.identity(), 1) and one.reads(nvme.identity(), None) for one in (plain, three, nvme))
 
 
 @pytest.mark.parametrize(

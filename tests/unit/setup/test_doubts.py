@@ -8,7 +8,7 @@ from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.errors import UserError
 from diffdpo.settings.engine import accumulation_passed_over, over_processes
 from diffdpo.setup.accelerate_options import passed_over
-from diffdpo.setup.preflight import check_before_weights, doubts
+from diffdpo.setup.preflight import doubts
 
 
 @pytest.mark.parametrize(
@@ -57,22 +57,9 @@ def test_two_weights_of_0_are_refused():
         make_config(TrainConfig, {"loss_type": loss, **both, "desirable_weight": 1.0})
 
 
-def on_a_disk(path):
-    zero = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": str(path)}}
-    return deepspeed_choice(
-        {"zero_optimization": zero}, OptimizerOptions(1e-4), micro_batch_size=1, accumulation_steps=1
-    )
-
-
-def test_state_on_nvme_is_not_gone_on_from(tmp_path, monkeypatch):
-    usual = {"learning_rate": 1e-4, "warmup_steps": 0}
-    (line,) = doubts(TrainConfig(**usual, save_steps=10), on_a_disk(tmp_path), steps=30)
-    assert "cannot be resumed" in line and "--save_steps 0" in line
-    assert doubts(TrainConfig(**usual, save_steps=0), on_a_disk(tmp_path), steps=30) == []
-    monkeypatch.setattr("diffdpo.setup.preflight.check_host", lambda choice: None)
-    best = TrainConfig(**usual, load_best_model_at_end=True, eval_steps=10)
-    with pytest.raises(UserError, match="--load_best_model_at_end goes back to a checkpoint"):
-        check_before_weights(best, on_a_disk(tmp_path))
+def deepspeed():
+    sizes = {"micro_batch_size": 1, "accumulation_steps": 1}
+    return deepspeed_choice({"zero_optimization": {"stage": 3}}, OptimizerOptions(1e-4), **sizes)
 
 
 def test_what_accelerate_s_file_says_beside_the_flags():
@@ -87,7 +74,7 @@ def test_what_accelerate_s_file_says_beside_the_flags():
     assert "ACCELERATE_MIXED_PRECISION" in line and "OFFLOAD" not in line
     zero = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
     zero |= {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "7", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none"}
-    (line,) = passed_over(TrainConfig(), on_a_disk("/d"), zero)
+    (line,) = passed_over(TrainConfig(), deepspeed(), zero)
     assert "ZERO_STAGE 2" in line and "STEPS 7" in line and "PARAM_DEVICE" not in line
 
 
