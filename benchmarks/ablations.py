@@ -5,8 +5,9 @@
     python benchmarks/ablations.py --full --only estimator,beta
 
 A cell is one run of a public command; its result is kept in OUT/cells, and what is there is not run again, so the
-command goes on wherever it was killed, and --full adds to --quick. A cell that fails is told of and left out. The table
-and a picture a question are made of the cells that are there: OUT/ablations.md.
+command goes on wherever it was killed, and --full adds to --quick. A cell that fails is told of and left out, and the
+command ends with exit code 1. What was run with other settings is refused, not mixed. The table and a picture a
+question are made of the cells that are there: OUT/ablations.md.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from typing import Any
 from data_pipeline.arithmetic import FLAWS
 from data_pipeline.files import write_whole
 from data_pipeline.generate import generate_pairs, write_jsonl
+from diffdpo.onpolicy.stage import die_with_parent
 
 METRICS = {
     "exact_match": "exact match",
@@ -35,6 +37,7 @@ CURVES = {
     "scores/displacement": "chosen answers less likely than at the start",
     "rewards/length_correlation": "correlation of reward and length",
 }
+LENGTH = "eval/answer_tokens"  # of answers to held-out problems, sampled on the way
 """What to look at when a margin rises and answers get worse."""
 COMMON = {"per_device_train_batch_size": 8, "max_length": 128, "max_prompt_length": 64, "warmup_steps": 5}
 COMMON |= {
@@ -59,11 +62,12 @@ class Cell:
     command: str = "train"
     flaws: tuple[str, ...] = ()
     in_quick: bool = True
+    looks: bool = False  # at held-out answers on the way too, a few times
 
     def same_run(self, other: "Cell") -> bool:
         """Whether both settings come to one run: the middle of a range stands in several questions."""
         one, two = ({**COMMON, **cell.flags, "flaws": set(cell.flaws or FLAWS)} for cell in (self, other))
-        return one == two and self.command == other.command
+        return one == two and self.command == other.command and self.looks == other.looks
 
 
 def cells() -> Iterator[Cell]:
@@ -94,7 +98,7 @@ def cells() -> Iterator[Cell]:
         "simpo": {"loss_type": "simpo", "beta": 2.0},
         "ipo": {"loss_type": "ipo"},
     }.items():
-        yield Cell("objective", loss, flags, in_quick=loss != "ipo")
+        yield Cell("objective", loss, flags, in_quick=loss != "ipo", looks=True)
     yield Cell("weights", "all", {})
     yield Cell("weights", "LoRA, rank 16", {"use_peft": True, "learning_rate": 3e-3})
 
@@ -114,15 +118,45 @@ def main() -> None:
     asked = args.only.split(",") if args.only else sorted({cell.question for cell in cells()})
     if unknown := set(asked) - {cell.question for cell in cells()}:
         parser.error(f"--only {', '.join(sorted(unknown))}: the questions are {', '.join(question_names())}")
+    for flag in ("seeds", "steps", "problems"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            parser.error(f"--{flag} is {getattr(args, flag)}; it must be 1 or more")
     steps, seeds = args.steps or (40 if args.quick else 200), args.seeds or (1 if args.quick else 3)
     out = Path(args.out)
+    wanted = [cell for cell in cells() if cell.question in asked and (args.full or cell.in_quick)]
+    if odd := mixed(out, steps, args.problems):
+        parser.error(f"--out {out}: {odd}; give another folder")
+    failed = []
     for seed in range(seeds):
-        for cell in cells():
-            if cell.question in asked and (args.full or cell.in_quick):
-                run(cell, seed, steps, args.problems, out)
-                write_whole(out / "ablations.md", report(out).encode())
+        for cell in wanted:
+            if not run(cell, seed, steps, args.problems, out):
+                failed.append(f"{cell.question} {cell.name}, seed {seed}")
+            write_whole(out / "ablations.md", report(out).encode())
     draw(out)
     print(report(out))
+    if failed:
+        sys.exit(f"{len(failed)} cells failed and are left out: {'; '.join(failed)}")
+
+
+def flags_of(cell: Cell, seed: int, steps: int, problems: int) -> dict[str, Any]:
+    """What decides a cell's result."""
+    looks = {"eval_steps": max(1, steps // 4)} if cell.looks else {}
+    return {**COMMON, **cell.flags, **looks, "seed": seed, "max_steps": steps, "num_eval_problems": problems}
+
+
+def mixed(out: Path, steps: int, problems: int) -> str:
+    """What of a folder's results was run otherwise than this command would, in words; '' where nothing was."""
+    known = {(cell.question, cell.name): cell for cell in cells()}
+    for one in results(out):
+        cell = known.get((one["question"], one["name"]))
+        if cell is None:
+            return f"it holds a cell {one['question']} {one['name']}, which there is not"
+        now = json.loads(json.dumps(flags_of(cell, one["seed"], one["steps"], problems)))
+        if one["steps"] == steps and one.get("flags") != now:
+            was = one.get("flags") or {}
+            names = sorted(key for key in now.keys() | was.keys() if now.get(key) != was.get(key))
+            return f"cell {one['question']} {one['name']} was run with other settings ({', '.join(names)})"
+    return ""
 
 
 def question_names() -> list[str]:
@@ -130,30 +164,37 @@ def question_names() -> list[str]:
     return list(dict.fromkeys(cell.question for cell in cells()))
 
 
-def run(cell: Cell, seed: int, steps: int, problems: int, out: Path) -> None:
-    """One run, unless its result is there, under this name or an equal cell's; the run's folder goes when it is."""
+def run(cell: Cell, seed: int, steps: int, problems: int, out: Path) -> bool:
+    """One run, unless its result is there, under this name or an equal cell's; the run's folder goes when it is. Whether
+    there is a result."""
     result = result_of(cell, seed, steps, out)
     if result.exists():
-        return
+        return True
     for twin in filter(cell.same_run, cells()):
         if (found := result_of(twin, seed, steps, out)).exists():
             keep(result, json.loads(found.read_text()) | {"question": cell.question, "name": cell.name})
-            return
+            return True
     name, folder = result.stem, out / "runs" / result.stem
-    flags = {**COMMON, **cell.flags, "seed": seed, "max_steps": steps, "num_eval_problems": problems}
-    flags |= {"output_dir": str(folder), "resume_from_checkpoint": "auto", "save_steps": 50, "save_total_limit": 1}
+    decisive = flags_of(cell, seed, steps, problems)
+    flags = decisive | {
+        "output_dir": str(folder),
+        "resume_from_checkpoint": "auto",
+        "save_steps": 50,
+        "save_total_limit": 1,
+    }
     flags |= {"train_data": str(pairs_of(cell, seed, steps, out)), "eval_data": str(held_out(out))}
     flags["model_name_or_path"] = str(bundled())
     argv = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
-    done = subprocess.run([sys.executable, "-m", "diffdpo", cell.command, *argv])
+    done = subprocess.run([sys.executable, "-m", "diffdpo", cell.command, *argv], preexec_fn=die_with_parent)
     if done.returncode:
         print(f"cell {name} ended with exit code {done.returncode} and is left out", file=sys.stderr)
-        return
+        return False
     summary = json.loads((folder / "summary.json").read_text())
     kept = {"question": cell.question, "name": cell.name, "seed": seed, "steps": steps, "summary": summary}
-    kept["curves"] = curves_of(folder)
+    kept |= {"flags": decisive, "curves": curves_of(folder), "lengths": lengths_of(folder)}
     keep(result, kept)
     shutil.rmtree(folder)
+    return True
 
 
 def result_of(cell: Cell, seed: int, steps: int, out: Path) -> Path:
@@ -172,6 +213,12 @@ def curves_of(folder: Path) -> dict[str, list[float]]:
     """What CURVES say at every step of a run."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {name: [line[name] for line in lines if line.get(name) is not None] for name in CURVES}
+
+
+def lengths_of(folder: Path) -> dict[int, float]:
+    """Mean tokens of held-out answers, by step."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[LENGTH] for line in lines if line.get(LENGTH) is not None}
 
 
 def pairs_of(cell: Cell, seed: int, steps: int, out: Path) -> Path:
@@ -283,8 +330,8 @@ def draw_curves(out: Path, plt: Any) -> None:
     rows = {key: ones for key, ones in rows_of(results(out)).items() if key[0] == "objective"}
     if not rows:
         return
-    figure, axes = plt.subplots(1, len(CURVES), figsize=(4 * len(CURVES), 3.2))
-    for place, (metric, title) in zip(axes, CURVES.items(), strict=True):
+    figure, axes = plt.subplots(1, len(CURVES) + 1, figsize=(4 * len(CURVES) + 4, 3.2))
+    for place, (metric, title) in zip(axes, CURVES.items(), strict=False):
         for (_, name, _), ones in rows.items():
             found = [one["curves"][metric] for one in ones if one["curves"][metric]]
             if found:
@@ -294,6 +341,14 @@ def draw_curves(out: Path, plt: Any) -> None:
                 place.plot(range(1, length + 1), smooth, label=name)
         place.set_title(title, fontsize=9)
         place.set_xlabel("step")
+    for (_, name, _), ones in rows.items():
+        found = [one["lengths"] for one in ones]
+        points = {step: [each[step] for each in found if step in each] for step in found[0]}
+        means = [mean_and_error(values) for values in points.values()]
+        errors = [0.0 if math.isnan(error) else error for _, error in means]
+        axes[-1].errorbar([int(step) for step in points], [m for m, _ in means], yerr=errors, capsize=2, label=name)
+    axes[-1].set_title("tokens of held-out answers", fontsize=9)
+    axes[-1].set_xlabel("step")
     axes[0].legend(fontsize=7)
     figure.savefig(out / "displacement.png", dpi=120, bbox_inches="tight")
     plt.close(figure)

@@ -71,13 +71,13 @@ class FunctionVerifier:
         """What the function says. DataError where it raises, or says what is no truth value or number from 0 to 1."""
         try:
             said = self.function(text, truth, prompt)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a function that ends the process has failed too
             raise DataError(
                 f"verifier {self.name} failed on the answer {_short(text)}: {type(error).__name__}: {error}"
             ) from error
         try:
             value = float(said)  # type: ignore[arg-type]
-        except (TypeError, ValueError):
+        except Exception:  # of a number beyond all floats, or whatever the user's own type raises
             value = float("nan")
         if not 0 <= value <= 1 or isinstance(said, str):
             raise DataError(

@@ -8,10 +8,10 @@ Flags override the recipe's own settings. Killed at any moment and run again it 
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from diffdpo.cli.flags import build_parser, own_settings, read_yaml
-from diffdpo.config import PairsConfig, RoundsConfig, TrainConfig, bundled_settings, make_config
+from diffdpo.config import PairsConfig, RoundsConfig, TrainConfig, bundled_settings, make_config, resolve
 from diffdpo.errors import UserError
 
 SECTIONS = {"make_pairs": PairsConfig, "train": TrainConfig}
@@ -31,17 +31,21 @@ def main(argv: list[str]) -> None:
     if not (config.model_name_or_path or config.adapter_name_or_path):
         sections["train"] = bundled() | sections["train"]
     from diffdpo.onpolicy.iterate import iterate
+    from diffdpo.onpolicy.judging import judge_named
     from diffdpo.onpolicy.make import check_sampler
     from diffdpo.onpolicy.rounds import Rounds
+    from diffdpo.setup.preflight import check_settings_meet
 
     rounds = Rounds(config, sections["make_pairs"], sections["train"])
-    check_sampler(make_config(PairsConfig, rounds.pairs_settings(1)))  # wrong values end here, and not after a round
+    pairs = make_config(PairsConfig, rounds.pairs_settings(1))  # wrong values end here, and not after a round
+    judge_named(pairs.verifier)
+    check_sampler(pairs)
     first = rounds.train_settings(1, tracking_uri="none")
     if "eval_data" in rounds.train:
         first["train_data"] = first["eval_data"]  # in the place of pairs that are not made yet
     else:
         first = {name: value for name, value in first.items() if name not in ("train_data", "eval_data")}
-    make_config(TrainConfig, first)
+    check_settings_meet(cast(TrainConfig, resolve(make_config(TrainConfig, first))))
     iterate(rounds, say=lambda text: print(text, flush=True))
 
 

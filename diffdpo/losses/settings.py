@@ -10,6 +10,8 @@ from diffdpo.losses.options import LossOptions
 from diffdpo.losses.preference import DEFAULTS, LOSSES, LossParameters, check_loss, check_read
 from diffdpo.settings.base import setting
 
+BY_TOKEN = ("simpo", "sft")  # read means over an answer's tokens as they are; ipo and sigmoid_norm as TRL has them
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossSettings(LossParameters):
@@ -32,7 +34,7 @@ class LossSettings(LossParameters):
     f_alpha_divergence_coef: float = setting(1.0, "α of --f_divergence_type alpha_divergence")
     use_weighting: bool = setting(False, "WPO: a pair counts as the policy would write both answers itself")
     ld_alpha: float | None = setting(
-        None, "LD-DPO: weight of the tokens that the longer answer has more; default: 1", at_least=0
+        None, "LD-DPO: weight of the tokens that the longer answer has more, 0 to 1; default: 1", at_least=0
     )
     sft_weight: float = setting(0.0, "adds -sft_weight * score(chosen) / tokens(chosen)", at_least=0)
 
@@ -81,10 +83,30 @@ class LossSettings(LossParameters):
             )
         if self.f_alpha_divergence_coef != 1 and self.f_divergence_type != "alpha_divergence":
             raise UserError("--f_alpha_divergence_coef is read by --f_divergence_type alpha_divergence alone")
+        if self.f_alpha_divergence_coef == 1 and self.f_divergence_type == "alpha_divergence":
+            raise UserError(
+                "--f_divergence_type alpha_divergence with α = 1 is reverse_kl; give another "
+                "--f_alpha_divergence_coef, such as 0.5"
+            )
+        self._check_shorter_tails(names)
         apart = [name for name in names if LOSSES[name].scope != "pair"]
         for flag, given in (("use_weighting", self.use_weighting), ("ld_alpha", self.ld_alpha is not None)):
             if given and apart:
                 raise UserError(f"--{flag} is of pairs one by one, and {apart[0]} is no such loss; leave one out")
+
+    def _check_shorter_tails(self, names: tuple[str, ...]) -> None:
+        """UserError where ``--ld_alpha`` would take weight off what is divided by the whole length, or is learned as it
+        is written."""
+        if self.ld_alpha is None:
+            return
+        if self.ld_alpha > 1:
+            raise UserError(f"--ld_alpha is {self.ld_alpha:g}; it is a weight from 0 to 1")
+        others = ["--use_weighting"] * self.use_weighting + ["--sft_weight"] * bool(self.sft_weight)
+        if others := others + [name for name in names if name in BY_TOKEN]:
+            raise UserError(
+                f"--ld_alpha takes weight off the longer answer's score, and {others[0]} reads the mean of its tokens; "
+                "leave one out"
+            )
 
     def weights(self) -> tuple[float, ...]:
         """One weight per loss. UserError for what is no list of finite numbers."""

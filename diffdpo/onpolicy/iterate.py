@@ -5,6 +5,7 @@ A stage is a command in a process of its own, and each of them goes on by itself
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ from diffdpo.onpolicy.questions import Question
 from diffdpo.onpolicy.rounds import Rounds, as_row, deal
 from diffdpo.onpolicy.stage import run_stage
 from diffdpo.settings.base import public
+from diffdpo.settings.pairs import PairingSettings
 from diffdpo.setup.data import GENERATED_EVAL_PAIRS, GENERATED_EVAL_SEED
 from diffdpo.tracking.lock import one_run_in
 from diffdpo.tracking.run import tracking_uri
 
 RECIPE, ROUND, SUMMARY = "recipe.json", "round.json", "summary.json"
+PAIRING = tuple(item.name for item in fields(PairingSettings))  # decided anew from answers that are there
 MORE_LATER = ("rounds", "launcher", "tracking_uri", "experiment_name")  # may change between two calls
 
 
@@ -34,10 +37,11 @@ def iterate(rounds: Rounds, *, say: Callable[[str], None] = print) -> list[dict[
     """What each round came to. UserError, TrainingError or Stopped where a stage ended so."""
     dealt, asked = deal(rounds.config)
     if asked.repeated or asked.unusable:
-        say(f"prompts  left out {asked.repeated} met before, {asked.unusable} that cannot be used")
+        again = f" ({asked.contradicted} with another right result)" if asked.contradicted else ""
+        say(f"prompts  left out {asked.repeated} met before{again}, {asked.unusable} that cannot be used")
     uri = tracking_uri(rounds.config.tracking_uri, rounds.folder)
     with one_run_in(rounds.folder, World(0, 0, 1, torch.device("cpu"))):
-        _begin(rounds)
+        _begin(rounds, asked.digest if rounds.config.prompts else None, say)
         parent = ParentRun(rounds.folder, uri, rounds.config.experiment_name, public(rounds.config))
         done, status = [], "FAILED"
         try:
@@ -55,15 +59,29 @@ def iterate(rounds: Rounds, *, say: Callable[[str], None] = print) -> list[dict[
     return done
 
 
-def _begin(rounds: Rounds) -> None:
-    """Note the recipe, and the held-out problems of generated prompts. UserError where another recipe was begun."""
-    config = {"make_pairs": dict(rounds.make_pairs), "train": dict(rounds.train)} | public(rounds.config)
+def _begin(rounds: Rounds, prompts_digest: str | None, say: Callable[[str], None]) -> None:
+    """Note the recipe, and the held-out problems of generated prompts. UserError where another recipe was begun; how
+    answers are judged and paired may change from round to round, which is told."""
+    judged = {name: rounds.make_pairs[name] for name in PAIRING if name in rounds.make_pairs}
+    sampled = {name: value for name, value in rounds.make_pairs.items() if name not in PAIRING}
+    config = {"make_pairs": sampled, "pairing": judged, "train": dict(rounds.train)} | public(rounds.config)
+    config["prompts_digest"] = prompts_digest
     now = json.loads(json.dumps(config, default=str))
     file = rounds.folder / RECIPE
     if file.exists():
         was = json.loads(file.read_text())
+        was.setdefault("prompts_digest", now["prompts_digest"])  # of folders begun before it was noted
+        if "pairing" not in was:
+            was["pairing"] = {name: was["make_pairs"].pop(name) for name in PAIRING if name in was["make_pairs"]}
         dealt_by_rounds = rounds.config.prompts and not rounds.config.prompts_per_round
-        free = {*MORE_LATER, "output_dir"} - ({"rounds"} if dealt_by_rounds else set())
+        free = {*MORE_LATER, "output_dir", "pairing"} - ({"rounds"} if dealt_by_rounds else set())
+        if was["prompts_digest"] != now["prompts_digest"]:
+            raise UserError(
+                f"prompts {rounds.config.prompts} are not those that {rounds.folder} was begun with, so a round could "
+                "ask what an earlier one has asked; give the file as it was, or another folder"
+            )
+        if was["pairing"] != now["pairing"]:
+            say(f"NOTE  earlier rounds were paired with {was['pairing']}, those to come with {now['pairing']}")
         for name in sorted(was.keys() | now.keys()):
             if was.get(name) != now.get(name) and name not in free:
                 raise UserError(

@@ -21,11 +21,17 @@ class Scores:
         self.path, self.by_id = path, _read(path)
 
     def __call__(self, question: Question, answers: Sequence[dict[str, Any]]) -> list[float]:
-        """UserError for an answer without one."""
-        for answer in answers:
-            if answer["id"] not in self.by_id:
-                raise UserError(f"--verifier scores:{self.path} has no score of the answer {answer['id']!r}; add it")
         return [self.by_id[answer["id"]] for answer in answers]
+
+    def match(self, answers: Sequence[dict[str, Any]]) -> int:
+        """How many scores are of no answer. UserError where an answer has none."""
+        ids = {answer["id"] for answer in answers}
+        if missing := [answer["id"] for answer in answers if answer["id"] not in self.by_id]:
+            raise UserError(
+                f"--verifier scores:{self.path} has no score of {len(missing)} of {len(ids)} answers, first "
+                f"{missing[0]!r}; add them"
+            )
+        return len(self.by_id.keys() - ids)
 
 
 class Verified:
@@ -63,17 +69,26 @@ def judge_named(name: str) -> Scores | Verified:
 def _read(path: Path) -> dict[str, float]:
     found: dict[str, float] = {}
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--verifier scores:{path} cannot be read: {error}") from None
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
                 row = json.loads(line)
-                key, score = str(row["id"]), float(row["score"])
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f'--verifier scores:{path} line {number}: no JSON object with "id", "score"') from None
+                key, given = str(row["id"]), row["score"]
+                if isinstance(given, str | bool):
+                    raise TypeError("no number")
+                score = float(given)
+            except (ValueError, KeyError, TypeError, OverflowError):
+                raise UserError(
+                    f'--verifier scores:{path} line {number}: no JSON object with "id" and a number as "score"'
+                ) from None
             if not math.isfinite(score):
                 raise UserError(f"--verifier scores:{path} line {number}: the score is {score}, no finite number")
-            found[key] = score
+            if found.setdefault(key, score) != score:
+                raise UserError(
+                    f"--verifier scores:{path} line {number}: {key!r} has the score {score:g} and, further up, "
+                    f"{found[key]:g}; keep one"
+                )
     return found

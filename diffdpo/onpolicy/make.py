@@ -57,7 +57,11 @@ def make_pairs(config: PairsConfig, *, say: Callable[[str], None] = print) -> Ma
     )
     if not world.is_main:
         return Made(folder, {})
-    for count, what in ((asked.repeated, "prompts were met before"), (asked.unusable, "rows hold no usable prompt")):
+    for count, what in (
+        (asked.repeated, "prompts were met before"),
+        (asked.contradicted, "of them with another right result: the first one holds"),
+        (asked.unusable, "rows hold no usable prompt"),
+    ):
         if count:
             say(f"left out {count} {what}")
     if judge is None:
@@ -124,13 +128,16 @@ def _pair(
         "verifier": config.verifier,
         "pairing": config.pairing,
     }
-    lines = []
-    for number, (question, answers) in enumerate(zip(questions, read_answers(folder, questions), strict=True)):
+    lines, sampled = [], read_answers(folder, questions)
+    if isinstance(judge, Scores):
+        counts["of_no_answer"] = judge.match([answer for answers in sampled for answer in answers])
+    for number, (question, answers) in enumerate(zip(questions, sampled, strict=True)):
         rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([config.seed, number])))
         lines += _records(question, answers, judge, config, rng, counts, provenance)
     told = _told(counts, config)
     if not lines:
-        raise UserError(f"no pair can be made: {told}; the answers are kept in {folder / ANSWERS}")
+        older = f", and {folder / SHARDS} holds the pairs of an earlier call" if (folder / SHARDS).exists() else ""
+        raise UserError(f"no pair can be made: {told}; the answers are kept in {folder / ANSWERS}{older}")
     text = as_json_lines(lines)
     file = folder / PAIRS
     if not file.exists() or file.read_bytes() != text:
@@ -168,7 +175,7 @@ def _records(
     counts["empty"] += sum(not text.strip() for text in judged.texts)
     counts["all_right"] += right == len(scores)
     counts["all_wrong"] += right == 0
-    counts["without_pair"] += not pairs and 0 < right < len(scores)
+    counts["without_pair"] += not pairs
     counts["pairs"] += len(pairs)
     own = {"answer": question.stated} if question.stated is not None else {}
     return [
@@ -196,10 +203,11 @@ def _told(counts: Counter[str], config: PairsConfig) -> str:
         f"all right: {counts['all_right']} prompts, all wrong: {counts['all_wrong']}",
     ]
     for name, what in (
-        ("without_pair", f"{{}} more without a pair by --pairing {config.pairing} --margin {config.margin:g}"),
+        ("without_pair", f"{{}} in all without a pair by --pairing {config.pairing} --margin {config.margin:g}"),
         ("without_truth", "{} whose right result the verifier cannot find"),
         ("left_out", "{} that the model cannot be asked (too long, or empty)"),
         ("empty", "{} answers are empty and in no pair"),
+        ("of_no_answer", "{} scores are of no answer here"),
     ):
         if counts[name]:
             parts.append(what.format(counts[name]))

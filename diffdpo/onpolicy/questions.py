@@ -4,7 +4,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ class Asked:
     questions: list[Question]
     repeated: int = 0
     unusable: int = 0
+    contradicted: int = 0  # of those met again, with another right result; the first holds
 
     @property
     def digest(self) -> str:
@@ -66,7 +67,7 @@ def read_questions(source: str, *, limit: int = 0) -> Asked:
     whatever training data may be: the right answer is then the chosen one. ``limit``: the first so many; 0: all.
     DataError or UserError where there are none, and for a row that holds no prompt."""
     found: dict[str, Question] = {}
-    keys, repeated, unusable = set[str](), 0, 0
+    keys, repeated, unusable, contradicted = set[str](), 0, 0, 0
     for number, question in enumerate(_questions(source), start=1):
         if question is None:
             unusable += 1
@@ -74,17 +75,22 @@ def read_questions(source: str, *, limit: int = 0) -> Asked:
         text = text_key(question.prompt)
         if text in found:
             repeated += 1
+            if found[text].stated is None and not found[text].answer:
+                found[text] = replace(found[text], stated=question.stated, answer=question.answer)
+            elif None not in (found[text].stated, question.stated):
+                contradicted += str(found[text].stated) != str(question.stated)
             continue
         if limit and len(found) == limit:
             break
         key = question.key or str(number)
-        key = f"{key}#{number}" if key in keys else key
+        while key in keys:
+            key = f"{key}#{number}"
         keys.add(key)
         found[text] = Question(key, question.prompt, question.stated, question.answer)
     if not found:
         left_out = f" ({unusable} rows cannot be used)" if unusable else ""
         raise UserError(f"--prompts {source}: no prompt in it{left_out}; give a file with at least one")
-    return Asked(list(found.values()), repeated, unusable)
+    return Asked(list(found.values()), repeated, unusable, contradicted)
 
 
 def generated_questions(count: int, *, seed: int) -> Asked:

@@ -51,6 +51,12 @@ class Rounds:
             )
         if self.train.get("reference") in ("adapter_off", "adapter_start", "none"):
             raise UserError(f"train: reference {self.train['reference']}: say round_reference start or last instead")
+        verifier = self.make_pairs.get("verifier", "arithmetic")
+        if verifier == "none" or verifier.startswith("scores:"):
+            raise UserError(
+                f"make_pairs: verifier {verifier}: a round judges answers that nobody has seen; name a verifier, or a "
+                "function of your own (module:function)"
+            )
         if self.config.prompts and not self.train.get("eval_data"):
             raise UserError("train: eval_data is missing: name held-out pairs or problems, the same for every round")
 
@@ -124,8 +130,7 @@ class Rounds:
 
     def task(self) -> str:
         """Who judges the answers to held-out problems unless ``train`` says: the verifier of the pairs."""
-        verifier = self.make_pairs.get("verifier", "arithmetic")
-        return "none" if verifier == "none" or verifier.startswith("scores:") else verifier
+        return self.make_pairs.get("verifier", "arithmetic")
 
     def reference(self, number: int) -> dict[str, str]:
         """The reference of a round, as settings; nothing where it is the policy as the round starts."""
@@ -136,8 +141,8 @@ class Rounds:
             return {"ref_model_name_or_path": str(self.average(number - 1))}
         if config.adapter_name_or_path:
             return {"ref_model_name_or_path": config.adapter_name_or_path}
-        if self.adapts:
-            return {} if self.train.get("reference") else {"reference": "adapter_off"}
+        if self.adapts and not self.train.get("reference"):
+            return {"reference": "adapter_off"}
         return {"ref_model_name_or_path": model_or_bundled(config.model_name_or_path)}
 
 

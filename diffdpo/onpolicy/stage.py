@@ -19,7 +19,7 @@ def run_stage(name: str, argv: Sequence[str], *, launcher: str | None) -> None:
     by how it ends."""
     command = [*command_of(launcher), *argv]
     try:
-        process = subprocess.Popen(command, preexec_fn=_die_with_parent)
+        process = subprocess.Popen(command, preexec_fn=die_with_parent)
     except OSError as error:
         raise UserError(f"launcher {launcher!r} cannot be run: {error.strerror}") from None
 
@@ -50,7 +50,7 @@ def command_of(launcher: str | None) -> list[str]:
     return [*words, "--module" if "deepspeed" in os.path.basename(words[0]) else "-m", "diffdpo"]
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """In the child, before it becomes the command: a killed parent leaves nobody behind who goes on training."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

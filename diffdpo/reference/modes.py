@@ -53,6 +53,11 @@ def check_reference(config: TrainConfig, loss: LossOptions) -> None:
             "--sync_ref_model: the mean of two adapters' factors is not the mean of what they add to the weights; give "
             "--ref_model_mixup_alpha 1, or train all weights"
         )
+    if config.reference == "none" and config.f_divergence_type != "reverse_kl":
+        raise UserError(
+            f"--f_divergence_type {config.f_divergence_type} is of the ratio to a reference, and --reference none has "
+            "none; leave one out"
+        )
     unserved = _not_precomputable(loss)
     if config.reference == "precomputed" and unserved:
         raise UserError(f"--reference precomputed: {unserved}; use --reference copy, adapter_off or adapter_start")

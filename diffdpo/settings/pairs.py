@@ -29,3 +29,6 @@ class PairingSettings(Settings):
         """What one way of pairing alone reads; and a margin that can be reached."""
         if self.pairing == "margin" and not self.margin:
             raise UserError("--pairing margin pairs by the difference of scores; say how large with --margin")
+        for name in ("margin", "right_at"):
+            if getattr(self, name) > 1 and not self.verifier.startswith("scores:"):
+                raise UserError(f"--{name} is {getattr(self, name):g}, and --verifier {self.verifier} says 0 to 1")
