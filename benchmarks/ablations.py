@@ -165,8 +165,8 @@ def question_names() -> list[str]:
 
 
 def run(cell: Cell, seed: int, steps: int, problems: int, out: Path) -> bool:
-    """One run, unless its result is there, under this name or an equal cell's; the run's folder goes when it is. Whether
-    there is a result."""
+    """Whether there is a result: of one run, unless it was there, under this name or an equal cell's. The run's folder
+    goes when it is."""
     result = result_of(cell, seed, steps, out)
     if result.exists():
         return True

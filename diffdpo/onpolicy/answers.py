@@ -19,6 +19,7 @@ from diffdpo.onpolicy.questions import Question
 from diffdpo.sampling.decode import prompt_obstacle, sample
 from diffdpo.sampling.prompt import encode_prompt
 from diffdpo.settings.sampling import SamplingSettings
+from diffdpo.tracking.lock import FILE as LOCK
 
 ANSWERS, PARTS, IDENTITY = "answers.jsonl", "parts", "sampled_with.json"
 BATCHES_A_PART = 4  # what a kill can cost
@@ -32,7 +33,7 @@ def open_folder(folder: Path, identity: dict[str, Any], world: World) -> None:
         text = json.dumps(identity, indent=1, sort_keys=True) + "\n"
         if file.exists():
             fault = _difference(json.loads(file.read_text()), json.loads(text), folder)
-        elif folder.exists() and any(path.suffix != ".partial" for path in folder.iterdir()):
+        elif folder.exists() and any(path.suffix != ".partial" and path.name != LOCK for path in folder.iterdir()):
             fault = f"--output_dir {folder} holds other files; give another"
         else:
             folder.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,7 @@ from diffdpo.onpolicy.pairing import Judged, pairs_of
 from diffdpo.onpolicy.questions import Asked, Question, generated_questions, read_questions
 from diffdpo.reference.identity import weights_digest
 from diffdpo.sampling.decode import Decoding
+from diffdpo.tracking.lock import one_run_in
 
 PAIRS, SHARDS, SUMMARY = "pairs.jsonl", "shards", "summary.json"
 
@@ -51,12 +52,26 @@ def make_pairs(config: PairsConfig, *, say: Callable[[str], None] = print) -> Ma
         judge.check(asked.questions)
     world = init_distributed()
     fingerprint = world.broadcast(_fingerprint(config) if world.is_main else None)
-    open_folder(folder, _identity(config, asked, fingerprint), world)
-    sample_answers(
-        folder, asked.questions, config, world, lambda: _load(config, world), seed=config.seed, template=config.template
-    )
-    if not world.is_main:
-        return Made(folder, {})
+    with one_run_in(folder, world):
+        open_folder(folder, _identity(config, asked, fingerprint), world)
+        seed, template = config.seed, config.template
+        sample_answers(
+            folder, asked.questions, config, world, lambda: _load(config, world), seed=seed, template=template
+        )
+        if not world.is_main:
+            return Made(folder, {})
+        return _judged(config, folder, asked, judge, fingerprint, say)
+
+
+def _judged(
+    config: PairsConfig,
+    folder: Path,
+    asked: Asked,
+    judge: Scores | Verified | None,
+    fingerprint: str,
+    say: Callable[[str], None],
+) -> Made:
+    """Tell what was left out, and pair the answers if somebody judges."""
     for count, what in (
         (asked.repeated, "prompts were met before"),
         (asked.contradicted, "of them with another right result: the first one holds"),

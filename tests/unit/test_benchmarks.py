@@ -49,7 +49,7 @@ def test_ablations_go_on_where_they_were_killed(tmp_path, monkeypatch):
     """A run is replaced by its result; broken off at the third cell, the first two are not run again."""
     ran = []
 
-    def run(command):
+    def run(command, **_):
         flags = dict(zip(command[4::2], command[5::2], strict=True))
         if len(ran) == 2:
             ran.append("killed")
@@ -73,6 +73,31 @@ def test_ablations_go_on_where_they_were_killed(tmp_path, monkeypatch):
     assert ran == ["0.02", "0.1", "killed", "0.5", "2.0", "0.02", "0.1", "0.5", "2.0"]
     assert "| 0.02 | 200 | 2 | 30.0% ± 5.0% | - | - | 2.0 | 1.00 |" in (tmp_path / "ablations.md").read_text()
     assert (tmp_path / "beta.png").exists() and not list((tmp_path / "runs").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--problems", "12"], "cell beta 0.1 was run with other settings (num_eval_problems); give another folder"),
+        (["--steps", "0"], "--steps is 0; it must be 1 or more"),
+        (["--only", "gamma"], "gamma"),
+    ],
+)
+def test_ablations_do_not_mix_what_was_run_otherwise(flags, said, tmp_path, monkeypatch, capsys):
+    cell = next(cell for cell in ablations.cells() if cell.name == "0.1")
+    kept = {"question": "beta", "name": "0.1", "seed": 0, "steps": 40, "flags": ablations.flags_of(cell, 0, 40, 200)}
+    ablations.keep(tmp_path / "cells" / "x.json", kept)
+    monkeypatch.setattr(sys, "argv", ["ablations.py", "--quick", "--out", str(tmp_path), *flags])
+    with pytest.raises(SystemExit, match="2"):
+        ablations.main()
+    assert said in capsys.readouterr().err
+
+
+def test_a_failed_cell_is_an_exit_code(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablations.subprocess, "run", lambda command, **_: Namespace(returncode=1))
+    monkeypatch.setattr(sys, "argv", ["ablations.py", "--quick", "--only", "weights", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2 cells failed and are left out: weights all, seed 0; weights LoRA"):
+        ablations.main()
 
 
 def test_rounds_are_set_beside_one_offline_run(tmp_path):

@@ -1,9 +1,11 @@
 """Verifiers by name: what they read, how they judge, and what they say of a user's mistake."""
 
+import sys
+
 import pytest
 
 from data_pipeline.errors import DataError
-from data_pipeline.verifiers import VERIFIERS, find_verifier, split_names
+from data_pipeline.verifiers import VERIFIERS, FunctionVerifier, find_verifier, split_names
 
 
 @pytest.mark.parametrize(
@@ -99,6 +101,9 @@ def test_a_function_that_fails_or_says_nothing_usable_is_told_with_the_answer(fo
         find_verifier("own_judges:near").judge("eight", "5")
     with pytest.raises(DataError, match="said 'yes'"):
         find_verifier("own_judges:words").judge("8", "5")
+    for said, told in ((lambda *_: 10**400, "it must say True"), (lambda *_: sys.exit(0), "SystemExit")):
+        with pytest.raises(DataError, match=told):
+            FunctionVerifier("mine", said).judge("8", "5")
 
 
 def test_commas_part_names_but_not_patterns():

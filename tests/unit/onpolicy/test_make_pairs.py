@@ -15,6 +15,7 @@ from diffdpo.onpolicy import answers as sampling
 from diffdpo.onpolicy import make
 from diffdpo.onpolicy.make import make_pairs
 from diffdpo.onpolicy.questions import generated_questions, read_questions
+from diffdpo.tracking.lock import alone_in
 
 PROMPTS = [{"id": f"p{i}", "prompt": f"{i} + {i} =\n", "answer": str(2 * i)} for i in range(10)]
 
@@ -115,8 +116,49 @@ def test_answers_are_judged_and_paired_anew_without_sampling(tiny_model, prompts
     assert all(len(row["chosen"]) < len(row["rejected"]) for row in rows) and rows
     assert len(open_dataset([str(other.shards)], cache_dir=tmp_path / "cache")) == len(rows)
     scores.write_text(scores.read_text().split("\n")[0] + "\n")
-    with pytest.raises(UserError, match="p0/1"):
+    with pytest.raises(UserError, match="no score of 39 of 40 answers, first 'p0/1'"):
         make_pairs(config(tiny_model, prompts, tmp_path / "out", verifier=f"scores:{scores}"), say=str)
+
+
+def test_scores_are_counted_and_told(tiny_model, prompts, judge, tmp_path):
+    first = make_pairs(config(tiny_model, prompts, tmp_path / "out"), say=str)
+    answered = [json.loads(line) for line in (first.folder / "answers.jsonl").read_text().splitlines()]
+    rows = [{"id": a["id"], "score": 0.5 if a["id"].startswith("p3") else -len(a["answer"])} for a in answered]
+    scores, said = tmp_path / "scores.jsonl", []
+    text = "".join(json.dumps(row) + "\n" for row in [*rows, {"id": "of nobody", "score": 1}])
+    scores.write_text("\ufeff" + text, encoding="utf-8")
+    made = make_pairs(config(tiny_model, prompts, tmp_path / "out", verifier=f"scores:{scores}"), say=said.append)
+    assert made.counts["of_no_answer"] == 1 and "1 scores are of no answer here" in said[-1]
+    assert made.counts["without_pair"] >= 1 and "in all without a pair" in said[-1]
+    for more, told in (
+        ({"id": "p0/0", "score": 77}, "'p0/0' has the score 77 and, further up"),
+        ({"id": "new", "score": True}, "a number"),
+        ({"id": "new", "score": "1.0"}, "a number"),
+        ({"id": "new", "score": 10**400}, "a number"),
+    ):
+        scores.write_text(text + json.dumps(more) + "\n")
+        with pytest.raises(UserError, match=told):
+            make_pairs(config(tiny_model, prompts, tmp_path / "out", verifier=f"scores:{scores}"), say=str)
+
+
+def test_pairs_of_an_earlier_call_are_not_taken_for_new_ones(tiny_model, prompts, judge, tmp_path):
+    make_pairs(config(tiny_model, prompts, tmp_path / "out"), say=str)
+    with pytest.raises(UserError, match=r"no pair can be made.* holds the pairs of an earlier call"):
+        make_pairs(config(tiny_model, prompts, tmp_path / "out", verifier="judge_of_pairs:right"), say=str)
+
+
+def test_two_at_once_in_one_folder_are_refused(tiny_model, prompts, judge, tmp_path):
+    with alone_in(tmp_path / "out"), pytest.raises(UserError, match="in use by a living run"):
+        make_pairs(config(tiny_model, prompts, tmp_path / "out"), say=str)
+
+
+def test_questions_met_again_complete_or_contradict_the_first(tmp_path):
+    rows = [{"id": "a#3", "prompt": "1?"}, {"id": "a", "prompt": "2?", "answer": 7}, {"id": "a", "prompt": "3?"}]
+    rows += [{"prompt": "1?", "answer": 5}, {"prompt": "2?", "answer": 8}, {"prompt": "2?", "answer": 7}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = read_questions(str(tmp_path / "p.jsonl"))
+    assert [q.stated for q in asked.questions] == [5, 7, None] and (asked.repeated, asked.contradicted) == (3, 1)
+    assert len({q.key for q in asked.questions}) == 3
 
 
 def test_a_verifier_that_raises_names_prompt_and_answer_and_costs_no_answers(tiny_model, prompts, judge, tmp_path):

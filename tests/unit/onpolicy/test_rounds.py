@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from data_pipeline.errors import DataError
 from diffdpo.cli import iterate as command
 from diffdpo.cli.main import main as diffdpo
 from diffdpo.config import RoundsConfig, make_config
@@ -123,6 +124,31 @@ def test_the_reference_of_a_round(reference, adapter, expected):
     assert all(found[name].endswith(value) for name, value in expected.items())
 
 
+@pytest.mark.parametrize("how", ["copy", "precomputed"])
+def test_the_start_stays_the_reference_of_adapters_however_it_is_held(how):
+    """What is copied or scored before is the model that is named, which would be the policy as its round starts."""
+    made = rounds({"use_peft": True, "reference": how}, round_reference="start", model_name_or_path="base")
+    assert made.train_settings(2, tracking_uri="none")["ref_model_name_or_path"] == "base"
+
+
+def test_a_mended_verifier_goes_on_and_changed_prompts_do_not(recipe, tmp_path, capsys):
+    path, out = recipe(), tmp_path / "out"
+    recipe.dies_at = "round 2, make-pairs"
+    with pytest.raises(KeyboardInterrupt):
+        command.main([path, "--output_dir", str(out)])
+    (tmp_path / "my_judge.py").write_text("def even(answer, truth, prompt):\n    return len(answer) % 3 == 0\n")
+    text = (tmp_path / "recipe.yaml").read_text()
+    (tmp_path / "recipe.yaml").write_text(text.replace("make_pairs: {", "make_pairs: {right_at: 0.6, ", 1))
+    prompts = (tmp_path / "prompts.txt").read_text()
+    (tmp_path / "prompts.txt").write_text(prompts + "one more\n")
+    with pytest.raises(UserError, match=r"prompts .* are not those that"):
+        command.main([path, "--output_dir", str(out)])
+    (tmp_path / "prompts.txt").write_text(prompts)
+    command.main([path, "--output_dir", str(out)])
+    assert "NOTE  earlier rounds were paired with" in capsys.readouterr().out
+    assert "right_at: 0.6" in (out / "round-2" / "make-pairs.yaml").read_text()
+
+
 @pytest.mark.parametrize(
     "given",
     [
@@ -146,6 +172,11 @@ def test_what_the_rounds_set_themselves_is_refused(given):
         ("train: {learning_rat: 1}", "learning_rate"),
         ("train: 3", "train"),
         ("make_pairs: {pairing: best}", "best_worst"),
+        ("make_pairs: {verifier: gsm8}", "gsm8k"),
+        ("make_pairs: {verifier: 'regex:('}", "regular expression"),
+        ("make_pairs: {verifier: none}", "nobody has seen"),
+        ("make_pairs: {pairing: margin, margin: 2}", "0 to 1"),
+        ("train: {use_peft: true, sync_ref_model: true}", "ref_model_mixup_alpha"),
         ("rounds: 0", "rounds"),
         ("- a", "settings"),
         ("a: [", "YAML"),
@@ -153,7 +184,7 @@ def test_what_the_rounds_set_themselves_is_refused(given):
 )
 def test_wrong_recipes_end_in_one_line(tmp_path, text, named):
     (tmp_path / "recipe.yaml").write_text(text)
-    with pytest.raises(UserError, match=named) as raised:
+    with pytest.raises((UserError, DataError), match=named) as raised:
         command.main([str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "out")])
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "out").exists()
@@ -164,7 +195,9 @@ def test_held_out_answers_are_judged_by_the_verifier_of_the_pairs():
         return made.train_settings(1, tracking_uri="none")["eval_task"]
 
     assert task(rounds()) == "arithmetic" and task(rounds(make_pairs={"verifier": "gsm8k"})) == "gsm8k"
-    assert task(rounds(make_pairs={"verifier": "scores:x.jsonl"})) == "none"
+    for nobody in ("scores:x.jsonl", "none"):
+        with pytest.raises(UserError, match=f"make_pairs: verifier {nobody}: a round judges answers that nobody has"):
+            rounds(make_pairs={"verifier": nobody})
     assert task(rounds({"eval_task": "number"})) == "number"
 
 
