@@ -66,6 +66,11 @@ def resume_parts(
                 "launcher, --ds_config and adapter settings of the run that wrote it (any engine and number of "
                 "processes reads any checkpoint)"
             )
+    if state["config"].get("sync_ref_model") and not public(config).get("sync_ref_model"):
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint}: its reference has followed the policy, and without "
+            "--sync_ref_model it would be the start's again; give --sync_ref_model"
+        )
     loader.load_state_dict(state["loader"])
     with told_if_unreadable(checkpoint):
         engine.load(checkpoint)

@@ -1,11 +1,14 @@
 """TR-DPO: a reference that follows the policy, also over a checkpoint."""
 
+import pytest
 import torch
 
+import diffdpo
 from data_pipeline.batch import collate
 from data_pipeline.encode import Encoder
 from data_pipeline.generate import generate_pairs
 from data_pipeline.records import record_from_fields
+from diffdpo.errors import UserError
 from diffdpo.models.load import load_model
 from diffdpo.reference.refresh import RefreshingStep
 from diffdpo.scores.reference import frozen_copy
@@ -57,3 +60,12 @@ def test_it_moves_as_trls_does_and_goes_on_after_a_checkpoint(tiny_model, tmp_pa
     *_, last = batches(tiny_model)
     refresh(last, 1e-3)
     assert torch.equal(weights(other), found[3])
+
+
+def test_a_reference_that_has_moved_is_not_set_back_by_a_resume(tiny_model, tmp_path):
+    flags = {"num_generated_pairs": 8, "per_device_train_batch_size": 2, "num_mc_samples": 1, "max_eval_pairs": 2}
+    flags |= {"num_eval_problems": 0, "save_steps": 1, "tracking_uri": "none", "output_dir": str(tmp_path / "run")}
+    moving = {"sync_ref_model": True, "ref_model_sync_steps": 1}
+    diffdpo.train(str(tiny_model), max_steps=2, **flags, **moving)
+    with pytest.raises(UserError, match=r"its reference has followed the policy.* give --sync_ref_model"):
+        diffdpo.train(str(tiny_model), max_steps=3, resume_from_checkpoint="latest", **flags)
