@@ -56,7 +56,7 @@ PARTS = (
 
 def run_part(part: Part, args: argparse.Namespace, left: float) -> dict[str, Any]:
     """What a process of its own found, or why there is nothing."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=args.json.absolute().parent) as folder:  # /tmp may be small, or memory
         out = Path(folder) / "part.json"
         flags = ["--part", part.name, "--json", str(out), "--device", args.device, *(["--tiny"] if args.tiny else [])]
         start = time.perf_counter()
@@ -65,7 +65,7 @@ def run_part(part: Part, args: argparse.Namespace, left: float) -> dict[str, Any
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+            env=environment(folder),
             start_new_session=True,
         )
         try:
@@ -75,6 +75,10 @@ def run_part(part: Part, args: argparse.Namespace, left: float) -> dict[str, Any
             os.killpg(process.pid, signal.SIGKILL)
             told, _ = process.communicate()
             state = "cut short"
+        finally:  # whatever ends this process: what it began goes too
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
         seconds = round(time.perf_counter() - start, 1)
         found = json.loads(out.read_text()) if out.exists() else {}
     if state != "done":
@@ -82,6 +86,16 @@ def run_part(part: Part, args: argparse.Namespace, left: float) -> dict[str, Any
     elif found.get("left_out"):
         state = "left out"
     return {**found, "state": state, "seconds": seconds}
+
+
+def environment(folder: str) -> dict[str, str]:
+    """Of a part: its files go with ``folder``, and torch's allocator is set as the commands set it."""
+    sys.path.insert(0, str(ROOT))
+    from diffdpo.command import set_allocator
+
+    set_allocator()
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, "TMPDIR": folder}
 
 
 def all_parts(args: argparse.Namespace) -> dict[str, Any]:
@@ -148,6 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = gpu_parts.PARTS[args.part](gpu_parts.Setting(args.device, args.tiny))
         write(args.json, found)
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     report = all_parts(args)
     print(f"written to {args.json}")
     return int(any(part["state"] == "failed" for part in report["parts"].values()))

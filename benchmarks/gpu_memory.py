@@ -155,6 +155,8 @@ def _qlora_step(config: TrainConfig, shape: dict[str, Any], setting: Setting):
 TINY_3B = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 TINY_3B |= {"vocab_size": 1024}
 STEPS = 3
+KINDS = {"optimizer": "optimizer", "on their way back": "optimizer", "gradient": "gradients", "weights": "weights"}
+"""Of a planned part by a word of its name, the first that is found; what is measured is told apart alike."""
 
 
 class StepPeaks(Callback):
@@ -224,6 +226,7 @@ def _full_run(folder: Path, setting: Setting) -> TrainConfig:
     flags = ["--config", str(recipe), "--ds_config", str(ds), "--num_eval_problems", "0", "--eval_fraction", "0"]
     flags += ["--model_name_or_path", str(_random_folder(folder / "model", setting))]
     flags += ["--max_steps", str(STEPS), "--gradient_accumulation_steps", "1", "--save_steps", "0"]
+    flags += ["--save_on_full_disk", "continue"]  # nothing is saved, so no room for it is asked for
     flags += ["--tracking_uri", "none", "--bf16", str(setting.kind == "cuda").lower(), "--logging_steps", "1"]
     flags += ["--output_dir", str(folder / "run"), "--train_data", str(folder / "pairs.jsonl")]
     flags += ["--max_length", str(whole), "--max_prompt_length", str(prompt)]
@@ -238,9 +241,9 @@ def _planned_moments(config: TrainConfig, setting: Setting) -> dict[str, Any]:
     at = {m: sum(part.bytes for part in parts if part.place == DEVICE and m in part.moments) for m in MOMENTS}
     sums = {place: dict.fromkeys(("weights", "gradients", "optimizer"), 0) for place in (DEVICE, HOST)}
     for part in parts:
-        word = next((word for word in ("optimizer", "gradient", "weights") if word in part.name), None)
-        if word and "update" in part.moments and part.place in sums:
-            sums[part.place][{"gradient": "gradients"}.get(word, word)] += part.bytes
+        kind = next((kind for word, kind in KINDS.items() if word in part.name), None)
+        if kind and "update" in part.moments and part.place in sums:
+            sums[part.place][kind] += part.bytes
     by_name = [asdict(part) for part in parts]
     return {"start": max(at.values()), "step": max(at["backward"], at["update"]), "parts": sums, "by_name": by_name}
 

@@ -87,7 +87,8 @@ class Cuda:
         return torch.cuda.get_device_capability(device) >= (8, 0)
 
     def has_bf16(self, device: torch.device) -> bool:
-        return torch.cuda.is_bf16_supported()
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
 
     def name(self, device: torch.device) -> str:
         return torch.cuda.get_device_name(device)

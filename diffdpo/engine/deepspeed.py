@@ -112,7 +112,7 @@ class DeepSpeedEngine:
         return float("nan") if norm is None else float(norm)
 
     def freeze(self, module: nn.Module) -> FrozenModule:
-        return frozen_by_deepspeed(module, self.world, self.choice)
+        return frozen_by_deepspeed(module, self.world, self.choice, locks=self.locks)
 
     def save(self, folder: Path) -> None:
         if self.choice.on_nvme:
@@ -168,10 +168,11 @@ class DeepSpeedEngine:
 
 
 class ShardedFrozen:
-    """A module that is never trained, in the shards of a ZeRO-3 engine without an optimizer."""
+    """A module that is never trained, in the shards of a ZeRO-3 engine without an optimizer. ``locks``: see
+    :class:`DeepSpeedEngine`."""
 
-    def __init__(self, module: nn.Module, world: World, choice: EngineChoice):
-        deepspeed = import_deepspeed()
+    def __init__(self, module: nn.Module, world: World, choice: EngineChoice, *, locks: Sequence[IO[str]] = ()):
+        self.locks, deepspeed = locks, import_deepspeed()
         use_kept(needed_operators(choice.ds_config))
         deepspeed.init_distributed(verbose=False)
         config = {k: v for k, v in choice.ds_config.items() if k not in ("optimizer", "gradient_clipping")}
@@ -192,10 +193,14 @@ class ShardedFrozen:
                     held.data = torch.empty(0, dtype=held.dtype, device=held.device)
 
 
-def frozen_by_deepspeed(module: nn.Module, world: World, choice: EngineChoice) -> FrozenModule:
+def frozen_by_deepspeed(
+    module: nn.Module, world: World, choice: EngineChoice, *, locks: Sequence[IO[str]] = ()
+) -> FrozenModule:
     """A module that is never trained: sharded (and offloaded) under ZeRO-3, else whole on the device. No engine need
     be there before."""
-    return ShardedFrozen(module, world, choice) if choice.shards_parameters else PlainFrozen(module, world.device)
+    if not choice.shards_parameters:
+        return PlainFrozen(module, world.device)
+    return ShardedFrozen(module, world, choice, locks=locks)
 
 
 def _elsewhere(zero: Mapping[str, Any]) -> dict[str, Any]:

@@ -48,7 +48,9 @@ def make_engine(
 def hold_frozen(choice: EngineChoice, module: nn.Module, world: World) -> FrozenModule:
     """A module that is never trained, held as the chosen engine would hold it; no engine need be there before."""
     if choice.kind == DEEPSPEED:
-        return frozen_by_deepspeed(module, world, choice)
+        locks = hold_nvme(choice.ds_config, world)
+        check_nvme_room(choice.ds_config, module, world, trains=False)
+        return frozen_by_deepspeed(module, world, choice, locks=locks)
     if choice.kind == FSDP2:
         return Fsdp2Frozen(module, world, choice)
     return PlainFrozen(module, world.device, row_slices(choice, world))

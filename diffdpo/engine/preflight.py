@@ -6,10 +6,10 @@ import os
 import shutil
 import socket
 import tempfile
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
+from weakref import WeakValueDictionary
 
 import psutil
 from torch import nn
@@ -55,56 +55,90 @@ def check_nvme(ds_config: Mapping[str, Any]) -> None:
         raise UserError("DeepSpeed reads and writes NVMe through libaio and does not find it; install libaio-dev")
 
 
+_held: WeakValueDictionary[Path, IO[str]] = WeakValueDictionary()  # folders that this process has locked
+
+
 def hold_nvme(ds_config: Mapping[str, Any], world: World) -> list[IO[str]]:
-    """Locks on the folders that state goes to, held until they are closed or the process ends; every process calls.
+    """Locks on the folders that state goes to, held until nobody keeps them or the process ends; every process calls,
+    before anything touches the folders.
 
     UserError, on all of them, where another run holds one: DeepSpeed names its files by rank and parameter alone, so
     two runs with one folder would compute with each other's numbers.
     """
-    zero = ds_config.get("zero_optimization", {})
-    parts = [zero.get(part) or {} for part in ("offload_optimizer", "offload_param")]
-    folders = sorted({part["nvme_path"] for part in parts if part.get("device") == "nvme"})
     held, fault = list[IO[str]](), ""
-    for folder in folders if world.local_rank == 0 else ():
-        held.append(Path(folder, NVME_LOCK).open("a"))  # noqa: SIM115  open as long as the run
+    for folder in sorted(set(_folders(ds_config).values())) if world.local_rank == 0 else ():
         try:
-            fcntl.flock(held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            fault = f'--ds_config: "nvme_path" is {folder}, where another run keeps its state; give each run a folder'
+            known = _held.get(folder)
+            held.append(known if known is not None and not known.closed else _locked(folder))
+        except UserError as error:
+            fault = str(error)
     if faults := [each for each in world.all_gather_object(fault) if each]:
         raise UserError(faults[0])
     return held
 
 
-def check_nvme_room(ds_config: Mapping[str, Any], module: nn.Module, world: World) -> None:
+def _folders(ds_config: Mapping[str, Any]) -> dict[str, Path]:
+    """Where what is on NVMe lies, by part."""
+    zero = ds_config.get("zero_optimization", {})
+    parts = {part: zero.get(part) or {} for part in ("offload_optimizer", "offload_param")}
+    return {part: Path(given["nvme_path"]).resolve() for part, given in parts.items() if given.get("device") == "nvme"}
+
+
+def _locked(folder: Path) -> IO[str]:
+    path = folder / NVME_LOCK
+    try:
+        file = path.open("a")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f'--ds_config: "nvme_path" is {folder}, where another run keeps its state; give each run a folder'
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f'--ds_config: "nvme_path" is {folder}, and {NVME_LOCK} there cannot be written ({error.strerror}); give '
+            "another folder"
+        ) from None
+    _held[folder] = file
+    return file
+
+
+def check_nvme_room(ds_config: Mapping[str, Any], module: nn.Module, world: World, *, trains: bool = True) -> None:
     """UserError, on all processes, where a disk has less room than the state that goes to it; every process calls.
 
     Trained parameters take 16 bytes each there (weights, moments and gradients in fp32), with their parameters on disk
-    all take their own width. What an earlier run has left in the folder is written over.
+    all take their own width. What DeepSpeed has left there by an earlier run is written over. Without ``trains`` the
+    module has weights alone.
     """
-    zero, needed = ds_config.get("zero_optimization", {}), Counter[str]()
     width = 2 if ds_config.get("bf16", {}).get("enabled") else 4
     sizes = {
-        "offload_optimizer": sum(16 * p.numel() for p in module.parameters() if p.requires_grad),
+        "offload_optimizer": sum(16 * p.numel() for p in module.parameters() if p.requires_grad and trains),
         "offload_param": sum(width * p.numel() for p in module.parameters()),
     }
-    for part, size in sizes.items():
-        if (zero.get(part) or {}).get("device") == "nvme":
-            needed[zero[part]["nvme_path"]] += size
-    if not needed:
+    folders = _folders(ds_config)
+    if not folders:
         return
     hosts = world.all_gather_object(socket.gethostname())
     here, fault = hosts.count(socket.gethostname()) / world.size, ""
-    for folder, size in needed.items():
-        left = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
-        room = shutil.disk_usage(folder).free + left
-        if size * here > room:
+    disks: dict[int, set[Path]] = {}
+    for folder in folders.values():
+        disks.setdefault(folder.stat().st_dev, set()).add(folder)
+    for on_disk in disks.values():
+        size = here * sum(sizes[part] for part, folder in folders.items() if folder in on_disk)
+        room = shutil.disk_usage(next(iter(on_disk))).free + sum(map(_left_behind, on_disk))
+        if size > room:
+            names = " and ".join(map(str, sorted(on_disk)))
             fault = (
-                f'--ds_config: "nvme_path" is {folder} with {room / 1e9:.1f} GB of room, and the state that goes there '
-                f"takes {size * here / 1e9:.1f} GB; make room or name another disk"
+                f'--ds_config: "nvme_path" is {names} with {room / 1e9:.1f} GB of room, and the state that goes there '
+                f"takes {size / 1e9:.1f} GB; make room or name another disk"
             )
     if faults := [each for each in world.all_gather_object(fault) if each]:
         raise UserError(faults[0])
+
+
+def _left_behind(folder: Path) -> int:
+    """Bytes that DeepSpeed has left in a folder of state."""
+    ours = (path for name in ("zero_stage_3", "reference/zero_stage_3") for path in (folder / name).rglob("*"))
+    return sum(path.stat().st_size for path in ours if path.is_file())
 
 
 def check_recomputed(ds_config: Mapping[str, Any]) -> None:

@@ -20,15 +20,20 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 OF_RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt$")
 
 
+def refuse_offloaded(folder: Path) -> None:
+    """UserError for a folder that DeepSpeed itself wrote of state on NVMe, which it cannot read again."""
+    if (folder / "offloaded_tensors").is_dir():
+        raise UserError(
+            f"{folder.parent}: the state of its run was on NVMe, and DeepSpeed's files of that are not read; take the "
+            "run's final/ model"
+        )
+
+
 class ZeroFiles:
     """The files of a checkpoint of stage 1 to 3, mapped into memory and read as they are used."""
 
     def __init__(self, folder: Path):
-        if (folder / "offloaded_tensors").is_dir():
-            raise UserError(
-                f"{folder.parent}: the state of its run was on NVMe, and DeepSpeed's files of that are not read; take "
-                "the run's final/ model"
-            )
+        refuse_offloaded(folder)
         ranks = {int(found[1]): path for path in folder.iterdir() if (found := OF_RANK.search(path.name))}
         if not ranks:
             raise ValueError(f"{folder} holds no state of a sharded optimizer (ZeRO stage 1 or more)")

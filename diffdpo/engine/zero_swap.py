@@ -62,15 +62,17 @@ def state_by_name(engine: Any, module: nn.Module, world: World) -> Iterator[tupl
     names = {id(parameter): name for name, parameter in trained_by_name(module).items()}
     for group, parameters in enumerate(optimizer.fp16_groups):
         with on_host(optimizer, group, changed=False) as flat:
-            state = state_of(base, flat)
+            state = base.state.get(flat, {})  # empty before the first step that was taken
             for parameter in parameters:
                 name, piece = names[id(parameter)], piece_of(optimizer, parameter, 3)
                 assert piece is not None, "under ZeRO-3 every process has a piece of every weight"
-                for key, vector in ((name, flat.data), *((f"{name}.{what}", state[what]) for what in MOMENTS)):
+                moments = ((f"{name}.{what}", state[what]) for what in MOMENTS if what in state)
+                for key, vector in ((name, flat.data), *moments):
                     part = vector.view(-1)[piece.offset : piece.offset + piece.size]
                     whole = world.all_gather(part.to(world.device)).cpu()
                     yield key, whole[: parameter.ds_numel].view(parameter.ds_shape).clone()
-                yield f"{name}.step", torch.tensor(float(state.get("step", 0)))
+                if "step" in state:
+                    yield f"{name}.step", torch.tensor(float(state["step"]))
 
 
 def fill_swapped(engine: Any, module: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -78,6 +80,7 @@ def fill_swapped(engine: Any, module: nn.Module, tensors: Iterable[tuple[str, to
     comes one after the other of a group costs one round to the disk. Every rank calls."""
     optimizer, base, trained = engine.optimizer, engine.optimizer.optimizer, trained_by_name(module)
     optimizer.checkpoint_event_prologue()
+    met: set[int] = set()
     group_of = {id(p): group for group, parameters in enumerate(optimizer.fp16_groups) for p in parameters}
 
     def parameter_of(key: str) -> Any:
@@ -86,18 +89,33 @@ def fill_swapped(engine: Any, module: nn.Module, tensors: Iterable[tuple[str, to
 
     for group, some in groupby(tensors, key=lambda item: group_of[id(parameter_of(item[0]))]):
         with on_host(optimizer, group, changed=True) as flat:
-            state, steps = state_of(base, flat), 0.0
+            if group not in met and flat in base.state:  # of steps that are given up
+                _set_back(base, flat)
+            met.add(group)
             for key, whole in some:
                 piece, what = piece_of(optimizer, parameter_of(key), 3), key.rpartition(".")[2]
                 assert piece is not None, "under ZeRO-3 every process has a piece of every weight"
+                if what in (*MOMENTS, "step") and "step" not in base.state.get(flat, {}):
+                    state_of(base, flat)
+                    _set_back(base, flat)
                 if what == "step":
-                    state["step"] = count_of(base, steps := max(steps, float(whole)), state["exp_avg"])
+                    base.state[flat]["step"] = count_of(base, float(whole), flat.data)
                 else:
-                    piece.put(state[what] if what in MOMENTS else flat.data, whole)
+                    piece.put(base.state[flat][what] if what in MOMENTS else flat.data, whole)
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
     if optimizer.persistent_parameters:  # whole on every process: let go of what they were
         optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
     optimizer.checkpoint_event_epilogue()
+
+
+def _set_back(base: torch.optim.Optimizer, flat: torch.Tensor) -> None:
+    """AdamW's state as before any step."""
+    state = base.state[flat]
+    for what in MOMENTS:
+        if what in state:
+            state[what].zero_()
+    if state:
+        state["step"] = count_of(base, 0.0, flat.data)
 
 
 def _in_files(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:

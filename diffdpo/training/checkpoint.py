@@ -127,6 +127,8 @@ def planned_bytes(engine: Engine) -> int:
     """What a checkpoint will take on the disk: trained weights and what the optimizer keeps of each."""
     _, trained = count_parameters(engine.module)
     moments = 8
+    if engine.choice.on_nvme:  # by name, in fp32
+        return trained * (4 + moments)
     if engine.choice.kind == DEEPSPEED:  # it keeps what it computes with beside the fp32 masters
         return trained * (4 + moments + (2 if engine.choice.bf16 else 4))
     return trained * ((2 if engine.choice.reads_bf16(trained=True) else 4) + moments)

@@ -7,6 +7,8 @@ from typing import Any
 from data_pipeline.reader import PairLoader
 from diffdpo.config import RunConfig
 from diffdpo.engine.base import Engine, count_parameters
+from diffdpo.engine.deepspeed_files import TAG
+from diffdpo.engine.zero_files import refuse_offloaded
 from diffdpo.errors import UserError
 from diffdpo.settings.base import public
 from diffdpo.setup.context import RunContext
@@ -89,7 +91,10 @@ def checkpoint_of(config: RunConfig, context: RunContext) -> Path | None:
     """The checkpoint to go on from; None for a run that begins. UserError where there is none; every rank calls."""
     if not config.resume_from_checkpoint:
         return None
-    return find_checkpoint(config.resume_from_checkpoint, context.output_dir, context.world, context.print)
+    found = find_checkpoint(config.resume_from_checkpoint, context.output_dir, context.world, context.print)
+    if found is not None:
+        refuse_offloaded(found / TAG)  # here already: the models take minutes
+    return found
 
 
 def _fits(name: str, was: dict[str, Any], ours: dict[str, Any], engine: Engine) -> bool:

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from diffdpo.engine.preflight import libaio_found
+from diffdpo.models.architecture.from_scratch import new_model
+from diffdpo.models.bundled import BUNDLED_MODEL
+from diffdpo.models.load import load_tokenizer, save_model
 from tests.support.paths import ROOT
 
 pytestmark = [
@@ -24,7 +27,7 @@ RUN = (
 )
 WAYS = {  # groups of a MiB and more go to the disk
     "optimizer": ({}, None),
-    "weights too": ({}, {"buffer_count": 12, "buffer_size": 1_000_000}),
+    "weights too": ({}, {"buffer_count": 12, "buffer_size": 1_500_000, "max_in_cpu": 0}),
     "reads and writes beside steps": ({"pipeline_read": True, "pipeline_write": True, "buffer_count": 16}, None),
 }
 
@@ -55,12 +58,22 @@ def run(out: Path, *flags: str, processes: int = 1, start: Path | None = None) -
     return {line["step"]: (line["loss"], line["grad_norm"]) for line in lines if "loss" in line and line["step"] > 3}
 
 
+def wide(folder: Path) -> Path:
+    """A model whose layers are a MiB and more each: smaller weights never leave the host."""
+    tokenizer = load_tokenizer(str(BUNDLED_MODEL))
+    save_model(new_model(tokenizer, width=640, layers=1, heads=4, seed=0), tokenizer, folder)
+    return folder
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_it_goes_on_to_the_bit(way, tmp_path):
     flags = ("--ds_config", str(ds_config(tmp_path, way)))
+    if way == "weights too":
+        flags += ("--model_name_or_path", str(wide(tmp_path / "wide")))
     whole = run(tmp_path / "whole", *flags)
     assert whole == run(tmp_path / "again", *flags, start=tmp_path / "whole")
     assert list((tmp_path / "disk").rglob("exp_avg-*.swp")), "moments were on the disk"
+    assert bool(list((tmp_path / "disk").rglob("*_param.tensor.swp"))) is (way == "weights too")
 
 
 def test_others_go_on_from_it_and_it_from_others(tmp_path):

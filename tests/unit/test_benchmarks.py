@@ -158,7 +158,7 @@ def test_a_part_that_hangs_or_breaks_is_a_line(tmp_path, monkeypatch):
     from benchmarks import gpu_evidence
 
     monkeypatch.setattr(gpu_evidence, "__file__", str(tmp_path / "part.py"))
-    args, part = Namespace(device="cpu", tiny=True), gpu_evidence.Part("x", "", 0, 60)
+    args, part = Namespace(device="cpu", tiny=True, json=tmp_path / "cpu.json"), gpu_evidence.Part("x", "", 0, 60)
     (tmp_path / "part.py").write_text("print('CUDA error'); raise SystemExit(3)")
     assert gpu_evidence.run_part(part, args, 30)["state"] == "failed"
     (tmp_path / "part.py").write_text("import time; print('begun', flush=True); time.sleep(60)")

@@ -1,5 +1,6 @@
 """What is refused before a model is loaded."""
 
+import fcntl
 from types import SimpleNamespace
 
 import pytest
@@ -112,20 +113,12 @@ def test_weights_on_nvme_are_refused_where_layers_are_computed_again(tmp_path):
     preflight.check_recomputed({})
 
 
-def test_two_runs_do_not_share_a_folder_on_a_disk(tmp_path):
-    world, asked = World(0, 0, 1, torch.device("cpu")), nvme(str(tmp_path))
-    held = preflight.hold_nvme(asked, world)
-    with pytest.raises(UserError, match=f'"nvme_path" is {tmp_path}, where another run keeps its state; give each'):
-        preflight.hold_nvme(asked, world)
-    assert preflight.hold_nvme({}, world) == [] == preflight.hold_nvme(asked, World(1, 1, 1, torch.device("cpu")))
-    held[0].close()
-    preflight.hold_nvme(asked, world)[0].close()
-
-
 @pytest.mark.parametrize(("parts", "takes"), [((), None), (("offload_optimizer",), 160), (("offload_param",), 80)])
 def test_a_disk_without_room_is_told_before_it_is_full(parts, takes, tmp_path, monkeypatch):
     """10 parameters are trained and 10 are not; what an earlier run left there counts as room."""
-    (tmp_path / "left.swp").write_bytes(b"0" * 20)
+    (tmp_path / "zero_stage_3").mkdir()
+    (tmp_path / "zero_stage_3" / "left.swp").write_bytes(b"0" * 20)
+    (tmp_path / "of somebody else").write_bytes(b"0" * 1000)
     module = torch.nn.Sequential(torch.nn.Linear(5, 2, bias=False), torch.nn.Linear(5, 2, bias=False))
     module[1].requires_grad_(False)
     zero = {"stage": 3} | {part: {"device": "nvme", "nvme_path": str(tmp_path)} for part in parts}
@@ -137,3 +130,32 @@ def test_a_disk_without_room_is_told_before_it_is_full(parts, takes, tmp_path, m
         else:
             with pytest.raises(UserError, match=f"nvme_path.*{tmp_path} with 0.0 GB of room"):
                 preflight.check_nvme_room({"zero_optimization": zero}, module, world)
+
+
+def test_two_folders_of_one_disk_share_its_room(tmp_path, monkeypatch):
+    zero: dict = {"stage": 3}
+    for part in ("offload_optimizer", "offload_param"):
+        (tmp_path / part).mkdir()
+        zero[part] = {"device": "nvme", "nvme_path": str(tmp_path / part)}
+    module, world = torch.nn.Linear(5, 2, bias=False), World(0, 0, 1, torch.device("cpu"))
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=199))
+    with pytest.raises(UserError, match=r"offload_optimizer and .*offload_param with 0.0 GB"):  # 160 and 40 bytes
+        preflight.check_nvme_room({"zero_optimization": zero}, module, world)
+    preflight.check_nvme_room({"zero_optimization": zero}, module, world, trains=False)
+
+
+def test_a_folder_is_held_once_by_a_process_however_it_is_written(tmp_path):
+    place, world = {"device": "nvme", "nvme_path": str(tmp_path)}, World(0, 0, 1, torch.device("cpu"))
+    both = {"stage": 3, "offload_optimizer": place, "offload_param": place | {"nvme_path": f"{tmp_path}/."}}
+    first = preflight.hold_nvme({"zero_optimization": both}, world)
+    again = preflight.hold_nvme({"zero_optimization": {"stage": 3, "offload_param": place}}, world)
+    assert first == again and len(first) == 1 and preflight.hold_nvme({}, world) == []
+    assert preflight.hold_nvme({"zero_optimization": both}, World(1, 1, 1, torch.device("cpu"))) == []
+    with (tmp_path / preflight.NVME_LOCK).open("a") as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    first.clear()
+    again.clear()
+    with (tmp_path / preflight.NVME_LOCK).open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of another run, from here on
+        with pytest.raises(UserError, match="where another run keeps its state"):
+            preflight.hold_nvme({"zero_optimization": both}, world)

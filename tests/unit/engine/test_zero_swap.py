@@ -119,6 +119,21 @@ def test_what_is_saved_is_put_in_place(fresh, tmp_path):
     assert last[-PADDING:].tolist() == [9.0] * PADDING
 
 
+def test_a_save_before_the_first_step_is_of_weights_and_goes_on(tmp_path):
+    """A first step that was left out (its gradient was not finite) has made no moments."""
+    engine, module = made(0, moments=False)
+    write_swapped(tmp_path, engine, module, WORLD)
+    assert state_of(engine, module).keys() == dict(module.named_parameters()).keys()
+    assert not any(engine.optimizer.optimizer.state.get(f) for f in engine.optimizer.fp32_partitioned_groups_flat)
+    for moments in (False, True):  # into a run that has taken no step, and into one whose steps are given up
+        other, its = made(1, moments=moments)
+        fill_swapped(other, its, whole_tensors(tmp_path, its))
+        found = state_of(other, its)
+        assert all(torch.equal(found[name], parameter) for name, parameter in module.named_parameters())
+        rest = [tensor for name, tensor in found.items() if name not in dict(module.named_parameters())]
+        assert bool(rest) is moments and not any(tensor.any() for tensor in rest)
+
+
 def test_a_save_is_in_files_that_fit(tmp_path, monkeypatch):
     monkeypatch.setattr("diffdpo.engine.zero_swap.NUMBERS_A_FILE", 20)
     engine, module = made(0)
