@@ -76,6 +76,9 @@ def cells() -> Iterator[Cell]:
         yield Cell("beta", f"{beta:g}", {"beta": beta}, in_quick=beta in (0.1, 0.5))
     for n in (1, 2, 4, 8):
         yield Cell("n", f"balanced, {n}", {"num_mc_samples": n}, in_quick=n in (1, 4))
+    for estimator in ("mask_count_mirror", "paired"):
+        for n in (1, 2, 4, 8):
+            yield Cell("n", f"{estimator}, {n}", {"score_estimator": estimator, "num_mc_samples": n}, in_quick=False)
     for steps in (2, 4, 8):
         flags = {"score_estimator": "trajectory", "num_diffusion_steps": steps, "num_mc_samples": steps}
         yield Cell("T", f"trajectory, T = {steps}", flags, in_quick=steps == 4)
