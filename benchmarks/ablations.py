@@ -24,6 +24,7 @@ from typing import Any
 from data_pipeline.arithmetic import FLAWS
 from data_pipeline.files import write_whole
 from data_pipeline.generate import generate_pairs, write_jsonl
+from diffdpo.evaluation.samples import read_samples
 from diffdpo.onpolicy.stage import die_with_parent
 
 METRICS = {
@@ -37,7 +38,6 @@ CURVES = {
     "scores/displacement": "chosen answers less likely than at the start",
     "rewards/length_correlation": "correlation of reward and length",
 }
-LENGTH = "eval/answer_tokens"  # of answers to held-out problems, sampled on the way
 """What to look at when a margin rises and answers get worse."""
 COMMON = {"per_device_train_batch_size": 8, "max_length": 128, "max_prompt_length": 64, "warmup_steps": 5}
 COMMON |= {
@@ -143,7 +143,10 @@ def main() -> None:
 
 def flags_of(cell: Cell, seed: int, steps: int, problems: int) -> dict[str, Any]:
     """What decides a cell's result."""
-    looks = {"eval_steps": max(1, steps // 4)} if cell.looks else {}
+    looks: dict[str, Any] = {}
+    if cell.looks:  # a metric of sampled answers that could end the run has them sampled; it never does
+        looks = {"eval_steps": max(1, steps // 4), "metric_for_best_model": "exact_match"}
+        looks |= {"early_stopping_patience": 1000}
     return {**COMMON, **cell.flags, **looks, "seed": seed, "max_steps": steps, "num_eval_problems": problems}
 
 
@@ -219,9 +222,11 @@ def curves_of(folder: Path) -> dict[str, list[float]]:
 
 
 def lengths_of(folder: Path) -> dict[int, float]:
-    """Mean tokens of held-out answers, by step."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line[LENGTH] for line in lines if line.get(LENGTH) is not None}
+    """Mean characters of answers to held-out problems, by the step they were sampled at."""
+    found: dict[int, list[int]] = {}
+    for line in read_samples(folder):
+        found.setdefault(line["step"], []).append(len(line["sampled"]))
+    return {step: sum(sizes) / len(sizes) for step, sizes in found.items()}
 
 
 def pairs_of(cell: Cell, seed: int, steps: int, out: Path) -> Path:
@@ -350,7 +355,7 @@ def draw_curves(out: Path, plt: Any) -> None:
         means = [mean_and_error(values) for values in points.values()]
         errors = [0.0 if math.isnan(error) else error for _, error in means]
         axes[-1].errorbar([int(step) for step in points], [m for m, _ in means], yerr=errors, capsize=2, label=name)
-    axes[-1].set_title("tokens of held-out answers", fontsize=9)
+    axes[-1].set_title("characters of held-out answers", fontsize=9)
     axes[-1].set_xlabel("step")
     axes[0].legend(fontsize=7)
     figure.savefig(out / "displacement.png", dpi=120, bbox_inches="tight")
