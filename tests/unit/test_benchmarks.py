@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks import ablations, choice_accuracy, on_policy, segment_memory, throughput
+from tests.second_device import AWAY, second_device  # before the first backward, which counts the devices
 from tests.support.paths import ROOT
 
 
@@ -181,7 +182,6 @@ def test_a_part_works_on_a_cpu(part, tmp_path):
 def test_a_part_goes_a_gpu_s_ways(part, monkeypatch):
     from benchmarks import gpu_parts
     from benchmarks.gpu_setting import Setting
-    from tests.second_device import AWAY, second_device
 
     monkeypatch.setattr(Setting, "device", AWAY)
     with second_device() as kind:
