@@ -25,7 +25,7 @@ from diffdpo.settings.engine import EngineSettings
 from diffdpo.settings.evaluation import EvaluationSettings
 from diffdpo.settings.hub import HubSettings
 from diffdpo.settings.model import LoraSettings, ModelSettings
-from diffdpo.settings.noise import ESTIMATORS, WITHOUT_GRADIENT, NoiseSettings
+from diffdpo.settings.noise import ESTIMATORS, NoiseSettings, scoring_estimator
 from diffdpo.settings.output import OutputSettings
 from diffdpo.settings.pairs import PairingSettings
 from diffdpo.settings.reference import ReferenceSettings
@@ -188,12 +188,7 @@ class ScoreConfig(NoiseSettings, EncodingSettings):
     output: str | None = setting(
         None, "file to append to; ids already in it are skipped; default: standard output", common=True
     )
-    score_estimator: str = setting(
-        "auto",
-        "see docs/theory.md; auto: balanced, or exact for small blocks; sampler_order: the sampler's own likelihood",
-        known=WITHOUT_GRADIENT,
-        common=True,
-    )
+    score_estimator: str = scoring_estimator()
     num_mc_samples: int = setting(32, "forwards a score", at_least=1, common=True)
     batch_size: int = setting(8, "records scored at a time", at_least=1, common=True)
     segment_rows: int = setting(64, "rows in one forward", at_least=1, common=True)
@@ -249,12 +244,7 @@ class EvaluateConfig(SamplerGridSettings, NoiseSettings, EncodingSettings):
     limit: int = setting(0, "the first items of each task; 0: all", at_least=0, common=True)
     num_generated: int = setting(200, "items of arithmetic and multiple_choice where no file is named", at_least=1)
     beta: float = setting(0.1, "of rewards under a reference, as in training", above=0)
-    score_estimator: str = setting(
-        "auto",
-        "see docs/theory.md; auto: balanced, or exact for small blocks; sampler_order: the sampler's own likelihood",
-        known=WITHOUT_GRADIENT,
-        common=True,
-    )
+    score_estimator: str = scoring_estimator()
     num_mc_samples: int = setting(16, "forwards a score (n)", at_least=1, common=True)
     batch_size: int = setting(8, "items of one process at a time", at_least=1, common=True)
     segment_rows: int = setting(64, "rows in one forward of scores", at_least=1)

@@ -1,7 +1,7 @@
 """How masks and weights are drawn for a score."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from diffdpo.settings.base import Settings, setting
 
@@ -12,6 +12,12 @@ ESTIMATORS = (
 """The names of ``noise.estimators.ESTIMATORS``, which imports numpy; a test holds the two together."""
 WITHOUT_GRADIENT = ("auto", *ESTIMATORS, "sampler_order")
 """Those of scores that nothing is trained with."""
+
+
+def scoring_estimator() -> Any:
+    """The setting ``score_estimator`` of commands that only score."""
+    help = "see docs/theory.md; auto: balanced, or exact for small blocks; sampler_order: the sampler's own likelihood"
+    return setting("auto", help, known=WITHOUT_GRADIENT, common=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import ablations, choice_accuracy, on_policy, segment_memory, throughput
+from benchmarks import ablations, choice_accuracy, on_policy, process_memory, segment_memory, throughput
 from tests.second_device import AWAY, second_device  # before the first backward, which counts the devices
 from tests.support.paths import ROOT
 
@@ -44,6 +44,18 @@ def test_throughput_names_the_commands_that_made_its_table():
     assert (
         "commands that were not recorded (medium (n = 4))" in text and "`python benchmarks/throughput.py`" not in text
     )
+
+
+def test_process_memory_tells_growth_by_allocator_and_why_a_run_failed(tmp_path, monkeypatch):
+    points = [("glibc", 64, 1150), ("glibc", 2, 1000), ("jemalloc", 2, 700), ("jemalloc", 64, 707)]
+    points = [{"allocator": name, "n": n, "mb": mb, "cpu_seconds": 1.5} for name, n, mb in points]
+    text = process_memory.table(points, "a machine")
+    assert "--numbers 2,64`" in text and "| glibc | 1,000 (1.5) | 1,150 (1.5) | +15.0% |" in text
+    assert "| jemalloc | 700 (1.5) | 707 (1.5) | +1.0% |" in text
+    process_memory.write_inputs(tmp_path)
+    monkeypatch.setattr(process_memory, "FLAGS", [*process_memory.FLAGS, "--no_such_flag"])
+    with pytest.raises(SystemExit, match="no_such_flag"):
+        process_memory.measure(tmp_path, 2, {})
 
 
 def test_ablations_go_on_where_they_were_killed(tmp_path, monkeypatch):
