@@ -97,6 +97,8 @@ def _same_training(plan: Plan) -> Iterator[Change]:
         yield {"bf16": True}
     if not config.gradient_checkpointing:
         yield {"gradient_checkpointing": True}
+    if job.cuda and config.activation_offload == "none":
+        yield {"activation_offload": "cpu"}
     if config.segmentation == "none":
         yield {"segmentation": "auto"}
     elif job.strategy != "two_pass" and job.rows > 1:

@@ -31,6 +31,10 @@ class Host:
     bandwidth: float = 50e9
     disk: float = 5e9
 
+    def share(self, processes: int) -> "Host":
+        """What one of the processes has of it while all of them use it."""
+        return Host(self.memory // processes, self.bandwidth / processes, self.disk / processes)
+
 
 def find_gpu(name: str | None, memory: int | None, rates: Mapping[str, Any] | None = None) -> Gpu | None:
     """The GPU of ``--gpu``, with ``--gpu_memory`` and ``rates`` (fields of `Gpu`) in place of its own where given.

@@ -94,8 +94,7 @@ class PlannedRun:
         """Pairs that one segment holds with their clean tokens; 0 where a pair takes several."""
         if not self.segment_tokens:
             return self.segment_rows // self.pair_rows
-        clean = 2 * self.clean_length - self.start
-        return self.segment_tokens // (clean + self.pair_rows * self.row_length)
+        return self.segment_tokens // (self.clean_tokens + self.pair_rows * self.row_length)
 
     @property
     def splits_pairs(self) -> bool:
@@ -113,6 +112,19 @@ class PlannedRun:
         if self.shares_clean:
             return min(self.rows, self.pairs_in_segment * self.pair_rows or min(self.pair_rows, self.segment_rows))
         return min(self.rows, self.segment_rows)
+
+    @property
+    def clean_tokens(self) -> int:
+        """Clean tokens of a pair, of a block-causal family."""
+        return 2 * self.clean_length - self.start
+
+    @property
+    def tokens_at_once(self) -> tuple[int, ...]:
+        """Tokens of the calls whose graphs stand at once at most: the largest forward, and a pair's clean tokens."""
+        rows = self.rows_at_once * self.row_length
+        if self.splits_pairs:
+            return rows, self.clean_tokens
+        return (rows + max(1, self.rows_at_once // self.pair_rows) * self.clean_tokens,)
 
     @property
     def segments(self) -> int:
@@ -192,4 +204,4 @@ def plan_run(
 
 def planned_engine(config: TrainConfig, *, cuda: bool, processes: int) -> EngineChoice:
     """The engine that the run would choose on such a machine. A GPU is taken to have bfloat16."""
-    return choose_engine(resolve(config), processes=processes, cuda=cuda, bf16_able=cuda, adapter=config.use_peft)  # type: ignore[arg-type]
+    return choose_engine(resolve(config), processes=processes, cuda=cuda, bf16_able=cuda, adapter=config.adapts)  # type: ignore[arg-type]

@@ -52,8 +52,8 @@ def memory_parts(job: PlannedRun, numbers: Numbers, run: DryRun) -> list[Part]:
     weights = numbers.trained_bytes + numbers.frozen_bytes
     parts = [*_held(job, numbers), *_reference(job, numbers, weights), *_live(job, run)]
     if job.cuda and job.config.activation_offload == "cpu":
-        inputs = numbers.layers * numbers.hidden * job.rows_at_once * job.length * job.width
-        parts.append(Part("layers' inputs, page-locked", HOST, inputs, ("backward",)))
+        one = (_rounded(tokens * numbers.hidden * job.width) for tokens in job.tokens_at_once)
+        parts.append(Part("layers' inputs, page-locked", HOST, numbers.layers * sum(one), ("backward",)))
     if job.cuda:
         parts += [
             Part("CUDA context and libraries", DEVICE, CONTEXT, assumed=True),
@@ -203,9 +203,12 @@ def _fsdp2(job: PlannedRun, n: Numbers) -> list[Part]:
 
 def _pinned(size: int, zero: Sharding, place: str) -> int:
     """torch's allocator of page-locked memory rounds up to a power of two, up to what ``command.ALLOCATOR`` says."""
-    if not (zero.pinned and place == HOST) or size <= 1 or size > PINNED_ROUNDED:
-        return size
-    return 1 << (size - 1).bit_length()
+    return _rounded(size) if zero.pinned and place == HOST else size
+
+
+def _rounded(size: int) -> int:
+    """What page-locked memory of so many bytes takes."""
+    return size if size <= 1 or size > PINNED_ROUNDED else 1 << (size - 1).bit_length()
 
 
 def _touched(elements: int, n: Numbers, job: PlannedRun) -> int:

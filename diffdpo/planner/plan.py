@@ -70,7 +70,8 @@ class Plan:
 
     def time(self, gpu: Gpu) -> StepTime:
         """The time of a step on such a GPU."""
-        return step_time(self.job, self.numbers, self.run, gpu, self.machine.host or Host(0))
+        host = (self.machine.host or Host(0)).share(self.machine.gpus)
+        return step_time(self.job, self.numbers, self.run, gpu, host)
 
 
 def check_plannable(config: TrainConfig, machine: Machine) -> None:

@@ -43,9 +43,8 @@ def _header(plan: Plan) -> Iterator[str]:
     yield f"engine     {job.choice.describe()}; {plan.machine.gpus} process(es)"
     yield f"rows       {job.rows} of {job.row_length} tokens a micro-batch, {job.rows_at_once} in a forward"
     if job.block_size:
-        clean = 2 * job.clean_length - job.start
         once = "once" if job.shares_clean else "in every forward those of its rows"
-        yield f"blocks     of {job.block_size}; {clean} clean tokens a pair, run {once}"
+        yield f"blocks     of {job.block_size}; {job.clean_tokens} clean tokens a pair, run {once}"
     if plan.context is not None and job.length > plan.context:
         yield f"warning    --max_length {job.length}: the model was made for {plan.context} tokens at most"
     if plan.fit is not None:

@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from diffdpo.cards import Gpu
+from diffdpo.engine.choice import FSDP2
 from diffdpo.planner.dry_run import DryRun
 from diffdpo.planner.hardware import BANDWIDTH_SHARE, LINK_SHARE, MATMUL_SHARE, Host
 from diffdpo.planner.job import PlannedRun
@@ -85,16 +86,26 @@ def _passes(job: PlannedRun) -> int:
 
 def _link_bytes(job: PlannedRun, n: Numbers) -> int:
     """Over PCIe in the busier direction: gradients down at each backward (and back up to be added to, and once in
-    fp32), updated weights up once; with parameters offloaded, all weights up at every pass."""
+    fp32), updated weights up once; with parameters offloaded, all weights up at every pass (FSDP2's trained ones in
+    fp32, cast on the device); with activations offloaded, layers' inputs down and up again."""
     cut = job.sharding
+    share, w, total = n.trained // job.world, job.width, _activation_bytes(job, n)
     if not cut.any:
-        return 0
-    share, w, total = n.trained // job.world, job.width, 0
+        return total
     if cut.offloads_optimizer:
         total += share * (4 + w + w * (job.backwards if job.backwards > 1 else 0))
     if cut.parameters_on != "device":
-        total += _passes(job) * (n.trained_bytes + n.frozen_bytes) // job.world
+        trained = n.trained_bytes if job.choice.kind != FSDP2 else 0 if job.adapter_is_whole else 4 * n.trained
+        total += _passes(job) * (trained + n.frozen_bytes) // job.world
     return total
+
+
+def _activation_bytes(job: PlannedRun, n: Numbers) -> int:
+    """Layers' inputs of a step's forwards with a graph, one way."""
+    if not (job.cuda and job.config.activation_offload == "cpu"):
+        return 0
+    tokens = job.rows * job.row_length + job.pairs * job.clean_tokens
+    return job.config.gradient_accumulation_steps * n.layers * n.hidden * tokens * job.width
 
 
 def _optimizer(job: PlannedRun, n: Numbers, gpu: Gpu, host: Host) -> float:

@@ -50,8 +50,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class Way:
-    """Where the state of all trained weights may be kept: bytes of one process. ``obstacle``: why it cannot be had
-    today; empty where a DeepSpeed JSON asks for it."""
+    """Where the state of all trained weights may be kept: bytes of all processes of the host. ``obstacle``: why it
+    cannot be had today; empty where a DeepSpeed JSON asks for it."""
 
     name: str
     host: int
@@ -80,7 +80,7 @@ def ways(job: PlannedRun, n: Numbers, run: DryRun) -> list[Way]:
         sharding = replace(job.sharding, optimizer_on=optimizer, parameters_on=parameters)
         there = memory_parts(replace(job, choice=replace(job.choice, sharding=sharding)), n, run)
         parts = [replace(p, bytes=round(p.bytes * shrunk.get(SHRINK.get(p.name, ""), 1))) for p in there]
-        return Way(name, needed(parts, HOST)[0], needed(parts, DISK)[0], obstacle)
+        return Way(name, job.world * needed(parts, HOST)[0], job.world * needed(parts, DISK)[0], obstacle)
 
     return [
         way("fp32 weights and moments on the host", "cpu", "cpu"),
@@ -101,10 +101,18 @@ def lines(job: PlannedRun, n: Numbers, run: DryRun, gpu: Gpu | None) -> Iterator
             f"streamed   a layer's weights ({layer.bytes / 2**20:.0f} MiB) take {1e3 * layer.transfer:.1f} ms by PCIe "
             f"({gpu.name}); a row of {job.row_length} tokens computes {1e3 * layer.row:.1f} ms in it, forward"
         )
-        yield (
-            f"           they meet at {layer.meet} rows; a forward has {layer.rows}: the transfer is "
-            f"{'hidden' if layer.hidden else f'NOT hidden, give --segment_rows {layer.meet}'}"
-        )
+        hidden = _hidden(job, layer)
+        yield f"           they meet at {layer.meet} rows; a forward has {layer.rows}: the transfer is {hidden}"
     for way in ways(job, n, run):
         told = f"NOT to be had: {way.obstacle}" if way.obstacle else "by a DeepSpeed JSON"
         yield f"  {way.name:42} host {way.host / 2**30:6.1f}  NVMe {way.disk / 2**30:6.1f} GiB  {told}"
+
+
+def _hidden(job: PlannedRun, layer: Layer) -> str:
+    """Whether it is, and what would make it so: rows cost memory, and no forward has more than the micro-batch."""
+    if layer.hidden:
+        return "hidden"
+    if layer.meet <= job.rows:
+        return f"NOT hidden, which --segment_rows {layer.meet} would do if it fits (plan it)"
+    pairs = math.ceil(layer.meet / job.pair_rows)
+    return f"NOT hidden: that takes --per_device_train_batch_size {pairs} with --segment_rows {layer.meet}, if they fit"

@@ -7,9 +7,10 @@ import pytest
 from benchmarks.plan_profiles import BEGIN, DOC, END, MACHINE, PROFILES, plan, table
 from diffdpo.cli.flags import parse_config
 from diffdpo.config import TrainConfig
-from diffdpo.planner.memory import DEVICE, HOST, needed
+from diffdpo.planner.memory import DEVICE, HOST, MOMENTS, needed
 from diffdpo.planner.plan import make_plan
 from diffdpo.planner.sizes import gib
+from diffdpo.planner.streaming import streamed_layer, ways
 from tests.support.paths import ROOT
 
 TABLE = DOC.read_text().partition(BEGIN)[2].partition(END)[0]
@@ -36,6 +37,27 @@ def test_memory_as_the_document_says_and_within_the_target(profile, monkeypatch)
     )
     if profile.most:
         assert gib(gpu) <= profile.most
+
+
+def test_figures_beside_the_table(monkeypatch):
+    """What the text says of the two profiles with all parameters: where checkpoint would not fit, what a layer's
+    transfer takes, and where the state may be kept."""
+    monkeypatch.chdir(ROOT)
+    text, big = DOC.read_text(), {profile.recipe: profile.argv() for profile in PROFILES}
+    three, whole = big["full3b.yaml"], big["llada8b_full.yaml"]
+    for flags, moment in ((["--segmentation", "checkpoint"], MOMENTS), ([], ("backward",))):
+        planned = make_plan(parse_config(TrainConfig, [*three, *flags], ""), MACHINE, timed=False)
+        at = [sum(p.bytes for p in planned.parts if p.place == DEVICE and m in p.moments) for m in moment]
+        said = f"({gib(max(at)):.1f} GiB planned, which does not fit;" if flags else f"; {gib(max(at)):.1f} in the"
+        assert said in text
+        assert (max(at) > MACHINE.gpu.memory) == bool(flags)
+    planned = make_plan(parse_config(TrainConfig, whole, ""), MACHINE, timed=False)
+    layer = streamed_layer(planned.job, planned.numbers, MACHINE.gpu)
+    assert f"A layer's {layer.bytes / 2**20:.0f} MiB take {1e3 * layer.transfer:.1f} ms" in text
+    assert f"computes {1e3 * layer.row:.1f} ms in it, forward, so from {layer.meet} rows on" in text
+    for way in ways(planned.job, planned.numbers, planned.run):
+        disk = f"{gib(way.disk):.0f}"
+        assert f"| {way.name} | {gib(way.host):.1f} | {disk} | {'**no**' if way.obstacle else 'yes'}" in text
 
 
 @pytest.mark.slow

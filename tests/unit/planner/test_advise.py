@@ -33,6 +33,17 @@ def test_segments_before_anything_that_changes_the_training(small, monkeypatch):
     assert "use_peft" not in advice.change and "ds_config" not in advice.change
 
 
+def test_inputs_of_layers_go_to_the_host_before_anything_that_changes_the_training(small, monkeypatch):
+    """One row of a segment is the least: what is left to move are its layers' inputs."""
+    monkeypatch.chdir(ROOT)
+    least = {"segment_rows": 1, "gradient_checkpointing": True, "segmentation": "two_pass", "reference": "precomputed"}
+    least |= {"max_length": 4096, "max_prompt_length": 4000, "per_device_train_batch_size": 1}
+    kept, away = (planned(small, 2**40, **least, activation_offload=way) for way in ("none", "cpu"))
+    assert away.need(DEVICE) < kept.need(DEVICE)
+    advice = advise(planned(small, (away.need(DEVICE) + kept.need(DEVICE)) // 2, **least))
+    assert advice is not None and advice.change == {"activation_offload": "cpu"}
+
+
 def test_nothing_helps_a_gpu_that_cannot_hold_cuda_itself(small, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert advise(planned(small, 2**28)) is None

@@ -37,6 +37,16 @@ def test_what_more_rows_cost_is_the_rows_alone(write_config, strategy):
     assert plans[0].job.splits_pairs and plans[2].run.policy.peak <= 1.01 * plans[0].run.policy.peak
 
 
+def test_layers_inputs_on_the_host_are_those_of_the_answers_rows_and_the_clean_tokens(write_config):
+    """Rows begin with the answer's block, 32 tokens of 64; a pair's 88 clean tokens wait beside them."""
+    how = {"segmentation": "two_pass", "segment_rows": 2, "gradient_checkpointing": True, "activation_offload": "cpu"}
+    plan = planned(write_config, **how)
+    assert plan.job.splits_pairs and plan.job.clean_tokens == 2 * 60 - 32
+    found = next(part.bytes for part in plan.parts if part.name == "layers' inputs, page-locked")
+    rows, clean = 2 * 32 * 64 * plan.job.width, 88 * 64 * plan.job.width
+    assert found == 2 * (rows + 2 ** (clean - 1).bit_length())  # two layers; page-locked memory in powers of two
+
+
 def test_auto_enumerates_small_blocks(write_config):
     plan = planned(write_config, score_estimator="auto", segment_rows=64)
     assert plan.job.rows == 30 and plan.job.strategy == "none" and not plan.job.splits_pairs

@@ -9,6 +9,7 @@ from diffdpo.cards import GPUS
 from diffdpo.config import TrainConfig
 from diffdpo.errors import UserError
 from diffdpo.planner.hardware import Host
+from diffdpo.planner.job import planned_engine
 from diffdpo.planner.memory import DEVICE, DISK, HOST
 from diffdpo.planner.plan import Machine, Plan, make_plan
 from tests.support.shapes import LLADA_8B
@@ -52,6 +53,20 @@ def test_recomputing_layers_saves_and_costs(small):
         w.flops * n for w, n in kept.run.policy_work.items()
     )
     assert 1.2 < ratio < 4 / 3
+
+
+def test_layers_inputs_on_the_host_are_those_of_the_rows_in_page_locked_pieces(small):
+    """Three layers, 8 rows of 64 tokens of width 128 in fp32: 256 KiB a layer; 3 rows take the room of 4."""
+    away = {"gradient_checkpointing": True, "activation_offload": "cpu", "segmentation": "two_pass"}
+    name, row = "layers' inputs, page-locked", 3 * 64 * 128 * 4
+    assert [bytes_of(planned(small, segment_rows=r, **away), name, HOST) // row for r in (8, 4, 3)] == [8, 4, 4]
+    assert bytes_of(planned(small, segment_rows=8, cuda=False, **away), name, HOST) == 0
+
+
+@pytest.mark.parametrize("how", [{"use_peft": True}, {"adapter_name_or_path": "a folder"}])
+def test_an_adapter_that_goes_on_is_planned_on_weights_in_16_bits_as_it_is_trained(small, how):
+    assert planned_engine(TrainConfig(model_name_or_path=small, **how), cuda=True, processes=1).bf16
+    assert not planned_engine(TrainConfig(model_name_or_path=small), cuda=True, processes=1).bf16
 
 
 def test_checkpoint_holds_a_full_gradient_that_two_pass_gives_away(small, ds):

@@ -3,8 +3,11 @@
 import json
 from dataclasses import replace
 
+import pytest
+
 from diffdpo.cards import GPUS
 from diffdpo.config import TrainConfig
+from diffdpo.planner import roofline
 from diffdpo.planner.hardware import Host
 from diffdpo.planner.plan import Machine, make_plan
 
@@ -43,6 +46,38 @@ def test_a_slow_link_shows_where_parameters_travel(small, tmp_path):
     gpu = GPUS["RTX 4080"]
     assert found.time(replace(gpu, link=gpu.link / 1000)).link > 100 * found.time(gpu).link + 1e-6
     assert plan(small).time(replace(gpu, link=1.0)).link == 0
+
+
+def test_processes_share_a_host_s_memory_and_disk(small, tmp_path):
+    """However many there are, as many bytes go to the disk and through the optimizer on the host."""
+    zero = {"stage": 3, "offload_optimizer": {"device": "nvme"}, "offload_param": {"device": "cpu"}}
+    path = tmp_path / "nvme.json"
+    path.write_text(json.dumps({"zero_optimization": zero}))
+    config = TrainConfig(model_name_or_path=small, ds_config=str(path), **BASE)
+    one, four = (make_plan(config, Machine(None, Host(2**36), gpus)).time(GPUS["RTX 4080"]) for gpus in (1, 4))
+    assert one.disk > 0 and four.disk == pytest.approx(one.disk, rel=1e-4)
+    assert four.optimizer == pytest.approx(one.optimizer, rel=1e-4)
+
+
+def test_layers_inputs_travel_where_they_wait_on_the_host(small):
+    """Each row's once down and once up; the same rows in any number of segments."""
+    slow = replace(GPUS["RTX 4080"], link=1e3)
+    for rows in (2, 4):
+        here, away = (
+            plan(small, gradient_checkpointing=True, segment_rows=rows, activation_offload=way).time(slow)
+            for way in ("none", "cpu")
+        )
+        assert here.link == 0
+        sent = 3 * 128 * (2 * 4 * 64) * 4  # layers, width, tokens, bytes
+        assert away.link == pytest.approx(sent / (0.8 * 1e3), rel=1e-3)
+
+
+def test_fsdp2_sends_masters_over_the_link(small):
+    """Its trained weights travel in fp32 and are cast on the device; DeepSpeed's in bf16."""
+    slow = replace(GPUS["RTX 4080"], link=1e3)
+    found = plan(small, engine="fsdp2", fsdp_cpu_offload=True, reference="precomputed")
+    passes = roofline._passes(found.job)
+    assert found.time(slow).link * 0.8 * 1e3 >= passes * 4 * found.numbers.trained
 
 
 def test_faster_gpus_take_less(small):

@@ -10,7 +10,7 @@ from diffdpo.cards import GPUS
 from diffdpo.config import TrainConfig
 from diffdpo.planner.plan import Machine, Plan, make_plan
 from diffdpo.planner.report import as_json, as_text
-from diffdpo.planner.streaming import streamed_layer, streams, ways
+from diffdpo.planner.streaming import lines, streamed_layer, streams, ways
 
 CARD = GPUS["RTX 4080"]
 PROJECTED = 4 * 128**2 + 3 * 128 * 352  # weights of a layer's seven products
@@ -82,6 +82,32 @@ def test_what_the_engine_cannot_do_is_not_offered(streamed):
 def test_the_plan_of_its_own_way_is_the_run_that_was_planned(streamed):
     first = ways(streamed.job, streamed.numbers, streamed.run)[0]
     assert first.host == streamed.need("host")
+
+
+def test_processes_of_one_host_are_counted_together(streamed):
+    """Four processes hold the state of one between them, and each its own buffers."""
+    config = streamed.job.config
+    four = make_plan(config, Machine(CARD, None, 4), timed=False)
+    first = ways(four.job, four.numbers, four.run)[0]
+    assert first.host == four.need("host") > ways(streamed.job, streamed.numbers, streamed.run)[0].host
+    nvme = ways(four.job, four.numbers, four.run)[1]
+    assert nvme.disk == pytest.approx(16 * four.numbers.trained, abs=64)
+
+
+@pytest.mark.parametrize(
+    ("slower", "said"),
+    [
+        (2, "a forward has 4: the transfer is NOT hidden, which --segment_rows"),
+        (10, "that takes --per_device_train_batch_size 3 with --segment_rows"),
+    ],
+)
+def test_rows_that_would_hide_the_transfer_are_rows_that_can_be_had(streamed, slower, said):
+    """A micro-batch has 16 rows: no forward takes more."""
+    layer = streamed_layer(streamed.job, streamed.numbers, CARD)
+    link = CARD.link * layer.transfer / layer.row / (4 * slower)
+    gpu = replace(CARD, link=link)
+    text = "\n".join(lines(streamed.job, streamed.numbers, streamed.run, gpu))
+    assert said in text and f"{streamed_layer(streamed.job, streamed.numbers, gpu).meet}" in text
 
 
 def test_weights_on_the_device_are_not_streamed(plan_of):
