@@ -130,8 +130,8 @@ def all_parts(args: argparse.Namespace, report: dict[str, Any]) -> None:
             except OSError as fault:  # no process to be had, or no folder
                 found = {"state": "failed", "error": f"cannot be started: {fault.strerror}", "seconds": 0}
         report["parts"][part.name] = {"what": part.what, **found}
-        print(f"{part.name:<12} {found['state']}, {found['seconds']} s: {in_words(found)}", flush=True)
         write(args.json, report)  # where that fails: again after the next, and at the end
+        print(f"{part.name:<12} {found['state']}, {found['seconds']} s: {in_words(found)}", flush=True)
 
 
 def in_words(found: dict[str, Any]) -> str:
@@ -241,8 +241,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             all_parts(args, report)
     except Ended as ended:
         with suppress(OSError):  # the terminal may be what has gone
-            print(f"ended by {signal.Signals(ended.number).name}", file=sys.stderr, flush=True)
             keep(args.json, report)
+            print(f"ended by {signal.Signals(ended.number).name}", file=sys.stderr, flush=True)
         return 128 + ended.number
     failed = any(part["state"] == "failed" for part in report["parts"].values())
     return 2 if not keep(args.json, report) else int(failed)
