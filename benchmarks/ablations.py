@@ -24,8 +24,8 @@ from typing import Any
 from data_pipeline.arithmetic import FLAWS
 from data_pipeline.files import write_whole
 from data_pipeline.generate import generate_pairs, write_jsonl
+from diffdpo.children import die_with_parent
 from diffdpo.evaluation.samples import read_samples
-from diffdpo.onpolicy.stage import die_with_parent
 
 METRICS = {
     "exact_match": "exact match",

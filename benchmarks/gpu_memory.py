@@ -1,6 +1,5 @@
 """Planned against measured memory, for benchmarks/gpu_evidence.py: the two profiles of a 16 GB card."""
 
-import importlib.util
 import json
 import tempfile
 import time
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 from benchmarks import throughput
-from benchmarks.gpu_setting import GIB, Setting
+from benchmarks.gpu_setting import GIB, Setting, fault_of
 from diffdpo.cli.flags import parse_config, read_recipe
 from diffdpo.config import TrainConfig, make_config
 from diffdpo.gpus import is_gpu
@@ -28,8 +27,8 @@ TINY_8B |= {"embedding_size": 512, "mask_token_id": 511, "eos_token_id": 1, "pad
 
 def qlora(setting: Setting) -> dict[str, Any]:
     """A step of recipes/llada8b_qlora.yaml on one pair of the greatest length, by the plain engine."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        return {"left_out": "bitsandbytes is not installed"}
+    if fault := fault_of("bitsandbytes"):
+        return {"left_out": fault}
     setting.of_16_gb()
     with tempfile.TemporaryDirectory() as folder:
         config, shape = _shape(setting, Path(folder))
@@ -180,8 +179,8 @@ def full3b(setting: Setting) -> dict[str, Any]:
     itself in this process, which has no more of the GPU than a 16 GB card."""
     from diffdpo.training.preference import train
 
-    if importlib.util.find_spec("deepspeed") is None:
-        return {"left_out": "deepspeed is not installed"}
+    if fault := fault_of("deepspeed"):
+        return {"left_out": fault}
     if setting.kind != "cuda" and not setting.tiny:
         return {"left_out": "3B on a CPU takes hours; --tiny shows that the part works"}
     setting.of_16_gb()

@@ -4,7 +4,7 @@ A part that cannot be here says so under `left_out`.
 """
 
 import copy
-import importlib.util
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -13,11 +13,12 @@ import torch
 
 from benchmarks import throughput
 from benchmarks.gpu_memory import full3b, qlora
-from benchmarks.gpu_setting import Setting
+from benchmarks.gpu_setting import Setting, fault_of, in_a_line
 from diffdpo.gpus import is_gpu
 from diffdpo.memory.largest_fit import peak_of
 from diffdpo.models.architecture.layout import Layout
 from diffdpo.models.architecture.token_log_probs import token_log_probs
+from diffdpo.quiet import hush
 
 REPEATS = 3
 JUDGED = 64  # tokens whose scores are compared with float64
@@ -29,10 +30,10 @@ def machine(setting: Setting) -> dict[str, Any]:
     found = {subject: [asdict(one) for one in findings] for subject, findings in examine()}
     counts = [one["state"] for findings in found.values() for one in findings]
     name = torch.cuda.get_device_name() if setting.kind == "cuda" else "CPU"
-    packages = {p: importlib.util.find_spec(p) is not None for p in ("deepspeed", "bitsandbytes", "liger_kernel")}
-    absent = ", ".join(p for p, there in packages.items() if not there) or "none"
-    summary = [name, f"torch {torch.__version__}", f"absent: {absent}", f"{counts.count('error')} errors"]
-    return {"summary": summary, "packages": packages, "findings": found}
+    faults = {package: fault_of(package) for package in ("deepspeed", "bitsandbytes", "liger_kernel")}
+    lacking = [fault for fault in faults.values() if fault] or ["no package is lacking"]
+    summary = [name, f"torch {torch.__version__}", *lacking, f"{counts.count('error')} errors"]
+    return {"summary": summary, "lacking": faults, "findings": found}
 
 
 def self_test(setting: Setting) -> dict[str, Any]:
@@ -175,3 +176,14 @@ PARTS: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "compiled": compiled,
     "full3b": full3b,
 }
+
+
+def found_by(part: str, setting: Setting) -> dict[str, Any]:
+    """What a part gives; where it fails, ``error`` in a line, beside the traceback on the screen."""
+    hush()
+    fault_of("bitsandbytes")
+    try:
+        return PARTS[part](setting)
+    except Exception as fault:
+        traceback.print_exc()
+        return {"error": in_a_line(fault)}

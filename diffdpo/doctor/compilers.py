@@ -16,8 +16,6 @@ USED_BY = {
     "fused_adam": "optimizer on the device",
     "async_io": "NVMe offload",
 }
-SECONDS = {"cpu_adam": 60, "deepspeed_shm_comm": 50, "fused_adam": 60, "async_io": 40}
-"""To compile one, of the order seen on two cores."""
 
 
 def compilers(*, gpu: bool) -> Iterator[Finding]:
@@ -48,7 +46,7 @@ def operators(*, gpu: bool) -> Iterator[Finding]:
     """A line for what can be had, and one for each that cannot."""
     if installed("deepspeed") is None or installed("torch") is None:
         return
-    from diffdpo.engine.operator_cache import operator_folder
+    from diffdpo.engine.operator_build import usual_seconds
     from diffdpo.engine.operators import locked_operators, missing_operators
     from diffdpo.errors import UserError
 
@@ -72,18 +70,9 @@ def operators(*, gpu: bool) -> Iterator[Finding]:
         )
     yield ok("operators there", ", ".join(there) or "none")
     if to_compile:
-        long = sum(seconds for name, seconds in SECONDS.items() if name in to_compile and name != "async_io")
+        long = usual_seconds([name for name in to_compile if name != "async_io"])
         yield ok("to be compiled", f"{', '.join(to_compile)}: once, by the first run that uses it (about {long} s)")
     for lock in locked_operators([*names, "async_io"]):
         yield warning(
             "operator lock", f"{lock}: something compiles, or was killed", "a run waits for it, or removes it"
         )
-    yield from _cache(operator_folder(), needed=bool(to_compile))
-
-
-def _cache(root: Path, *, needed: bool) -> Iterator[Finding]:
-    """Whether what is compiled can be kept."""
-    existing = next(folder for folder in (root, *root.parents) if folder.exists())
-    if needed and not (existing.is_dir() and os.access(existing, os.W_OK)):
-        advice = "set TORCH_EXTENSIONS_DIR to a folder that can be written"
-        yield warning("operator cache", f"{root} cannot be written: no --ds_config", advice)

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from diffdpo.errors import UserError
+
 
 def use_kept(names: Sequence[str]) -> None:
     """Give DeepSpeed the operators that are there; what is not there or cannot be loaded it compiles, into the same
@@ -26,24 +28,55 @@ def use_kept(names: Sequence[str]) -> None:
 
     os.environ["TORCH_EXTENSIONS_DIR"] = str(operator_folder())
     for name in names:
-        library = kept(name)
-        if library is None or library.with_name("lock").exists():  # another process may be linking it: torch waits
+        library = _library(name)
+        if name in OpBuilder._loaded_ops or library.with_name("lock").exists():
+            continue  # another process may be linking it: torch waits
+        if library.exists() and not _is_whole(library):
+            _remove(library)  # ninja would take it for the result
+        if kept(name) is None:
             continue
-        if name not in OpBuilder._loaded_ops:
-            try:
-                OpBuilder._loaded_ops[name] = _load(name, library)
-            except (ImportError, OSError):  # written half when its linker was killed, or by a compiler unlike ours
-                library.unlink(missing_ok=True)
+        try:
+            OpBuilder._loaded_ops[name] = _load(name, library)
+        except (ImportError, OSError):  # by a compiler unlike ours, or no library at all
+            _remove(library)
 
 
 def kept(name: str) -> Path | None:
-    """The compiled library, if it was built to the end: it is newer than the instructions to build it."""
-    library = operator_folder() / name / f"{name}.so"
+    """The compiled library, if it was built to the end: it is newer than the instructions to build it, and whole."""
+    library = _library(name)
     try:
-        whole = library.with_name("build.ninja").stat().st_mtime <= library.stat().st_mtime
-    except FileNotFoundError:
+        newer = library.with_name("build.ninja").stat().st_mtime <= library.stat().st_mtime
+        return library if newer and _is_whole(library) else None
+    except OSError:  # not there, or not for us to see
         return None
-    return library if whole else None
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether an ELF file is as long as its header says: the table of its sections comes last. What is missing of a
+    library is no ImportError but a SIGBUS, when it is first touched. True for what is no ELF file of 64 bits."""
+    with library.open("rb") as file:
+        head = file.read(64)
+    if not head.startswith(b"\x7fELF\x02"):
+        return True
+    if len(head) < 64:
+        return False
+    order: Any = "little" if head[5] == 1 else "big"
+    start, size, count = (int.from_bytes(head[at:to], order) for at, to in ((40, 48), (58, 60), (60, 62)))
+    return start + size * count <= library.stat().st_size
+
+
+def _remove(library: Path) -> None:
+    try:
+        library.unlink(missing_ok=True)
+    except OSError as fault:
+        raise UserError(
+            f"DeepSpeed's operator {library} is damaged and cannot be removed ({fault.strerror}); remove it, or set "
+            "TORCH_EXTENSIONS_DIR to a folder that can be written"
+        ) from None
+
+
+def _library(name: str) -> Path:
+    return operator_folder() / name / f"{name}.so"
 
 
 def operator_folder() -> Path:

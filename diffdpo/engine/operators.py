@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from diffdpo.engine.locks import wait_for
+from diffdpo.engine.operator_build import compile_together, compilers, usual_seconds
 from diffdpo.engine.operator_cache import kept, operator_folder
 from diffdpo.engine.world import World
 from diffdpo.errors import UserError
@@ -28,11 +29,19 @@ def prepare_operators(ds_config: Mapping[str, Any], world: World, say: Callable[
     """
     needed = needed_operators(ds_config)
     if missing := missing_operators(needed):
-        names = ", ".join(missing)
-        say(f"compiling DeepSpeed's operators ({names}): once on this machine, two to three minutes")
-    for lock in locked_operators(needed) if world.local_rank == 0 else ():
-        wait_for(lock, say)
+        names, seconds = ", ".join(missing), usual_seconds(missing)
+        say(f"compiling DeepSpeed's operators ({names}): once on this machine, about {seconds} s")
+        os.environ["MAX_JOBS"] = str(compilers())
+    if world.local_rank == 0:
+        _wait_for_locks(needed, say)
+        compile_together(missing_operators(needed))  # who held a lock may have compiled some
+        _wait_for_locks(needed, say)  # a process of ours that was killed, for memory perhaps, has left its own
     world.barrier()  # no rank may take a lock before these have been looked at
+
+
+def _wait_for_locks(names: Sequence[str], say: Callable[[str], None]) -> None:
+    for lock in locked_operators(names):
+        wait_for(lock, say)
 
 
 def needed_operators(ds_config: Mapping[str, Any]) -> list[str]:
@@ -50,11 +59,16 @@ def needed_operators(ds_config: Mapping[str, Any]) -> list[str]:
 def missing_operators(needed: Sequence[str]) -> list[str]:
     """The operators that nobody has compiled for environments like this one, and DeepSpeed was not installed with.
 
-    UserError when they cannot be compiled here (no C++ compiler, no Python headers, for a GPU no CUDA toolkit, or one
-    of another major version than torch's).
+    UserError when they cannot be compiled here (no folder that can be written, no C++ compiler, no Python headers, for
+    a GPU no CUDA toolkit, or one of another major version than torch's).
     """
     to_compile = [name for name in needed if not _is_installed(name)]
     missing = [name for name in to_compile if kept(name) is None]
+    if not all(_can_be_written(operator_folder() / name) for name in missing):
+        raise UserError(
+            f"DeepSpeed compiles its operators once and cannot write them to {operator_folder()}; "
+            "set TORCH_EXTENSIONS_DIR to a folder that can be written"
+        )
     if missing and not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "c++", "g++") if name):
         raise UserError("DeepSpeed compiles its CPU operators once and finds no C++ compiler; install g++")
     if missing and not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
@@ -94,6 +108,12 @@ def toolkit_fault() -> str | None:
     if found.partition(".")[0] != wanted.partition(".")[0]:
         return f"finds CUDA {found or '?'} in {CUDA_HOME} where torch was built with {wanted or 'none'}"
     return None
+
+
+def _can_be_written(folder: Path) -> bool:
+    """Whether a file can be made in a folder, or the folder where it is not there yet."""
+    there = next(place for place in (folder, *folder.parents) if os.path.exists(place))
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def _is_installed(name: str) -> bool:

@@ -1,6 +1,5 @@
 """A command of a round in a process of its own, which ends with who started it: its memory is free before the next."""
 
-import ctypes
 import os
 import shlex
 import signal
@@ -9,9 +8,8 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
+from diffdpo.children import die_with_parent
 from diffdpo.errors import RESUMABLE, Stopped, TrainingError, UserError
-
-PR_SET_PDEATHSIG = 1
 
 
 def run_stage(name: str, argv: Sequence[str], *, launcher: str | None) -> None:
@@ -48,9 +46,3 @@ def command_of(launcher: str | None) -> list[str]:
     if not words:
         return [sys.executable, "-m", "diffdpo"]
     return [*words, "--module" if "deepspeed" in os.path.basename(words[0]) else "-m", "diffdpo"]
-
-
-def die_with_parent() -> None:
-    """In the child, before it becomes the command: a killed parent leaves nobody behind who goes on training."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

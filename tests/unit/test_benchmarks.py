@@ -1,13 +1,20 @@
 """Benchmarks keep what they have measured, wherever they are run from and whenever they end."""
 
 import importlib
+import importlib.util
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from argparse import Namespace
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -160,11 +167,150 @@ def test_gpu_evidence_does_what_is_asked(evidence, capsys, monkeypatch):
         (["--json", str(file), "--parts", "everything"], "everything"),
         (["--json", str(file)], "--device cpu --tiny"),
         (["--json", str(file), "--device", "cpu", "--minutes", "-1"], "above 0"),
-        (["--json", "/nowhere/found.json", "--device", "cpu"], "no folder /nowhere"),
     ):
         with pytest.raises(SystemExit):
             driver.main(words)
         assert said in capsys.readouterr().err
+
+
+def test_gpu_evidence_tries_where_it_will_write_before_a_part_has_run(evidence, capsys, monkeypatch):
+    driver, file, run = evidence
+    places = [("/nowhere/found.json", "no folder /nowhere"), ("/dev/null", "a device"), (file.parent, "a folder")]
+    if sys.platform == "linux":
+        places.append(("/proc/found.json", "cannot be written"))
+    for place, said in places:
+        with pytest.raises(SystemExit) as ended:
+            driver.main(["--json", str(place), "--device", "cpu"])
+        told = capsys.readouterr()
+        assert ended.value.code == 2 and said in told.err and "Traceback" not in told.err
+    full_disk(monkeypatch)
+    with pytest.raises(SystemExit):
+        driver.main(["--json", str(file), "--device", "cpu"])
+    assert "No space left on device" in capsys.readouterr().err
+    assert run == [] and not list(file.parent.iterdir())
+
+
+def full_disk(monkeypatch, after=0):
+    """No room for what is written beside a file, after so many writes."""
+    real, writes = Path.write_bytes, iter(range(after))
+
+    def write(path, *args, **kwargs):
+        if path.name.endswith(".partial") and next(writes, None) is None:
+            real(path, b"half")
+            raise OSError(28, "No space left on device")
+        data = args[0] if isinstance(args[0], bytes) else args[0].encode()
+        return real(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", write)
+    monkeypatch.setattr(Path, "write_text", write)
+
+
+def test_what_gpu_evidence_measured_is_printed_where_the_disk_gets_full(evidence, capsys, monkeypatch):
+    """Room for the trial and for the first part; a later one finds none, and neither does the end."""
+    driver, file, run = evidence
+    full_disk(monkeypatch, after=2)
+    assert driver.main(["--json", str(file), "--device", "cpu", "--parts", "machine,attention,self_test"]) == 2
+    told = capsys.readouterr()
+    assert run == ["machine", "self_test", "attention"], "a GPU's minutes go on"
+    assert list(json.loads(file.read_text())["parts"]) == ["machine"]
+    assert list(json.loads(told.out.splitlines()[-1])["parts"]) == run
+    assert told.err.count("\n") == 1 and "No space left" in told.err
+    assert list(file.parent.iterdir()) == [file], "what was half written is taken away"
+
+
+def test_a_failed_part_s_line_is_its_exception(evidence, monkeypatch, capsys):
+    """Whatever a library says after it."""
+    from benchmarks import gpu_evidence, gpu_parts
+    from benchmarks.gpu_setting import Setting
+
+    def fails(setting):
+        raise ValueError("the shapes differ\nmore of it")
+
+    monkeypatch.setitem(gpu_parts.PARTS, "head", fails)
+    found = gpu_parts.found_by("head", Setting("cpu", True))
+    judged = gpu_evidence.judged(1, json.dumps(found), "Failed to load gemm_4bit; pip install kernels", late=False)
+    assert judged["state"] == "failed" and gpu_evidence.in_words(judged) == "ValueError: the shapes differ"
+    assert "Traceback" in capsys.readouterr().err
+    killed = gpu_evidence.judged(-7, "", "a line of a library", late=False)
+    assert killed["state"] == "failed" and "Bus error" in gpu_evidence.in_words(killed)
+
+
+@pytest.fixture
+def broken_package(tmp_path, monkeypatch):
+    """Installed, as far as anyone can tell without importing it."""
+    (tmp_path / "a_broken_package.py").write_text("raise ImportError('libcudart.so.13: cannot open\\nmore of it')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield "a_broken_package"
+    sys.modules.pop("a_broken_package", None)
+
+
+def test_a_package_that_cannot_be_imported_is_as_if_it_were_not_there(broken_package):
+    from benchmarks.gpu_setting import fault_of
+
+    said = "a_broken_package cannot be imported: ImportError: libcudart.so.13: cannot open"
+    assert fault_of(broken_package) == said
+    assert importlib.util.find_spec(broken_package) is None, "what other libraries ask"
+    assert fault_of(broken_package) == said, "asked again, it is no different"
+    assert fault_of("no_such_package_at_all") == "no_such_package_at_all is not installed" and fault_of("json") is None
+
+
+@pytest.mark.slow
+def test_parts_are_left_out_or_do_without_packages_that_cannot_be_imported(tmp_path, monkeypatch):
+    from benchmarks import gpu_evidence
+
+    for package in ("bitsandbytes", "deepspeed"):
+        (tmp_path / "shadow" / package).mkdir(parents=True)
+        (tmp_path / "shadow" / package / "__init__.py").write_text("raise ImportError('of another CUDA')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "shadow"))
+    flags = ["--json", str(tmp_path / "cpu.json"), "--device", "cpu", "--tiny", "--minutes", "8"]
+    assert gpu_evidence.main([*flags, "--parts", "machine,qlora,throughput,full3b"]) == 0
+    parts = json.loads((tmp_path / "cpu.json").read_text())["parts"]
+    said = {
+        package: f"{package} cannot be imported: ImportError: of another CUDA"
+        for package in ("bitsandbytes", "deepspeed")
+    }
+    assert parts["machine"]["state"] == "done" and set(said.values()) <= set(parts["machine"]["summary"])
+    assert parts["throughput"]["state"] == "done"
+    for part, package in (("qlora", "bitsandbytes"), ("full3b", "deepspeed")):
+        assert parts[part]["state"] == "left out" and parts[part]["left_out"] == said[package]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_nothing_of_gpu_evidence_outlives_it(sent, tmp_path):
+    """One part is finished and the next is at work, in a process of its own."""
+    (tmp_path / "part.py").write_text(
+        "import sys, time\n"
+        "if 'machine' in sys.argv: print('{}'); sys.exit()\n"
+        "open('begun', 'w').close(); time.sleep(60)\n"
+    )
+    flags = ["--device", "cpu", "--json", "cpu.json", "--parts", "machine,self_test"]
+    script = (
+        f"import sys; from benchmarks import gpu_evidence as it; it.__file__ = 'part.py'; sys.exit(it.main({flags}))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    driver = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    children: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "begun").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        children = psutil.Process(driver.pid).children()
+        assert len(children) == 1
+        driver.send_signal(sent)
+        _, told = driver.communicate(timeout=30)
+        gone, alive = psutil.wait_procs(children, timeout=10)
+        assert gone and not alive
+        assert list(json.loads((tmp_path / "cpu.json").read_text())["parts"]) == ["machine"]
+        if sent != signal.SIGKILL:
+            assert driver.returncode == 128 + sent and told == f"ended by {sent.name}\n"
+            assert {path.name for path in tmp_path.iterdir()} == {"part.py", "begun", "cpu.json"}
+    finally:
+        for process in (driver, *children):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def test_a_part_that_hangs_or_breaks_is_a_line(tmp_path, monkeypatch):

@@ -3,12 +3,14 @@
 import importlib.util
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from diffdpo.engine import operator_cache
 from diffdpo.engine.operator_cache import kept, operator_folder, use_kept
+from diffdpo.errors import UserError
 
 NAME = "xxhash._xxhash"
 
@@ -41,9 +43,33 @@ def test_what_another_environment_has_compiled_is_loaded(operator):
 
 def test_one_that_cannot_be_loaded_is_compiled_anew(operator):
     library, builder = operator
-    library.write_bytes(library.read_bytes()[:100])
+    library.write_text("no library at all")
     use_kept([NAME])
     assert builder._loaded_ops == {} and not library.exists() and kept(NAME) is None
+
+
+@pytest.mark.parametrize("length", [10, 100, -1], ids=["in the header", "after it", "by one byte"])
+def test_one_that_is_too_short_is_compiled_anew(operator, length):
+    """It is never loaded: to touch what is missing of it ends the process."""
+    library, builder = operator
+    library.write_bytes(library.read_bytes()[:length])
+    assert kept(NAME) is None
+    use_kept([NAME])
+    assert builder._loaded_ops == {} and not library.exists(), "else ninja takes it for the result"
+
+
+@pytest.mark.parametrize("damage", [lambda whole: whole[:100], lambda whole: b"no library at all"])
+def test_one_that_is_damaged_and_cannot_be_removed_is_a_line(operator, monkeypatch, damage):
+    def read_only(path, missing_ok=False):
+        raise OSError(30, "Read-only file system")
+
+    library, _ = operator
+    library.write_bytes(damage(library.read_bytes()))
+    monkeypatch.setattr(Path, "unlink", read_only)
+    with pytest.raises(
+        UserError, match=r"damaged and cannot be removed \(Read-only file system\).*TORCH_EXTENSIONS_DIR"
+    ):
+        use_kept([NAME])
 
 
 def test_one_that_another_process_works_on_is_left_to_torch_which_waits(operator):

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from diffdpo.engine import operators
+from diffdpo.engine.choice import DEEPSPEED, EngineChoice
 from diffdpo.engine.ds_config import read_ds_config
+from diffdpo.engine.make import check_host
 from diffdpo.engine.operator_cache import operator_folder
 from diffdpo.engine.operators import missing_operators, needed_operators, prepare_operators
 from diffdpo.engine.world import World
@@ -22,6 +24,7 @@ OFFLOAD = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cp
 def cpu_adam(tmp_path, monkeypatch):
     """The folder of the compiled Adam, as torch leaves it."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("MAX_JOBS", "1")  # nothing is compiled beside the engine
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("cpu_adam", "deepspeed_shm_comm"):
         folder = operator_folder() / name
@@ -42,10 +45,26 @@ def test_nothing_is_said_when_all_is_there(cpu_adam, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_compilation_is_announced(cpu_adam, capsys):
+def test_a_compilation_is_announced(cpu_adam, capsys, monkeypatch):
+    compiled: list[list[str]] = []
+    monkeypatch.setattr(operators, "compile_together", compiled.append)
+    monkeypatch.setattr(operators, "compilers", lambda: 7)
     (cpu_adam / "cpu_adam.so").unlink()
+    prepare_operators(OFFLOAD, World(1, 1, 1, WORLD.device), print)
+    assert compiled == [], "one process of a host does it"
     prepare_operators(OFFLOAD, WORLD, print)
-    assert "compiling DeepSpeed's operators (cpu_adam)" in capsys.readouterr().out
+    assert "compiling DeepSpeed's operators (cpu_adam): once on this machine, about 60 s" in capsys.readouterr().out
+    assert compiled == [["cpu_adam"]] and os.environ["MAX_JOBS"] == "7", "for DeepSpeed's own compilations"
+
+
+def test_a_lock_of_one_that_was_killed_as_it_compiled_is_removed(cpu_adam, capsys, monkeypatch):
+    def killed(names):
+        (cpu_adam / "lock").touch()
+        os.utime(cpu_adam / "lock", (0, 0))
+
+    monkeypatch.setattr(operators, "compile_together", killed)
+    prepare_operators(OFFLOAD, WORLD, print)
+    assert not (cpu_adam / "lock").exists(), "DeepSpeed would wait for it for ever"
 
 
 def test_a_compilation_that_was_cut_short_is_taken_up_again(cpu_adam):
@@ -58,6 +77,20 @@ def test_a_lock_that_was_left_behind_is_removed(cpu_adam, capsys):
     os.utime(cpu_adam / "lock", (0, 0))
     prepare_operators(OFFLOAD, WORLD, print)
     assert f"removed {cpu_adam / 'lock'}" in capsys.readouterr().out and not (cpu_adam / "lock").exists()
+
+
+@pytest.mark.parametrize("why", ["below a file", "read-only"])
+def test_a_folder_that_cannot_be_written_is_one_line_where_something_is_to_be_compiled(cpu_adam, monkeypatch, why):
+    """Before a model is loaded, as with a compiler that is not there."""
+    if why == "below a file":
+        file = cpu_adam / "cpu_adam.so"
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(file / "below"))
+    else:
+        monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+        assert missing_operators(needed_operators(OFFLOAD)) == [], "what is there is only read"
+        (cpu_adam / "cpu_adam.so").unlink()
+    with pytest.raises(UserError, match="set TORCH_EXTENSIONS_DIR to a folder that can be written"):
+        check_host(EngineChoice(DEEPSPEED, ds_config={**OFFLOAD, "train_micro_batch_size_per_gpu": 1}))
 
 
 def test_without_a_compiler_it_is_one_line(cpu_adam, monkeypatch):
