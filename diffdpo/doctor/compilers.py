@@ -15,7 +15,9 @@ USED_BY = {
     "deepspeed_shm_comm": "any --ds_config without a GPU",
     "fused_adam": "optimizer on the device",
     "async_io": "NVMe offload",
+    "pin_memory": "NVMe offload",
 }
+NVME = ("async_io", "pin_memory")
 
 
 def compilers(*, gpu: bool) -> Iterator[Finding]:
@@ -54,7 +56,7 @@ def operators(*, gpu: bool) -> Iterator[Finding]:
     there: list[str] = []
     to_compile: list[str] = []
     refused: dict[str, list[str]] = {}
-    for name in (*names, "async_io"):
+    for name in (*names, *NVME):
         try:
             (to_compile if missing_operators([name]) else there).append(name)
         except UserError as fault:
@@ -70,9 +72,9 @@ def operators(*, gpu: bool) -> Iterator[Finding]:
         )
     yield ok("operators there", ", ".join(there) or "none")
     if to_compile:
-        long = usual_seconds([name for name in to_compile if name != "async_io"])
+        long = usual_seconds([name for name in to_compile if name not in NVME])
         yield ok("to be compiled", f"{', '.join(to_compile)}: once, by the first run that uses it (about {long} s)")
-    for lock in locked_operators([*names, "async_io"]):
+    for lock in locked_operators([*names, *NVME]):
         yield warning(
             "operator lock", f"{lock}: something compiles, or was killed", "a run waits for it, or removes it"
         )

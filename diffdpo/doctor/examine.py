@@ -6,13 +6,16 @@ from pathlib import Path
 
 from diffdpo.doctor import compilers, folders, gpus, host, network, software
 from diffdpo.doctor.finding import ERROR, Finding, looked, worst
+from diffdpo.doctor.imports import Imports
 
 START_SECONDS = 120.0  # for the import of torch from a cold or far disk, and for CUDA to begin
 
 
-def examine(*, output_dir: Path | None = None, nvme_path: Path | None = None) -> Iterator[tuple[str, list[Finding]]]:
+def examine(
+    imports: Imports, *, output_dir: Path | None = None, nvme_path: Path | None = None
+) -> Iterator[tuple[str, list[Finding]]]:
     """(subject, findings) one by one, each as soon as it is known."""
-    torch = looked("torch", software.torch, patience=START_SECONDS)
+    torch = looked("torch", partial(software.torch, imports), patience=START_SECONDS)
     usable = bool(torch) and worst(torch) != ERROR
     found = looked("GPU", gpus.driver, patience=START_SECONDS) if usable else []
     gpu = usable and gpus.visible() > 0
@@ -21,8 +24,9 @@ def examine(*, output_dir: Path | None = None, nvme_path: Path | None = None) ->
         [
             *looked("Python", software.python),
             *torch,
-            *looked("packages", software.packages),
-            *looked("optional packages", partial(software.optional, gpu=gpu)),
+            *looked("packages", partial(software.packages, imports), patience=START_SECONDS),
+            *looked("imports", partial(software.unimportable, imports), patience=START_SECONDS),
+            *looked("optional packages", partial(software.optional, imports, gpu=gpu)),
         ],
     )
     if gpu:
@@ -30,7 +34,7 @@ def examine(*, output_dir: Path | None = None, nvme_path: Path | None = None) ->
     yield "GPU", found
     compiled = looked("compilers", partial(compilers.compilers, gpu=gpu))
     if usable:
-        compiled += looked("operators", partial(compilers.operators, gpu=gpu))
+        compiled += looked("operators", partial(_operators, imports, gpu=gpu))
     yield "compiled code", compiled
     memory = (host.memory, host.allocator, host.locked_memory, host.shared_memory)
     about_host = (*memory, host.processors, network.interfaces)
@@ -41,3 +45,8 @@ def examine(*, output_dir: Path | None = None, nvme_path: Path | None = None) ->
         *looked("caches", folders.caches),
     )
     yield "disks", list(disks)
+
+
+def _operators(imports: Imports, *, gpu: bool) -> Iterator[Finding]:
+    if not imports.fault("deepspeed"):  # which is an answer already
+        yield from compilers.operators(gpu=gpu)

@@ -45,7 +45,9 @@ def looked(name: str, look: Look, *, patience: float = PATIENCE) -> list[Finding
             found.extend(look())
         except Exception as failure:
             what = " ".join(f"{type(failure).__name__}: {failure}".split())[:200]
-            found.append(warning(name, f"could not be looked at ({what})", "attach this line to a bug report"))
+            foreign = isinstance(failure, ImportError)
+            advice = "mend that package (above, at software)" if foreign else "attach this line to a bug report"
+            found.append(warning(name, f"could not be looked at ({what})", advice))
 
     thread = Thread(target=work, daemon=True)
     thread.start()

@@ -23,12 +23,17 @@ def outputs(folder: Path | None) -> Iterator[Finding]:
 
 def nvme(folder: Path | None) -> Iterator[Finding]:
     """Where --ds_config offloads to, if that was named."""
+    if folder is None:
+        return
+    advice = 'name another in "nvme_path" of --ds_config'
+    if not folder.exists():
+        yield error("NVMe offload", f"{folder} is not there", f"make it, or {advice}")
+        return
     from diffdpo.engine.preflight import nvme_fault  # what a run would say
 
-    advice = 'name another in "nvme_path" of --ds_config'
-    if folder and (fault := nvme_fault(str(folder))):
-        yield error("NVMe offload", f"the folder {fault}", advice)
-    elif folder:
+    if fault := nvme_fault(str(folder)):
+        yield error("NVMe offload", f'"nvme_path" {fault}', advice)
+    else:
         yield _folder("NVMe offload", folder, advice=advice, must=True)
 
 
@@ -37,8 +42,11 @@ def caches() -> Iterator[Finding]:
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     hub = os.environ.get("HF_HOME") or f"{home}/huggingface"
     yield _folder("model cache", Path(os.path.expanduser(hub)), advice="set HF_HOME to a folder with room", must=False)
-    there = Path(os.environ.get("TMPDIR") or "/tmp")
-    yield _folder("temporary files", there, advice="set TMPDIR to a folder that can be written", must=False)
+    asked, advice = os.environ.get("TMPDIR"), "set TMPDIR to a folder that can be written"
+    if asked and not os.path.isdir(asked):  # neither Python nor a compiler says so: they take another
+        yield warning("TMPDIR", f"{asked} is not a folder: temporary files go to /tmp", f"make it, or {advice}")
+        asked = None
+    yield _folder("temporary files", Path(asked or "/tmp"), advice=advice, must=False)
 
 
 def _folder(name: str, folder: Path, *, advice: str, must: bool) -> Finding:

@@ -2,9 +2,12 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
+from subprocess import PIPE
 from typing import Any
 
 from diffdpo.doctor.finding import Finding, ok, warning
@@ -14,6 +17,8 @@ GIB = 2**30
 BUSY = 0.1  # share of a GPU's memory that others may hold before it is told
 COPY_BYTES = 256 * 2**20
 SLOW_LINK = 6.0  # GB/s
+TRITON_NEEDS = (7, 0)  # compute capability
+BROKEN = "load the driver anew or reboot (after an update its parts differ until then); what it says is in dmesg"
 
 
 def visible() -> int:
@@ -27,8 +32,12 @@ def driver() -> Iterator[Finding]:
     """What the machine has, whatever torch sees of it; and why torch sees none of it, or not all."""
     import torch
 
-    names, version = _by_driver()
+    names, version, fault = _by_driver()
     count, asked = visible(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if fault:
+        seen = f"torch sees {count} GPU{'s' if count > 1 else ''}" if count else "torch sees no GPU"
+        yield warning("driver", f"nvidia-smi fails: {fault}; {seen}", BROKEN)
+        return
     if not names:
         if count:
             yield ok("driver", "nvidia-smi is not there; torch sees the GPU without it")
@@ -40,7 +49,7 @@ def driver() -> Iterator[Finding]:
     yield ok("driver", f"{version}, {len(names)} GPU{'s' if names[1:] else ''}")
     if count:
         if count < len(names):
-            yield ok("GPUs seen", f"{count} of {len(names)}: CUDA_VISIBLE_DEVICES is {asked!r}")
+            yield _hidden(f"{count} of {len(names)}", asked)
         return
     if torch.version.cuda is None:
         yield warning(
@@ -56,17 +65,35 @@ def driver() -> Iterator[Finding]:
         )
 
 
-def _by_driver() -> tuple[list[str], str]:
-    """(GPUs, version) as nvidia-smi tells them; nothing where it is not there or fails."""
+def _hidden(seen: str, asked: str | None) -> Finding:
+    """Fewer GPUs than there are."""
+    if asked is not None:
+        return ok("GPUs seen", f"{seen}: CUDA_VISIBLE_DEVICES is {asked!r}")
+    advice = "look for MIG (nvidia-smi -L; a process sees one slice), or for a card that fell out (dmesg, Xid)"
+    return warning("GPUs seen", f"{seen}, and CUDA_VISIBLE_DEVICES is not set", advice)
+
+
+def _by_driver() -> tuple[list[str], str, str]:
+    """(GPUs, version, fault) as nvidia-smi tells them; nothing where it is not there."""
     if not shutil.which("nvidia-smi"):
-        return [], ""
+        return [], "", ""
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=SMI_SECONDS)
-    except (OSError, subprocess.TimeoutExpired):
-        return [], ""
-    rows = [line.rsplit(", ", 1) for line in done.stdout.splitlines() if ", " in line]
-    return ([name for name, _ in rows], rows[0][1]) if done.returncode == 0 and rows else ([], "")
+        process = subprocess.Popen(query, stdout=PIPE, stderr=PIPE, text=True, start_new_session=True)
+    except OSError as failure:
+        return [], "", f"cannot be run ({failure.strerror})"
+    try:
+        out, err = process.communicate(timeout=SMI_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):  # what hangs inside the driver cannot be killed either
+            process.communicate(timeout=1)
+        return [], "", f"no answer within {SMI_SECONDS} s"
+    rows = [line.rsplit(", ", 1) for line in out.splitlines() if ", " in line]
+    if process.returncode == 0 and rows:
+        return [name for name, _ in rows], rows[0][1], ""
+    said = next((line.strip() for line in (out + "\n" + err).splitlines() if line.strip()), "it says nothing")
+    return [], "", f"{said[:200]} (exit code {process.returncode})"
 
 
 def each() -> Iterator[Finding]:
@@ -114,7 +141,7 @@ def copy_rates(index: int) -> list[float]:
 
 
 def kernels() -> Iterator[Finding]:
-    """Attention without padding, NCCL, triton."""
+    """Attention without padding, FlexAttention, NCCL, triton."""
     import importlib.util
 
     import torch
@@ -130,7 +157,13 @@ def kernels() -> Iterator[Finding]:
     advice = "rows of unequal length cost one call each; needs torch 2.11 and compute capability 8.0"
     said = f"in bf16: {', '.join(there) or 'plain'}" + (f"; not: {', '.join(absent)}" if absent else "")
     yield warning("attention", said, advice) if absent else ok("attention", said)
+    asked_by = "--attn_implementation flex_attention"
     if importlib.util.find_spec("triton") is None:
-        yield warning("triton", "not there: no --torch_compile", "pip install triton")
+        yield warning("triton", f"not there: no --torch_compile, no {asked_by}", "pip install triton")
+    elif torch.cuda.get_device_capability() < TRITON_NEEDS:
+        said = f"not for this GPU: no --torch_compile, no {asked_by}"
+        yield warning("triton", said, "it needs compute capability 7.0; runs do without")
+    else:
+        yield ok("FlexAttention", f"there, for block-causal models: {asked_by}")
     nccl: Any = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
     yield ok("NCCL", ".".join(map(str, nccl)))

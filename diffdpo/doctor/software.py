@@ -1,6 +1,6 @@
 """Python, the packages that a run needs, and those that only some runs need. No torch in here, unless it is there."""
 
-import importlib
+import importlib.util
 import re
 import sys
 import tomllib
@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 from diffdpo.doctor.finding import Finding, error, ok, warning
+from diffdpo.doctor.imports import Imports, module_of
 
 OLDEST_PYTHON = (3, 11)
 FOR_DEEPSPEED = ("deepspeed", "ninja")
@@ -17,6 +18,8 @@ OPTIONAL = {
     "liger-kernel": ("--use_liger_kernel", "pip install liger-kernel"),
 }
 """Package → the flag that needs it, and what to do."""
+FIRST = ("numpy", "torch", "psutil", "transformers", *OPTIONAL)
+"""Packages that others import: asked for before them, so that a fault is told by the name of the one that has it."""
 
 
 def python() -> Iterator[Finding]:
@@ -28,7 +31,13 @@ def python() -> Iterator[Finding]:
         yield ok("Python", f"{version} in {sys.prefix}")
 
 
-def packages() -> Iterator[Finding]:
+def begin_imports() -> Imports:
+    """The imports of all that is installed of what runs need."""
+    known = [*FIRST, *(name for name, _ in requirements() if name not in FIRST)]
+    return Imports([name for name in known if installed(name) is not None])
+
+
+def packages(imports: Imports) -> Iterator[Finding]:
     """What pyproject.toml asks for: a line for all that is as it should be, and one for each that is not."""
     fitting = 0
     for name, wanted in requirements():
@@ -38,7 +47,7 @@ def packages() -> Iterator[Finding]:
             yield _missing(name, asked)
         elif not _satisfies(version, wanted):
             yield warning(name, f"{version}, asked for: {asked}", f"pip install '{asked}'")
-        else:
+        elif not imports.fault(name):
             fitting += 1
     shown = ("transformers", "deepspeed", "peft", "mlflow")
     versions = ", ".join(f"{name} {version}" for name in shown if (version := installed(name)))
@@ -52,10 +61,38 @@ def _missing(name: str, asked: str) -> Finding:
     return error(name, "not installed", advice)
 
 
-def optional(*, gpu: bool) -> Iterator[Finding]:
+def unimportable(imports: Imports) -> Iterator[Finding]:
+    """What is installed and cannot be imported: a line for each fault, by the first of the packages that have it."""
+    by_fault: dict[str, list[str]] = {}
+    for name in (*FIRST, *(name for name, _ in requirements() if name not in FIRST)):
+        if fault := imports.fault(name):
+            by_fault.setdefault(fault, []).append(name)
+    for fault, (name, *others) in by_fault.items():
+        said = f"cannot be imported ({fault})" + (f", nor can {', '.join(others)}" if others else "")
+        needed = not {name, *others} <= {*FOR_DEEPSPEED, *OPTIONAL}
+        if not needed:
+            said += f": no {', '.join(sorted({_lost(each) for each in (name, *others)}))}"
+        yield (error if needed else warning)(name, said, _anew(name))
+
+
+def _lost(name: str) -> str:
+    return OPTIONAL[name][0] if name in OPTIONAL else "run with --ds_config"
+
+
+def _anew(name: str) -> str:
+    """What to do about an installed package that cannot be imported."""
+    spec = importlib.util.find_spec(module_of(name))
+    return f"install it anew: pip install --force-reinstall {name}" + (
+        f"; it is read from {spec.origin}" if spec and spec.origin else ""
+    )
+
+
+def optional(imports: Imports, *, gpu: bool) -> Iterator[Finding]:
     """What a flag needs that most runs do without. ``gpu``: whether there is one."""
     for name, (flag, advice) in OPTIONAL.items():
         version = installed(name)
+        if version and imports.fault(name):
+            continue  # `unimportable` says so
         if version:
             yield ok(name, version if gpu or name == "bitsandbytes" else f"{version} (used on a GPU only)")
         elif gpu:
@@ -64,16 +101,11 @@ def optional(*, gpu: bool) -> Iterator[Finding]:
             yield ok(name, f"not installed: no {flag}")
 
 
-def torch() -> Iterator[Finding]:
-    """Whether it can be imported at all, which says more than its version: libraries may be missing or clash."""
-    if installed("torch") is None:
-        return  # `packages` says so
-    try:
-        found = importlib.import_module("torch")
-    except Exception as failure:
-        what = " ".join(str(failure).split())[:160]
-        yield error("torch", f"cannot be imported ({what})", "install it anew: pip install --force-reinstall torch")
-        return
+def torch(imports: Imports) -> Iterator[Finding]:
+    """What it is built for, where it can be imported."""
+    if installed("torch") is None or imports.fault("torch"):
+        return  # `packages` or `unimportable` says so
+    found = importlib.import_module("torch")
     built = found.version.cuda
     yield ok("torch", f"{found.__version__}, {f'built for CUDA {built}' if built else 'built for the CPU alone'}")
 

@@ -10,6 +10,7 @@ import pytest
 
 from diffdpo.doctor import compilers, folders, host, network, software
 from diffdpo.doctor.finding import ERROR, OK, WARNING, error, looked, ok, warning, worst
+from diffdpo.doctor.imports import Imports
 from diffdpo.doctor.report import WIDTH, as_json, as_text
 
 
@@ -26,6 +27,17 @@ def test_a_look_that_fails_or_hangs_is_a_line():
     assert [finding.state for finding in found] == [OK, WARNING] and "no such device" in found[1].found
     (late,) = looked("thing", lambda: time.sleep(5), patience=0.05)
     assert late.state == WARNING and "0.05" in late.found
+
+
+def test_a_look_that_lacks_a_package_blames_the_package():
+    def lacks():
+        raise ModuleNotFoundError("No module named 'psutil'")
+
+    (found,) = looked("thing", lacks)
+    assert "psutil" in found.found and "package" in found.advice and "bug" not in found.advice
+
+
+def test_the_gravest_state_counts():
     assert worst([ok("a", ""), error("b", "", ""), warning("c", "", "")]) == ERROR and worst([]) == OK
 
 
@@ -34,20 +46,11 @@ def test_every_package_of_pyproject_is_looked_at(monkeypatch):
     assert {"torch", "deepspeed", "safetensors"} <= asked.keys() and asked["torch"].startswith(">=")
     there = dict.fromkeys(asked, "9999") | {"peft": None, "deepspeed": None, "torch": "2.1.0"}
     monkeypatch.setattr(software, "installed", there.get)
-    found = by_name(software.packages())
+    found = by_name(software.packages(Imports([])))
     assert found["peft"].state == ERROR and "pip install" in found["peft"].advice
     assert found["deepspeed"].state == WARNING and "--engine" in found["deepspeed"].advice
     assert found["torch"].state == WARNING and "2.1.0" in found["torch"].found
     assert found["packages"].found.startswith(str(len(asked) - 3))
-
-
-def test_a_torch_that_cannot_be_imported_is_a_line(monkeypatch):
-    def fails(name):
-        raise OSError("libcudart.so.13: cannot open shared object file")
-
-    monkeypatch.setattr(software.importlib, "import_module", fails)
-    (found,) = software.torch()
-    assert found.state == ERROR and "libcudart" in found.found
 
 
 def test_without_a_compiler(monkeypatch):
@@ -62,6 +65,7 @@ def test_operators_that_cannot_be_had_say_for_what_they_are(monkeypatch, tmp_pat
     monkeypatch.delenv("CXX", raising=False)
     found = by_name(compilers.operators(gpu=False))
     assert "g++" in found["operators"].advice and "cpu_adam (optimizer on the host)" in found["operators"].found
+    assert "pin_memory (NVMe offload)" in found["operators"].found, "a run that offloads to NVMe compiles it too"
     assert found["operators there"].found == "none" and "to be compiled" not in found
 
 
@@ -141,6 +145,66 @@ def test_a_gpu_that_torch_does_not_see_is_explained(tmp_path, monkeypatch, asked
     assert said in gpu.found and gpu.advice
 
 
+@pytest.mark.parametrize("count", [0, 1])
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        (
+            "echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18",
+            "version mismatch (exit code 18)",
+        ),
+        ("echo 'no permission' >&2; exit 4", "no permission (exit code 4)"),
+        ("exit 0", "nothing (exit code 0)"),
+        ("sleep 20", "no answer within 0.2 s"),
+    ],
+)
+def test_a_driver_that_fails_is_not_a_machine_without_one(tmp_path, monkeypatch, script, said, count):
+    from diffdpo.doctor import gpus
+
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(gpus, "SMI_SECONDS", 0.2 if "sleep" in script else 8)
+    monkeypatch.setattr(gpus, "visible", lambda: count)
+    start = time.perf_counter()
+    (found,) = gpus.driver()
+    assert found.state == WARNING and said in found.found and "reboot" in found.advice
+    assert ("sees no GPU" if count == 0 else "sees 1 GPU") in found.found
+    assert time.perf_counter() - start < 10, "what nvidia-smi has started is not waited for"
+
+
+@pytest.mark.parametrize(("asked", "state"), [("0", OK), (None, WARNING)])
+def test_fewer_gpus_than_the_driver_has(monkeypatch, asked, state):
+    from diffdpo.doctor import gpus
+
+    monkeypatch.setattr(gpus, "_by_driver", lambda: (["H200", "H200"], "580.65.06", ""))
+    monkeypatch.setattr(gpus, "visible", lambda: 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", asked) if asked else monkeypatch.delenv("CUDA_VISIBLE_DEVICES", False)
+    _, seen = gpus.driver()
+    assert seen.state == state and seen.found.startswith("1 of 2") and "None" not in seen.found
+
+
+@pytest.mark.parametrize(
+    ("triton", "capability", "name", "state"),
+    [
+        (True, (8, 9), "FlexAttention", OK),
+        (True, (6, 1), "triton", WARNING),
+        (False, (8, 9), "triton", WARNING),
+    ],
+)
+def test_flex_attention_needs_triton_on_a_gpu_that_it_knows(card, monkeypatch, triton, capability, name, state):
+    import importlib.util
+
+    from diffdpo.doctor import gpus
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda one: triton or None if one == "triton" else real(one))
+    card["capability"] = capability
+    found = by_name(gpus.kernels())
+    assert found[name].state == state and "--attn_implementation flex_attention" in found[name].found
+    assert ("FlexAttention" in found) == (name == "FlexAttention")
+
+
 def test_the_command_without_torch_or_anything_else(command, tmp_path):
     """-S -I: no packages at all, as on a machine where nothing was installed."""
     root = str(software.Path(software.__file__).parents[2])
@@ -208,7 +272,28 @@ def test_whose_malloc_it_is(monkeypatch, tmp_path):
 
 
 def test_a_folder_for_nvme_is_judged_as_a_run_would(tmp_path):
-    for folder, said in ((tmp_path / "nowhere", "is not a folder"), (host.Path("/dev/shm"), "lies in memory")):
+    (tmp_path / "file").touch()
+    for folder, said in (
+        (tmp_path / "nowhere", "nowhere is not there"),
+        (tmp_path / "file", "file, which is not a folder"),
+        (host.Path("/dev/shm"), "lies in memory"),
+    ):
         (finding,) = folders.nvme(folder)
         assert finding.state == ERROR and said in finding.found
+
+
+def test_without_a_folder_for_nvme_nothing_is_needed_to_say_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffdpo.engine.preflight", None)  # as where one of its packages is broken
     assert list(folders.nvme(None)) == []
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_temporary_files_are_measured_where_they_go(tmp_path, monkeypatch, there):
+    asked = tmp_path / "asked"
+    if there:
+        asked.mkdir()
+    monkeypatch.setenv("TMPDIR", str(asked))
+    found = by_name(folders.caches())
+    assert found["temporary files"].found.startswith(f"{asked if there else '/tmp'}: ")
+    assert ("TMPDIR" in found) is not there
+    assert there or (found["TMPDIR"].state == WARNING and str(asked) in found["TMPDIR"].found)

@@ -68,7 +68,10 @@ def test_what_cannot_be_tried_here_is_skipped_with_the_reason(monkeypatch):
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_exit_code(monkeypatch, capsys, fails):
     from diffdpo.cli import doctor
+    from diffdpo.doctor import software
+    from diffdpo.doctor.imports import Imports
 
+    monkeypatch.setattr(software, "begin_imports", lambda: Imports([]))  # all of them take seconds
     monkeypatch.setattr(self_test, "CASES", ())
     line = self_test.Compared("x", self_test.FAILED if fails else self_test.PASSED, {}, {}, 0.0)
     monkeypatch.setattr(self_test, "self_test", lambda device: [line])
