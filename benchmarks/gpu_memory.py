@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from benchmarks import throughput
-from benchmarks.gpu_setting import GIB, Setting, fault_of
+from benchmarks.gpu_setting import GIB, Setting
 from diffdpo.cli.flags import parse_config, read_recipe
 from diffdpo.config import TrainConfig, make_config
 from diffdpo.gpus import is_gpu
 from diffdpo.memory.largest_fit import peak_of
 from diffdpo.memory.peak import peak_memory_gib
 from diffdpo.models.architecture.spec import LLADA_LORA_TARGETS, FamilySpec
+from diffdpo.optional import fault_of
 from diffdpo.training.callbacks import Callback
 
 ROOT = Path(__file__).parents[1]

@@ -13,11 +13,12 @@ import torch
 
 from benchmarks import throughput
 from benchmarks.gpu_memory import full3b, qlora
-from benchmarks.gpu_setting import Setting, fault_of, in_a_line
+from benchmarks.gpu_setting import Setting
 from diffdpo.gpus import is_gpu
 from diffdpo.memory.largest_fit import peak_of
 from diffdpo.models.architecture.layout import Layout
 from diffdpo.models.architecture.token_log_probs import token_log_probs
+from diffdpo.optional import fault_of, in_a_line
 from diffdpo.quiet import hush
 
 REPEATS = 3

@@ -5,7 +5,6 @@ a gradient that is a difference of two alike ones loses a digit or two of that; 
 mask, a position, a scale) is off by a hundred times as much.
 """
 
-import importlib.util
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from diffdpo.errors import UserError
 from diffdpo.gpus import is_gpu
 from diffdpo.models.architecture.compiled import check_compiler
+from diffdpo.optional import fault_of
 
 BLOCK_SIZE = 8
 
@@ -49,13 +49,13 @@ class Case:
 
     def obstacle(self, device: torch.device) -> str:
         """Why it cannot be tried here; '' where it can."""
-        if self.nf4 and importlib.util.find_spec("bitsandbytes") is None:
-            return "bitsandbytes is not installed"
+        if self.nf4 and (fault := fault_of("bitsandbytes")):
+            return fault
         if self.scorer.get("use_liger"):
             if device.type != "cuda":
                 return "Liger's kernel needs a GPU"
-            if importlib.util.find_spec("liger_kernel") is None:
-                return "liger-kernel is not installed"
+            if fault := fault_of("liger_kernel"):
+                return fault
         if self.scorer.get("flex") and not is_gpu(device):
             return "FlexAttention has no backward on a CPU"
         if self.scorer.get("compile_blocks"):

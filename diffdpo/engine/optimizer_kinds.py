@@ -10,7 +10,6 @@ AdamW's rate suits all: Muon's is matched to AdamW's update size (2502.16982), a
 weight's, as with transformers' trainer.
 """
 
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from diffdpo.engine.base import parameter_groups
 from diffdpo.engine.optimizer import EIGHT_BIT, OptimizerOptions
 from diffdpo.errors import UserError
 from diffdpo.gpus import is_gpu
+from diffdpo.optional import fault_of
 
 COUNT = "step"
 REBUILT = ("qmap1", "qmap2")  # bitsandbytes' tables, the same for every weight: made anew
@@ -46,8 +46,8 @@ def _adamw(groups: Any, options: OptimizerOptions, *, fused: bool | None) -> tor
 
 
 def _eight_bit(groups: Any, options: OptimizerOptions, device: torch.device) -> torch.optim.Optimizer:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"--optim {options.name} needs bitsandbytes: pip install bitsandbytes")
+    if fault := fault_of("bitsandbytes"):
+        raise UserError(f"--optim {options.name}: {fault}; pip install bitsandbytes (of this CUDA), or use adamw_torch")
     if options.name.startswith("paged") and not is_gpu(device):
         raise UserError("--optim paged_adamw_8bit moves to the host what a GPU cannot hold; here use adamw_8bit")
     from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit

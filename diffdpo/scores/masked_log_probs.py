@@ -8,7 +8,6 @@ ordinary submodule calls.
 Shapes: R rows, T padded length, N tokens in the stream, M scored positions.
 """
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -28,6 +27,7 @@ from diffdpo.models.architecture.layout import Layout
 from diffdpo.models.architecture.spec import FamilySpec
 from diffdpo.models.architecture.token_log_probs import check_liger
 from diffdpo.models.architecture.work import ModelWork
+from diffdpo.optional import fault_of
 from diffdpo.scores.block_log_probs import block_log_probs
 from diffdpo.settings.model import ModelSettings
 
@@ -70,9 +70,10 @@ class MaskedLogProbs(nn.Module):
     ):
         super().__init__()
         if use_liger:
-            if not (torch.cuda.is_available() and importlib.util.find_spec("liger_kernel")):
+            if fault := fault_of("liger_kernel") if torch.cuda.is_available() else "there is none":
                 raise UserError(
-                    "--use_liger_kernel needs a GPU and liger-kernel: pip install liger-kernel, or leave it out"
+                    "--use_liger_kernel needs a GPU and liger-kernel: pip install liger-kernel, or leave it out "
+                    f"({fault})"
                 )
             check_liger("cuda", native(model).head.weight.dtype)
         if compile_blocks:

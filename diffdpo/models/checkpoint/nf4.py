@@ -3,13 +3,13 @@
 Only the blocks' linear layers: the embedding, the norms and the head keep their dtype.
 """
 
-import importlib.util
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from diffdpo.errors import UserError
+from diffdpo.optional import fault_of
 
 
 def expect_nf4(model: Any, dtype: torch.dtype) -> None:
@@ -17,8 +17,8 @@ def expect_nf4(model: Any, dtype: torch.dtype) -> None:
 
     QLoRA, 2305.14314. The weights are quantised as they arrive (`quantised`).
     """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError("load_in_4bit needs bitsandbytes: pip install bitsandbytes")
+    if fault := fault_of("bitsandbytes"):
+        raise UserError(f"load_in_4bit: {fault}; pip install bitsandbytes (of this CUDA), or leave it out")
     from bitsandbytes.nn import Linear4bit
 
     for parent in list(model.blocks.modules()):

@@ -19,6 +19,7 @@ from diffdpo.models.architecture.layers import VocabularyHead
 from diffdpo.models.architecture.spec import FamilySpec
 from diffdpo.models.checkpoint.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from diffdpo.models.lora.targets import target_pattern, whole_modules
+from diffdpo.optional import fault_of
 
 
 def add_lora(
@@ -55,6 +56,7 @@ def add_lora(
         use_rslora=use_rslora,
         bias="none",
     )
+    fault_of("bitsandbytes")  # peft would import one that is broken for weights that are not in 4 bits
     return get_peft_model(model, config, autocast_adapter_dtype=True)
 
 
@@ -82,6 +84,7 @@ def attach_adapter(model: nn.Module, folder: str | Path, *, trained: bool = Fals
             warnings.simplefilter("ignore")  # of missing keys, which are an error below
             config = PeftConfig.from_pretrained(str(folder))
             config.lora_dropout, config.inference_mode = 0.0, not trained  # dropout is off in every model here
+            fault_of("bitsandbytes")
             adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trained, config=config).eval()
     except (RuntimeError, ValueError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
