@@ -344,10 +344,17 @@ Config = TypeVar("Config", bound=Settings)
 
 def check_device_and_output(device: str, output: str | None) -> None:
     """UserError for a device that torch could not know, and for an output without a folder to stand in."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device) and not _is_registered(device):
         raise UserError(f"--device {device}: use auto, cpu, cuda or cuda:N")
     if output and not Path(output).absolute().parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {Path(output).parent}; make it first")
+
+
+def _is_registered(device: str) -> bool:
+    """Whether somebody has added such a kind of GPU."""
+    from diffdpo.gpus import KINDS  # torch, which the usual names do not need
+
+    return device.split(":")[0] in KINDS
 
 
 def make_config(config_class: type[Config], values: Mapping[str, Any]) -> Config:

@@ -1,9 +1,9 @@
 """A second device for machines that have none: tensors that say they live on `away:0` and hold numbers of the host.
 
-Inside ``second_device()`` every operation that mixes the two (numbers without a dimension aside, as on a GPU), reads an
-away tensor as numpy or writes into one from the other side fails. `away` goes the ways of a GPU (``diffdpo.gpus``):
-packed attention without padding, fused AdamW, fused norms, unrounded half-precision products, grouped experts, copies
-on a stream of their own, its own memory figures.
+Inside ``second_device()`` an operation fails that mixes the two (``refuse_mixed`` says what a GPU takes of the host),
+that draws away with a generator of the host, or that reads an away tensor as numpy. `away` goes the ways of a GPU
+(``diffdpo.gpus``): packed attention without padding, fused AdamW, fused norms, unrounded half-precision products,
+grouped experts, copies on a stream of their own, its own memory figures.
 
 Not covered, because below the dispatcher: what streams do at once (``Streams`` keeps account of who waits for whom),
 page-locked memory, 4-bit weights of bitsandbytes, torch.compile (which passes over it), DeepSpeed, collectives. What
@@ -195,21 +195,22 @@ def _product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tens
 
 EMULATED = {aten.mm.dtype: _product}
 CROSSING = {aten.copy_.default, aten._to_copy.default, aten._copy_from.default}
-FROM_THE_HOST = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
-"""A GPU's tensor may be indexed by one of the host."""
+INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
+"""A GPU's tensor may be indexed by one of the host; what is put there is the GPU's."""
+NUMBER_OF_THE_HOST = {*INDEXING, aten.masked_fill.Tensor, aten.masked_fill_.Tensor, aten.fill_.Tensor, aten.fill.Tensor}
+"""Beside what goes element by element: where a GPU reads a tensor without a dimension as if it were a number."""
 
 
 def run(func, args, kwargs):
     """An operation on the host, its results away where one of its arguments is, or where it was asked for."""
     asked = kwargs.get("device")
-    leaves = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
+    leaves = tree_flatten((args, kwargs))[0]
     there = [x for x in leaves if isinstance(x, Away)]
-    here = [x for x in leaves if not isinstance(x, Away)]
-    if func in FROM_THE_HOST and isinstance(args[0], Away):
-        here = []
-    if there and any(x.dim() for x in here) and func not in CROSSING:
-        both = [(tuple(x.shape), str(x.device)) for x in leaves]
-        raise RuntimeError(f"{func}: expected all tensors to be on the same device, but found {both}")
+    away = torch.device(asked).type == NAME if asked is not None else bool(there)
+    if there and func not in CROSSING:
+        refuse_mixed(func, args, kwargs)
+    if away and any(isinstance(x, torch.Generator) and x.device.type != NAME for x in leaves):
+        raise RuntimeError(f"{func}: expected a {NAME!r} device type for generator but found 'cpu'")
     if asked is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     raw_args, raw_kwargs = tree_map(_raw, args), tree_map(_raw, kwargs)
@@ -218,11 +219,29 @@ def run(func, args, kwargs):
         return out
     if func is aten.copy_.default:
         return args[0]
-    away = torch.device(asked).type == NAME if asked is not None else bool(there)
     if not away:
         return out
     known = {id(x.raw): x for x in there}
     return tree_map(lambda x: (known[id(x)] if id(x) in known else Away(x)) if _is_plain(x) else x, out)
+
+
+def refuse_mixed(func, args, kwargs):
+    """RuntimeError where a GPU could not do it with these tensors of the host.
+
+    A number without a dimension is read from there, element by element; it is never written to, and never one of many.
+    """
+    takes_numbers = torch.Tag.pointwise in func.tags or func in NUMBER_OF_THE_HOST
+    names = [argument.name for argument in func._schema.arguments]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    for argument in func._schema.arguments:
+        host = [x for x in tree_flatten(given.get(argument.name))[0] if _is_plain(x)]
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            if argument.name == "indices" and func in INDEXING and isinstance(args[0], Away):
+                continue
+            host = [x for x in host if x.dim() or not takes_numbers]
+        if host:
+            what = f"{argument.name} of {[tuple(x.shape) for x in host]}"
+            raise RuntimeError(f"{func}: expected all tensors to be on the same device, but the host has {what}")
 
 
 def _raw(x: Any) -> Any:

@@ -1,15 +1,22 @@
 """Whole commands on a device that is not the host's: as on a GPU, a forgotten `.to(device)` ends them, or a constant
 that stayed on the host. The numbers are those of a run on the host."""
 
+import dataclasses
 import json
-from itertools import cycle, islice, pairwise
+from itertools import pairwise, permutations
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from diffdpo.engine.world import World
-from diffdpo.settings.noise import ESTIMATORS as ALL_ESTIMATORS
+from diffdpo.errors import TrainingError
+from diffdpo.losses.preference import LOSSES
+from diffdpo.reference.refresh import mix_in
+from diffdpo.settings.noise import ESTIMATORS
+from diffdpo.settings.reference import ReferenceSettings
+from diffdpo.settings.segments import SegmentSettings
 from tests.second_device import AWAY, second_device
 
 SHORT = (
@@ -17,10 +24,31 @@ SHORT = (
     *("--max_eval_pairs", "2", "--num_eval_problems", "0", "--num_mc_samples", "2", "--tracking_uri", "none"),
     *("--max_length", "96", "--max_prompt_length", "48", "--segment_rows", "3", "--per_device_eval_batch_size", "2"),
 )
-STRATEGIES = ("none", "checkpoint", "two_pass", "deferred")
-REFERENCES = (("copy",), ("precomputed",), ("adapter_off", "--use_peft", "--lora_r", "2"), ("none",))
-LOSSES = ("sigmoid", "simpo", "aot", "kto", "ipo,sft")  # of pairs, without reference, of batches, of answers, sums
-ESTIMATORS = tuple(name for name in ALL_ESTIMATORS if name not in ("auto", "exact"))
+FLAGS = {"adapter_off": ("--use_peft", "--lora_r", "2"), "adapter_start": ("--adapter_name_or_path", "adapter")}
+FLAGS |= {"ipo,sft": ("--loss_weights", "1,1"), "trajectory": ("--num_diffusion_steps", "4")}
+COLUMNS = ("segmentation", "reference", "loss_type", "score_estimator")
+QUICK = (  # every value of each column
+    ("none", "copy", "sigmoid", "trajectory"),
+    ("checkpoint", "precomputed", "ipo,sft", "uniform_t"),
+    ("two_pass", "adapter_off", "aot", "stratified_t"),
+    ("deferred", "none", "sigmoid", "mask_count"),
+    ("two_pass", "adapter_start", "kto", "mask_count_mirror"),
+    ("checkpoint", "none", "simpo", "balanced"),
+    ("deferred", "copy", "apo_zero_unpaired", "paired"),
+    ("none", "adapter_start", "ipo,sft", "quadrature"),
+)
+ROWS = (  # and each with several of every other column
+    *QUICK,
+    ("two_pass", "adapter_off", "kto", "paired"),
+    ("two_pass", "copy", "aot", "uniform_t"),
+    ("deferred", "precomputed", "sigmoid", "stratified_t"),
+    ("deferred", "adapter_off", "ipo,sft", "trajectory"),
+    ("none", "adapter_off", "simpo", "mask_count"),
+    ("checkpoint", "adapter_off", "sigmoid", "mask_count_mirror"),
+    ("none", "precomputed", "sigmoid", "balanced"),
+    ("two_pass", "none", "aot", "quadrature"),
+    ("none", "adapter_off", "apo_zero_unpaired", "quadrature"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -37,11 +65,27 @@ def away(monkeypatch):
         yield kind
 
 
-def train(out: str, *flags: str) -> dict[int, dict]:
-    """The lines of its steps."""
+@pytest.fixture(scope="session")
+def adapter(tiny_model, tmp_path_factory):
+    """An adapter that is not nothing, on the tiny model."""
+    from diffdpo.models.load import load_model, save_model
+    from diffdpo.models.lora.adapters import add_lora
+
+    loaded, folder = load_model(str(tiny_model)), tmp_path_factory.mktemp("adapter")
+    model = add_lora(loaded.model, loaded.spec, r=2)
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            parameter.data.normal_(std=0.1)
+    save_model(model, loaded.tokenizer, folder)
+    return folder
+
+
+def train(out: str, *flags: str, named: bool = True) -> dict[int, dict]:
+    """The lines of its steps. ``named``: the tiny model is."""
     from diffdpo.cli.train import main
 
-    assert main([*SHORT, "--model_name_or_path", "tiny", "--output_dir", out, *flags]) == 0
+    model = ["--model_name_or_path", "tiny"] if named else []
+    assert main([*SHORT, *model, "--output_dir", out, *flags]) == 0
     return journal(Path(out))
 
 
@@ -76,35 +120,46 @@ class Counted:
         return self.function(*args)
 
 
-def flags_of(strategy: str, reference: tuple[str, ...], loss: str, estimator: str) -> list[str]:
-    if set(loss.split(",")) & {"aot", "kto"}:
-        strategy = "two_pass"
-    if loss == "kto" and reference[0] in ("precomputed", "none"):
-        reference = ("copy",)
-    names, weights = loss.split(","), ",".join("1" for _ in loss.split(","))
-    loss_flags = ["--loss_type", loss, *(["--loss_weights", weights] if names[1:] else [])]
-    estimator_flags = ["--num_diffusion_steps", "4"] if estimator == "trajectory" else []
-    how = ["--segmentation", strategy, "--reference", *reference, "--score_estimator", estimator]
-    return [*how, *loss_flags, *estimator_flags]
-
-
-# every value of each occurs, and the neighbours of each change from row to row
-ROWS = list(
-    islice(
-        zip(cycle(STRATEGIES), cycle((*REFERENCES, REFERENCES[0])), cycle(LOSSES), cycle(ESTIMATORS), strict=False), 14
-    )
-)
-
-
 @pytest.mark.parametrize(
     "row",
-    [pytest.param(row, marks=[] if number % 3 == 0 else pytest.mark.slow) for number, row in enumerate(ROWS)],
-    ids=lambda row: "-".join((row[0], row[1][0], *row[2:])),
+    [pytest.param(row, marks=[] if row in QUICK else pytest.mark.slow) for row in ROWS],
+    ids="-".join,
 )
-def test_training_there(away, row):
-    steps = train("out", *flags_of(*row))
+def test_training_there(away, row, adapter):
+    flags = [flag for column, value in zip(COLUMNS, row, strict=True) for flag in (f"--{column}", value)]
+    starts = row[1] == "adapter_start"
+    if starts:
+        Path("adapter").symlink_to(adapter)
+    steps = train("out", *flags, *(flag for value in row for flag in FLAGS.get(value, ())), named=not starts)
     assert sorted(steps) == [1, 2]
     assert all(torch.isfinite(torch.tensor(line["loss"])) for line in steps.values())
+    taken = yaml.safe_load(Path("out/config.yaml").read_text())
+    assert tuple(taken[column] for column in COLUMNS) == row
+
+
+def is_tied(loss: str) -> bool:
+    """Whether one strategy alone serves it."""
+    return any(LOSSES[name].scope == "batch" or LOSSES[name].needs_reference_point for name in loss.split(","))
+
+
+def choices_of(settings: type, name: str) -> set[str]:
+    (field,) = (each for each in dataclasses.fields(settings) if each.name == name)
+    return set(field.metadata["choices"]) - {"auto"}
+
+
+def test_the_rows_reach_everything():
+    strategies, references, losses, estimators = (set(column) for column in zip(*QUICK, strict=True))
+    assert strategies == choices_of(SegmentSettings, "segmentation")
+    assert references == choices_of(ReferenceSettings, "reference")
+    assert estimators == {*ESTIMATORS} - {"exact"}  # of short answers: blocks take it
+    taken = [LOSSES[name] for loss in losses for name in loss.split(",")]
+    for ask in (lambda it: it.scope, lambda it: it.reference_free, lambda it: it.needs_reference_point):
+        assert {ask(loss) for loss in taken} == {ask(loss) for loss in LOSSES.values()}
+    for i, j in permutations(range(len(COLUMNS)), 2):
+        for value in {row[i] for row in ROWS}:
+            met = {row[j] for row in ROWS if row[i] == value}
+            tied = COLUMNS[j] == "segmentation" and COLUMNS[i] == "loss_type" and is_tied(value)
+            assert tied or len(met) > 1, f"{value} goes with {met} alone"
 
 
 WAYS = {
@@ -117,7 +172,9 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=pytest.mark.slow if way in ("adafactor", "adamw_8bit") else []) for way in WAYS]
+)
 def test_other_ways_there(away, way):
     steps = train("out", "--segmentation", "two_pass", "--reference", "none", "--loss_type", "simpo", *WAYS[way])
     assert sorted(steps) == [1, 2]
@@ -126,11 +183,6 @@ def test_other_ways_there(away, way):
     each = (told["page_locked"], told["wait_stream"], told["record_event"], told["wait_event"])
     assert len(set(each)) == 1 and bool(each[0]) is copied  # one copy there, sent for and waited for once
     assert told["record_stream"] == 2 * each[0]
-
-
-def test_the_rows_reach_everything():
-    for column, values in zip(zip(*ROWS, strict=True), (STRATEGIES, REFERENCES, LOSSES, ESTIMATORS), strict=True):
-        assert set(column) == set(values)
 
 
 def test_the_numbers_are_the_host_s_and_it_goes_on_from_a_checkpoint(monkeypatch):
@@ -163,13 +215,39 @@ def test_the_sampler_s_order_there(away):
         assert found[side]["score"] == pytest.approx(wanted[side]["score"], abs=1e-4)
 
 
+def test_a_reference_that_moves_there(away, monkeypatch):
+    apart = []
+
+    def watched(reference, policy, *, alpha):
+        weights = list(zip(reference.parameters(), policy.parameters(), strict=True))
+        before = sum(float((a - b).detach().abs().sum()) for a, b in weights)
+        mix_in(reference, policy, alpha=alpha)
+        apart.append((before, sum(float((a - b).detach().abs().sum()) for a, b in weights)))
+
+    monkeypatch.setattr("diffdpo.reference.refresh.mix_in", watched)
+    steps = train("out", "--sync_ref_model", "--ref_model_sync_steps", "1", "--learning_rate", "1e-3")
+    assert sorted(steps) == [1, 2] and len(apart) == 2
+    assert all(after == pytest.approx(0.4 * before, rel=1e-3) for before, after in apart) and apart[-1][0] > 0
+
+
 @pytest.mark.slow
+def test_a_step_that_diverged_is_taken_again_there(away, capsys):
+    from diffdpo.cli.train import main
+
+    with pytest.raises(TrainingError, match="--replay"):
+        train("out", "--learning_rate", "1e30", "--warmup_steps", "0", "--max_grad_norm", "0")
+    (culprit,) = Path("out").glob("culprit-step-*.json")
+    capsys.readouterr()
+    assert main(["--config", "out/config.yaml", "--replay", str(culprit)]) == 0
+    told = capsys.readouterr().out
+    assert "<- not finite" in told and "in the run loss" in told
+
+
 def test_segments_that_fit_are_measured_there(away):
     assert sorted(train("out", "--segment_rows", "0", "--max_memory", "0.5")) == [1, 2]
 
 
-@pytest.mark.slow
-def test_blocks_there(away, tmp_path):
+def test_blocks_there(away):
     from diffdpo.cli.sft import main
 
     shape = ["--width", "16", "--layers", "1", "--heads", "2", "--vocab_size", "300", "--block_size", "4"]
