@@ -235,25 +235,6 @@ def test_a_failed_part_s_line_is_its_exception(evidence, monkeypatch, capsys):
     assert killed["state"] == "failed" and "Bus error" in gpu_evidence.in_words(killed)
 
 
-@pytest.fixture
-def broken_package(tmp_path, monkeypatch):
-    """Installed, as far as anyone can tell without importing it."""
-    (tmp_path / "a_broken_package.py").write_text("raise ImportError('libcudart.so.13: cannot open\\nmore of it')")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    yield "a_broken_package"
-    sys.modules.pop("a_broken_package", None)
-
-
-def test_a_package_that_cannot_be_imported_is_as_if_it_were_not_there(broken_package):
-    from benchmarks.gpu_setting import fault_of
-
-    said = "a_broken_package cannot be imported: ImportError: libcudart.so.13: cannot open"
-    assert fault_of(broken_package) == said
-    assert importlib.util.find_spec(broken_package) is None, "what other libraries ask"
-    assert fault_of(broken_package) == said, "asked again, it is no different"
-    assert fault_of("no_such_package_at_all") == "no_such_package_at_all is not installed" and fault_of("json") is None
-
-
 @pytest.mark.slow
 def test_parts_are_left_out_or_do_without_packages_that_cannot_be_imported(tmp_path, monkeypatch):
     from benchmarks import gpu_evidence

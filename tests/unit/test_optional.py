@@ -4,6 +4,8 @@ import importlib.util
 import sys
 
 import pytest
+import torch
+from torch import nn
 
 from diffdpo.engine.optimizer import OptimizerOptions
 from diffdpo.engine.optimizer_kinds import make_optimizer
@@ -41,12 +43,12 @@ def test_what_is_there_what_is_not_and_what_is_broken(broken):
     assert importlib.util.find_spec("a_broken_package") is None and fault_of("a_broken_package") == fault
 
 
-def test_what_needs_it_says_why_it_cannot_be_had(broken, tiny_module):
+def test_what_needs_it_says_why_it_cannot_be_had(broken):
     broken("bitsandbytes")
     with pytest.raises(UserError, match=SAID):
-        expect_nf4(tiny_module, None)  # type: ignore[arg-type]
+        expect_nf4(nn.Linear(2, 2), torch.float32)
     with pytest.raises(UserError, match=SAID):
-        make_optimizer(tiny_module, OptimizerOptions(1e-3, name="adamw_8bit"), None)  # type: ignore[arg-type]
+        make_optimizer(nn.Linear(2, 2), OptimizerOptions(1e-3, name="adamw_8bit"), torch.device("cpu"))
 
 
 def test_an_exception_of_many_lines_or_none_is_one():

@@ -12,7 +12,7 @@ from tests.support.paths import ROOT
 TOPS = ("diffdpo", "data_pipeline")
 GRAPH = graph_of(ROOT, TOPS)
 FLOORS = (
-    {"errors", "quiet", "gpus", "cards", "children"},
+    {"errors", "quiet", "gpus", "cards", "children", "optional"},
     {"command"},
     {"shipped", "memory", "progress"},
     {"settings"},
