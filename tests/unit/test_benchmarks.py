@@ -266,8 +266,10 @@ def test_nothing_of_gpu_evidence_outlives_it(sent, tmp_path):
         "open('begun', 'w').close(); time.sleep(60)\n"
     )
     flags = ["--device", "cpu", "--json", "cpu.json", "--parts", "machine,self_test"]
+    # tests under nohup, or behind an &, have signals ignored, which gpu_evidence leaves so
     script = (
-        f"import sys; from benchmarks import gpu_evidence as it; it.__file__ = 'part.py'; sys.exit(it.main({flags}))"
+        "import signal, sys; [signal.signal(one, signal.SIG_DFL) for one in (signal.SIGHUP, signal.SIGINT)]; "
+        f"from benchmarks import gpu_evidence as it; it.__file__ = 'part.py'; sys.exit(it.main({flags}))"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     driver = subprocess.Popen(
