@@ -27,8 +27,9 @@ JUDGED = 64  # tokens whose scores are compared with float64
 
 def machine(setting: Setting) -> dict[str, Any]:
     from diffdpo.doctor.examine import examine
+    from diffdpo.doctor.software import begin_imports
 
-    found = {subject: [asdict(one) for one in findings] for subject, findings in examine()}
+    found = {subject: [asdict(one) for one in findings] for subject, findings in examine(begin_imports())}
     counts = [one["state"] for findings in found.values() for one in findings]
     name = torch.cuda.get_device_name() if setting.kind == "cuda" else "CPU"
     faults = {package: fault_of(package) for package in ("deepspeed", "bitsandbytes", "liger_kernel")}

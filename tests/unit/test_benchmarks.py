@@ -308,8 +308,10 @@ def test_a_part_that_hangs_or_breaks_is_a_line(tmp_path, monkeypatch):
     assert cut["state"] == "cut short" and cut["seconds"] < 10
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("part", ["machine", "self_test", "qlora", "throughput", "head", "attention", "full3b"])
+LONGER = ("self_test", "qlora", "throughput", "attention", "full3b")
+
+
+@pytest.mark.parametrize("part", ["machine", "head", *(pytest.param(one, marks=pytest.mark.slow) for one in LONGER)])
 def test_a_part_works_on_a_cpu(part, tmp_path):
     from benchmarks import gpu_evidence
 
