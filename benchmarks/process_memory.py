@@ -39,13 +39,10 @@ FLAGS += ["--max_length", str(MAX_LENGTH), "--max_prompt_length", str(MAX_PROMPT
 
 def environments() -> dict[str, dict[str, str]]:
     """What to set for each allocator; jemalloc only where it is installed."""
-    known = {"glibc": {}, "glibc, small blocks joined at once": {}, "jemalloc": {}}
-    known["glibc, small blocks joined at once"]["GLIBC_TUNABLES"] = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
-    if library := ctypes.util.find_library("jemalloc"):
-        known["jemalloc"]["LD_PRELOAD"] = library
-    else:
-        del known["jemalloc"]
-    return known
+    joined = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"}
+    library = ctypes.util.find_library("jemalloc")
+    jemalloc = {"jemalloc": {"LD_PRELOAD": library}} if library else {}
+    return {"glibc": {}, "glibc, small blocks joined at once": joined} | jemalloc
 
 
 def write_inputs(folder: Path) -> None:
